@@ -1,0 +1,86 @@
+"""Registries: registering a function is the only step that makes a method visible everywhere."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sukashi.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function. Its name is the registry key, the CLI name and the value in the results."""
+
+    name: str
+    fn: Callable[..., Any]
+    source: str
+    facts: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.fn) or "").partition("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword-only options with their defaults, `generator` and machinery (names starting with _) left out."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        return {
+            p.name: p.default
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and not p.name.startswith("_")
+        }
+
+    def check_options(self, given: dict[str, Any]) -> None:
+        """Refuse an option the method does not have, naming the nearest."""
+        for name in given:
+            if name not in self.options:
+                raise UsageError(f"{self.name} has no option {name!r}{nearest(name, self.options)}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+
+class Registry:
+    """A named collection of methods; `register` is a decorator."""
+
+    def __init__(self, noun: str, plural: str) -> None:
+        self.noun = noun
+        self.plural = plural
+        self._methods: dict[str, Method] = {}
+
+    def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Make a function a method of this registry; `source` cites the paper, `facts` are what the registry's users read."""
+
+        def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+            assert name == fn.__name__, f"registry key {name!r} and function {fn.__name__!r} differ"
+            assert name not in self._methods, f"{self.noun} {name!r} is registered twice"
+            self._methods[name] = Method(name, fn, source, facts)
+            return fn
+
+        return add
+
+    def __getitem__(self, name: str) -> Method:
+        if name not in self._methods:
+            raise UsageError(f"unknown {self.noun} {name!r}{nearest(name, self._methods)}")
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self._methods.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._methods
+
+    def names(self) -> list[str]:
+        return list(self._methods)
+
+
+def nearest(name: str, known: Any) -> str:
+    """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f": did you mean {match[0]!r}?" if match else ":"
+    return f"{hint} Known: {', '.join(known)}"
