@@ -242,6 +242,27 @@ def rank(scores: Scores) -> Plan:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Which images a network still gets right as units go: one row (point) for each cut, dense first.
+
+    `ratio` (P,) is the ratio asked for (NaN for a point after a progressive pass), `n_removed` (P,) the units gone,
+    `fraction` (P,) the measured fraction of parameters gone, `correct` (P, B) whether each image is right, `image_ids`
+    (B,) whose columns those are.
+    """
+
+    ratio: np.ndarray
+    n_removed: np.ndarray
+    fraction: np.ndarray
+    correct: np.ndarray
+    image_ids: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """(P,) the share of images that are right."""
+        return np.asarray(self.correct.mean(axis=1))
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One number an image (or a unit), never pre-averaged. `better` says which way is good."""
 
