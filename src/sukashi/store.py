@@ -1,0 +1,469 @@
+"""Results on disk: a study is a folder, a trial a folder in it, finished when its `result.json` exists.
+
+    study.json             what the study is; another study is refused
+    trials/KEY/trial.json  the canonical JSON whose hash is KEY
+               journal.jsonl  decisions so far, until the trial is finished
+               plan.npz  curve.npz  result.json
+    results.parquet        one row per finished trial and measured point
+    log.jsonl              when, where and how fast: the one file that differs between a resumed and an undisturbed run
+
+Every file but the two `.jsonl` appears whole or not at all, and all but `log.jsonl` hold the same bytes however often
+the run was killed on the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import socket
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError
+from sukashi.types import Curve, Plan, Site, Trial
+
+_TABLE = pa.schema(
+    [
+        ("trial", pa.string()),
+        ("model", pa.string()),
+        ("data", pa.string()),
+        ("criterion", pa.string()),
+        ("seed", pa.int64()),
+        ("kind", pa.string()),
+        ("ratio", pa.float64()),
+        ("fraction", pa.float64()),
+        ("units", pa.int64()),
+        ("n_images", pa.int64()),
+        ("n_correct", pa.int64()),
+        ("accuracy", pa.float64()),
+        ("sauce", pa.float64()),
+    ]
+)
+_held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
+
+
+class Journal(MutableMapping[str, Any]):
+    """Decisions already taken: a mapping that survives a kill, each entry from its assignment on.
+
+    It only grows. A last line that was cut off while being written is dropped. Values are JSON (NaN allowed) that every
+    run of the trial would give alike.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, Any] = {}
+        self._size = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                key, value = json.loads(line) if line.endswith(b"\n") else (None, None)
+            except ValueError:
+                key = None
+            if key is None:
+                break
+            self._entries[key] = value
+            self._size += len(line)
+        self._drop_rest()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Raises ResourceError where the disk is full; the journal is then as before."""
+        line = json.dumps([key, value], separators=(",", ":")).encode() + b"\n"
+        try:
+            with _writing(self._path):
+                _append(self._path, line)
+        except ResourceError:
+            self._drop_rest()
+            raise
+        self._entries[key] = json.loads(line)[1]  # what a resumed run reads: both go on from the same value
+        self._size += len(line)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError("a journal only grows")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _drop_rest(self) -> None:
+        if self._path.exists() and self._path.stat().st_size > self._size:
+            os.truncate(self._path, self._size)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of one trial."""
+
+    folder: Path
+
+    @cached_property
+    def trial(self) -> Trial:
+        trial = Trial(**_read_json(self.folder / "trial.json"))
+        if trial.key != self.folder.name:
+            raise DataError(f"{self.folder / 'trial.json'} was altered: its hash is {trial.key}; remove the folder")
+        return trial
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return dict(_read_json(self.folder / "result.json"))
+
+    def plan(self, sites: Sequence[Site] | None = None) -> Plan | None:
+        """The kept plan, or None; see `read_plan`."""
+        path = self.folder / "plan.npz"
+        return read_plan(path, sites) if path.exists() else None
+
+    def curve(self) -> Curve:
+        """The kept curve; a finished trial has one."""
+        with _arrays(self.folder / "curve.npz") as arrays:
+            image_ids = tuple(arrays["image_ids"].tolist())
+            correct = np.unpackbits(arrays["correct"], axis=1, count=len(image_ids)).astype(bool)
+            return Curve(arrays["ratio"], arrays["n_removed"], arrays["fraction"], correct, image_ids)
+
+
+class Writer(Record):
+    """A trial being worked on: `journal` and `plan()` hold what an interrupted run left."""
+
+    @cached_property
+    def journal(self) -> Journal:
+        return Journal(self.folder / "journal.jsonl")
+
+    def save_plan(self, plan: Plan) -> None:
+        write_plan(self.folder / "plan.npz", plan)
+
+    def save_curve(self, curve: Curve) -> None:
+        _write_arrays(
+            self.folder / "curve.npz",
+            ratio=curve.ratio.astype(np.float64),
+            n_removed=curve.n_removed.astype(np.int64),
+            fraction=curve.fraction.astype(np.float64),
+            correct=np.packbits(curve.correct.astype(bool), axis=1),
+            image_ids=np.array(curve.image_ids, dtype=np.str_),
+        )
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The trial is finished from here on. `result` is JSON that every run of the trial gives alike: no times."""
+        assert (self.folder / "curve.npz").exists(), "a finished trial has a curve"
+        write(self.folder / "result.json", canonical(result, indent=1) + b"\n")
+        (self.folder / "journal.jsonl").unlink(missing_ok=True)
+
+
+class Store:
+    """The folder of one study: read it as it is, or change it inside `writing`."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def study(self) -> dict[str, Any]:
+        """The study's configuration. Raises UsageError where the folder holds none."""
+        path = self.folder / "study.json"
+        if not path.exists():
+            raise UsageError(
+                f"{self.folder} holds no study (no study.json): give the folder `--out` of a compare named"
+            )
+        return dict(_read_json(path))
+
+    @contextmanager
+    def writing(self, study: Mapping[str, Any]) -> Iterator[Store]:
+        """Hold the folder for this process; it is made, or resumed when it holds the same study.
+
+        What a killed run left half-written is removed first. The lock goes with the process, however it ends.
+
+        Raises: UsageError where the folder holds another study or anything else, ResourceError where another process
+        holds it or nothing can be written.
+        """
+        self._refuse_foreign()
+        with _writing(self.folder):
+            (self.folder / "trials").mkdir(parents=True, exist_ok=True)
+        with _lock(self.folder):
+            asked = json.loads(canonical(study))
+            if (self.folder / "study.json").exists():
+                self._refuse_other(asked)
+            else:
+                write(self.folder / "study.json", canonical(asked, indent=1) + b"\n")
+                self.__dict__.pop("study", None)
+            for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("trials/*/.*.tmp")]:
+                path.unlink()
+            for record in self.finished():
+                (record.folder / "journal.jsonl").unlink(missing_ok=True)
+            self._tabulate()
+            yield self
+
+    @contextmanager
+    def run(self, trial: Trial) -> Iterator[Writer]:
+        """Work on a trial that is not finished; what an interrupted run left of it is there to go on from."""
+        assert self.folder.resolve() in _held, "a trial is run inside `writing`"
+        writer = Writer(self.folder / "trials" / trial.key)
+        with _writing(writer.folder):
+            writer.folder.mkdir(exist_ok=True)
+        write(writer.folder / "trial.json", trial.json.encode() + b"\n")
+        yield writer
+        self._tabulate()
+
+    def record(self, trial: Trial) -> Record | None:
+        """The finished trial, or None."""
+        folder = self.folder / "trials" / trial.key
+        return Record(folder) if (folder / "result.json").exists() else None
+
+    def finished(self) -> list[Record]:
+        """Every finished trial, by model, data, criterion and seed."""
+        records = [Record(path.parent) for path in self.folder.glob("trials/*/result.json")]
+        return sorted(records, key=_order)
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Add a line about this very run (command, machine, speed): kept apart from the results."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = canonical({"time": stamp, "event": event, **facts})
+        with _writing(self.folder):
+            _append(self.folder / "log.jsonl", b"\n" + line + b"\n")  # the first ends a line a kill has torn
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The facts of every such line, oldest first."""
+        path = self.folder / "log.jsonl"
+        entries = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue  # torn by a kill
+        return [entry for entry in entries if entry["event"] == event]
+
+    def _refuse_foreign(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is a file: --out needs a folder")
+        if self.folder.is_dir() and not (self.folder / "study.json").exists():
+            ours = {"trials", ".lock"}
+            foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and p.suffix != ".tmp")
+            if foreign:
+                raise UsageError(f"{self.folder} is not empty ({foreign[0]}) and holds no study: choose another --out")
+
+    def _refuse_other(self, asked: dict[str, Any]) -> None:
+        differences = list(_differences("", self.study, asked))
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise UsageError(
+                f"{self.folder} is an existing output folder of another trial: {'; '.join(differences[:3])}{more}; "
+                "choose another --out or remove the folder"
+            )
+
+    def _tabulate(self) -> None:
+        rows: list[dict[str, Any]] = []
+        for record in self.finished():
+            trial, curve = record.trial, record.curve()
+            for point in range(len(curve.ratio)):
+                passed = bool(np.isnan(curve.ratio[point]))
+                n_correct = int(curve.correct[point].sum())
+                rows.append(
+                    {
+                        "trial": trial.key,
+                        "model": _name(trial.model),
+                        "data": _name(trial.data),
+                        "criterion": trial.criterion,
+                        "seed": trial.seed,
+                        "kind": "pass" if passed else "ratio",
+                        "ratio": None if passed else float(curve.ratio[point]),
+                        "fraction": float(curve.fraction[point]),
+                        "units": int(curve.n_removed[point]),
+                        "n_images": len(curve.image_ids),
+                        "n_correct": n_correct,
+                        "accuracy": n_correct / len(curve.image_ids),
+                        "sauce": record.result.get("sauce"),
+                    }
+                )
+        content = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=_TABLE), content)
+        write(self.folder / "results.parquet", content.getvalue())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put a whole file in place, on disk when this returns; the file before stays until then.
+
+    Raises ResourceError where it can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else the name may be lost with the power though the bytes are not
+        finally:
+            os.close(folder)
+
+
+def canonical(value: Any, indent: int | None = None) -> bytes:
+    """JSON with sorted keys and no NaN: equal values give equal bytes."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(value, sort_keys=True, separators=separators, allow_nan=False, indent=indent).encode()
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Keep a plan, without the members of its sites: those follow from the model."""
+    sites = [{"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis} for s in plan.sites]
+    about = {"sites": sites, "method": plan.method, "params": dict(plan.params), "n_images": plan.n_images}
+    _write_arrays(
+        path,
+        about=np.array(canonical(about).decode()),
+        site=plan.site,
+        unit=plan.unit,
+        category=plan.category,
+        effect=plan.effect,
+        p_values=plan.p_values,
+        passes=np.array(plan.passes, dtype=np.int64),
+    )
+
+
+def read_plan(path: Path, sites: Sequence[Site] | None = None) -> Plan:
+    """A kept plan on `sites` as found in the model now; without them its sites have no members and can't be cut.
+
+    Raises ModelError where the sites are not those the plan was made for.
+    """
+    with _arrays(path) as arrays:
+        about = json.loads(str(arrays["about"]))
+        kept = tuple(Site(**site) for site in about["sites"])
+        if sites is not None:
+            _refuse_other_sites(path, kept, sites)
+            now = {site: site for site in sites}
+            kept = tuple(now[site] for site in kept)
+        return Plan(
+            sites=kept,
+            site=arrays["site"],
+            unit=arrays["unit"],
+            category=arrays["category"],
+            effect=arrays["effect"],
+            p_values=arrays["p_values"],
+            method=about["method"],
+            params=about["params"],
+            passes=tuple(arrays["passes"].tolist()),
+            n_images=about["n_images"],
+        )
+
+
+def _refuse_other_sites(path: Path, kept: Sequence[Site], sites: Sequence[Site]) -> None:
+    if set(kept) == set(sites):
+        return
+    different = min(set(kept) ^ set(sites), key=lambda site: site.layer)
+    whose = "the plan" if different in set(kept) else "the model"
+    raise ModelError(
+        f"{path} was made for another model: only {whose} has a site at {different.layer!r} with {different.n_units} "
+        f"{different.kind} units; use the model it was made with or make a new plan"
+    )
+
+
+def _write_arrays(path: Path, **arrays: Any) -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # stamps every member 1980-01-01, so equal arrays give equal bytes
+    write(path, content.getvalue())
+
+
+@contextmanager
+def _arrays(path: Path) -> Iterator[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except SukashiError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+
+
+def _order(record: Record) -> tuple[str, str, str, int, str]:
+    trial = record.trial
+    return _name(trial.model), _name(trial.data), trial.criterion, trial.seed, trial.key
+
+
+def _name(about: Mapping[str, Any]) -> str:
+    """What a table calls a model or a data set: its spec."""
+    return str(about.get("spec", canonical(about).decode()))
+
+
+def _differences(path: str, kept: Any, asked: Any) -> Iterator[str]:
+    """One phrase for each setting in which two configurations differ."""
+    if isinstance(kept, dict) and isinstance(asked, dict):
+        for key in sorted({*kept, *asked}):
+            yield from _differences(f"{path}.{key}" if path else key, kept.get(key), asked.get(key))
+    elif kept != asked:
+        yield f"{path} was {_short(kept)}, now {_short(asked)}"
+
+
+def _short(value: Any) -> str:
+    text = canonical(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _append(path: Path, line: bytes) -> None:
+    with open(path, "ab", buffering=0) as file:
+        written = file.write(line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise ResourceError(
+            f"can't write {path}: {what}; put that right and run the same command again, what is finished is kept"
+        ) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold `folder/.lock`, whose content names the owner; the kernel lets go of it when the process dies."""
+    home = folder.resolve()
+    if home in _held:
+        raise ResourceError(f"{folder} is in use by this very process: one run at a time")
+    with _writing(folder):
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+    with file:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResourceError(
+                f"{folder} is in use by {owner}: wait until it ends, or choose another --out"
+            ) from error
+        _held.add(home)
+        try:
+            with _writing(folder):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            yield
+        finally:
+            _held.discard(home)
+            file.truncate(0)
