@@ -1,0 +1,149 @@
+"""Intervals and tests against scipy, enumeration and their own coverage."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from sukashi.errors import UsageError
+from sukashi.stats import bootstrap, crossed, holm, interval, mcnemar, paired
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_t_interval_is_scipys() -> None:
+    values = rng().normal(50, 3, size=(5, 4))
+    got = interval(values, level=0.9)
+    low, high = scipy_stats.t.interval(0.9, 4, loc=values.mean(0), scale=scipy_stats.sem(values))
+    np.testing.assert_allclose(got.mean, values.mean(0))
+    np.testing.assert_allclose(got.low, low)
+    np.testing.assert_allclose(got.high, high)
+    assert got.n == 5
+    one = interval(values[:, 0], level=0.9)
+    assert isinstance(one.low, float)
+    assert one.low == pytest.approx(low[0])
+
+
+def test_one_value_gives_no_bounds() -> None:
+    for got in (interval([50.0]), bootstrap([50.0], generator=rng())):
+        assert (got.mean, got.low, got.high, got.n) == (50.0, None, None, 1)
+    curve = interval(np.ones((1, 3)))
+    np.testing.assert_array_equal(curve.mean, np.ones(3))
+    assert curve.low is None
+    one = paired([3.0], [1.0], generator=rng())
+    assert (one.t.mean, one.t.low, one.p_t, one.p_wilcoxon) == (2.0, None, None, None)
+
+
+def test_bootstrap_is_the_enumerated_distribution() -> None:
+    """All 3^3 resamples of three values, against 200000 drawn ones and against scipy's."""
+    values = np.array([0.0, 1.0, 5.0])
+    means = [np.mean(draw) for draw in itertools.product(values, repeat=3)]
+    got = bootstrap(values, generator=rng(), level=0.8, n_resamples=200_000)
+    low, high = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
+    assert (got.low, got.high) == pytest.approx((low, high))
+    many = rng(1).exponential(size=60)
+    theirs = scipy_stats.bootstrap((many,), np.mean, method="percentile", n_resamples=20_000, rng=rng(2))
+    ours = bootstrap(many, generator=rng(3), n_resamples=20_000)
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.01)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.01)
+
+
+def test_the_generator_decides() -> None:
+    values = rng().normal(size=9)
+    first, again, other = (bootstrap(values, generator=rng(seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first.low != other.low
+
+
+def test_t_interval_covers_as_often_as_it_says() -> None:
+    """4000 studies of 5 seeds: 95 % +- 3 standard errors (0.34 % each)."""
+    studies = rng(4).normal(10, 2, size=(5, 4000))
+    got = interval(studies)
+    covered = np.mean((got.low <= 10) & (got.high >= 10))
+    assert abs(covered - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_crossed_interval_has_the_variance_of_seeds_and_of_images() -> None:
+    """x_sb = seed effect + image effect: var of the mean = s^2/S + i^2/B, estimated from what was drawn."""
+    generator = rng(5)
+    of_seeds, of_images = generator.normal(0, 1, size=(20, 1)), generator.normal(0, 3, size=(1, 300))
+    values = of_seeds + of_images
+    got = crossed(values, generator=generator, n_resamples=4000)
+    expected = math.sqrt(of_seeds.var() / 20 + of_images.var() / 300)
+    assert (got.high - got.low) / (2 * 1.96) == pytest.approx(expected, rel=0.06)
+    assert got.mean == pytest.approx(values.mean())
+    images_only = crossed(of_images, generator=generator, n_resamples=4000)
+    assert (images_only.high - images_only.low) / (2 * 1.96) == pytest.approx(
+        of_images.std() / math.sqrt(300), rel=0.06
+    )
+
+
+def test_crossed_interval_of_independent_noise() -> None:
+    """Seeds and images interact: var = var(row means) / S + var(column means) / B + mean(residual^2) / (S B)."""
+    values = (rng().random((3, 20_000)) < 0.7).astype(float)
+    got = crossed(values, generator=rng(1), n_resamples=1500)  # drawn in three blocks
+    of_rows, of_columns = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    residual = values - of_rows - of_columns + values.mean()
+    variance = of_rows.var() / 3 + of_columns.var() / 20_000 + np.square(residual).mean() / 60_000
+    assert (got.high - got.low) / (2 * 1.96) == pytest.approx(math.sqrt(variance), rel=0.06)
+
+
+def test_paired_tests_are_scipys() -> None:
+    a, b = rng(6).normal(52, 2, size=12), rng(7).normal(50, 2, size=12)
+    got = paired(a, b, generator=rng())
+    assert got.p_t == pytest.approx(scipy_stats.ttest_rel(a, b).pvalue)
+    assert got.p_wilcoxon == pytest.approx(scipy_stats.wilcoxon(a, b).pvalue)
+    theirs = scipy_stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (got.t.low, got.t.high) == pytest.approx((theirs.low, theirs.high))
+    assert got.t.mean == pytest.approx((a - b).mean())
+    assert got.bootstrap.low < got.t.mean < got.bootstrap.high
+    swapped = paired(b, a, generator=rng())
+    assert swapped.t.mean == -got.t.mean
+    assert swapped.p_t == pytest.approx(got.p_t)
+
+
+def test_pairing_takes_out_what_the_pairs_share() -> None:
+    shared = rng(8).normal(0, 100, size=6)
+    got = paired(shared + 1 + rng(9).normal(0, 0.1, size=6), shared, generator=rng())
+    assert got.t.low > 0.5
+
+
+def test_the_same_difference_in_every_pair_gives_no_p_value() -> None:
+    got = paired([5.0, 5.0, 5.0], [3.0, 3.0, 3.0], generator=rng())
+    assert (got.t.mean, got.p_t, got.p_wilcoxon) == (2.0, None, None)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 3), (1, 9), (12, 2), (0, 5)])
+def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int) -> None:
+    a = np.array([True] * only_a + [False] * only_b + [True] * 7 + [False] * 4)
+    b = np.array([False] * only_a + [True] * only_b + [True] * 7 + [False] * 4)
+    n = only_a + only_b
+    expected = scipy_stats.binomtest(only_a, n, 0.5).pvalue if n else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected)
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.5, 0.9]), [1.0, 1.0])
+    assert len(holm([])) == 0
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_what_has_no_mean_is_refused(values: list[float]) -> None:
+    with pytest.raises(UsageError, match="interval"):
+        interval(values)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"level must be in \(0, 1\), got 95"):
+        interval([1.0, 2.0], level=95)
+    with pytest.raises(UsageError, match="got 2 and 3"):
+        paired([1, 2], [1, 2, 3], generator=rng())
+    with pytest.raises(UsageError, match="got 2 and 3"):
+        mcnemar([True, False], [True, False, True])
+    with pytest.raises(UsageError, match="at least 2"):
+        crossed(np.ones((3, 1)), generator=rng())
