@@ -1,0 +1,120 @@
+"""Physical removal of units: slices the members of a site out of their layers, needing no trace of the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sukashi.errors import ModelError, UsageError
+from sukashi.layers import AttentionCore, PadShortcut
+from sukashi.types import Mask, Site
+
+Table = dict[str, dict[str, list[int]]]
+
+
+def cut(model: nn.Module, mask: Mask) -> Table:
+    """{layer: {"in" or "out": kept positions}} of every layer that was made smaller, in place.
+
+    The table is plain data: `replay(fresh_model, table)` makes the same cut without sites.
+
+    Raises UsageError where a mask would leave a site without units.
+    """
+    for site, keep in mask.keep.items():
+        if not keep.any():
+            raise UsageError(f"the mask removes all {site.n_units} units of site {site.layer!r}: keep at least one")
+    table: Table = {}
+    for (name, side), gone in _gone(mask).items():
+        size = _sizes(model.get_submodule(name))[side == "out"]
+        table.setdefault(name, {})[side] = [i for i in range(size) if i not in gone]
+    replay(model, table)
+    return table
+
+
+def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+    """Make the cut that `table` describes, in place; all of the table is checked before the first layer is touched.
+
+    Raises ModelError where the table does not fit the model.
+    """
+    layers = dict(model.named_modules())
+    for name, sides in table.items():
+        if name not in layers:
+            raise ModelError(f"the recipe cuts layer {name!r}, which this model lacks: it was made for another model")
+        for side, kept in sides.items():
+            if side not in ("in", "out"):
+                raise ModelError(f"the recipe cuts side {side!r} of {name!r}: a side is 'in' or 'out'")
+            size = _sizes(layers[name])[side == "out"]
+            if not kept or any(a >= b for a, b in zip(kept, [*kept[1:], size], strict=True)) or kept[0] < 0:
+                raise ModelError(
+                    f"the recipe keeps positions of {name!r} that are not ascending within its {size} {side}puts: "
+                    "it was made for another model"
+                )
+    for name, sides in table.items():
+        for side, kept in sides.items():
+            _slice(layers[name], side, torch.tensor(kept))
+
+
+def renumber(sites: Sequence[Site], mask: Mask) -> tuple[Site, ...]:
+    """The sites as they are in the model cut by `mask`: fewer units, positions counted anew."""
+    gone = {key: sorted(positions) for key, positions in _gone(mask).items()}
+    found = []
+    for site in sites:
+        keep = mask.keep.get(site)
+        kept = range(site.n_units) if keep is None else torch.nonzero(keep).flatten().tolist()
+        members = []
+        for member in site.members:
+            lost = torch.tensor(gone.get((member.module, member.side), []), dtype=torch.long)
+            index = [torch.tensor(member.index[unit]) for unit in kept]
+            moved = [tuple((positions - torch.searchsorted(lost, positions)).tolist()) for positions in index]
+            members.append(replace(member, index=tuple(moved)))
+        found.append(replace(site, n_units=len(kept), members=tuple(members)))
+    return tuple(found)
+
+
+def _gone(mask: Mask) -> dict[tuple[str, str], set[int]]:
+    """The positions that go, for each layer and side; several sites may share one (concatenation)."""
+    gone: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for site, keep in mask.keep.items():
+        lost = torch.nonzero(~keep.bool()).flatten().tolist()
+        for member in site.members if lost else ():
+            gone[member.module, member.side].update(p for unit in lost for p in member.index[unit])
+    return gone
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """The widths of a layer's input and output."""
+    match module:
+        case nn.Linear():
+            return module.in_features, module.out_features
+        case nn.modules.batchnorm._BatchNorm():
+            return module.num_features, module.num_features
+        case nn.modules.conv._ConvNd() | PadShortcut():
+            return module.in_channels, module.out_channels
+        case AttentionCore():
+            return 3 * sum(module.widths), sum(module.widths)
+    raise ModelError(f"a {type(module).__name__} cannot be cut: only convolution, linear, BatchNorm and our own layers")
+
+
+def _slice(module: nn.Module, side: str, keep: Tensor) -> None:
+    match module:
+        case PadShortcut() | AttentionCore():
+            kept = keep.to(module.source.device) if isinstance(module, PadShortcut) else keep
+            module.cut_outputs(kept) if side == "out" else module.cut_inputs(kept)  # type: ignore[operator]
+            return
+        case nn.Linear():
+            setattr(module, f"{side}_features", len(keep))
+        case nn.modules.batchnorm._BatchNorm():
+            module.num_features = len(keep)
+        case nn.modules.conv._ConvNd():
+            setattr(module, f"{side}_channels", len(keep))
+            if module.groups > 1:  # depthwise: one position is a whole group
+                module.in_channels = module.groups = len(keep)
+    axis = int(side == "in")
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.dim() <= axis:  # a bias has no input axis, a counter no axis at all
+            continue
+        sliced = tensor.detach().index_select(axis, keep.to(tensor.device))
+        setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if name in module._parameters else sliced)
