@@ -1,0 +1,291 @@
+"""Datasets with image ids that never change, checked before anything is computed from them.
+
+`images` turns one file into numbers, `splits` samples and batches, `files`, `shapes` and `downloads` know where images
+come from. Everything random (held-out, calibration, limit) ranks images by a hash of their id, so a choice does not
+depend on their order, on other images or on a generator's state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sukashi import progress
+from sukashi.data import downloads, files
+from sukashi.data.images import Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
+from sukashi.data.shapes import Shapes
+from sukashi.data.splits import Batches, Split
+from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.registry import nearest
+
+__all__ = ["Batches", "Data", "Split", "check_classes", "load", "names"]
+
+HELD_OUT = 0.2
+"""Fraction of each class that becomes the test split where a dataset brings none."""
+
+MAX_PIXELS = 64_000_000
+"""Pixels an image may have unless `max_pixels` says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A dataset: `train` to choose and to fit on, `test` to measure on, `val` where there is one beside a test split.
+
+    `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
+    `ignore_index` is the target of pixels without a class, None where targets are one class an image.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    val: Split | None
+    notes: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+    ignore_index: int | None
+    _ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(repr=False)
+    _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+    def ground_truth(self, image_ids: Sequence[str]) -> dict[str, Tensor]:
+        """Where each concept is: bool masks (B, H, W) of these images by concept; UsageError where nobody knows."""
+        if self._ground_truth is None:
+            raise UsageError(f"{self.name} has no ground truth of its concepts: only generated data (shapes) has")
+        return self._ground_truth(image_ids)
+
+    def facts(self, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """What each of these images was drawn from (position, colour, texture, ...); UsageError where nobody knows."""
+        if self._facts is None:
+            raise UsageError(f"{self.name} has no facts about its images: only generated data (shapes) has")
+        return self._facts(image_ids)
+
+
+def load(
+    spec: str | Path,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+    class_map: Mapping[str, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Data:
+    """A dataset by name or folder, every image checked.
+
+    `spec`: `digits`, `shapes` with options (`shapes:watermark=0.9,size=64`), `torchvision:NAME`, a folder of class
+    folders (train/CLASS/*.png and test/ or val/, or CLASS/* alone) or a folder of Parquet files with columns `image`
+    and `label` or `mask`. `seed` draws the held-out test split of a dataset without one. `skip_bad` leaves unreadable
+    images out and lists them in `bad`; otherwise they are fatal. `class_map` gives each class the model's number.
+
+    Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
+    """
+    if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
+        raise UsageError(
+            f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
+            f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
+        )
+    name, found = _found(spec, max_pixels)
+    number = _numbers(name, found, class_map)
+    class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
+    notes = list(found.notes)
+    splits: dict[str, Split] = {}
+    digests: dict[str, bytes] = {}
+    for key, (source, targets) in found.splits.items():
+        targets = None if targets is None else number[targets]
+        splits[key] = _checked(key or name, source, targets, class_names, digests)
+    bad = tuple(pair for split in splits.values() for pair in split.bad)
+    if bad and not skip_bad:
+        raise bad_images(name, bad, "replace them, or leave them out with skip_bad")
+    for split in splits.values():
+        if split.bad:
+            notes.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
+        notes += [f"{n} image(s) of {split.name}: {rule}" for rule, n in sorted(split.notes.items())]
+        _check_presence(split)
+    if "" in splits or set(splits) == {"train"}:
+        ((_, pool),) = splits.items()
+        splits = _held_out(pool, seed)
+        notes.append(
+            f"{name} has no test split: {HELD_OUT:.0%} of each class held out by seed {seed}, "
+            f"{len(splits['test'])} images"
+        )
+    if "train" not in splits:
+        raise DataError(
+            f"{name} has only {' and '.join(splits)}: a train split is needed, so add one or rename a split"
+        )
+    if "test" not in splits:
+        splits["test"] = splits.pop("val")
+        notes.append(f"{name} has no test split: val is used as test")
+    notes += [note for split in splits.values() for note in _lonely_classes(split)]
+    notes += _duplicates(splits, digests)
+    return Data(
+        name,
+        class_names,
+        splits["train"],
+        splits["test"],
+        splits.get("val"),
+        tuple(notes),
+        bad,
+        found.ignore_index,
+        found.ground_truth,
+        found.facts,
+    )
+
+
+def names() -> dict[str, str]:
+    """What `load` knows by name, with one line about each."""
+    return {
+        "digits": "1,797 handwritten digits, 8 x 8 grey, embedded in scikit-learn",
+        "shapes": "generated; every concept's pixels are known; options size, n, watermark: shapes:watermark=0.9",
+        **{f"torchvision:{name}": about for name, (_, about) in downloads.KNOWN.items()},
+    }
+
+
+def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], n_classes: int) -> None:
+    """Refuse a model and data that do not mean the same by a class number.
+
+    ModelError where their counts differ; DataError where a name both know has another number in each. Names only one of
+    them knows say nothing (a synset number against a word), and None means the model knows none. Data loaded with a
+    `class_map` is in the model's order already: pass None.
+    """
+    if n_classes != len(data_names):
+        raise ModelError(
+            f"the model has {n_classes} classes and the data {len(data_names)}: "
+            f"use a model of {len(data_names)} classes"
+        )
+    known = {name.strip().casefold(): number for number, name in enumerate(model_names or ())}
+    for number, name in enumerate(data_names):
+        if (of_model := known.get(name.strip().casefold(), number)) != number:
+            raise DataError(
+                f"class {name!r} is number {of_model} of the model and {number} of the data: both must count alike, "
+                f"so give a class_map from every class name to the model's number"
+            )
+
+
+def _found(spec: str | Path, max_pixels: int) -> tuple[str, Found]:
+    name, _, options = str(spec).partition(":")
+    if spec == "digits":
+        return name, _digits()
+    if name == "shapes":
+        return str(spec), Shapes.parse(options).found()
+    if name == "torchvision":
+        return options, downloads.torchvision(options, max_pixels)
+    path = Path(spec)
+    if path.is_dir():
+        parquet = sorted(path.rglob("*.parquet"))
+        found = files.parquet(path, parquet, max_pixels) if parquet else files.image_folder(path, max_pixels)
+    elif path.suffix == ".parquet" and path.is_file():
+        found = files.parquet(path, [path], max_pixels)
+    else:
+        raise UsageError(f"unknown data {str(spec)!r}, and no such folder{nearest(str(spec), names())}")
+    return path.resolve().stem, found
+
+
+def _digits() -> Found:
+    from sklearn.datasets import load_digits  # a second of import that no other dataset needs
+
+    digits = load_digits()
+    pixels = Pixels(numbered("digits", len(digits.images)), (digits.images / 16).astype(np.float32))
+    return Found({"": (pixels, torch.from_numpy(digits.target.astype(np.int64)))}, tuple("0123456789"))
+
+
+def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Tensor:
+    """The number (K,) that each class gets."""
+    if class_map is None:
+        return torch.arange(len(found.class_names))
+    if found.ignore_index is not None:
+        raise UsageError(
+            f"{name} has masks, whose pixels are class numbers already: a class_map is for one class an image"
+        )
+    if set(class_map) != set(found.class_names) or sorted(class_map.values()) != list(range(len(class_map))):
+        raise DataError(
+            f"class_map must give each of {', '.join(found.class_names)} its own number below "
+            f"{len(found.class_names)}, got {dict(class_map)}"
+        )
+    return torch.tensor([class_map[class_name] for class_name in found.class_names])
+
+
+def _checked(
+    title: str, source: Source, targets: Tensor | None, class_names: tuple[str, ...], digests: dict[str, bytes]
+) -> Split:
+    """The split of every readable image; notes each one's digest."""
+    bad: list[tuple[str, str]] = []
+    too_large: list[tuple[str, str]] = []
+    notes: Counter[str] = Counter()
+    rows = []
+    with progress.task(f"checking {title}", len(source.ids)) as task:
+        for row, image_id in enumerate(source.ids):
+            try:
+                digests[image_id], rules = source.check(row)
+                notes.update(rules)
+                rows.append(row)
+            except Unreadable as error:
+                bad.append((source.name(row), str(error)))
+            except TooLarge as error:
+                too_large.append((source.name(row), str(error)))
+            task.advance()
+    if too_large:
+        raise bad_images(title, too_large, "they are above the cap on pixels, which max_pixels sets")
+    at = np.array(rows, dtype=np.int64)
+    kept = None if targets is None else targets[torch.from_numpy(at)]
+    return Split(title, class_names, tuple(source.ids[row] for row in rows), tuple(bad), dict(notes), source, at, kept)
+
+
+def _check_presence(split: Split) -> None:
+    """Refuse a split without images, or with a class that has none."""
+    if len(split) == 0:
+        raise DataError(f"{split.name} holds no images: add some, or remove it")
+    if split.has_masks:
+        return
+    if empty := [split.class_names[k] for k, count in enumerate(split.counts.tolist()) if count == 0]:
+        raise DataError(
+            f"{split.name} has no image of {', '.join(map(repr, empty))}: classes are never renumbered, so add images "
+            f"or take the class out of every split"
+        )
+
+
+def _lonely_classes(split: Split) -> list[str]:
+    counts = [] if split.has_masks else split.counts.tolist()
+    lonely = [split.class_names[k] for k, count in enumerate(counts) if count == 1]
+    return [f"one image only in {split.name}, left out of per-class statistics: {', '.join(lonely)}"] if lonely else []
+
+
+def _held_out(pool: Split, seed: int) -> dict[str, Split]:
+    """Train and test: `HELD_OUT` of each class, at least one image, goes to the test split."""
+    target = torch.zeros(len(pool), dtype=torch.int64) if pool.has_masks else pool.targets
+    counts = torch.bincount(target)
+    if int(counts.min()) < 2:
+        raise DataError(
+            f"class {pool.class_names[int(counts.argmin())]!r} has one image and there is no test split, holding one "
+            f"out needs two of every class: add images or a test split"
+        )
+    n_out = (HELD_OUT * counts + 0.5).floor().clamp(min=1)
+    out = torch.from_numpy(pool.rank_in_class("held out", seed)) < n_out[target]
+    return {
+        "train": replace(pool.subset((~out).nonzero()[:, 0]), name="train"),
+        "test": replace(pool.subset(out.nonzero()[:, 0]), name="test"),
+    }
+
+
+def _duplicates(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> list[str]:
+    """A note, and a warning, for each pair of splits that share an image by the hash of its bytes."""
+    notes = []
+    order = [name for name in ("train", "val", "test") if name in splits]
+    for i, first in enumerate(order):
+        seen = {digests[image_id]: image_id for image_id in splits[first].image_ids}
+        for second in order[i + 1 :]:
+            same = [f"{b} = {seen[digests[b]]}" for b in splits[second].image_ids if digests[b] in seen]
+            if same:
+                listed = ", ".join(same[:3]) + (", ..." if len(same) > 3 else "")
+                notes.append(f"{len(same)} image(s) of {second} are also in {first}, byte for byte: {listed}")
+                warnings.warn(notes[-1], stacklevel=3)
+    return notes

@@ -1,0 +1,240 @@
+"""One image: from encoded bytes to the numbers a model sees, by one fixed chain.
+
+Pillow decodes; `_plain` brings every mode to 8-bit grey, 8-bit RGB or 16-bit grey; `fitted` meets a model's
+`Preprocess`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sukashi.errors import DataError
+from sukashi.types import Preprocess
+
+# Named, because Pillow otherwise tries every plugin it has; EPS, for one, starts Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
+_ORIENTATION = 0x0112
+
+_GREY = "greyscale: repeated where a model wants three channels"
+_DEEP = "16-bit grey: divided by 65535"
+_MODES = {
+    "1": _GREY,
+    "L": _GREY,
+    "I": _DEEP,
+    "I;16": _DEEP,
+    "I;16B": _DEEP,
+    "P": "palette: looked up as RGB",
+    "RGB": "",
+    "LA": "",
+    "PA": "",
+    "RGBA": "",
+    "CMYK": "CMYK: converted to RGB by Pillow, without a colour profile",
+    "YCbCr": "YCbCr: converted to RGB",
+}
+
+
+class Unreadable(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+class TooLarge(Exception):
+    """An image above the pixel cap: fatal even where bad images are skipped, because a setting decides."""
+
+
+def bad_images(where: str, bad: Sequence[tuple[str, str]], remedy: str) -> DataError:
+    """The error that lists every one of them."""
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in bad)
+    return DataError(f"{len(bad)} image(s) of {where} cannot be used; {remedy}:\n{listed}")
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn whatever Pillow raises into a reason: on hostile bytes it lets struct, Key, Syntax and EOF errors escape."""
+    try:
+        yield
+    except (Unreadable, TooLarge):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooLarge(str(error)) from None
+    except UnidentifiedImageError:
+        raise Unreadable("not an image") from None
+    except Exception as error:
+        raise Unreadable(f"cannot be decoded: {error}") from None
+
+
+def _open(encoded: bytes, max_pixels: int) -> Image.Image:
+    """The image with its header read and its pixels not yet decoded."""
+    if not encoded:
+        raise Unreadable("no bytes")
+    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    if image.width * image.height > max_pixels:
+        raise TooLarge(f"{image.width} x {image.height} pixels")
+    if image.mode not in _MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise Unreadable(f"{image.format} of mode {image.mode} has no fixed scale to [0, 1]")
+    return image
+
+
+def _rules(encoded: bytes, max_pixels: int) -> list[str]:
+    """The conversion rules an image needs, by its header; raises where it cannot be used.
+
+    A JPEG that ends with its end marker, or a PNG whose checksums are right, was not truncated: knowing that costs a
+    third of decoding it. Any other image is decoded to find out.
+    """
+    image = _open(encoded, max_pixels)
+    rules = [_MODES[image.mode]] if _MODES[image.mode] else []
+    if image.has_transparency_data:
+        rules.append("transparent: laid over white")
+    if image.format == "PNG" and encoded[24] == 16 and not image.mode.startswith("I"):
+        rules.append("16-bit colour: upper 8 bits kept")
+    if getattr(image, "is_animated", False):
+        rules.append("several frames: the first one used")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        rules.append("EXIF orientation: applied")
+    if image.format == "PNG" and encoded.endswith(b"IEND\xaeB`\x82"):
+        image.verify()
+    elif not (image.format == "JPEG" and encoded.endswith(b"\xff\xd9")):
+        image.load()
+    return rules
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The upright image as L or RGB (8 bits) or F (grey in [0, 1], from 16 bits)."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow's own conversion saturates at 255
+        return Image.fromarray(np.asarray(image, dtype=np.float32) / 65535)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image if image.mode in ("RGB", "F") else image.convert("RGB")
+
+
+def fitted(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """The plain image as float32 (C, H, W) in [0, 1].
+
+    RGB becomes grey by the luma of ITU-R BT.601 (0.299 R + 0.587 G + 0.114 B), grey becomes RGB by repetition, and the
+    size is met by Pillow's antialiased bilinear filter without keeping the aspect, in the depth the image has.
+    """
+    if preprocess.channels == 1 and image.mode == "RGB":
+        image = image.convert("L")
+    if image.size != (preprocess.width, preprocess.height):
+        image = image.resize((preprocess.width, preprocess.height), Image.Resampling.BILINEAR)
+    scale = np.float32(1 if image.mode == "F" else 255)
+    pixels = np.asarray(image, dtype=np.float32) / scale
+    if pixels.ndim == 2:
+        return np.broadcast_to(pixels, (preprocess.channels, *pixels.shape))
+    return pixels.transpose(2, 0, 1)
+
+
+class Source(Protocol):
+    """A numbered set of images: `ids` for ever, `names` for messages."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+
+    def check(self, row: int) -> tuple[bytes, list[str]]:
+        """A digest of the image's bytes, and the conversion rules it needs; raises where it cannot be used."""
+
+    def image(self, row: int) -> Image.Image:
+        """The decoded image, plain."""
+
+    def name(self, row: int) -> str:
+        """What a message calls the image."""
+
+
+def _digest(encoded: bytes) -> bytes:
+    return hashlib.blake2b(encoded, digest_size=16).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images in memory: uint8 (N, H, W) or (N, H, W, 3), or float32 (N, H, W) in [0, 1]."""
+
+    ids: tuple[str, ...]
+    pixels: np.ndarray
+
+    def check(self, row: int) -> tuple[bytes, list[str]]:
+        return _digest(self.pixels[row].tobytes()), [_GREY] if self.pixels.ndim == 3 else []
+
+    def image(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels[row])
+
+    def name(self, row: int) -> str:
+        return self.ids[row]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images as encoded bytes, decoded when asked for; `read_mask` where each has a map of classes."""
+
+    ids: tuple[str, ...]
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+    max_pixels: int
+    read_mask: Callable[[int], bytes] | None = None
+    legal: frozenset[int] = frozenset()
+
+    def check(self, row: int) -> tuple[bytes, list[str]]:
+        with _reading():
+            encoded = self.read(row)
+            rules = _rules(encoded, self.max_pixels)
+        if self.read_mask is not None and (mask := self.mask(row).size) != (size := self.image(row).size):
+            raise Unreadable(f"mask is {mask[0]} x {mask[1]} pixels, image {size[0]} x {size[1]}")
+        return _digest(encoded), rules
+
+    def image(self, row: int) -> Image.Image:
+        with _reading():
+            return _plain(_open(self.read(row), self.max_pixels))
+
+    def mask(self, row: int) -> Image.Image:
+        """The map of class numbers, checked to hold nothing else."""
+        assert self.read_mask is not None
+        try:
+            with _reading():
+                mask = _open(self.read_mask(row), self.max_pixels)
+                mask.load()
+        except Unreadable as error:
+            raise Unreadable(f"mask: {error}") from None
+        if mask.mode not in ("L", "P", "I;16", "I"):
+            raise Unreadable(f"mask has mode {mask.mode}, not one class number a pixel")
+        alien = sorted(set(np.unique(np.asarray(mask)).tolist()) - self.legal)
+        if alien:
+            raise Unreadable(f"mask holds {alien[0]}, which is no class number")
+        return mask
+
+    def name(self, row: int) -> str:
+        return f"{self.ids[row]} ({self.names[row]})" if self.names[row] != self.ids[row] else self.ids[row]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A dataset as a reader finds it, before any image was looked at.
+
+    `splits` maps train, test and val, or "" for images that were never split, to their source and targets (N,), None
+    where each image has a map of classes instead.
+    """
+
+    splits: Mapping[str, tuple[Source, Tensor | None]]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    ignore_index: int | None = None
+    ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = None
+    facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = None
+
+
+def numbered(split: str, n: int) -> tuple[str, ...]:
+    """Ids of rows: train/00000, train/00001, ..."""
+    width = max(5, len(str(n - 1)))
+    return tuple(f"{split}/{row:0{width}d}" for row in range(n))

@@ -1,0 +1,188 @@
+"""Splits, and samples of them that depend on each image's id alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sukashi.data.images import Encoded, Source, Unreadable, bad_images, fitted
+from sukashi.errors import DataError, UsageError
+from sukashi.types import Batch, Preprocess
+
+
+def _by_hash(ids: Sequence[str], purpose: str, seed: int) -> list[int]:
+    """Positions in a random order that depends on each id alone, never on the other images."""
+    return sorted(range(len(ids)), key=lambda i: hashlib.blake2b(f"{purpose}/{seed}/{ids[i]}".encode()).digest())
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images of one split, or of a subset of one: same order, same ids, same pixels every time.
+
+    `targets` (N,) int64 class numbers; `image_ids` N strings that a subset keeps; `bad` the (image, reason) pairs that
+    were skipped when the split was read, `notes` how many of its images needed each conversion rule.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+    notes: Mapping[str, int]
+    _source: Source = field(repr=False)
+    _rows: np.ndarray = field(repr=False)
+    _targets: Tensor | None = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a target is a map (H, W) of classes rather than one class."""
+        return self._targets is None
+
+    @property
+    def targets(self) -> Tensor:
+        """Class numbers (N,) int64; UsageError where a target is a map (its batches hold them)."""
+        if self._targets is None:
+            raise UsageError(f"{self.name} has a map of classes an image, not one class: read targets from its batches")
+        return self._targets
+
+    @property
+    def counts(self) -> Tensor:
+        """Images of each class (K,). One alone has no spread: leave such a class out of per-class statistics."""
+        return torch.bincount(self.targets, minlength=len(self.class_names))
+
+    def subset(self, rows: Sequence[int] | Tensor | np.ndarray) -> Split:
+        """The images at these positions, in this order."""
+        at = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[i] for i in at),
+            _rows=self._rows[at],
+            _targets=None if self._targets is None else self._targets[torch.from_numpy(at)],
+        )
+
+    def calibration(self, n_per_class: int, seed: int) -> Split:
+        """`n_per_class` images of every class, drawn by seed; a smaller sample is part of a larger one.
+
+        Raises UsageError for a split with masks, DataError where a class has too few images.
+        """
+        if n_per_class < 1:
+            raise UsageError(f"n_per_class must be at least 1, got {n_per_class}: it is the number of images a class")
+        if self._targets is None:
+            raise UsageError(f"{self.name} has masks, so no sample can be balanced by class: use limit(n)")
+        for number, count in enumerate(self.counts.tolist()):
+            if count < n_per_class:
+                raise DataError(
+                    f"class {self.class_names[number]!r} has {count} images in {self.name}, a calibration set needs "
+                    f"{n_per_class} of every class: ask for at most {int(self.counts.min())} or add images"
+                )
+        rank = self.rank_in_class("calibration", seed)
+        return self.subset(np.flatnonzero(rank < n_per_class))
+
+    def limit(self, n: int, seed: int = 0) -> Split:
+        """At most `n` images, as evenly over the classes as they allow; a smaller one is part of a larger one."""
+        if n >= len(self):
+            return self
+        if self._targets is not None and n < len(self.class_names):
+            raise UsageError(f"limit must be at least {len(self.class_names)}, got {n}: every class needs an image")
+        rank = self.rank_in_class("limit", seed)
+        place = {row: i for i, row in enumerate(_by_hash(self.image_ids, "limit", seed))}
+        first = sorted(range(len(self)), key=lambda i: (rank[i], place[i]))[:n]
+        return self.subset(sorted(first))
+
+    def rank_in_class(self, purpose: str, seed: int) -> np.ndarray:
+        """Place (N,) of each image in a random order of its class; with masks, all are one class."""
+        rank = np.empty(len(self), dtype=np.int64)
+        seen: Counter[int] = Counter()
+        target = [0] * len(self) if self._targets is None else self._targets.tolist()
+        for row in _by_hash(self.image_ids, purpose, seed):
+            rank[row] = seen[target[row]]
+            seen[target[row]] += 1
+        return rank
+
+    def batches(self, preprocess: Preprocess, batch_size: int, workers: int = 0) -> Batches:
+        """Batches in the split's order, to be iterated as often as wanted; `workers` threads decode ahead."""
+        return Batches(self, preprocess, batch_size, workers)
+
+    def whole(self, preprocess: Preprocess, workers: int = 0) -> Batch:
+        """Every image in one batch."""
+        x = torch.empty(len(self), preprocess.channels, preprocess.height, preprocess.width)
+        targets = []
+        start = 0
+        for batch in self.batches(preprocess, 256, workers):
+            x[start : start + len(batch)] = batch.x
+            targets.append(batch.target)
+            start += len(batch)
+        return Batch(x, torch.cat(targets), self.image_ids)
+
+    def _batch(self, preprocess: Preprocess, start: int, stop: int) -> Batch:
+        rows = self._rows[start:stop].tolist()
+        x = np.empty((len(rows), preprocess.channels, preprocess.height, preprocess.width), dtype=np.float32)
+        masks = np.empty((len(rows), preprocess.height, preprocess.width), dtype=np.int64)
+        bad = []
+        for i, row in enumerate(rows):
+            try:
+                x[i] = fitted(self._source.image(row), preprocess)
+                if self._targets is None:
+                    assert isinstance(self._source, Encoded)
+                    size = (preprocess.width, preprocess.height)
+                    masks[i] = np.asarray(self._source.mask(row).resize(size, Image.Resampling.NEAREST))
+            except Unreadable as error:
+                bad.append((self._source.name(row), str(error)))
+        if bad:
+            raise bad_images(self.name, bad, "they passed the check of their headers, so remove or replace them")
+        shape = (1, preprocess.channels, 1, 1)
+        mean, std = torch.tensor(preprocess.mean).view(shape), torch.tensor(preprocess.std).view(shape)
+        target = torch.from_numpy(masks) if self._targets is None else self._targets[start:stop]
+        return Batch((torch.from_numpy(x) - mean) / std, target, self.image_ids[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches of a split, the same ones each time they are iterated and for any number of workers."""
+
+    split: Split
+    preprocess: Preprocess
+    batch_size: int
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.workers < 0:
+            raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
+        if self.preprocess.channels not in (1, 3):
+            raise UsageError(
+                f"images have 1 or 3 channels, the model wants {self.preprocess.channels}: pick another model"
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        spans = [(i, min(i + self.batch_size, len(self.split))) for i in range(0, len(self.split), self.batch_size)]
+        if self.workers == 0:
+            for start, stop in spans:
+                yield self.split._batch(self.preprocess, start, stop)
+            return
+        # Threads, not processes: Pillow decodes and resizes outside the interpreter lock, and nothing is pickled.
+        pool = ThreadPoolExecutor(self.workers)
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            for start, stop in spans:
+                ahead.append(pool.submit(self.split._batch, self.preprocess, start, stop))
+                if len(ahead) > self.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
