@@ -1,0 +1,551 @@
+"""Results as one page that works offline: a verdict in words, then what it rests on. Reads the store only.
+
+Of a trial's result it shows `sauce`, `relative_sauce`, `largest_fraction`, `dense_accuracy`, `chance` and, where there
+are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for each point of the curve), `cost`
+({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
+`hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
+shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut`, each with any of FIGURES and
+`class_accuracy`; `n_images`, `class_names`, `class_counts` and `notes`. A study's `mode` is "cut" (default) or "masked".
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import ArrayLike, NDArray
+
+from sukashi import store
+from sukashi.errors import DataError, UsageError
+from sukashi.stats import Interval, Paired, holm, interval, paired
+from sukashi.store import Record, Store, read_plan
+from sukashi.types import Curve, Plan
+
+Array = NDArray[np.float64]
+
+FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7)
+N_WORST = 5
+# Okabe and Ito's palette, told apart with any colour vision; a criterion keeps its colour in every report.
+COLOURS = {
+    "drift": "#D55E00",
+    "cswap": "#0072B2",
+    "cbp": "#56B4E9",
+    "amp": "#009E73",
+    "taylor": "#E69F00",
+    "magnitude": "#CC79A7",
+    "random": "#8A8A8A",
+}
+OTHERS = ("#332288", "#882255", "#999933", "#44AA99", "#661100", "#117733")
+CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": "#D55E00", "": "#EEF0F2"}
+# Each figure of a network: what the page calls it, and how it is printed.
+FIGURES = {
+    "accuracy": ("accuracy", "percent"),
+    "ratio": ("units removed", "percent"),
+    "fraction": ("parameters removed", "percent"),
+    "parameters": ("parameters", "count"),
+    "flops": ("FLOPs an image", "count"),
+    "latency_ms": ("latency, ms", "number"),
+    "peak_bytes": ("peak memory", "bytes"),
+    "bytes": ("file size", "bytes"),
+}
+MODES = {
+    "cut": "Units were removed physically: every accuracy is that of a network with smaller layers.",
+    "masked": "Accuracies are of the masked network, whose logits are those of the physically cut one.",
+}
+INK, FAINT = "#1F2933", "#D9DEE4"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The finished trials of one criterion, by seed."""
+
+    criterion: str
+    colour: str
+    records: list[Record]
+    curves: list[Curve]
+    plans: list[Plan]
+
+    @property
+    def sauce(self) -> Interval:
+        return self.over_seeds("sauce")
+
+    def over_seeds(self, name: str) -> Interval:
+        return interval([float(record.result[name]) for record in self.records])
+
+    @property
+    def reach(self) -> float:
+        """The largest fraction that every seed measured."""
+        return float(min(curve.fraction.max() for curve in self.curves))
+
+    def at(self, fractions: ArrayLike) -> Interval:
+        """Accuracy over seeds at these fractions, on straight lines between the measured points."""
+        rows = []
+        for curve in self.curves:
+            order = np.argsort(curve.n_removed, kind="stable")
+            rows.append(np.interp(fractions, curve.fraction[order], curve.accuracy[order]))
+        return interval(rows)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two criteria on the seeds both have, first minus second; `p` is Holm's over all pairs that can be tested."""
+
+    first: str
+    second: str
+    test: Paired
+    p: float | None
+
+
+def write(folder: Path | str) -> Path:
+    """The path of `report.html`, written with `figures/*.png` into a folder that `compare` or `prune` filled.
+
+    Raises: UsageError where the folder holds neither or nothing is finished, DataError where a file is broken.
+    """
+    folder = Path(folder)
+    if (folder / "study.json").exists():
+        page, figures = _compared(Store(folder))
+    elif (folder / "recipe.json").exists():
+        page, figures = _pruned(folder)
+    else:
+        raise UsageError(f"{folder} holds no study and no pruned model: give the --out of a compare or a prune")
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, png in figures.items():
+        store.write(folder / "figures" / f"{name}.png", png)
+    environment = Environment(
+        loader=PackageLoader("sukashi"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "p_value": _p_value}
+    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
+    html = environment.get_template("report.html.j2").render(**page, figures=inlined)
+    store.write(folder / "report.html", html.encode())
+    return folder / "report.html"
+
+
+def _compared(study: Store) -> tuple[dict[str, Any], dict[str, bytes]]:
+    groups = _groups(study.finished())
+    if not groups:
+        raise UsageError(
+            f"{study.folder} holds no finished trial: give the same compare command again to go on with it"
+        )
+    leader, first = groups[0], groups[0].records[0]
+    pairs = _pairs(groups)
+    run = (study.logged("run") or [{}])[-1]
+    costs = _costs(groups, study.logged("cost"))
+    with_categories = {group.criterion: group.plans for group in groups if _has_categories(group.plans)}
+    verdict, rule = _verdict(groups, pairs)
+    seeds = sorted({record.trial.seed for group in groups for record in group.records})
+    n_images = len(leader.curves[0].image_ids)
+    page = {
+        "title": f"{first.trial.model.get('spec', 'model')} on {first.trial.data.get('spec', 'data')}",
+        "verdict": verdict,
+        "rule": rule,
+        "warnings": [*_warnings(study, groups), *_slower(costs)],
+        "groups": groups,
+        "differences": [
+            _from(leader.criterion, pair) for pair in pairs if leader.criterion in (pair.first, pair.second)
+        ],
+        "n_pairs": len(pairs),
+        "fractions": FRACTIONS,
+        "accuracy": [[_at(group, fraction) for fraction in FRACTIONS] for group in groups],
+        "passes": {group.criterion: passes for group in groups if (passes := _passes(group))},
+        "categories": list(with_categories),
+        "costs": _cost_table(costs),
+        "worst": _worst_of(leader),
+        "settings": {
+            "seeds": ", ".join(map(str, seeds)),
+            "test images": f"{n_images:,}",
+            "dense accuracy": _percent(first.result["dense_accuracy"]),
+            "chance": _percent(first.result["chance"]),
+            **dict(_flat(study.study)),
+        },
+        "mode": MODES[study.study.get("mode", "cut")],
+        "run": run,
+    }
+    figures = {"curves": _draw_curves(groups)}
+    if with_categories:
+        figures["categories"] = _draw_categories(with_categories)
+    return page, figures
+
+
+def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    try:
+        recipe = json.loads((folder / "recipe.json").read_bytes())
+    except ValueError as error:
+        raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): prune again into another folder") from error
+    about, run = recipe.get("figures", {}), recipe.get("provenance", {})
+    dense, cut = about.get("dense", {}), about.get("cut", {})
+    costs = {"dense": dense, "cut": cut}
+    plans = [read_plan(folder / "plan.npz")] if (folder / "plan.npz").exists() else []
+    with_categories = {plans[0].method: plans} if _has_categories(plans) else {}
+    verdict, rule = _verdict_of_cut(dense, cut, about.get("n_images"))
+    page = {
+        "title": f"{recipe.get('model', {}).get('spec', 'model')}, pruned",
+        "verdict": verdict,
+        "rule": rule,
+        "warnings": [*about.get("notes", []), *_slower(costs)],
+        "groups": [],
+        "passes": {},
+        "categories": list(with_categories),
+        "costs": _cost_table(costs),
+        "worst": _worst_of_cut(about),
+        "settings": dict(_flat({key: value for key, value in run.items() if key not in ("command", "versions")})),
+        "mode": MODES["cut"],
+        "run": run,
+    }
+    return page, {"categories": _draw_categories(with_categories)} if with_categories else {}
+
+
+# --- what the trials say
+
+
+def _groups(records: Sequence[Record]) -> list[_Group]:
+    """Best mean SAUCE first."""
+    names = sorted({record.trial.criterion for record in records})
+    others = itertools.cycle(OTHERS)
+    colours = {name: COLOURS.get(name) or next(others) for name in names}
+    groups = []
+    for name in names:
+        of_name = sorted((r for r in records if r.trial.criterion == name), key=lambda r: r.trial.seed)
+        plans = [plan for record in of_name if (plan := record.plan()) is not None]
+        groups.append(_Group(name, colours[name], of_name, [r.curve() for r in of_name], plans))
+    return sorted(groups, key=lambda group: -group.sauce.mean)
+
+
+def _pairs(groups: Sequence[_Group]) -> list[_Pair]:
+    """Every pair of criteria that share seeds, the better first."""
+    generator = np.random.default_rng(0)
+    tests = []
+    for first, second in itertools.combinations(groups, 2):
+        one, other = ({r.trial.seed: float(r.result["sauce"]) for r in g.records} for g in (first, second))
+        seeds = sorted(set(one) & set(other))
+        if seeds:
+            test = paired([one[seed] for seed in seeds], [other[seed] for seed in seeds], generator=generator)
+            tests.append((first.criterion, second.criterion, test))
+    corrected = iter(holm([test.p_t for _, _, test in tests if test.p_t is not None]))
+    return [_Pair(a, b, test, None if test.p_t is None else float(next(corrected))) for a, b, test in tests]
+
+
+def _from(leader: str, pair: _Pair) -> dict[str, Any]:
+    return {"other": pair.second if pair.first == leader else pair.first, "test": pair.test, "p": pair.p}
+
+
+def _verdict(groups: Sequence[_Group], pairs: Sequence[_Pair]) -> tuple[str, str]:
+    """What the study says, in one sentence, and the rule that decided it."""
+    leader, name, best = groups[0], groups[0].criterion, groups[0].sauce
+    if len(groups) == 1:
+        return (
+            f"{name} reaches a SAUCE of {best.mean:.1f} ({_seeds(best.n)}).",
+            "There is no other criterion beside it.",
+        )
+    against = [pair for pair in pairs if pair.first == name]
+    if len(against) < len(groups) - 1:
+        lone = next(g.criterion for g in groups[1:] if g.criterion not in [pair.second for pair in against])
+        return (
+            f"Nothing can be said yet: {name} and {lone} have no seed in common.",
+            "Criteria are compared seed by seed; let the study finish.",
+        )
+    runner = min(against, key=lambda pair: pair.test.t.mean)
+    gap, of_t = runner.test.t.mean, runner.test.t
+    if of_t.n == 1 or leader.sauce.n == 1:
+        return (
+            f"{name} has the highest SAUCE, {best.mean:.1f}, {gap:.1f} above {runner.second}; "
+            "with one seed nothing says whether another seed would agree.",
+            "Rule: a criterion leads when a paired test over seeds separates it from every other one. "
+            "Give --seeds 5 for a verdict.",
+        )
+    rule = (
+        "Rule: the criterion with the highest mean SAUCE leads when a paired t test over seeds separates it from every "
+        f"other one (p < 0.05 after Holm's correction over all {len(pairs)} pairs)."
+    )
+    span = f"95% interval {of_t.low:.1f} to {of_t.high:.1f}, paired over {_seeds(of_t.n)}"
+    open_ = [pair for pair in against if pair.p is None or pair.p >= 0.05]
+    if not open_:
+        worst = max(pair.p for pair in against if pair.p is not None)
+        return (
+            f"{name} leads: SAUCE {best.mean:.1f}, {gap:.1f} above {runner.second}, the next best ({span}).",
+            f"{rule} The largest of its p-values is {_p_value(worst)}.",
+        )
+    rivals = _list([pair.second for pair in open_])
+    return (
+        f"No criterion leads: {name} has the highest mean SAUCE, {best.mean:.1f}, but the seeds do not separate it "
+        f"from {rivals} ({runner.second}: {gap:.1f} lower, {span}).",
+        rule,
+    )
+
+
+def _verdict_of_cut(dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: int | None) -> tuple[str, str]:
+    parts = []
+    if "accuracy" in dense and "accuracy" in cut:
+        change = 100 * (cut["accuracy"] - dense["accuracy"])
+        parts.append(f"accuracy goes from {_percent(dense['accuracy'])} to {_percent(cut['accuracy'])} ({change:+.1f})")
+    for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency_ms", "latency")):
+        if dense.get(name) and name in cut:
+            parts.append(f"{noun} {100 * (cut[name] / dense[name] - 1):+.0f}%")
+    if not parts:
+        return "The network was cut; no figures were kept.", ""
+    said = ", ".join(parts)
+    rule = f"Measured on {n_images:,} test images." if n_images else ""
+    return f"{said[0].upper()}{said[1:]}.", rule
+
+
+def _warnings(study: Store, groups: Sequence[_Group]) -> list[str]:
+    found = []
+    criteria, seeds = study.study.get("criteria"), study.study.get("seeds")
+    if criteria and seeds:
+        n_asked = len(criteria) * (seeds if isinstance(seeds, int) else len(seeds))
+        n_finished = sum(len(group.records) for group in groups)
+        if n_finished < n_asked:
+            found.append(
+                f"{n_finished} of {n_asked} trials are finished: give the same command again to go on with the others."
+            )
+    for group in groups:
+        reach = [float(curve.fraction.max()) for curve in group.curves]
+        if min(reach) < 0.8:
+            found.append(
+                f"{group.criterion} was measured up to {_percent(min(reach))} of the parameters only; "
+                "SAUCE draws a straight line from there to chance."
+            )
+        found += [note for record in group.records for note in record.result.get("notes", [])]
+    return list(dict.fromkeys(found))
+
+
+def _at(group: _Group, fraction: float) -> Interval | None:
+    return group.at(fraction) if fraction <= group.reach else None
+
+
+def _passes(group: _Group) -> list[dict[str, Any]]:
+    """What was gone and what was left after each progressive pass, over the seeds that have that many passes."""
+    by_seed = []
+    for curve in group.curves:
+        rows = np.flatnonzero(np.isnan(curve.ratio))
+        rows = rows[np.argsort(curve.n_removed[rows], kind="stable")]
+        by_seed.append([(curve.n_removed[row], curve.fraction[row], curve.accuracy[row]) for row in rows])
+    found = []
+    for number in range(max(map(len, by_seed))):
+        points = np.array([points[number] for points in by_seed if len(points) > number], dtype=np.float64)
+        units, fraction, accuracy = (interval(points[:, column]) for column in range(3))
+        found.append({"number": number + 1, "units": units, "fraction": fraction, "accuracy": accuracy})
+    return found
+
+
+def _has_categories(plans: Sequence[Plan]) -> bool:
+    return any((plan.category != "").any() for plan in plans)
+
+
+def _shares(plans: Sequence[Plan], category: str) -> Array:
+    """(sites,) the mean share of a category among the units of each site."""
+    positions = range(len(plans[0].sites))
+    found = [[(plan.category[plan.site == position] == category).mean() for position in positions] for plan in plans]
+    return np.asarray(np.mean(found, axis=0))
+
+
+def _costs(groups: Sequence[_Group], timed: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Each criterion's cut network beside the dense one, means over seeds."""
+    clocks: dict[str, Any] = {entry["trial"]: entry for entry in timed}
+    columns: dict[str, Mapping[str, Any]] = {}
+    for group in groups:
+        of_seeds = []
+        for record in group.records:
+            kept, clock = record.result.get("cost"), clocks.get(record.trial.key, {})
+            if kept:
+                columns.setdefault("dense", {**kept["dense"], **clock.get("dense", {})})
+                of_seeds.append({**kept["cut"], **clock.get("cut", {})})
+        if of_seeds:
+            shared = [name for name in of_seeds[0] if all(name in figures for figures in of_seeds)]
+            columns[group.criterion] = {name: float(np.mean([f[name] for f in of_seeds])) for name in shared}
+    return columns
+
+
+def _cost_table(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known."""
+    rows = []
+    for name, (noun, form) in FIGURES.items():
+        values = [figures.get(name) for figures in columns.values()]
+        if any(value is not None for value in values):
+            dense = values[0]
+            factors = [value / dense if dense and value is not None and form != "percent" else None for value in values]
+            rows.append((noun, [_printed(value, form) for value in values], [None, *factors[1:]]))
+    return {"columns": list(columns), "rows": rows} if rows else None
+
+
+def _slower(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    dense = columns.get("dense", {}).get("latency_ms")
+    return [
+        f"{name}: the cut network takes {figures['latency_ms'] / dense:.2f} times as long as the dense one; odd "
+        "channel counts are the usual reason, see --round-to."
+        for name, figures in columns.items()
+        if dense and figures.get("latency_ms", 0) > dense
+    ]
+
+
+def _worst_of(group: _Group) -> dict[str, Any] | None:
+    """The classes that lost most where half of the units are gone (the point nearest to it), mean over seeds."""
+    results = [record.result for record in group.records]
+    if not all("class_accuracy" in result for result in results):
+        return None
+    dense, cut = [], []
+    for curve, result in zip(group.curves, results, strict=True):
+        table = np.array(result["class_accuracy"], dtype=np.float64)  # None, a class without images, becomes NaN
+        dense.append(table[int(np.argmin(curve.n_removed))])
+        cut.append(table[int(np.nanargmin(np.abs(curve.ratio - 0.5)))])
+    point = int(np.nanargmin(np.abs(group.curves[0].ratio - 0.5)))
+    where = f"{group.criterion} with {_percent(group.curves[0].ratio[point])} of the units removed"
+    return {"where": where, "rows": _worst(results[0], np.mean(dense, axis=0), np.mean(cut, axis=0))}
+
+
+def _worst_of_cut(about: Mapping[str, Any]) -> dict[str, Any] | None:
+    dense, cut = (about.get(which, {}).get("class_accuracy") for which in ("dense", "cut"))
+    if dense is None or cut is None:
+        return None
+    return {"where": "the cut network", "rows": _worst(about, *(np.array(x, dtype=np.float64) for x in (dense, cut)))}
+
+
+def _worst(about: Mapping[str, Any], dense: Array, cut: Array) -> list[dict[str, Any]]:
+    lost = dense - cut
+    order = [int(k) for k in np.argsort(-lost, kind="stable") if np.isfinite(lost[k])][:N_WORST]
+    return [
+        {"name": about["class_names"][k], "n": about["class_counts"][k], "dense": dense[k], "cut": cut[k]}
+        for k in order
+    ]
+
+
+# --- figures
+
+
+def _draw_curves(groups: Sequence[_Group]) -> bytes:
+    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    result = groups[0].records[0].result
+    _level(axes, result["dense_accuracy"], "dense", "--")
+    _level(axes, result["chance"], "chance", ":")
+    for group in reversed(groups):  # the best is drawn last, on top
+        fractions = np.linspace(0, group.reach, 101)
+        line = group.at(fractions)
+        mean = group.sauce.mean
+        axes.plot(fractions, line.mean, color=group.colour, linewidth=1.8, label=f"{group.criterion}  {mean:.1f}")
+        if line.low is not None:
+            axes.fill_between(fractions, line.low, line.high, color=group.colour, alpha=0.15, linewidth=0)
+        for curve in group.curves:
+            after_pass = np.isnan(curve.ratio)
+            axes.plot(
+                curve.fraction[after_pass],
+                curve.accuracy[after_pass],
+                linestyle="",
+                marker="o",
+                markersize=4,
+                color=group.colour,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+            )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="fraction of parameters removed", ylabel="accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], title="criterion, SAUCE", frameon=False, alignment="left")
+    _calm(axes)
+    return _png(figure)
+
+
+def _level(axes: Axes, height: float, name: str, style: str) -> None:
+    axes.axhline(height, color=INK, linewidth=0.9, linestyle=style)
+    axes.annotate(
+        name, (1, height), (-3, 3), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=8
+    )
+
+
+def _draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:
+    """Stacked shares of a site's units, sites from input to output: the paper's figure 12."""
+    figure = Figure(figsize=(8.4, 1.2 + 1.6 * len(plans)), layout="constrained")
+    rows = figure.subplots(len(plans), sharex=True, squeeze=False)[:, 0]
+    layers = [site.layer for site in next(iter(plans.values()))[0].sites]
+    for axes, (criterion, of_criterion) in zip(rows, plans.items(), strict=True):
+        bottom = np.zeros(len(layers))
+        for category, colour in CATEGORY_COLOURS.items():
+            share = _shares(of_criterion, category)
+            if share.any():
+                axes.bar(np.arange(len(layers)), share, 0.84, bottom, color=colour, label=category or "undecided")
+            bottom += share
+        axes.set(ylim=(0, 1), xlim=(-0.6, len(layers) - 0.4), yticks=[0, 0.5, 1])
+        axes.set_title(criterion, loc="left", fontsize=10, color=INK)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _calm(axes)
+        axes.grid(False)
+    # A $ would start a formula.
+    rows[-1].set_xticks(range(len(layers)), [name.replace("$", r"\$") for name in layers], rotation=90, fontsize=7)
+    handles = {label: handle for axes in rows for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _calm(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=160, metadata={"Software": None})  # else the version is stamped on it
+    return content.getvalue()
+
+
+# --- how things are printed
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _printed(value: float | None, form: str) -> str:
+    """A figure for people: 0.27 M, 41.3 M, 1.08 MB, 5.31."""
+    if value is None:
+        return "–"
+    if form == "percent":
+        return _percent(value)
+    if form == "number":
+        return f"{value:.3g}"
+    step, units = (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if form == "bytes" else (1000, ("", "K", "M", "G", "T"))
+    size = 0
+    while value >= step and size < len(units) - 1:
+        value, size = value / step, size + 1
+    return f"{value:.4g} {units[size]}".rstrip()
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' if n > 1 else ''}"
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting as (dotted name, text)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
