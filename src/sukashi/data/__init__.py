@@ -7,6 +7,7 @@ depend on their order, on other images or on a generator's state.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,8 @@ class Data:
     """A dataset: `train` to choose and to fit on, `test` to measure on, `val` where there is one beside a test split.
 
     `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
-    `ignore_index` is the target of pixels without a class, None where targets are one class an image.
+    `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits, and
+    `ignore_index` the target of pixels without a class, None where targets are one class an image.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Data:
     val: Split | None
     notes: tuple[str, ...]
     bad: tuple[tuple[str, str], ...]
+    sha256: str
     ignore_index: int | None
     _ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(repr=False)
     _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
@@ -135,6 +138,7 @@ def load(
         splits.get("val"),
         tuple(notes),
         bad,
+        _sha256(splits, digests),
         found.ignore_index,
         found.ground_truth,
         found.facts,
@@ -172,22 +176,22 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
 
 
 def _found(spec: str | Path, max_pixels: int) -> tuple[str, Found]:
-    name, _, options = str(spec).partition(":")
-    if spec == "digits":
-        return name, _digits()
-    if name == "shapes":
-        return str(spec), Shapes.parse(options).found()
-    if name == "torchvision":
-        return options, downloads.torchvision(options, max_pixels)
+    if isinstance(spec, str):
+        name, _, options = spec.partition(":")
+        if spec == "digits":
+            return spec, _digits()
+        if name == "shapes":
+            return spec, Shapes.parse(options).found()
+        if name == "torchvision":
+            return options, downloads.torchvision(options, max_pixels)
     path = Path(spec)
-    if path.is_dir():
-        parquet = sorted(path.rglob("*.parquet"))
-        found = files.parquet(path, parquet, max_pixels) if parquet else files.image_folder(path, max_pixels)
-    elif path.suffix == ".parquet" and path.is_file():
-        found = files.parquet(path, [path], max_pixels)
-    else:
+    if path.is_file() and path.suffix == ".parquet":
+        return path.stem, files.parquet(path, [path], max_pixels)
+    if not path.is_dir():
         raise UsageError(f"unknown data {str(spec)!r}, and no such folder{nearest(str(spec), names())}")
-    return path.resolve().stem, found
+    shards = sorted(path.rglob("*.parquet"))
+    found = files.parquet(path, shards, max_pixels) if shards else files.image_folder(path, max_pixels)
+    return path.resolve().name, found
 
 
 def _digits() -> Found:
@@ -276,14 +280,24 @@ def _held_out(pool: Split, seed: int) -> dict[str, Split]:
     }
 
 
+def _sha256(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(splits):
+        split = splits[name]
+        targets = [-1] * len(split) if split.has_masks else split.targets.tolist()
+        for image_id, target in zip(split.image_ids, targets, strict=True):
+            whole.update(f"{name} {image_id} {target} ".encode() + digests[image_id])
+    return whole.hexdigest()
+
+
 def _duplicates(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> list[str]:
     """A note, and a warning, for each pair of splits that share an image by the hash of its bytes."""
     notes = []
     order = [name for name in ("train", "val", "test") if name in splits]
     for i, first in enumerate(order):
-        seen = {digests[image_id]: image_id for image_id in splits[first].image_ids}
+        seen = {digests[image_id][:16]: image_id for image_id in splits[first].image_ids}
         for second in order[i + 1 :]:
-            same = [f"{b} = {seen[digests[b]]}" for b in splits[second].image_ids if digests[b] in seen]
+            same = [f"{b} = {seen[d]}" for b in splits[second].image_ids if (d := digests[b][:16]) in seen]
             if same:
                 listed = ", ".join(same[:3]) + (", ..." if len(same) > 3 else "")
                 notes.append(f"{len(same)} image(s) of {second} are also in {first}, byte for byte: {listed}")

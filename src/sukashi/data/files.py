@@ -46,7 +46,7 @@ def image_folder(root: Path, max_pixels: int) -> Found:
             )
     if not class_names:
         raise DataError(
-            f"{root} holds neither Parquet files nor class folders with images: see the data section of README"
+            f"{root} holds neither Parquet files nor class folders: it needs train/CLASS/*.png or CLASS/*.png"
         )
     splits: dict[str, tuple[Source, Tensor | None]] = {}
     notes = []
@@ -89,17 +89,19 @@ def parquet(root: Path, files: Sequence[Path], max_pixels: int) -> Found:
     columns = set()
     for path in files:
         try:
-            table = pq.read_table(path)
-            columns.add(_columns(table, path))
-        except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} is no readable Parquet file of images ({error}): copy it again") from None
+            table = pq.ParquetFile(path).read()
+            label_names, mask_names = _metadata(table)
+        except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{path} or its metadata is no readable Parquet ({error}): write it again") from None
+        columns.add(_columns(table, label_names, mask_names, path))
         tables.setdefault(_split_of(path, root), []).append(table)
     if len(columns) > 1:
         raise DataError(f"the files of {root} differ in columns or class names: {' / '.join(map(str, columns))}")
     image, target, is_mask, class_names = columns.pop()
-    whole = {split: pa.concat_tables([t.select([image, target]) for t in shards]) for split, shards in tables.items()}
+    whole = {
+        split: pa.concat_tables([table.select([image, target]) for table in shards], promote_options="permissive")
+        for split, shards in tables.items()
+    }
     if is_mask:
         # The last class is void where it is called so; the numbers of those before it stay what they are.
         has_void = class_names[-1].lower() in _VOID
@@ -132,25 +134,33 @@ def _split_of(path: Path, root: Path) -> str:
     raise DataError(f"{path} belongs to no split: its name, or its folder's, must start with train, val or test")
 
 
-def _columns(table: pa.Table, path: Path) -> tuple[str, str, bool, tuple[str, ...]]:
-    """Image column, target column, whether that holds masks, and the class names (none where the file has none)."""
+def _metadata(table: pa.Table) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Class names of each label column, and those of the mask, as far as the schema's metadata tells."""
     metadata = table.schema.metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    labels = {
+        name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel" and "names" in f
+    }
+    return labels, tuple(json.loads(metadata.get(b"classes", b"[]")))
+
+
+def _columns(
+    table: pa.Table, label_names: dict[str, tuple[str, ...]], mask_names: tuple[str, ...], path: Path
+) -> tuple[str, str, bool, tuple[str, ...]]:
+    """Image column, target column, whether that holds masks, and the class names (none where the file has none)."""
     columns = table.column_names
     images = [name for name in ("image", "img") if name in columns]
-    labels = [name for name in columns if features.get(name, {}).get("_type") == "ClassLabel"]
-    labels = labels or [name for name in ("label", "labels") if name in columns]
+    labels = [name for name in columns if name in label_names] or [c for c in ("label", "labels") if c in columns]
     if len(images) != 1 or len(labels) + ("mask" in columns) != 1:
         raise DataError(
             f"{path} has columns {', '.join(columns)}: one `image` and either one `label` or a `mask` are needed, "
             f"drop or rename the others"
         )
     if labels:
-        return images[0], labels[0], False, tuple(features.get(labels[0], {}).get("names", ()))
-    class_names = tuple(json.loads(metadata.get(b"classes", b"[]")))
-    if not class_names:
+        return images[0], labels[0], False, label_names.get(labels[0], ())
+    if not mask_names:
         raise DataError(f"{path} has masks and no class names: put a JSON list `classes` into the schema's metadata")
-    return images[0], "mask", True, class_names
+    return images[0], "mask", True, mask_names
 
 
 def _class_numbers(split: str, column: pa.ChunkedArray, n_classes: int) -> Tensor:
@@ -158,7 +168,7 @@ def _class_numbers(split: str, column: pa.ChunkedArray, n_classes: int) -> Tenso
         raise DataError(
             f"labels of {split} are {column.type}, not class numbers: store integers and the names beside them"
         )
-    numbers = torch.tensor(pc.fill_null(column, -1).to_numpy(), dtype=torch.int64)
+    numbers = torch.tensor(pc.fill_null(column.cast(pa.int64()), -1).to_numpy())
     legal = (numbers >= 0) & ((numbers < n_classes) if n_classes else True)
     if not bool(legal.all()):
         row = int((~legal).nonzero()[0])

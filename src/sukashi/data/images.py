@@ -26,6 +26,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", 
 _ORIENTATION = 0x0112
 
 _GREY = "greyscale: repeated where a model wants three channels"
+_ROTATED = "EXIF orientation: applied"
 _DEEP = "16-bit grey: divided by 65535"
 _MODES = {
     "1": _GREY,
@@ -85,10 +86,10 @@ def _open(encoded: bytes, max_pixels: int) -> Image.Image:
 
 
 def _rules(encoded: bytes, max_pixels: int) -> list[str]:
-    """The conversion rules an image needs, by its header; raises where it cannot be used.
+    """The conversion rules an image needs, raises where it cannot be used.
 
-    A JPEG that ends with its end marker, or a PNG whose checksums are right, was not truncated: knowing that costs a
-    third of decoding it. Any other image is decoded to find out.
+    A JPEG that ends with its end marker was not truncated: knowing that costs a third of decoding it. Any other image is
+    decoded to find out.
     """
     image = _open(encoded, max_pixels)
     rules = [_MODES[image.mode]] if _MODES[image.mode] else []
@@ -99,10 +100,8 @@ def _rules(encoded: bytes, max_pixels: int) -> list[str]:
     if getattr(image, "is_animated", False):
         rules.append("several frames: the first one used")
     if image.getexif().get(_ORIENTATION, 1) != 1:
-        rules.append("EXIF orientation: applied")
-    if image.format == "PNG" and encoded.endswith(b"IEND\xaeB`\x82"):
-        image.verify()
-    elif not (image.format == "JPEG" and encoded.endswith(b"\xff\xd9")):
+        rules.append(_ROTATED)
+    if image.format != "JPEG" or not encoded.endswith(b"\xff\xd9"):
         image.load()
     return rules
 
@@ -145,7 +144,7 @@ class Source(Protocol):
     def ids(self) -> tuple[str, ...]: ...
 
     def check(self, row: int) -> tuple[bytes, list[str]]:
-        """A digest of the image's bytes, and the conversion rules it needs; raises where it cannot be used."""
+        """A digest of the image's bytes (16, then 16 of its mask's), and the rules it needs; raises if unusable."""
 
     def image(self, row: int) -> Image.Image:
         """The decoded image, plain."""
@@ -190,8 +189,12 @@ class Encoded:
         with _reading():
             encoded = self.read(row)
             rules = _rules(encoded, self.max_pixels)
-        if self.read_mask is not None and (mask := self.mask(row).size) != (size := self.image(row).size):
-            raise Unreadable(f"mask is {mask[0]} x {mask[1]} pixels, image {size[0]} x {size[1]}")
+        if self.read_mask is not None:
+            if _ROTATED in rules:
+                raise Unreadable("it has an EXIF orientation, and nothing says which way up its mask is")
+            if (mask := self.mask(row).size) != (size := self.image(row).size):
+                raise Unreadable(f"mask is {mask[0]} x {mask[1]} pixels, image {size[0]} x {size[1]}")
+            return _digest(encoded) + _digest(self.read_mask(row)), rules
         return _digest(encoded), rules
 
     def image(self, row: int) -> Image.Image:

@@ -101,13 +101,13 @@ class Shapes:
         number = int(match[2])
         # The order of these draws is part of the dataset: a new one goes to the end.
         draw = np.random.default_rng((_SPLITS.index(match[1]), number))
-        radius = self.size * draw.uniform(0.2, 0.28)
+        radius = self.size * draw.uniform(0.24, 0.34)
         x, y = draw.uniform(radius + 1, self.size - 1 - radius, size=2)
         angle = draw.uniform(-0.35, 0.35)
         colour = list(COLOURS)[draw.integers(len(COLOURS))]
         texture = TEXTURES[draw.integers(len(TEXTURES))]
-        ground = draw.uniform(0.2, 0.45)
-        slope = draw.uniform(-0.1, 0.1, size=2)
+        ground = draw.uniform(0.1, 0.3)
+        slope = draw.uniform(-0.08, 0.08, size=2)
         noise = int(draw.integers(2**31))
         luck = draw.uniform()
         shape = SHAPES[number % len(SHAPES)]
@@ -133,7 +133,7 @@ class Shapes:
         cos, sin = np.cos(fact["angle"]), np.sin(fact["angle"])
         u, v = cos * right + sin * down, cos * down - sin * right
         outside = _distance(fact["shape"], u, v, fact["radius"])
-        ink = _ink(fact["texture"], u, v, self.size / 8)
+        ink = _ink(fact["texture"], u, v, self.size / 6)
         mark = np.zeros((self.size, self.size), dtype=bool)
         if fact["watermark"]:
             glyph = np.kron(_MARK, np.ones((self.size // 32 or 1,) * 2, dtype=bool))
@@ -142,7 +142,7 @@ class Shapes:
         grid = (centre / self.size - 0.5)[:, None] * fact["slope"][0] + (centre / self.size - 0.5) * fact["slope"][1]
         noise = np.random.default_rng(fact["noise"]).normal(0, 0.02, (self.size, self.size))
         ground = (fact["ground"] + grid + noise)[..., None]
-        paint = np.array(COLOURS[fact["colour"]]) * np.where(ink, 0.45, 1.0)[..., None]
+        paint = np.array(COLOURS[fact["colour"]]) * np.where(ink, 0.62, 1.0)[..., None]
         cover = np.clip(0.5 - outside, 0, 1)[..., None]
         image = ground * (1 - cover) + paint * cover
         image[mark] = 0.15 * image[mark] + 0.85

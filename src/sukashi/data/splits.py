@@ -61,8 +61,9 @@ class Split:
         return torch.bincount(self.targets, minlength=len(self.class_names))
 
     def subset(self, rows: Sequence[int] | Tensor | np.ndarray) -> Split:
-        """The images at these positions, in this order."""
-        at = np.asarray(rows, dtype=np.int64)
+        """The images at these positions, in this order; or where a mask (N,) is true."""
+        at = np.asarray(rows)
+        at = np.flatnonzero(at) if at.dtype == bool else at.astype(np.int64)
         return replace(
             self,
             image_ids=tuple(self.image_ids[i] for i in at),
@@ -90,10 +91,11 @@ class Split:
 
     def limit(self, n: int, seed: int = 0) -> Split:
         """At most `n` images, as evenly over the classes as they allow; a smaller one is part of a larger one."""
+        fewest = 1 if self._targets is None else len(self.class_names)
+        if n < fewest:
+            raise UsageError(f"limit must be at least {fewest}, got {n}: every class needs an image")
         if n >= len(self):
             return self
-        if self._targets is not None and n < len(self.class_names):
-            raise UsageError(f"limit must be at least {len(self.class_names)}, got {n}: every class needs an image")
         rank = self.rank_in_class("limit", seed)
         place = {row: i for i, row in enumerate(_by_hash(self.image_ids, "limit", seed))}
         first = sorted(range(len(self)), key=lambda i: (rank[i], place[i]))[:n]
@@ -142,7 +144,7 @@ class Split:
             raise bad_images(self.name, bad, "they passed the check of their headers, so remove or replace them")
         shape = (1, preprocess.channels, 1, 1)
         mean, std = torch.tensor(preprocess.mean).view(shape), torch.tensor(preprocess.std).view(shape)
-        target = torch.from_numpy(masks) if self._targets is None else self._targets[start:stop]
+        target = torch.from_numpy(masks) if self._targets is None else self._targets[start:stop].clone()
         return Batch((torch.from_numpy(x) - mean) / std, target, self.image_ids[start:stop])
 
 
