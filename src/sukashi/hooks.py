@@ -21,8 +21,8 @@ from sukashi.types import Mask, Member, Site
 def masked(model: nn.Module, gates: Mask | Mapping[Site, Tensor]) -> Iterator[None]:
     """Inside, each unit is multiplied by its gate wherever it is read; a gate of 0 is what cutting the unit gives.
 
-    A gate is (U,), or (B, U) with one row an image; bool or float, and differentiable. It acts on the consumers' inputs,
-    because a zeroed convolution leaves its BatchNorm as beta - gamma * mu / sigma and not zero.
+    A gate is (U,), or (B, U) with one row an image; bool or float, and differentiable. It acts on the consumers'
+    inputs, because a zeroed convolution leaves its BatchNorm as beta - gamma * mu / sigma and not zero.
 
     Raises UsageError where a gate's shape does not fit its site.
     """

@@ -7,7 +7,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import EncoderBlock
+
+from sukashi.errors import ModelError
 
 
 class PadShortcut(nn.Module):
@@ -88,7 +92,7 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention written out as qkv -> core -> proj, so that inner dimensions can be masked and cut.
 
-    Keeps timm's parameter names. Input and output (B, T, C).
+    Keeps timm's parameter names. Input and output (B, T, C). Raises ModelError where it is called with a mask.
     """
 
     def __init__(self, qkv: nn.Linear, proj: nn.Linear, n_heads: int, scale: float) -> None:
@@ -98,5 +102,77 @@ class Attention(nn.Module):
         self.core = AttentionCore([inner // n_heads] * n_heads, scale)
         self.proj = proj
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ModelError("explicit attention was called with a mask: only unmasked self-attention is supported")
         return cast(Tensor, self.proj(self.core(self.qkv(x))))
+
+
+class PairedAttention(Attention):
+    """The same behind nn.MultiheadAttention's call, as torchvision's EncoderBlock makes it: gives (output, None)."""
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        if not (query is key is value) or need_weights:
+            raise ModelError("explicit attention was called with other keys or for weights: only self-attention works")
+        return super().forward(query), None
+
+
+def explicit_attention(model: nn.Module) -> None:
+    """Write out, in place, timm's Attention and the MultiheadAttention of torchvision's EncoderBlock as Attention.
+
+    Outputs stay equal and parameters are the same objects. timm's names stay; torchvision's `in_proj_weight` becomes
+    `qkv.weight` and `out_proj` becomes `proj`. Other attention is left alone, and `sites.find` says so.
+
+    Raises ModelError, before anything is changed, for a variant that the written-out form does not compute.
+    """
+    written: list[tuple[nn.Module, str, nn.Module]] = []
+    for prefix, parent in model.named_modules():
+        for name, child in parent.named_children():
+            layer = f"{prefix}.{name}".lstrip(".")
+            if isinstance(child, TimmAttention):
+                written.append((parent, name, _from_timm(layer, child)))
+            elif isinstance(child, nn.MultiheadAttention) and isinstance(parent, EncoderBlock):
+                written.append((parent, name, _from_torch(layer, child)))
+    for parent, name, attention in written:
+        setattr(parent, name, attention)
+
+
+def _from_timm(layer: str, old: TimmAttention) -> Attention:
+    _refuse(
+        layer,
+        {
+            f"of the variant {type(old).__name__}": type(old) is not TimmAttention,
+            "with qk_norm": not isinstance(old.q_norm, nn.Identity) or not isinstance(old.k_norm, nn.Identity),
+            "with scale_norm": not isinstance(getattr(old, "norm", None), nn.Identity | None),
+            "gated": getattr(old, "gate", None) is not None,
+            "with dropout": old.attn_drop.p > 0 or old.proj_drop.p > 0,
+        },
+    )
+    return Attention(old.qkv, old.proj, old.num_heads, old.scale).train(old.training)
+
+
+def _from_torch(layer: str, old: nn.MultiheadAttention) -> Attention:
+    _refuse(
+        layer,
+        {
+            "with keys or values of another width": old.in_proj_weight is None,
+            "with bias_kv or zero_attn": old.bias_k is not None or old.add_zero_attn,
+            "with the batch not first": not old.batch_first,
+            "with dropout": old.dropout > 0,
+        },
+    )
+    qkv = nn.Linear(old.embed_dim, 3 * old.embed_dim, bias=old.in_proj_bias is not None, device="meta")
+    qkv.weight = old.in_proj_weight
+    if old.in_proj_bias is not None:
+        qkv.bias = old.in_proj_bias
+    return PairedAttention(qkv, old.out_proj, old.num_heads, old.head_dim**-0.5).train(old.training)
+
+
+def _refuse(layer: str, faults: dict[str, bool]) -> None:
+    for fault, present in faults.items():
+        if present:
+            raise ModelError(
+                f"attention {layer!r} is {fault}: only plain self-attention can be written out; choose a model without"
+            )

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal, cast
 
 import torch
 import torch_pruning as tp
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from sukashi import hooks, surgery
 from sukashi.errors import ModelError
 from sukashi.layers import Attention, AttentionCore, PadShortcut
-from sukashi.types import Mask, Member, Site
+from sukashi.types import Kind, Mask, Member, Site
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
 TOLERANCE = 1e-4
@@ -33,34 +34,45 @@ class Found:
 def find(model: nn.Module, example: Tensor) -> Found:
     """The sites of a model whose attention is explicit, seen through one forward pass of `example` (B, C, H, W).
 
-    Coupled layers are those of DepGraph (Fang et al. 2023), with shortcuts of option A and attention followed by
+    Coupled layers are those of DepGraph (Fang et al. 2023), with option-A shortcuts and attention followed by
     ourselves. DepGraph is not trusted: the sites are cut at random in a copy whose normalisation is made random, and
     those whose cut does not give the masked logits are refused. Works on a copy on the CPU: the model is left alone.
 
-    Raises ModelError where the model cannot be traced, gives no finite tensor of logits, or has nothing to cut.
+    Raises ModelError where the model cannot be copied, run or traced, gives no finite tensor, or nothing can be cut.
     """
-    twin = _twin(model)
-    x = example[:2].detach().cpu().float()
-    with torch.no_grad():
-        dense = twin(x)
+    try:
+        twin = _twin(model)
+        x = example[:2].detach().cpu().float()
+        with torch.no_grad():
+            dense = twin(x)
+            order = hooks.calls(twin, x)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run on an example of shape {tuple(example.shape)} in a copy on the CPU "
+            f"({_brief(error)}): give the shape it expects"
+        ) from error
     if not isinstance(dense, Tensor):
         raise ModelError(f"the model gives a {type(dense).__name__}: it must give one tensor of logits; wrap it")
     if not dense.isfinite().all():
         raise ModelError("the model gives NaN or Inf on the example: check its weights and the preprocessing")
-    order = hooks.calls(twin, x)
-    sites, refused = _trace(twin, x, order)
-    sites = _distinct(sites, refused)
-    sites = _verified(twin, x, sites, refused)
+    refused = {
+        name: _unfit(module, name, "out")
+        for name, module in twin.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    graph = _graph(twin, x)
+    candidates = _distinct(_sites(twin, graph, order, refused), refused)
+    sites = _verified(twin, x, candidates, refused)
     if not sites:
         layer, reason = next(iter(refused.items()), ("", "it has no convolution or linear layer"))
-        raise ModelError(f"nothing in this model can be cut safely; first, {layer!r}: {reason}")
+        raise ModelError(f"nothing in this {type(model).__name__} can be cut safely; first, at {layer!r}: {reason}")
     return Found(tuple(sites), refused)
 
 
 def _twin(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in fp32 and eval mode, in which no normalisation or scale is at a neutral start value.
 
-    A fresh BatchNorm (0, 1) or a scale of 0 would hide a wrong cut.
+    A fresh BatchNorm (0, 1), a layer of zeros or a scale near zero would hide a wrong cut.
     """
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, object] = {}
@@ -71,18 +83,24 @@ def _twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, memo).eval()
     with torch.no_grad():
         for parameter in twin.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            if parameter.numel() == max(parameter.shape, default=1) or not parameter.any():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
         for module in twin.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.running_mean += 0.2 * torch.randn(module.running_mean.shape, generator=generator)
-                module.running_var *= 0.5 + torch.rand(module.running_mean.shape, generator=generator)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                mean, var = module.running_mean, module.running_var
+                if mean is not None and var is not None:
+                    mean.add_(torch.randn(mean.shape, generator=generator), alpha=0.2)
+                    var.mul_(0.5 + torch.rand(var.shape, generator=generator))
     return twin
 
 
 def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().to("cpu", copy=True)
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 class _Apart(tp.pruner.BasePruningFunc):  # type: ignore[misc]
@@ -94,11 +112,11 @@ class _Apart(tp.pruner.BasePruningFunc):  # type: ignore[misc]
     def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
         return layer
 
-    def get_out_channels(self, layer: nn.Module) -> int:
-        return surgery._sizes(layer)[1]
+    def get_out_channels(self, layer: PadShortcut | AttentionCore) -> int:
+        return sum(layer.widths) if isinstance(layer, AttentionCore) else layer.out_channels
 
-    def get_in_channels(self, layer: nn.Module) -> int:
-        return surgery._sizes(layer)[0]
+    def get_in_channels(self, layer: PadShortcut | AttentionCore) -> int:
+        return surgery.sizes(layer)["in"]
 
 
 class _Opaque(torch.autograd.Function):
@@ -110,147 +128,138 @@ class _Opaque(torch.autograd.Function):
 
 
 def _opaque(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: _Opaque.apply(x, forward(x.detach()))  # type: ignore[no-any-return]
+    return lambda x: cast(Tensor, _Opaque.apply(x, forward(x.detach())))
 
 
-def _trace(twin: nn.Module, x: Tensor, order: list[str]) -> tuple[list[Site], dict[str, str]]:
-    names = {module: name for name, module in twin.named_modules()}
-    layers = dict(twin.named_modules())
-    n_calls = Counter(order)
-    first = {name: position for position, name in reversed(list(enumerate(order)))}
-    shared = _shared(twin)
-    opaque = [module for module in twin.modules() if isinstance(module, PadShortcut | AttentionCore)]
+def _graph(twin: nn.Module, x: Tensor) -> tp.DependencyGraph:
     graph = tp.DependencyGraph()
+    opaque = [module for module in twin.modules() if isinstance(module, PadShortcut | AttentionCore)]
     try:
         for module in opaque:
             module.forward = _opaque(module.forward)  # type: ignore[method-assign, assignment]
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            graph.build_dependency(
+            return graph.build_dependency(
                 twin,
                 x,
+                # Without it DepGraph first tries model(*x), and what ran before that failed counts as called twice.
                 forward_fn=lambda model, batch: model(batch),
                 customized_pruners={PadShortcut: _Apart(), AttentionCore: _Apart()},
                 verbose=False,
             )
     except Exception as error:
         raise ModelError(
-            f"{type(twin).__name__} cannot be traced ({type(error).__name__}: {error}): nothing in it can be cut safely"
+            f"{type(twin).__name__} cannot be traced ({_brief(error)}), so nothing in it can be cut safely: "
+            "use another architecture"
         ) from error
     finally:
         for module in opaque:
             del module.forward
 
-    groups: list[tuple[int, list[Member], str]] = []  # number of units, members, reason to refuse or ""
+
+def _sites(twin: nn.Module, graph: tp.DependencyGraph, order: list[str], refused: dict[str, str]) -> list[Site]:
+    """What DepGraph and we take for sites, by last producer; adds to `refused` what is plainly none."""
+    layers = dict(twin.named_modules())
+    names = {module: name for name, module in layers.items()}
+    n_calls = Counter(order)
+    shared = _shared(twin)
+    first: dict[str, int] = {}
+    for position, name in enumerate(order):
+        first.setdefault(name, position)
+
+    groups: list[tuple[list[Member], str]] = []
     done: set[str] = set()
     for name, module in layers.items():
-        if isinstance(module, Attention) and n_calls[f"{name}.core"]:
-            n_units = sum(module.core.widths)
-            unit = range(n_units)
-            thrice = tuple((c, n_units + c, 2 * n_units + c) for c in unit)
-            members = [
-                Member(f"{name}.qkv", "out", thrice),
-                Member(f"{name}.core", "in", thrice),
-                Member(f"{name}.proj", "in", tuple((c,) for c in unit)),
-            ]
-            groups.append((n_units, members, ""))
+        if isinstance(module, Attention) and f"{name}.core" in first:
+            groups.append((_attention(name, module), ""))
             done.add(f"{name}.qkv")
-    for name in order:
+    for name in first:
         module = layers[name]
-        if name in done or module not in graph.module2node:
+        if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or name in done:
             continue
-        if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-            continue
-        n_units = surgery._sizes(module)[1]
-        try:
-            pruner = graph.get_pruner_of_module(module)
-            group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(n_units)))
-            members, reason = _members(graph, group, n_units, names)
-        except Exception as error:
-            members, reason = [], f"its coupled layers cannot be traced ({type(error).__name__}: {error})"
-        if not any(member.module == name for member in members):
-            members.insert(0, Member(name, "out", tuple((u,) for u in range(n_units))))
+        members, reason = _group(graph, names, name, module)
         done.update(member.module for member in members if member.side == "out")
-        groups.append((n_units, members, reason))
+        groups.append((members, reason))
 
     sites: list[tuple[int, Site]] = []
-    refused: dict[str, str] = {}
-    for n_units, members, reason in groups:
+    for members, reason in groups:
         members.sort(key=lambda member: first.get(member.module, -1))
+        for name in (member.module for member in members):
+            if n_calls[name] > 1:
+                reason = reason or f"layer {name!r} is called {n_calls[name]} times in one pass"
+            elif name in shared:
+                reason = reason or f"layer {name!r} shares its weights with another layer"
         producers = [member.module for member in members if member.side == "out"]
-        for member in members:
-            if n_calls[member.module] > 1:
-                reason = reason or f"layer {member.module!r} is called {n_calls[member.module]} times in one pass"
-            if member.module in shared:
-                reason = reason or f"layer {member.module!r} shares its weights with another layer"
+        layer = layers[producers[0]]
         if reason:
             refused[producers[0]] = reason
             continue
-        layer = layers[producers[0]]
-        head = any(isinstance(layers[member.module], AttentionCore) for member in members)
-        linear = isinstance(layer, nn.Linear)
-        site = Site(
-            producers[0],
-            "head" if head else "hidden" if linear else "channel",
-            n_units,
-            -1 if linear else 1,
-            tuple(members),
-        )
+        kind: Kind = "channel"
+        if isinstance(layer, nn.Linear):
+            kind = "head" if any(isinstance(layers[m.module], AttentionCore) for m in members) else "hidden"
+        axis = 1 if kind == "channel" else -1
+        site = Site(producers[0], kind, len(members[0].index), axis, tuple(members))
         sites.append((first[producers[-1]], site))
-    return [site for _, site in sorted(sites, key=lambda pair: pair[0])], refused
+    return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
 
-def _members(
-    graph: tp.DependencyGraph, group: tp.dependency.Group, n_units: int, names: Mapping[nn.Module, str]
+def _attention(name: str, module: Attention) -> list[Member]:
+    """Inner dimension c of q, k and v together: rows c, D + c and 2D + c of qkv, column c of proj."""
+    inner = sum(module.core.widths)
+    thrice = tuple((c, inner + c, 2 * inner + c) for c in range(inner))
+    once = tuple((c,) for c in range(inner))
+    return [
+        Member(f"{name}.qkv", "out", thrice),
+        Member(f"{name}.core", "in", thrice),
+        Member(f"{name}.proj", "in", once),
+    ]
+
+
+def _group(
+    graph: tp.DependencyGraph, names: Mapping[nn.Module, str], root: str, module: nn.Module
 ) -> tuple[list[Member], str]:
-    """The members of a DepGraph group, and why it is no site ("" where it is one)."""
+    """The members of the DepGraph group of a layer's outputs, and why it is no site ("" where it may be one)."""
+    n_units = module.out_features if isinstance(module, nn.Linear) else cast(int, module.out_channels)
+    alone = Member(root, "out", tuple((u,) for u in range(n_units)))
+    try:
+        pruner = graph.get_pruner_of_module(module)
+        group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(n_units)))
+    except Exception as error:
+        return [alone], f"the layers coupled to it cannot be traced ({_brief(error)})"
     members: list[Member] = []
     reason = ""
     for item in group:
-        module = item.dep.target.module
-        if isinstance(module, nn.Parameter):
+        target = item.dep.target.module
+        if isinstance(target, nn.Parameter):
             reason = reason or (
-                f"its units run into the bare parameter {graph._param_to_name[module]!r} (in a transformer the residual "
+                f"its units meet the bare parameter {graph._param_to_name[target]!r} (in a transformer: the residual "
                 "stream, whose token width is fixed)"
             )
-            continue
-        if module not in names:
-            if isinstance(module, tp.ops._OutputOp):
-                reason = "its units are the model's output"
-            continue
-        side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-        owned: dict[int, list[int]] = defaultdict(list)
-        for position, unit in zip(item.idxs, item.root_idxs, strict=True):
-            owned[unit].append(position)
-        name = names[module]
-        reason = reason or _unfit(module, name, side)
-        if sorted(owned) != list(range(n_units)):
-            reason = reason or f"only some of its units reach layer {name!r}"
-        members.append(Member(name, side, tuple(tuple(sorted(owned[u])) for u in range(n_units))))
+        elif isinstance(target, tp.ops._OutputOp):
+            reason = reason or "its units are the model's output"
+        elif target in names:
+            name = names[target]
+            side: Literal["in", "out"] = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+            owned: dict[int, list[int]] = defaultdict(list)
+            for position, unit in zip(item.idxs, item.root_idxs, strict=True):
+                owned[unit].append(position)
+            reason = reason or _unfit(target, name, side)
+            if sorted(owned) != list(range(n_units)):
+                reason = reason or f"only some of its units reach layer {name!r}"
+            members.append(Member(name, side, tuple(tuple(sorted(owned[u])) for u in range(n_units))))
     if not any(member.side == "in" for member in members):
         reason = reason or "its units are the model's output"
     return members, reason
 
 
 def _unfit(module: nn.Module, name: str, side: str) -> str:
-    """Why a layer cannot lose units, or ""."""
-    match module:
-        case nn.LayerNorm() | nn.GroupNorm():
-            return f"layer {name!r} normalises over its units ({type(module).__name__}): fewer of them change the rest"
-        case nn.MultiheadAttention():
-            return f"layer {name!r} is a fused MultiheadAttention: write it out with layers.explicit_attention first"
-        case nn.modules.conv._ConvTransposeNd():
-            return f"layer {name!r} is a transposed convolution, which is not supported"
-        case nn.modules.conv._ConvNd() if module.groups > 1:
-            if not module.groups == module.in_channels == module.out_channels:
-                return f"layer {name!r} is a grouped convolution ({module.groups} groups): its groups must stay equal"
-        case nn.modules.conv._ConvNd() | nn.Linear() | nn.modules.batchnorm._BatchNorm() | PadShortcut():
+    """Why a layer cannot lose units on a side, or ""."""
+    try:
+        if side in surgery.sizes(module):
             return ""
-        case AttentionCore():
-            return f"layer {name!r} reads units of another layer than its own qkv"
-        case _:
-            return f"layer {name!r} is a {type(module).__name__}, which is not supported"
-    return ""
+    except ModelError as error:
+        return f"layer {name!r}: {error}"
+    return f"layer {name!r} cannot lose units on side {side!r}"
 
 
 def _shared(model: nn.Module) -> set[str]:

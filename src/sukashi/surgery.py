@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ def cut(model: nn.Module, mask: Mask) -> Table:
             raise UsageError(f"the mask removes all {site.n_units} units of site {site.layer!r}: keep at least one")
     table: Table = {}
     for (name, side), gone in _gone(mask).items():
-        size = _sizes(model.get_submodule(name))[side == "out"]
+        size = sizes(model.get_submodule(name))[side]
         table.setdefault(name, {})[side] = [i for i in range(size) if i not in gone]
     replay(model, table)
     return table
@@ -43,13 +44,20 @@ def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -
     for name, sides in table.items():
         if name not in layers:
             raise ModelError(f"the recipe cuts layer {name!r}, which this model lacks: it was made for another model")
+        widths = sizes(layers[name])
         for side, kept in sides.items():
-            if side not in ("in", "out"):
-                raise ModelError(f"the recipe cuts side {side!r} of {name!r}: a side is 'in' or 'out'")
-            size = _sizes(layers[name])[side == "out"]
-            if not kept or any(a >= b for a, b in zip(kept, [*kept[1:], size], strict=True)) or kept[0] < 0:
+            if side not in widths:
                 raise ModelError(
-                    f"the recipe keeps positions of {name!r} that are not ascending within its {size} {side}puts: "
+                    f"the recipe cuts {name!r} on side {side!r}, which a {type(layers[name]).__name__} lacks"
+                )
+            ascending = all(a < b for a, b in zip(kept, [*kept[1:], widths[side]], strict=True))
+            inner = widths[side] // 3
+            alike = not isinstance(layers[name], AttentionCore) or list(kept) == [
+                part * inner + c for part in range(3) for c in kept if c < inner
+            ]
+            if not kept or kept[0] < 0 or not ascending or not alike:
+                raise ModelError(
+                    f"the recipe keeps positions of {name!r} that do not fit the {widths[side]} it has: "
                     "it was made for another model"
                 )
     for name, sides in table.items():
@@ -63,13 +71,12 @@ def renumber(sites: Sequence[Site], mask: Mask) -> tuple[Site, ...]:
     found = []
     for site in sites:
         keep = mask.keep.get(site)
-        kept = range(site.n_units) if keep is None else torch.nonzero(keep).flatten().tolist()
+        kept = list(range(site.n_units)) if keep is None else torch.nonzero(keep).flatten().tolist()
         members = []
         for member in site.members:
-            lost = torch.tensor(gone.get((member.module, member.side), []), dtype=torch.long)
-            index = [torch.tensor(member.index[unit]) for unit in kept]
-            moved = [tuple((positions - torch.searchsorted(lost, positions)).tolist()) for positions in index]
-            members.append(replace(member, index=tuple(moved)))
+            lost = gone.get((member.module, member.side), [])
+            index = tuple(tuple(p - bisect_left(lost, p) for p in member.index[unit]) for unit in kept)
+            members.append(replace(member, index=index))
         found.append(replace(site, n_units=len(kept), members=tuple(members)))
     return tuple(found)
 
@@ -84,17 +91,32 @@ def _gone(mask: Mask) -> dict[tuple[str, str], set[int]]:
     return gone
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """The widths of a layer's input and output."""
+def sizes(module: nn.Module) -> dict[str, int]:
+    """{side: width} of the sides on which a layer can lose units; a depthwise convolution has but one.
+
+    Raises ModelError for a layer that cannot lose any.
+    """
     match module:
         case nn.Linear():
-            return module.in_features, module.out_features
+            return {"in": module.in_features, "out": module.out_features}
         case nn.modules.batchnorm._BatchNorm():
-            return module.num_features, module.num_features
-        case nn.modules.conv._ConvNd() | PadShortcut():
-            return module.in_channels, module.out_channels
+            return {"out": module.num_features}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if module.groups == 1:
+            return {"in": module.in_channels, "out": module.out_channels}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if module.groups == module.in_channels == module.out_channels:
+            return {"out": module.out_channels}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            raise ModelError(f"a convolution in {module.groups} groups cannot be cut: its groups would become unequal")
+        case PadShortcut():
+            return {"in": module.in_channels, "out": module.out_channels}
         case AttentionCore():
-            return 3 * sum(module.widths), sum(module.widths)
+            return {"in": 3 * sum(module.widths)}
+        case nn.LayerNorm() | nn.GroupNorm():
+            raise ModelError(f"a {type(module).__name__} normalises over units: fewer of them would change the rest")
+        case nn.MultiheadAttention():
+            raise ModelError(
+                "MultiheadAttention hides q, k and v: layers.explicit_attention writes out those of torchvision's ViTs"
+            )
     raise ModelError(f"a {type(module).__name__} cannot be cut: only convolution, linear, BatchNorm and our own layers")
 
 
