@@ -92,6 +92,14 @@ def test_crossed_interval_of_independent_noise() -> None:
     assert (got.high - got.low) / (2 * 1.96) == pytest.approx(math.sqrt(variance), rel=0.06)
 
 
+def test_crossed_takes_several_quantities_at_once() -> None:
+    values = rng().random((4, 50, 3))
+    got = crossed(values, generator=rng(1))
+    alone = crossed(values[:, :, 1], generator=rng(1))
+    np.testing.assert_allclose(got.mean, values.mean((0, 1)))
+    assert (got.low[1], got.high[1]) == pytest.approx((alone.low, alone.high))
+
+
 def test_paired_tests_are_scipys() -> None:
     a, b = rng(6).normal(52, 2, size=12), rng(7).normal(50, 2, size=12)
     got = paired(a, b, generator=rng())

@@ -5,7 +5,8 @@ are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for 
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
 shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut`, each with any of FIGURES and
-`class_accuracy`; `n_images`, `class_names`, `class_counts` and `notes`. A study's `mode` is "cut" (default) or "masked".
+`class_accuracy`; `n_images`, `class_names`, `class_counts` and `notes`. A study's `mode` is "cut" (the default) or
+"masked".
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from sukashi import store
 from sukashi.errors import DataError, UsageError
-from sukashi.stats import Interval, Paired, holm, interval, paired
+from sukashi.stats import Interval, Paired, crossed, holm, interval, paired
 from sukashi.store import Record, Store, read_plan
 from sukashi.types import Curve, Plan
 
@@ -88,7 +89,7 @@ class _Group:
         """The largest fraction that every seed measured."""
         return float(min(curve.fraction.max() for curve in self.curves))
 
-    def at(self, fractions: ArrayLike) -> Interval:
+    def at(self, fractions: Array) -> Interval:
         """Accuracy over seeds at these fractions, on straight lines between the measured points."""
         rows = []
         for curve in self.curves:
@@ -161,17 +162,17 @@ def _compared(study: Store) -> tuple[dict[str, Any], dict[str, bytes]]:
         ],
         "n_pairs": len(pairs),
         "fractions": FRACTIONS,
-        "accuracy": [[_at(group, fraction) for fraction in FRACTIONS] for group in groups],
+        "accuracy": [_accuracy_at(FRACTIONS, group) for group in groups],
         "passes": {group.criterion: passes for group in groups if (passes := _passes(group))},
         "categories": list(with_categories),
         "costs": _cost_table(costs),
         "worst": _worst_of(leader),
         "settings": {
-            "seeds": ", ".join(map(str, seeds)),
+            **dict(_flat(study.study)),
+            "seeds finished": ", ".join(map(str, seeds)),
             "test images": f"{n_images:,}",
             "dense accuracy": _percent(first.result["dense_accuracy"]),
             "chance": _percent(first.result["chance"]),
-            **dict(_flat(study.study)),
         },
         "mode": MODES[study.study.get("mode", "cut")],
         "run": run,
@@ -223,6 +224,8 @@ def _groups(records: Sequence[Record]) -> list[_Group]:
         of_name = sorted((r for r in records if r.trial.criterion == name), key=lambda r: r.trial.seed)
         plans = [plan for record in of_name if (plan := record.plan()) is not None]
         groups.append(_Group(name, colours[name], of_name, [r.curve() for r in of_name], plans))
+    if len({curve.image_ids for group in groups for curve in group.curves}) > 1:
+        raise DataError("the trials of this study were tested on different images: run it again into another folder")
     return sorted(groups, key=lambda group: -group.sauce.mean)
 
 
@@ -324,8 +327,19 @@ def _warnings(study: Store, groups: Sequence[_Group]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _at(group: _Group, fraction: float) -> Interval | None:
-    return group.at(fraction) if fraction <= group.reach else None
+def _accuracy_at(fractions: Sequence[float], group: _Group) -> list[Interval | None]:
+    """Over seeds and images, on straight lines between measured points; None past what every seed measured."""
+    reached = [fraction for fraction in fractions if fraction <= group.reach]
+    if not reached:
+        return [None] * len(fractions)
+    of_seeds = []
+    for curve in group.curves:
+        order = np.argsort(curve.n_removed, kind="stable")
+        weights = [np.interp(reached, curve.fraction[order], point) for point in np.eye(len(order))]
+        of_seeds.append(curve.correct[order].T @ np.array(weights))
+    found = crossed(of_seeds, generator=np.random.default_rng(0))
+    cells = [Interval(*bounds, found.n) for bounds in zip(found.mean, found.low, found.high, strict=True)]
+    return [*cells, *[None] * (len(fractions) - len(cells))]
 
 
 def _passes(group: _Group) -> list[dict[str, Any]]:
@@ -447,7 +461,8 @@ def _draw_curves(groups: Sequence[_Group]) -> bytes:
                 curve.accuracy[after_pass],
                 linestyle="",
                 marker="o",
-                markersize=4,
+                markersize=5.5,
+                zorder=5,
                 color=group.colour,
                 markeredgecolor="white",
                 markeredgewidth=0.6,
@@ -514,18 +529,18 @@ def _percent(value: float) -> str:
 
 
 def _printed(value: float | None, form: str) -> str:
-    """A figure for people: 0.27 M, 41.3 M, 1.08 MB, 5.31."""
+    """A figure for people: 270 k, 81.6 M, 1.1 MB, 5.31."""
     if value is None:
         return "–"
     if form == "percent":
         return _percent(value)
     if form == "number":
-        return f"{value:.3g}"
-    step, units = (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if form == "bytes" else (1000, ("", "K", "M", "G", "T"))
-    size = 0
-    while value >= step and size < len(units) - 1:
-        value, size = value / step, size + 1
-    return f"{value:.4g} {units[size]}".rstrip()
+        return f"{value:.2f}"
+    prefixes = iter(("", "k", "M", "G", "T", "P"))
+    prefix = next(prefixes)
+    while value >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}{'B' if form == 'bytes' else ''}".rstrip()
 
 
 def _p_value(p: float | None) -> str:

@@ -78,27 +78,28 @@ def bootstrap(
 def crossed(
     values: ArrayLike, *, generator: np.random.Generator, level: float = 0.95, n_resamples: int = 1_000
 ) -> Interval:
-    """Mean of `values` (S, B), seeds x images, with an interval for new seeds *and* new images; `n` is S.
+    """Mean over the first two axes of `values` (S, B, ...), with an interval for new seeds *and* new images; `n` is S.
 
-    Rows and columns are resampled independently (the pigeonhole bootstrap, Owen 2007), for each seed saw the same
-    images: m* = sum_s sum_b w_s v_b x_sb / (S B) with multinomial w and v. Its variance is at least the true one. With
-    one row the bounds are of the images alone.
+    Rows (seeds) and columns (images) are resampled independently (the pigeonhole bootstrap, Owen 2007), for each seed
+    saw the same images: m* = sum_s sum_b w_s v_b x_sb / (S B) with multinomial w and v. Its variance is about the true
+    one or larger. With one row the bounds speak of new images alone.
 
     Raises: as `interval`, and UsageError for one image.
     """
     x = _checked(values, level)
-    n_seeds, n_images = x.shape
+    n_seeds, n_images, *rest = x.shape
     if n_images < 2:
         raise UsageError("an interval over images needs at least 2 of them, got 1")
-    means = np.empty(n_resamples)
+    by_image = x.swapaxes(0, 1).reshape(n_images, -1)
+    means = []
     block = max(1, 10_000_000 // n_images)  # 80 MB of counts at a time
     for start in range(0, n_resamples, block):
         size = min(block, n_resamples - start)
         of_seeds = _counts(n_seeds, size, generator)
-        of_images = _counts(n_images, size, generator)
-        means[start : start + size] = ((of_seeds @ x) * of_images).sum(axis=1) / (n_seeds * n_images)
-    low, high = _quantiles(means, level)
-    return Interval(_plain(x.mean()), low, high, n_seeds)
+        of_images = (_counts(n_images, size, generator) @ by_image).reshape(size, n_seeds, *rest)
+        means.append(np.einsum("rs,rs...->r...", of_seeds, of_images) / (n_seeds * n_images))
+    low, high = _quantiles(np.concatenate(means), level)
+    return Interval(_plain(x.mean(axis=(0, 1))), low, high, n_seeds)
 
 
 def paired(a: ArrayLike, b: ArrayLike, *, generator: np.random.Generator, level: float = 0.95) -> Paired:
@@ -167,9 +168,9 @@ def _counts(n: int, n_resamples: int, generator: np.random.Generator) -> Array:
     return np.bincount(drawn.ravel(), minlength=n * n_resamples).reshape(n_resamples, n).astype(np.float64)
 
 
-def _quantiles(means: Array, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _quantiles(means: Array, level: float) -> tuple[Any, Any]:
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return _plain(low), _plain(high)
 
 
 def _plain(value: Any) -> Any:
