@@ -34,7 +34,9 @@ def masked(model: nn.Module, gates: Mask | Mapping[Site, Tensor]) -> Iterator[No
                 f"the gate of site {site.layer!r} has shape {tuple(gate.shape)}: give ({site.n_units},) or "
                 f"(images, {site.n_units})"
             )
-        for member in site.consumers:
+        # What proj reads comes out of the core alone: gated there too, v would be multiplied by the gate twice.
+        cores = [m for m in site.consumers if isinstance(model.get_submodule(m.module), AttentionCore)]
+        for member in cores or site.consumers:
             units, positions = _flat(member)
             readers[member.module].append((gate, units.to(gate.device), positions))
     with _pre_hooks(model, {name: partial(_multiply, name, parts) for name, parts in readers.items()}):

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention as TimmAttention
+from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
