@@ -1,0 +1,365 @@
+"""The page of a study and of a pruned model: what it says, that it says it safely, and that it needs nothing else."""
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sukashi import report
+from sukashi.errors import DataError, UsageError
+from sukashi.store import Store, write_plan
+from sukashi.types import Curve, Plan, Site, Trial
+
+CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
+SITES = tuple(Site(f"layer{1 + i // 4}.{i % 4}.conv1", "channel", 16 * 2 ** (i // 4)) for i in range(12))
+N_CLASSES, N_IMAGES = 10, 500
+COMMAND = "sukashi compare sukashi:cifar_resnet20 --data cifar10 --criteria random,drift --seeds 5 --out runs/cifar10"
+
+
+def a_plan(criterion: str, seed: int) -> Plan:
+    rng = np.random.default_rng([seed, CRITERIA.get(criterion, 0)])
+    order = [(s, u) for s, site in enumerate(SITES) for u in range(site.n_units)]
+    order = [order[i] for i in rng.permutation(len(order))]
+    category = {}
+    if criterion in ("amp", "cswap", "drift"):
+        names = ("detrimental", "neutral", "critical")
+        for pair in order:
+            critical = 0.8 - 0.06 * pair[0]
+            category[pair] = str(rng.choice(names, p=[0.6 * (1 - critical), 0.4 * (1 - critical), critical]))
+    return Plan.build(SITES, order, method=criterion, category=category, n_images=30, passes=(60, 110))
+
+
+def a_result(criterion: str, seed: int, **changes: Any) -> tuple[Curve, dict[str, Any]]:
+    """Accuracy that falls from .92 to chance along a sigmoid, later for a better criterion."""
+    rng = np.random.default_rng([seed, CRITERIA.get(criterion, 0), 1])
+    middle = CRITERIA.get(criterion, 30) / 92 + rng.normal(0, 0.008) * (criterion != "magnitude")
+    ratio = np.arange(20) / 20
+    n_removed = np.round(ratio * 448).astype(int)
+    if criterion in ("amp", "cswap", "drift"):
+        n_removed = np.concatenate([n_removed, [60, 110]])
+        ratio = np.concatenate([ratio, [np.nan, np.nan]])
+    fraction = 1 - (1 - n_removed / 448) ** 1.3
+    accuracy = 0.1 + 0.82 / (1 + np.exp((fraction - middle) / 0.06)) * (1 + np.exp(-middle / 0.06))
+    correct = rng.permuted(np.arange(N_IMAGES) / N_IMAGES)[None] < accuracy[:, None]
+    curve = Curve(ratio, n_removed, fraction, correct, tuple(f"test/{i}" for i in range(N_IMAGES)))
+    measured = curve.accuracy[: 20 if len(ratio) == 20 else None]
+    order = np.argsort(fraction, kind="stable")
+    area = np.trapezoid(measured[order], fraction[order]) + (1 - fraction.max()) * (measured[order][-1] + 0.1) / 2
+    by_class = curve.accuracy[:, None] * np.linspace(1, 0.8, N_CLASSES)
+    result = {
+        "sauce": 100 * area,
+        "relative_sauce": 100 * area / curve.accuracy[0],
+        "largest_fraction": fraction.max(),
+        "dense_accuracy": curve.accuracy[0],
+        "chance": 0.1,
+        "class_names": [f"class {k}" for k in range(N_CLASSES)],
+        "class_counts": [N_IMAGES // N_CLASSES] * N_CLASSES,
+        "class_accuracy": by_class.tolist(),
+        "cost": {
+            "dense": {"parameters": 269722, "flops": 81.6e6, "bytes": 1_102_000},
+            "cut": {"ratio": 0.5, "parameters": 91000, "flops": 33.1e6, "bytes": 390_000},
+        },
+    }
+    return curve, {**result, **changes}
+
+
+def fill(folder: Path, criteria: dict[str, int], seeds: int, **changes: Any) -> Path:
+    study = {
+        "model": {"spec": "sukashi:cifar_resnet20"},
+        "criteria": list(criteria),
+        "seeds": seeds,
+        "ratios": [0, 0.5],
+    }
+    with Store(folder).writing(study) as store:
+        store.log(
+            "run",
+            command=COMMAND,
+            versions={"sukashi": "0.1.0", "torch": "2.15.0"},
+            hardware="2 cores of an x86-64 machine",
+        )
+        for criterion in criteria:
+            for seed in range(seeds):
+                trial = Trial({"spec": "sukashi:cifar_resnet20"}, {"spec": "cifar10"}, criterion, seed)
+                with store.run(trial) as writer:
+                    curve, result = a_result(criterion, seed, **changes)
+                    writer.save_plan(a_plan(criterion, seed))
+                    writer.save_curve(curve)
+                    writer.finish(result)
+                store.log("cost", trial=trial.key, dense={"latency_ms": 5.2}, cut={"latency_ms": 2.9 + 0.1 * seed})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("study") / "study", CRITERIA, 5)
+
+
+@pytest.fixture(scope="module")
+def page(studied: Path) -> str:
+    return report.write(studied).read_text()
+
+
+class _Reader(html.parser.HTMLParser):
+    """The tags of a page with their attributes, its words, and the cells of its tables by heading."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.tables: dict[str, list[list[str]]] = {}
+        self.open: list[str] = []
+        self.heading = ""
+        self.feed(text)
+        self.words = " ".join(self.words.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+        if tag == "h2":
+            self.heading = ""
+        if tag == "table":
+            self.tables[self.heading] = []
+        if tag == "tr":
+            self.tables[self.heading].append([])
+        if tag in ("td", "th"):
+            self.tables[self.heading][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words += data
+        if "h2" in self.open:
+            self.heading += data
+        if "td" in self.open or "th" in self.open:
+            row = self.tables[self.heading][-1]
+            row[-1] = " ".join(f"{row[-1]} {data}".split())
+
+
+def cells(text: str, heading: str) -> dict[str, list[str]]:
+    """Rows of the table below a heading, by their first cell."""
+    return {row[0]: row[1:] for row in _Reader(text).tables[heading]}
+
+
+def sauces(criterion: str, seeds: int = 5) -> np.ndarray:
+    return np.array([a_result(criterion, seed)[1]["sauce"] for seed in range(seeds)])
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    tags = _Reader(page).tags
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for _, attributes in tags:
+        for name, value in attributes.items():
+            assert name not in ("href", "srcset", "action", "background")
+            assert name != "src" or str(value).startswith("data:image/png;base64,")
+    assert "http" not in page
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_every_figure_is_also_a_file(studied: Path, page: str) -> None:
+    files = {path.name: path for path in (studied / "figures").iterdir()}
+    assert set(files) == {"curves.png", "categories.png"}
+    assert page.count("data:image/png") == 2
+    for path in files.values():
+        with Image.open(path) as image:
+            assert "Software" not in image.info
+            colours = {tuple(c[:3]) for c in np.unique(np.array(image.convert("RGB")).reshape(-1, 3), axis=0)}
+            wanted = report.COLOURS if path.name == "curves.png" else report.CATEGORY_COLOURS
+            shown = [wanted[name] for name in (CRITERIA if path.name == "curves.png" else ("critical", "neutral"))]
+            assert {tuple(bytes.fromhex(colour[1:])) for colour in shown} <= colours
+
+
+def test_the_same_results_give_the_same_page(studied: Path, page: str) -> None:
+    before = {path.name: path.read_bytes() for path in (studied / "figures").iterdir()}
+    assert report.write(studied).read_text() == page
+    assert {path.name: path.read_bytes() for path in (studied / "figures").iterdir()} == before
+
+
+def test_the_verdict_names_the_leader_its_lead_and_the_rule(page: str) -> None:
+    words = _Reader(page).words
+    gaps = sauces("drift") - sauces("amp")
+    half = 2.7764451051977987 * gaps.std(ddof=1) / 5**0.5
+    assert (
+        f"drift leads: SAUCE {sauces('drift').mean():.1f}, {gaps.mean():.1f} above amp, the next best (95% interval "
+        f"{gaps.mean() - half:.1f} to {gaps.mean() + half:.1f}, paired over 5 seeds)." in words
+    )
+    assert "p < 0.05 after Holm's correction over all 21 pairs" in words
+
+
+def test_the_sauce_table(page: str) -> None:
+    table = cells(page, "")
+    assert list(table) == ["criterion", "drift", "amp", "cswap", "taylor", "magnitude", "cbp", "random"]
+    mean, half = sauces("cswap").mean(), 2.7764451051977987 * sauces("cswap").std(ddof=1) / 5**0.5
+    relative = np.mean([a_result("cswap", seed)[1]["relative_sauce"] for seed in range(5)])
+    reach = a_result("cswap", 0)[0].fraction.max()
+    expected = [f"{mean:.1f}", f"{mean - half:.1f} – {mean + half:.1f}", f"{relative:.1f}", "5", f"{100 * reach:.1f}%"]
+    assert table["cswap"] == expected
+    assert table["magnitude"][1] == "same on all 5"
+
+
+def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: Path) -> None:
+    """One criterion whose two points are known: 90 % dense, 50 % at 40 % removed, so 70 % at 20 %."""
+    correct = np.zeros((2, 100), dtype=bool)
+    correct[0, :90] = correct[1, :50] = True
+    curve = Curve(np.array([0, 0.5]), np.array([0, 9]), np.array([0, 0.4]), correct, tuple(map(str, range(100))))
+    with Store(tmp_path).writing({}) as store, store.run(Trial({}, {}, "cswap", 0)) as writer:
+        writer.save_curve(curve)
+        writer.finish(a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
+    page = report.write(tmp_path).read_text()
+    row = cells(page, "Accuracy by what is gone")["cswap"]
+    assert [cell.split()[0] for cell in row] == ["80.0", "70.0", "60.0", "–", "–"]
+    low, high = map(float, re.findall(r"[\d.]+", row[1])[1:])
+    spread = np.array([1.0] * 50 + [0.5] * 40 + [0.0] * 10).std() / 10  # of an image's mean, half way
+    assert (high - low) / (2 * 1.96) == pytest.approx(100 * spread, rel=0.15)
+    assert "cswap was measured up to 40.0% of the parameters only" in _Reader(page).words
+
+
+def test_passes_are_listed_in_order(page: str) -> None:
+    rows = [row for row in _Reader(page).tables["After each progressive pass"] if row[2].startswith("60 ")]
+    assert len(rows) == 3
+    assert rows[0][:2] == ["drift", "1"]
+    accuracy = np.mean([a_result("drift", seed)[0].accuracy[-2] for seed in range(5)])
+    fraction = 1 - (1 - 60 / 448) ** 1.3
+    assert rows[0][2] == "60 same on all 5"
+    assert rows[0][3] == f"{100 * fraction:.1f} same on all 5"
+    assert rows[0][4].startswith(f"{100 * accuracy:.1f} ")
+
+
+def test_costs_stand_beside_the_dense_network(page: str) -> None:
+    table = cells(page, "What it costs to run")
+    assert table[""][:2] == ["dense", "drift"]
+    assert table["parameters"][:2] == ["270 k", "91 k × 0.34"]
+    assert table["latency, ms"][:2] == ["5.20", "3.10 × 0.60"]  # the mean of 2.9, 3.0, .. 3.3
+    assert table["file size"][0] == "1.1 MB"
+    assert table["units removed"][:2] == ["–", "50.0%"]
+    assert "2 cores of an x86-64 machine" in page
+
+
+def test_the_worst_classes_come_first(page: str) -> None:
+    table = cells(page, "Worst-hit classes")
+    assert list(table) == ["class", "class 0", "class 1", "class 2", "class 3", "class 4"]
+    results = [a_result("drift", seed) for seed in range(5)]
+    dense = 100 * np.mean([curve.accuracy[0] for curve, _ in results])
+    cut = 100 * np.mean([curve.accuracy[10] for curve, _ in results])
+    assert table["class 0"] == ["50", f"{dense:.1f}", f"{cut:.1f}", f"{cut - dense:+.1f}"]
+
+
+def test_it_says_how_to_see_it_again(page: str) -> None:
+    assert f"<pre>{COMMAND}</pre>" in page
+    settings = cells(page, "How it was done")
+    assert settings["seeds finished"] == ["0, 1, 2, 3, 4"]
+    assert settings["test images"] == ["500"]
+    assert settings["versions"] == ["sukashi 0.1.0, torch 2.15.0"]
+    assert settings["model.spec"] == ["sukashi:cifar_resnet20"]
+
+
+def test_one_seed_gives_no_verdict(tmp_path: Path) -> None:
+    words = _Reader(report.write(fill(tmp_path / "study", {"drift": 52, "random": 22}, 1)).read_text()).words
+    assert "drift leads" not in words
+    assert "drift has the highest SAUCE" in words
+    assert "with one seed nothing says whether another seed would agree" in words
+
+
+def test_what_the_seeds_do_not_separate_does_not_lead(tmp_path: Path) -> None:
+    study = fill(tmp_path / "study", {"drift": 52, "mine": 52}, 4)
+    for record in Store(study).finished():
+        if record.trial.criterion == "mine":
+            sauce = a_result("drift", record.trial.seed)[1]["sauce"] - (1, -1, 1.2, -1)[record.trial.seed]
+            (record.folder / "result.json").write_text(json.dumps(record.result | {"sauce": sauce}))
+    words = _Reader(report.write(study).read_text()).words
+    assert "No criterion leads: drift has the highest mean SAUCE" in words
+    assert "do not separate it from mine (mine: 0.1 lower, 95% interval -" in words
+
+
+def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
+    attack = '<script>alert("1")</script><img src=x onerror=alert(1)>'
+    study = fill(
+        tmp_path / "study",
+        {attack: 1, "random": 22},
+        2,
+        class_names=[attack] * N_CLASSES,
+        notes=[f"2 bad images were left out: {attack}.png"],
+    )
+    with open(study / "log.jsonl", "a") as file:
+        file.write(json.dumps({"event": "run", "command": attack, "versions": {attack: attack}, "hardware": attack}))
+    page = report.write(study).read_text()
+    assert _Reader(page).words.count(attack) >= 10
+    assert "script" not in {tag for tag, _ in _Reader(page).tags}
+    assert all(str(attributes.get("src")).startswith("data:") for tag, attributes in _Reader(page).tags if tag == "img")
+
+
+def test_warnings_are_shown_once(tmp_path: Path) -> None:
+    study = fill(tmp_path / "study", {"drift": 52, "random": 22}, 2, notes=["3 bad images were left out: a.png, b.png"])
+    with Store(study).writing(Store(study).study) as store:
+        unfinished, _, _, slow = store.finished()
+        store.log("cost", trial=slow.trial.key, dense={"latency_ms": 5.2}, cut={"latency_ms": 9.9})
+    (unfinished.folder / "result.json").unlink()
+    words = _Reader(report.write(study).read_text()).words
+    assert words.count("3 bad images were left out") == 1
+    assert "3 of 4 trials are finished" in words
+    assert "random: the cut network takes" in words
+    assert "drift: the cut network takes" not in words
+
+
+def test_a_pruned_folder(tmp_path: Path) -> None:
+    recipe = {
+        "model": {"spec": "sukashi:digits_cnn"},
+        "provenance": {"criterion": "cswap", "ratio": 0.5, "command": "sukashi prune sukashi:digits_cnn"},
+        "figures": {
+            "dense": {"accuracy": 0.981, "parameters": 10000, "latency_ms": 2.0, "class_accuracy": [1.0, None, 0.9]},
+            "cut": {"accuracy": 0.95, "parameters": 4000, "latency_ms": 3.0, "class_accuracy": [0.5, None, 0.9]},
+            "n_images": 1234,
+            "class_names": ["zero", "one", "two"],
+            "class_counts": [700, 0, 534],
+            "notes": ["class one has no image"],
+        },
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    write_plan(tmp_path / "plan.npz", a_plan("cswap", 0))
+    page = report.write(tmp_path).read_text()
+    words = _Reader(page).words
+    assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, latency +50%." in words
+    assert "Measured on 1,234 test images." in words
+    assert "class one has no image" in words
+    assert "cut: the cut network takes 1.50 times as long as the dense one" in words
+    assert cells(page, "Worst-hit classes")["zero"] == ["700", "100.0", "50.0", "-50.0"]
+    assert "one" not in cells(page, "Worst-hit classes")
+    assert cells(page, "What it costs to run")["accuracy"] == ["98.1%", "95.0%"]
+    assert (tmp_path / "figures" / "categories.png").exists()
+    assert "sukashi prune sukashi:digits_cnn" in words
+
+
+def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    assert "no figures were kept" in report.write(tmp_path).read_text()
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no study and no pruned model"):
+        report.write(tmp_path)
+    with Store(tmp_path / "study").writing({"seeds": 1}):
+        pass
+    with pytest.raises(UsageError, match="no finished trial"):
+        report.write(tmp_path / "study")
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(DataError, match=r"recipe\.json can't be read"):
+        report.write(tmp_path)
+
+
+def test_trials_on_different_images_are_not_compared(tmp_path: Path) -> None:
+    study = fill(tmp_path / "study", {"drift": 52, "random": 22}, 1)
+    with Store(study).writing(Store(study).study) as store, store.run(Trial({}, {}, "other", 0)) as writer:
+        curve, result = a_result("random", 0)
+        ids = tuple(f"train/{i}" for i in range(N_IMAGES))
+        writer.save_curve(Curve(curve.ratio, curve.n_removed, curve.fraction, curve.correct, ids))
+        writer.finish(result)
+    with pytest.raises(DataError, match="different images"):
+        report.write(study)
