@@ -33,6 +33,9 @@ __all__ = ["Batches", "Data", "Split", "check_classes", "load", "names"]
 HELD_OUT = 0.2
 """Fraction of each class that becomes the test split where a dataset brings none."""
 
+ORDER = ("train", "val", "test")
+"""Splits in the order they are read and named."""
+
 MAX_PIXELS = 64_000_000
 """Pixels an image may have unless `max_pixels` says otherwise."""
 
@@ -103,7 +106,8 @@ def load(
     notes = list(found.notes)
     splits: dict[str, Split] = {}
     digests: dict[str, bytes] = {}
-    for key, (source, targets) in found.splits.items():
+    for key in sorted(found.splits, key=("", *ORDER).index):
+        source, targets = found.splits[key]
         targets = None if targets is None else number[targets]
         splits[key] = _checked(key or name, source, targets, class_names, digests)
     bad = tuple(pair for split in splits.values() for pair in split.bad)
@@ -293,7 +297,7 @@ def _sha256(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> str:
 def _duplicates(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> list[str]:
     """A note, and a warning, for each pair of splits that share an image by the hash of its bytes."""
     notes = []
-    order = [name for name in ("train", "val", "test") if name in splits]
+    order = [name for name in ORDER if name in splits]
     for i, first in enumerate(order):
         seen = {digests[image_id][:16]: image_id for image_id in splits[first].image_ids}
         for second in order[i + 1 :]:

@@ -86,16 +86,17 @@ def _open(encoded: bytes, max_pixels: int) -> Image.Image:
 
 
 def _rules(encoded: bytes, max_pixels: int) -> list[str]:
-    """The conversion rules an image needs, raises where it cannot be used.
+    """The conversion rules an image needs; raises where it cannot be used.
 
-    A JPEG that ends with its end marker was not truncated: knowing that costs a third of decoding it. Any other image is
-    decoded to find out.
+    A JPEG that ends with its end marker was not truncated: knowing that costs a third of decoding it. Any other image
+    is decoded to find out.
     """
     image = _open(encoded, max_pixels)
     rules = [_MODES[image.mode]] if _MODES[image.mode] else []
-    if image.has_transparency_data:
+    deep = image.mode.startswith("I")
+    if image.has_transparency_data and not deep:
         rules.append("transparent: laid over white")
-    if image.format == "PNG" and encoded[24] == 16 and not image.mode.startswith("I"):
+    if image.format == "PNG" and encoded[24] == 16 and not deep:
         rules.append("16-bit colour: upper 8 bits kept")
     if getattr(image, "is_animated", False):
         rules.append("several frames: the first one used")

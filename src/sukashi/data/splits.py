@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sukashi.data.images import Encoded, Source, Unreadable, bad_images, fitted
+from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted
 from sukashi.errors import DataError, UsageError
 from sukashi.types import Batch, Preprocess
 
@@ -138,10 +138,14 @@ class Split:
                     assert isinstance(self._source, Encoded)
                     size = (preprocess.width, preprocess.height)
                     masks[i] = np.asarray(self._source.mask(row).resize(size, Image.Resampling.NEAREST))
-            except Unreadable as error:
+            except (Unreadable, TooLarge) as error:
                 bad.append((self._source.name(row), str(error)))
         if bad:
-            raise bad_images(self.name, bad, "they passed the check of their headers, so remove or replace them")
+            raise bad_images(
+                self.name,
+                bad,
+                "they passed the check at loading, so they changed since or hide their damage: replace them",
+            )
         shape = (1, preprocess.channels, 1, 1)
         mean, std = torch.tensor(preprocess.mean).view(shape), torch.tensor(preprocess.std).view(shape)
         target = torch.from_numpy(masks) if self._targets is None else self._targets[start:stop].clone()
