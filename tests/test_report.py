@@ -327,7 +327,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     page = report.write(tmp_path).read_text()
     words = _Reader(page).words
     assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, latency +50%." in words
-    assert "Measured on 1,234 test images." in words
+    assert "1,234 test images; the 95% interval of the cut network's accuracy is 93.6% to 96.1%" in words
     assert "class one has no image" in words
     assert "cut: the cut network takes 1.50 times as long as the dense one" in words
     assert cells(page, "Worst-hit classes")["zero"] == ["700", "100.0", "50.0", "-50.0"]

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sukashi.errors import UsageError
-from sukashi.stats import bootstrap, crossed, holm, interval, mcnemar, paired
+from sukashi.stats import bootstrap, crossed, holm, interval, mcnemar, paired, share
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -134,6 +134,14 @@ def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int) -> None:
     assert mcnemar(a, b) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("n_right", "n"), [(0, 10), (10, 10), (851, 1000)])
+def test_share_is_scipys_wilson_interval(n_right: int, n: int) -> None:
+    theirs = scipy_stats.binomtest(n_right, n).proportion_ci(0.9, "wilson")
+    got = share(n_right, n, level=0.9)
+    assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high))
+    assert (got.mean, got.n) == (n_right / n, n)
+
+
 def test_holm_by_hand() -> None:
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm([0.5, 0.9]), [1.0, 1.0])
@@ -153,5 +161,7 @@ def test_bad_arguments_are_refused() -> None:
         paired([1, 2], [1, 2, 3], generator=rng())
     with pytest.raises(UsageError, match="got 2 and 3"):
         mcnemar([True, False], [True, False, True])
+    with pytest.raises(UsageError, match="got 11 of 10"):
+        share(11, 10)
     with pytest.raises(UsageError, match="at least 2"):
         crossed(np.ones((3, 1)), generator=rng())

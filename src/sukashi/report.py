@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from sukashi import store
 from sukashi.errors import DataError, UsageError
-from sukashi.stats import Interval, Paired, crossed, holm, interval, paired
+from sukashi.stats import Interval, Paired, crossed, holm, interval, paired, share
 from sukashi.store import Record, Store, read_plan
 from sukashi.types import Curve, Plan
 
@@ -302,7 +302,13 @@ def _verdict_of_cut(dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: 
     if not parts:
         return "The network was cut; no figures were kept.", ""
     said = ", ".join(parts)
-    rule = f"Measured on {n_images:,} test images." if n_images else ""
+    rule = ""
+    if n_images and "accuracy" in cut:
+        cut_share = share(round(cut["accuracy"] * n_images), n_images)
+        rule = (
+            f"Measured on {n_images:,} test images; the 95% interval of the cut network's accuracy is "
+            f"{_percent(cut_share.low)} to {_percent(cut_share.high)} (Wilson's)."
+        )
     return f"{said[0].upper()}{said[1:]}.", rule
 
 
@@ -426,7 +432,7 @@ def _worst_of_cut(about: Mapping[str, Any]) -> dict[str, Any] | None:
     dense, cut = (about.get(which, {}).get("class_accuracy") for which in ("dense", "cut"))
     if dense is None or cut is None:
         return None
-    return {"where": "the cut network", "rows": _worst(about, *(np.array(x, dtype=np.float64) for x in (dense, cut)))}
+    return {"where": "The cut network", "rows": _worst(about, *(np.array(x, dtype=np.float64) for x in (dense, cut)))}
 
 
 def _worst(about: Mapping[str, Any], dense: Array, cut: Array) -> list[dict[str, Any]]:

@@ -75,6 +75,20 @@ def bootstrap(
     return Interval(_plain(x.mean()), low, high, n)
 
 
+def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
+    """n_right / n with Wilson's score interval (1927): what more images could show of one network's accuracy.
+
+    Raises: UsageError where n_right is not in [0, n], n is 0, or the level outside (0, 1).
+    """
+    if not 0 <= n_right <= n or n == 0:
+        raise UsageError(f"a share needs 0 <= n_right <= n and n > 0, got {n_right} of {n}")
+    _checked([n_right], level)
+    z = stats.norm.ppf((1 + level) / 2)
+    middle = (n_right + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * math.sqrt(n_right * (n - n_right) / n + z**2 / 4)
+    return Interval(n_right / n, float(middle - half), float(middle + half), n)
+
+
 def crossed(
     values: ArrayLike, *, generator: np.random.Generator, level: float = 0.95, n_resamples: int = 1_000
 ) -> Interval:

@@ -198,7 +198,7 @@ class Store:
             else:
                 write(self.folder / "study.json", canonical(asked, indent=1) + b"\n")
                 self.__dict__.pop("study", None)
-            for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("trials/*/.*.tmp")]:
+            for path in self.folder.rglob(".*.tmp"):
                 path.unlink()
             for record in self.finished():
                 (record.folder / "journal.jsonl").unlink(missing_ok=True)
