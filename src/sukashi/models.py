@@ -1,0 +1,607 @@
+"""Models from a name, an import path or a saved folder; weights and recipes are read as plain data, never unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import importlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from pydantic import BaseModel, ConfigDict, ValidationError
+from timm.data.config import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from sukashi import surgery
+from sukashi.architectures import OWN
+from sukashi.errors import ModelError, SukashiError, UsageError
+from sukashi.layers import explicit_attention
+from sukashi.registry import nearest
+from sukashi.surgery import Table
+from sukashi.types import Preprocess
+
+# What masked = cut was tested on, beside everything in OWN.
+TESTED = (
+    *(f"torchvision:{name}" for name in ("resnet18", "resnet50", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121")),
+    *("torchvision:efficientnet_b0", "torchvision:vit_b_16"),
+    *(f"timm:{name}" for name in ("deit3_small_patch16_224", "deit3_base_patch16_224", "vit_tiny_patch16_224")),
+)
+RECIPE = "recipe.json"
+WEIGHTS = "model.safetensors"
+
+_FIXED_WIDTH = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56")
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+_HEADER_CAP = 100_000_000
+_SHOWN = 3
+# Of fp32 logits; a batch of one may take another kernel, an image that sees its neighbours is off by far more.
+_ALONE = 1e-3
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network ready to be looked at, and what rebuilds it.
+
+    `model` is in eval mode, in fp32, with explicit attention, and nobody else's. `spec` and `options` rebuild its
+    architecture, `cuts` what was then removed, cut after cut. `class_names` is None where they are not known;
+    `weights_sha256` is the hash of the weights file, or of the tensors where there was none.
+    """
+
+    model: nn.Module
+    spec: str
+    options: Mapping[str, Any]
+    preprocess: Preprocess
+    n_classes: int
+    class_names: tuple[str, ...] | None
+    weights_sha256: str
+    cuts: tuple[Table, ...] = ()
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class InputRecipe(_Strict):
+    """`types.Preprocess`, written down."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class OptionsRecipe(_Strict):
+    """The options of `load` that shape the architecture."""
+
+    n_classes: int | None = None
+    width: int | None = None
+    output: str | None = None
+
+
+class Recipe(_Strict):
+    """`recipe.json` of a saved folder: how to rebuild the model, and where it came from.
+
+    `weights_sha256` is the hash of model.safetensors, `tensors` the hash of each tensor in it.
+    """
+
+    format: Literal[1]
+    spec: str
+    options: OptionsRecipe
+    preprocess: InputRecipe
+    n_classes: int
+    class_names: tuple[str, ...] | None
+    cuts: tuple[Table, ...]
+    weights_sha256: str
+    tensors: dict[str, str]
+    provenance: dict[str, Any]
+
+
+class Output(nn.Module):
+    """One tensor of a model that returns several: `output` is a key, or a position written as a number."""
+
+    def __init__(self, model: nn.Module, output: str) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = dict(_named(self.model(x)))
+        if self.output not in found:
+            raise ModelError(f"the model has no output {self.output!r}: choose one of {_candidates(found)}")
+        return cast(Tensor, found[self.output])
+
+
+def names() -> list[str]:
+    """Our own models and those tested for surgery; any other timm or torchvision classifier may be tried."""
+    return [*(f"sukashi:{name}" for name in OWN), *TESTED]
+
+
+def load(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    n_classes: int | None = None,
+    width: int | None = None,
+    pretrained: bool = False,
+    output: str | None = None,
+) -> Loaded:
+    """The model that `spec` names, checked on two passes over noise.
+
+    `spec` is `sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable` (called without arguments, or
+    with `n_classes` and `width` where given; the model it returns must have an attribute `preprocess`), or a folder
+    written by `prune.save`. `weights` is a safetensors file, a `.pt` or `.pth` file of tensors, or a saved folder of
+    the same spec (the only way to open one whose spec is an import path: a recipe must not choose what code runs).
+    Without weights and `pretrained` the weights are random, drawn from torch's global generator. The metadata `mean`,
+    `std` (commas between numbers) and `classes` of a safetensors header replace the architecture's own.
+    `output` selects a key or position where the model returns several tensors.
+
+    Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
+    rule. No input is unpickled.
+    """
+    folder = spec if Path(spec).is_dir() else weights
+    if folder is not None and Path(folder).is_dir():
+        own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
+        if own or (folder is spec and weights is not None):
+            raise UsageError(
+                f"{folder} is a saved folder and brings its own {next(iter(own), 'weights')}: leave it out"
+            )
+        return _open(Path(folder), None if folder is spec else spec)
+    if weights is not None and pretrained:
+        raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
+    for name, value in (("n_classes", n_classes), ("width", width)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+
+    file = None if weights is None else _read(Path(weights))
+    stated = None if file is None else _stated_classes(file)
+    if n_classes is not None and stated is not None and n_classes != stated:
+        raise ModelError(f"{weights} was trained for {stated} classes, n_classes is {n_classes}: leave it out")
+    options: dict[str, Any] = _given(n_classes=n_classes, width=width, output=output)
+    ours = spec.partition(":")[0] in _SOURCES
+    if stated is not None and ours:
+        options["n_classes"] = stated
+    model, preprocess, class_names = _build(spec, options, pretrained)
+    if file is not None:
+        preprocess = _stated_preprocess(file, preprocess)
+        _fill(model, file.tensors, file.path)
+    model = _prepare(model, options)
+    logits = _logits(model, _noise(preprocess), spec)
+    known = stated if stated is not None else n_classes
+    if known is not None and logits.shape[1] != known:
+        raise ModelError(f"{spec} gives {logits.shape[1]} classes, {known} were expected: check n_classes and weights")
+    if ours:
+        options["n_classes"] = logits.shape[1]
+    return Loaded(
+        model=model,
+        spec=spec,
+        options=options,
+        preprocess=preprocess,
+        n_classes=logits.shape[1],
+        class_names=class_names,
+        weights_sha256=_digest(model) if file is None else file.sha256,
+    )
+
+
+def probe(loaded: Loaded, example: Tensor) -> Tensor:
+    """Logits (B, K) of an example (B, C, H, W), once it is certain that they mean something.
+
+    Raises ModelError where the model does not run on the example, does not give one finite (B, K) tensor with
+    K = n_classes, gives other logits in a second pass, changes its buffers, or lets images of a batch change each
+    other's logits. Weights, buffers and train mode are as found afterwards.
+    """
+    logits = _logits(loaded.model, example, loaded.spec)
+    if logits.shape[1] != loaded.n_classes:
+        raise ModelError(f"{loaded.spec} gives {logits.shape[1]} classes, {loaded.n_classes} were expected")
+    return logits
+
+
+# Architectures.
+
+Built = tuple[nn.Module, Preprocess, tuple[str, ...] | None]
+Builder = Callable[[str, Mapping[str, Any], bool], Built]
+
+
+def _build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    """Model, preprocessing and class names (or None) of a spec, with the architecture's own weights."""
+    source, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise UsageError(
+            f"unknown model {spec!r}{nearest(spec, names())}; or a saved folder, or package.module:callable"
+        )
+    if "width" in options and source in ("timm", "torchvision"):
+        raise UsageError(f"{spec} has no option width: only models of our own and import paths may")
+    try:
+        return _SOURCES.get(source, _imported)(spec, options, pretrained)
+    except (AssertionError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"{spec} could not be built with {dict(options)} ({_brief(error)}): check the options"
+        ) from error
+
+
+def _own(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    name = spec.partition(":")[2]
+    if name not in OWN:
+        raise UsageError(f"unknown model {spec!r}{nearest(spec, [f'sukashi:{own}' for own in OWN])}")
+    if pretrained:
+        raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights instead")
+    build, n_classes, width, channels, size = OWN[name]
+    if options.get("width", width) != width and name in _FIXED_WIDTH:
+        raise UsageError(f"the width of {spec} is {width}, got {options['width']}: leave it out")
+    model = build(options.get("n_classes", n_classes), options.get("width", width))
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else ((0.0,), (1.0,))
+    return model, Preprocess(size, size, channels, mean, std), None
+
+
+def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    name = spec.partition(":")[2]
+    bare, _, tag = name.partition(".")
+    if not timm.is_model(bare):
+        raise UsageError(f"unknown model {spec!r}{_closest(spec, [f'timm:{known}' for known in timm.list_models()])}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{bare}.*")]
+    if tag and tag not in tags:
+        raise UsageError(f"unknown weights {tag!r} of timm:{bare}{nearest(tag, tags or ['none'])}")
+    model = _fetched(spec, lambda: timm.create_model(name, pretrained=True)) if pretrained else None
+    if model is None:
+        model = timm.create_model(name, num_classes=options.get("n_classes"))
+    config = resolve_data_config(model=model)
+    channels, height, width = config["input_size"]
+    return model, Preprocess(height, width, channels, tuple(config["mean"]), tuple(config["std"])), None
+
+
+def _torchvision(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    name = spec.partition(":")[2]
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        raise UsageError(f"unknown model {spec!r}{_closest(spec, [f'torchvision:{other}' for other in known])}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    if pretrained:
+        # The builders' own download would unpickle.
+        fetch = lambda: weights.get_state_dict(progress=False, check_hash=True, weights_only=True)  # noqa: E731
+        state = _fetched(spec, fetch)
+        model = torchvision.models.get_model(name, num_classes=len(weights.meta["categories"]))
+        _fill(model, state, spec)
+    else:
+        model = torchvision.models.get_model(name, num_classes=options.get("n_classes", 1000))
+    view = weights.transforms()
+    size = view.crop_size[0]
+    preprocess = Preprocess(size, size, 3, tuple(view.mean), tuple(view.std))
+    return model, preprocess, tuple(weights.meta["categories"]) if pretrained else None
+
+
+def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    module, _, name = spec.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) or not name.isidentifier():
+        raise UsageError(
+            f"unknown model {spec!r}{nearest(spec, names())}; or a saved folder, or package.module:callable"
+        )
+    if pretrained:
+        raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights, or load them in {name}")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"cannot import {spec} ({_brief(error)}): check the name and PYTHONPATH") from error
+    model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec} returned a {type(model).__name__}: it must return a torch.nn.Module")
+    preprocess = getattr(model, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise ModelError(f"{spec} does not say what it reads: give its model an attribute preprocess = Preprocess(...)")
+    # The caller may still hold the model, and train it.
+    return copy.deepcopy(model), preprocess, None
+
+
+_SOURCES: dict[str, Builder] = {"sukashi": _own, "timm": _timm, "torchvision": _torchvision}
+
+
+def _closest(name: str, known: list[str]) -> str:
+    """The hint of `nearest`, over the few names that come near instead of a thousand."""
+    return nearest(name, difflib.get_close_matches(name, known, n=5, cutoff=0.3) or names())
+
+
+def _fetched(spec: str, fetch: Any) -> Any:
+    try:
+        return fetch()
+    except Exception as error:  # whatever a hub, a proxy or a missing network raises
+        raise ModelError(
+            f"pretrained weights of {spec} cannot be had here ({_brief(error)}): give a file of weights instead"
+        ) from error
+
+
+def _prepare(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """The model in eval mode and fp32, with explicit attention and its one output."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(f"weight {name!r} holds NaN or Inf: such a network computes nothing, give other weights")
+    model = model.float().eval()
+    explicit_attention(model)
+    return Output(model, options["output"]).eval() if "output" in options else model
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value not in (None, False)}
+
+
+# Weights.
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of weights, read once: its tensors by name, its text metadata and its hash."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    sha256: str
+
+
+def _read(path: Path) -> File:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read weights {path} ({error.strerror}): check the path") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if path.suffix == ".safetensors":
+        metadata = check_safetensors(data, path)
+        return File(path, safetensors.torch.load(data), metadata, sha256)
+    if path.suffix in (".pt", ".pth"):
+        return File(path, _unpickled_safely(data, path), {}, sha256)
+    raise ModelError(f"weights {path} must be a .safetensors, .pt or .pth file, got {path.suffix!r}")
+
+
+def _unpickled_safely(data: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle that wants to run code, or no pickle at all
+        raise ModelError(
+            f"{path} was refused: it is damaged or holds more than tensors, and nothing in it was run; "
+            "save the state_dict as safetensors"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ModelError(
+            f"{path} must hold a state_dict, also under 'state_dict' or 'model', got {type(found).__name__}"
+        )
+    return dict(found)
+
+
+def check_safetensors(data: bytes, path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file whose header is true of its bytes.
+
+    Raises ModelError for a header that is cut off, is no JSON of the format, or whose tensors do not fill the rest of
+    the file exactly.
+    """
+
+    def refuse(why: str) -> ModelError:
+        return ModelError(f"{path} is no intact safetensors file ({why}): fetch or save it again")
+
+    n_header = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or n_header > min(_HEADER_CAP, len(data) - 8):
+        raise refuse("its header is cut off")
+    try:
+        header = json.loads(data[8 : 8 + n_header], object_pairs_hook=_once)
+        metadata = header.pop("__metadata__", {})
+        extents = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        sizes = {name: math.prod(entry["shape"]) * _BITS[entry["dtype"]] // 8 for name, entry in header.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("metadata")
+        if any(type(n) is not int or n < 0 for entry in header.values() for n in entry["shape"]):
+            raise TypeError("shape")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise refuse("its header is not that of a safetensors file") from error
+    end = 0
+    for start, stop, name in extents:
+        if start != end or stop - start != sizes[name]:
+            raise refuse(f"its header lies about tensor {name!r}")
+        end = stop
+    if end != len(data) - 8 - n_header:
+        raise refuse(f"its header speaks of {end} bytes of tensors, there are {len(data) - 8 - n_header}")
+    return cast(dict[str, str], metadata)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _stated_classes(file: File) -> int | None:
+    """How many classes the metadata speaks of, or None."""
+    stated = file.metadata.get("classes")
+    if stated is None:
+        return None
+    if not stated.isdecimal() or int(stated) < 1:
+        raise ModelError(f"the header of {file.path} gives classes={stated!r}: it must be a number of classes")
+    return int(stated)
+
+
+def _stated_preprocess(file: File, preprocess: Preprocess) -> Preprocess:
+    """The preprocessing with the mean and std that the metadata speaks of."""
+    stated = {key: file.metadata[key] for key in ("mean", "std") if key in file.metadata}
+    numbers: dict[str, Any] = {}
+    for key, text in stated.items():
+        with contextlib.suppress(ValueError):
+            numbers[key] = tuple(float(part) for part in text.split(","))
+        good = key in numbers and len(numbers[key]) == preprocess.channels and all(map(math.isfinite, numbers[key]))
+        if not good or (key == "std" and min(numbers[key]) <= 0):
+            raise ModelError(
+                f"the header of {file.path} gives {key}={text!r}: it must be {preprocess.channels} numbers with "
+                "commas between, a std above 0"
+            )
+    return replace(preprocess, **numbers)
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
+    """Copy tensors into the model; none but exactly its own, so that nothing keeps its random start unnoticed."""
+    own = model.state_dict()
+    faults = {
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    }
+    if any(faults.values()):
+        counts = "; ".join(
+            f"{len(found)} {fault}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
+            for fault, found in faults.items()
+            if found
+        )
+        raise ModelError(f"the weights of {where} do not fit the model ({counts}): check its name, classes and width")
+    model.load_state_dict(dict(tensors))
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """{name: SHA-256 of type, shape and bytes}, sorted by name."""
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        text = f"{plain.dtype} {tuple(plain.shape)} ".encode()
+        found[name] = hashlib.sha256(text + plain.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return found
+
+
+def _digest(model: nn.Module) -> str:
+    return hashlib.sha256(json.dumps(tensor_digests(model.state_dict())).encode()).hexdigest()
+
+
+# Saved folders.
+
+
+def _open(folder: Path, spec: str | None) -> Loaded:
+    """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
+    recipe = _recipe(folder / RECIPE)
+    if spec is not None and spec != recipe.spec:
+        raise ModelError(f"{folder} holds a {recipe.spec}, not a {spec}: give the spec it was made from")
+    if spec is None and recipe.spec.partition(":")[0] not in _SOURCES:
+        raise ModelError(
+            f"{folder} needs the code of {recipe.spec}, and a recipe must not choose what code runs: "
+            f"load {recipe.spec} with the folder as its weights"
+        )
+    file = _read(folder / WEIGHTS)
+    if file.sha256 != recipe.weights_sha256:
+        found = tensor_digests(file.tensors)
+        wrong = [name for name in sorted({*found, *recipe.tensors}) if found.get(name) != recipe.tensors.get(name)]
+        raise ModelError(
+            f"{file.path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.weights_sha256[:16]}; first "
+            f"tensor at fault: {wrong[0] if wrong else 'none, only the header differs'}: restore the folder"
+        )
+    options = recipe.options.model_dump(exclude_none=True)
+    model = _prepare(_build(recipe.spec, options, False)[0], options)
+    for table in recipe.cuts:
+        surgery.replay(model, table)
+    _fill(model, file.tensors, file.path)
+    loaded = Loaded(
+        model=_prepare(model, {}),
+        spec=recipe.spec,
+        options=options,
+        preprocess=Preprocess(**recipe.preprocess.model_dump()),
+        n_classes=recipe.n_classes,
+        class_names=recipe.class_names,
+        weights_sha256=file.sha256,
+        cuts=recipe.cuts,
+    )
+    probe(loaded, _noise(loaded.preprocess))
+    return loaded
+
+
+def _recipe(path: Path) -> Recipe:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {path} ({error.strerror}): a saved model is a folder with this file") from error
+    try:
+        return Recipe.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            parts: dict[str, type[BaseModel]] = {"options": OptionsRecipe, "preprocess": InputRecipe}
+            known = parts.get(str(first["loc"][0]), Recipe).model_fields
+            raise ModelError(f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
+        raise ModelError(f"{path} is no recipe: {where or 'all of it'}: {first['msg']}") from error
+
+
+# Checks.
+
+
+def _noise(preprocess: Preprocess) -> Tensor:
+    shape = (2, preprocess.channels, preprocess.height, preprocess.width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, example: Tensor, spec: str) -> Tensor:
+    """Logits (B, K) of the example, after the checks that `probe` speaks of (all but that of K)."""
+    modes = [module.training for module in model.modules()]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    try:
+        first, second, alone = model(example), model(example), model(example[:1])
+    except SukashiError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{spec} fails on images of shape {tuple(example.shape)} ({_brief(error)}): check size and width"
+        ) from error
+    finally:
+        changed = [name for name, buffer in model.named_buffers() if not _same(buffer, before[name])]
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    if not isinstance(first, Tensor):
+        found = dict(_named(first))
+        raise ModelError(f"{spec} gives a {type(first).__name__}, not logits: select an output: {_candidates(found)}")
+    if first.dim() != 2 or len(first) != len(example):
+        raise ModelError(f"{spec} gives {tuple(first.shape)} for {len(example)} images: it must give (images, classes)")
+    if not first.isfinite().all():
+        raise ModelError(f"{spec} gives NaN or Inf: check its weights and the preprocessing")
+    if changed:
+        raise ModelError(f"{spec} changes its buffer {changed[0]!r} in eval mode: it must compute the same every time")
+    if not torch.equal(first, second):
+        raise ModelError(f"{spec} gives other logits in a second pass: it must compute the same every time")
+    if (first[:1] - alone).abs().max() > _ALONE * first.abs().max():
+        raise ModelError(f"{spec} gives an image other logits in other company: images must not depend on each other")
+    return first
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _named(found: Any) -> Iterator[tuple[str, Any]]:
+    """Outputs of a model with the names by which they are selected."""
+    match found:
+        case Mapping():
+            yield from ((str(key), value) for key, value in found.items())
+        case tuple() | list():
+            yield from ((str(position), value) for position, value in enumerate(found))
+
+
+def _candidates(found: Mapping[str, Any]) -> str:
+    shown = [f"{name!r} {tuple(value.shape)}" for name, value in found.items() if isinstance(value, Tensor)]
+    return ", ".join(shown) or "there is none that is a tensor"
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
