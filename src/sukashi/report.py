@@ -564,9 +564,9 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting as (dotted name, text)."""
+    """Every setting that is set, as (dotted name, text)."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{path}.{key}" if path else key)
-    else:
+    elif value is not None:
         yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
