@@ -1,0 +1,163 @@
+"""Accuracy of a network and of its cuts: per image, per class, as a curve over what was removed, and as one area."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from sukashi import progress, surgery
+from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.measures import measures
+from sukashi.types import Batch, Curve, Mask, Plan, Site
+
+# Images in one pass; larger passes leave the processor's cache and are no faster.
+CHUNK = 250
+
+
+@measures.register("accuracy", source="share of images whose largest logit is that of their target", better="higher")
+def accuracy(
+    model: nn.Module, batch: Batch, *, generator: torch.Generator, reference: nn.Module | None = None
+) -> Tensor:
+    """1 for each image whose largest logit is its target's, else 0; (B,) float, in [0, 1].
+
+    Among equal logits the first counts. `generator` and `reference` are not used. Raises ModelError for logits that are
+    not finite, or not (B, K) with K above every target.
+    """
+    return _correct(model, batch).float()
+
+
+def per_class(correct: ArrayLike, target: ArrayLike, n_classes: int) -> NDArray[np.float64]:
+    """(..., K) the share of each class's images that are right, NaN for a class without images.
+
+    `correct` (..., B) is 1 where an image is right, `target` (B,) its class number.
+    """
+    right, target = np.asarray(correct, dtype=np.float64), np.asarray(target)
+    members = (target[:, None] == np.arange(n_classes)).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(right @ members / members.sum(axis=0))
+
+
+def curve(
+    model: nn.Module,
+    sites: Sequence[Site],
+    plan: Plan,
+    ratios: Sequence[float],
+    images: Batch | Iterable[Batch],
+    device: torch.device | str | None = None,
+) -> Curve:
+    """Which images a network gets right, dense and physically cut at each ratio of units and after each pass of a plan.
+
+    Points are sorted by units removed, the dense one first. `fraction` is measured: one minus the parameters of the cut
+    copy over those of the model. No count is rounded; the same cut is evaluated once. `images` is one batch, or
+    batches that can be gone through again in the same order; `device` is where the copies run (default: the model's).
+
+    Raises UsageError for a plan of other sites or a ratio outside [0, 1), DataError for images that change from pass to
+    pass, ModelError for logits that are not finite.
+    """
+    if set(sites) != set(plan.sites):
+        raise UsageError(f"the plan speaks of {len(plan.sites)} other sites than the model's {len(sites)}: rank again")
+    asked = [(plan.mask(ratio).n_removed, ratio) for ratio in ratios]
+    points = sorted({(0, 0.0), *asked}) + [(n_removed, float("nan")) for n_removed in plan.passes]
+    points.sort(key=lambda point: point[0])
+    counts = sorted({n_removed for n_removed, _ in points})
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    n_dense = n_parameters(model)
+    ids: tuple[str, ...] = ()
+    measured: dict[int, tuple[float, NDArray[np.uint8]]] = {}
+    with progress.task("curve", len(counts)) as task:
+        for n_removed in counts:
+            keep = plan.mask_of(n_removed).keep
+            small = copy.deepcopy(model).to(device)
+            surgery.cut(small, Mask({site: keep[site] for site in sites}))
+            correct, seen = _evaluated(small, images, device)
+            if n_removed and seen != ids:
+                raise DataError("the images change from one pass to the next: give batches in a fixed order")
+            ids = seen
+            measured[n_removed] = (1 - n_parameters(small) / n_dense, correct)
+            task.advance(note=f"removed {n_removed}, accuracy {correct.mean():.3f}")
+    return Curve(
+        ratio=np.array([ratio for _, ratio in points]),
+        n_removed=np.array([n_removed for n_removed, _ in points]),
+        fraction=np.array([measured[n_removed][0] for n_removed, _ in points]),
+        correct=np.stack([measured[n_removed][1] for n_removed, _ in points]),
+        image_ids=ids,
+    )
+
+
+def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative: bool = False) -> float:
+    """Area under accuracy against the fraction of parameters removed, times 100; in percent, higher is better.
+
+        SAUCE = 100 * integral_0^1 a(f) df
+
+    by the trapezoid rule over the measured points and the endpoint (1, `chance`). `relative` divides by the dense
+    accuracy. The C-SWAP paper names the area but prints no formula: this reading fits its figures best. Between the
+    largest measured fraction and 1 the line is a guess, so report that fraction too.
+
+    Raises UsageError where the points do not start at 0, are not sorted, or are not all in [0, 1].
+    """
+    f, a = np.asarray(fraction, dtype=np.float64), np.asarray(accuracies, dtype=np.float64)
+    if f.ndim != 1 or f.shape != a.shape or not len(f):
+        raise UsageError(f"fractions {f.shape} and accuracies {a.shape} must be as many, one for each point")
+    if f[0] != 0 or not (np.diff(f) >= 0).all() or f[-1] > 1:
+        raise UsageError(f"fractions must rise from 0 (the dense network) to at most 1, got {f.tolist()}")
+    if not ((a >= 0) & (a <= 1)).all() or not 0 <= chance <= 1:
+        raise UsageError("accuracies and chance must be in [0, 1]")
+    if relative and a[0] == 0:
+        raise UsageError("the dense network gets nothing right: an area relative to its accuracy means nothing")
+    area = float(np.trapezoid([*a, chance], [*f, 1.0]))
+    return 100 * area / (float(a[0]) if relative else 1.0)
+
+
+def n_parameters(model: nn.Module) -> int:
+    """How many numbers a model has learned; a shared parameter counts once, buffers do not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and no TF32 on a GPU."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _evaluated(
+    model: nn.Module, images: Batch | Iterable[Batch], device: torch.device
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """(B,) 1 where an image is right, and the images' ids."""
+    model.to(memory_format=torch.channels_last)
+    found: list[Tensor] = []
+    ids: list[str] = []
+    for batch in [images] if isinstance(images, Batch) else images:
+        for part in batch.split(CHUNK):
+            x = part.x.to(device, memory_format=torch.channels_last)
+            found.append(_correct(model, Batch(x, part.target.to(device), part.image_id)).cpu())
+            ids += part.image_id
+    if not ids:
+        raise DataError("there are no images to measure accuracy on: give a split that holds some")
+    return torch.cat(found).numpy().astype(np.uint8), tuple(ids)
+
+
+def _correct(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,) bool: is an image right?"""
+    with exact():
+        logits: Tensor = model(batch.x)
+    if logits.ndim != 2 or len(logits) != len(batch) or int(batch.target.max()) >= logits.shape[1]:
+        raise ModelError(
+            f"logits have shape {tuple(logits.shape)}, targets go up to {int(batch.target.max())}: they must be "
+            "(images, classes)"
+        )
+    if not logits.isfinite().all():
+        raise ModelError("the network gives NaN or Inf on test images: check its weights and the preprocessing")
+    return logits.argmax(1).clone() == batch.target
