@@ -1,0 +1,172 @@
+"""What a network costs to keep and to run, dense and cut: parameters, FLOPs, memory, file size, latency."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from sukashi import surgery
+from sukashi.errors import UsageError
+from sukashi.measures.accuracy import exact, n_parameters
+from sukashi.types import Mask
+
+FLOP_COUNTER = "torch.utils.flop_counter, one multiply-add = 2 FLOPs, convolutions, matrix products and attention only"
+
+
+def sizes(model: nn.Module, example: Tensor, mask: Mask) -> dict[str, dict[str, int]]:
+    """{"dense": figures, "cut": figures}: what no clock decides, the same on every run.
+
+    `parameters`, `flops` (of one image), `peak_bytes` (of a pass over `example`) and `bytes` (of model.safetensors).
+    """
+    small = copy.deepcopy(model)
+    surgery.cut(small, mask)
+    return {"dense": size(model, example), "cut": size(small, example)}
+
+
+def size(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """`parameters`, `flops` (of one image), `peak_bytes` (of a pass over `example`) and `bytes` of one network."""
+    return {
+        "parameters": n_parameters(model),
+        "flops": flops(model, example),
+        "peak_bytes": peak_bytes(model, example),
+        "bytes": len(safetensors.torch.save({name: t.clone() for name, t in model.state_dict().items()})),
+    }
+
+
+def flops(model: nn.Module, example: Tensor) -> int:
+    """FLOPs of one image, as FLOP_COUNTER counts them."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(example[:1])
+    return int(counter.get_total_flops())
+
+
+def peak_bytes(model: nn.Module, example: Tensor) -> int:
+    """Most bytes alive at one time in a pass over `example`: parameters, buffers, input and every tensor made.
+
+    On a GPU what CUDA's allocator saw; elsewhere counted tensor by tensor, without the kernels' own scratch memory.
+    """
+    if example.is_cuda:
+        device = example.device
+        torch.cuda.synchronize(device)
+        elsewhere = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        with exact():
+            model(example)
+        torch.cuda.synchronize(device)
+        made = torch.cuda.max_memory_allocated(device) - elsewhere
+    else:
+        with torch.no_grad(), _Alive() as alive:
+            model(example)
+        made = alive.peak
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _held(model, example)}
+    return sum(held.values()) + made
+
+
+def latency(
+    networks: Sequence[nn.Module], example: Tensor, *, warmup: int = 3, repeats: int = 20, seconds: float = 20.0
+) -> list[list[float]]:
+    """Milliseconds of each timed pass over `example`, one list a network, measured in turns.
+
+    Turns (dense, cut, dense, ...) let both meet the same disturbances; the order flips from turn to turn. After
+    `warmup` turns, `repeats` are timed, fewer (at least 3) where `seconds` have gone by. Report medians.
+    """
+    times: list[list[float]] = [[] for _ in networks]
+    with exact():
+        start = time.perf_counter()
+        for turn in range(warmup + repeats):
+            if turn >= warmup + 3 and time.perf_counter() - start > seconds:
+                break
+            for position in range(len(networks))[:: 1 if turn % 2 else -1]:
+                taken = _timed(networks[position], example)
+                if turn >= warmup:
+                    times[position].append(taken)
+    return times
+
+
+def cost(
+    dense: nn.Module, cut: nn.Module, example: Tensor, *, batch_size: int = 32, repeats: int = 20
+) -> dict[str, Any]:
+    """Everything beside each other: {"dense": figures, "cut": figures, and how they were measured}.
+
+    Figures are those of `size`, with `peak_bytes` of a batch, and `latency_ms`, the median of a batch's passes.
+    `example` (B, C, H, W) is repeated to `batch_size` images. Neither network is changed.
+
+    Raises UsageError where the two are not on one device, or for a batch size below 1.
+    """
+    devices = {next(network.parameters()).device for network in (dense, cut)} | {example.device}
+    if len(devices) > 1:
+        raise UsageError(f"networks and images are on {', '.join(sorted(map(str, devices)))}: put them on one device")
+    if batch_size < 1 or repeats < 1:
+        raise UsageError(f"batch_size and repeats must be at least 1, got {batch_size} and {repeats}")
+    batch = example.repeat(-(-batch_size // len(example)), 1, 1, 1)[:batch_size]
+    times = latency((dense, cut), batch, repeats=repeats)
+    dense_figures, cut_figures = (
+        {**size(network, batch), "latency_ms": statistics.median(of_network)}
+        for network, of_network in zip((dense, cut), times, strict=True)
+    )
+    return {
+        "dense": dense_figures,
+        "cut": cut_figures,
+        "batch_size": batch_size,
+        "repeats": len(times[0]),
+        "device": torch.cuda.get_device_name(example.device) if example.is_cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "flop_counter": FLOP_COUNTER,
+    }
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages made inside that are still alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known | self._seen:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        place, n_bytes = storage.data_ptr(), storage.nbytes()
+        self._seen.add(place)
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, place, n_bytes)
+
+    def _drop(self, place: int, n_bytes: int) -> None:
+        self._seen.discard(place)
+        self.now -= n_bytes
+
+
+def _held(model: nn.Module, example: Tensor) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers(), example]
+
+
+def _timed(network: nn.Module, batch: Tensor) -> float:
+    """Milliseconds of one pass."""
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)
+    start = time.perf_counter()
+    network(batch)
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)
+    return 1e3 * (time.perf_counter() - start)
