@@ -1,0 +1,7 @@
+"""Criteria: how important each unit is, or in which order units go."""
+
+from sukashi.registry import Registry
+
+criteria = Registry("criterion", "criteria")
+
+from sukashi.criteria import attributed, causal, weights  # noqa: E402, F401

@@ -1,0 +1,252 @@
+"""Causal criteria: C-SWAP, C-BP and AMP (Bauvin et al. 2025).
+
+A unit is removed, the images are run again, and what happened to their scores is the unit's causal effect. C-SWAP and
+AMP decide while they remove; C-BP ranks on the intact network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+from sukashi.criteria import criteria
+from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
+from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep, unit_orders
+from sukashi.errors import DataError
+from sukashi.types import Batch, Plan, Site
+
+Scoring = Callable[[Tensor, Tensor], Tensor]
+
+
+def true_class_probability(logits: Tensor, target: Tensor) -> Tensor:
+    """sigma(x, y) = exp(z_y) / sum_k exp(z_k) (B,), in float64 so that a tiny probability is not zero (sec. 3.2)."""
+    return logits.double().log_softmax(1).gather(1, target[:, None]).squeeze(1).exp()
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """All a decision needs of the images, per class: additive, so that images can be shared out over machines.
+
+    With d = sigma* - sigma: `n` images, sums of d, d^2, d/sigma and sigma; each (K,) float64.
+    """
+
+    n: np.ndarray
+    d: np.ndarray
+    d2: np.ndarray
+    ratio: np.ndarray
+    sigma: np.ndarray
+
+    def __add__(self, other: ClassSums) -> ClassSums:
+        return ClassSums(
+            self.n + other.n, self.d + other.d, self.d2 + other.d2, self.ratio + other.ratio, self.sigma + other.sigma
+        )
+
+    @staticmethod
+    def of(before: Tensor, after: Tensor, target: Tensor, n_classes: int) -> ClassSums:
+        """Sums of scores `before` and `after` (B,) by `target` (B,)."""
+        d = after - before
+        columns = torch.stack([torch.ones_like(d), d, d * d, d / before, before], 1)
+        sums = torch.zeros(n_classes, 5, dtype=torch.float64, device=d.device).index_add_(0, target, columns)
+        return ClassSums(*sums.T.cpu().numpy())
+
+    def p_values(self) -> np.ndarray:
+        """Two-sided paired t-test of each class (K,): t = mean(d) / sqrt(var(d) / n), n - 1 degrees of freedom.
+
+        No difference at all (0/0) has p = 1, a constant difference other than 0 has p = 0; a class with fewer than two
+        images has p = 1.
+        """
+        return _t_test(self.n, self.d, self.d2)
+
+    def p_value(self) -> float:
+        """The same test over all classes at once ("general inference", sec. 4.5)."""
+        return float(_t_test(self.n.sum(), self.d.sum(), self.d2.sum()))
+
+    def effect(self, form: str) -> float:
+        """xi: `ratio` is definition 1, mean(d / sigma); `mean` is mean(d) / mean(sigma)."""
+        if form == "ratio":
+            return float(self.ratio.sum() / self.n.sum())
+        return float(self.d.sum() / self.sigma.sum())
+
+
+def _t_test(n: Any, d: Any, d2: Any) -> Any:
+    n, d, d2 = np.asarray(n, float), np.asarray(d, float), np.asarray(d2, float)
+    enough = n >= 2
+    m = np.where(enough, n, 2.0)
+    mean = d / m
+    variance = np.maximum(d2 - m * mean**2, 0.0) / (m - 1)
+    # A variance that is nothing but rounding of the sums is zero.
+    variance = np.where(variance <= 1e-14 * d2 / m, 0.0, variance)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = mean / np.sqrt(variance / m)
+    p = 2 * scipy.stats.t.sf(np.abs(np.where(np.isnan(t), 0.0, t)), m - 1)
+    return np.where(enough, p, 1.0)
+
+
+@dataclass(frozen=True)
+class CausalTest:
+    """Definition 2: compares scores before and after a removal, and says what the unit is."""
+
+    target: Tensor
+    n_classes: int
+    scoring: Scoring
+    form: str
+    alpha: float
+    inference: str
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return self.scoring(logits, self.target)
+
+    def __call__(self, before: Tensor, logits: Tensor) -> Verdict:
+        """`before` (B,) are the baseline's scores; the verdict removes what is not critical."""
+        sums = ClassSums.of(before, self.scores(logits), self.target, self.n_classes)
+        p_values = sums.p_values()
+        xi = sums.effect(self.form)
+        significant = (float(p_values.min()) if self.inference == "voting" else sums.p_value()) < self.alpha
+        # Algorithm 1, line 8: xi = 0 counts as critical.
+        category = "neutral" if not significant else "critical" if xi <= 0 else "detrimental"
+        return Verdict(category != "critical", category, xi, p_values)
+
+
+@criteria.register("cswap", source="Bauvin et al. 2025, algorithm 1", progressive=True)
+def cswap(
+    model: nn.Module,
+    sites: Sequence[Site],
+    data: Batch,
+    *,
+    generator: torch.Generator,
+    baseline: Literal["original", "current"] = "original",
+    samples: Literal["correct", "all"] = "correct",
+    effect: Literal["ratio", "mean"] = "mean",
+    alpha: float = 0.05,
+    inference: Literal["voting", "general"] = "voting",
+    order: Literal["index", "magnitude", "random"] = "magnitude",
+    scoring: Scoring = true_class_probability,
+    budget: int = DEFAULT_BUDGET,
+    _journal: Journal | None = None,
+) -> Plan:
+    """The plan of C-SWAP: from the output back, every unit that is not critical goes at once; critical ones follow.
+
+    For each site, output to input, and each unit n of it: G~ = G without n; d = sigma(G~) - sigma(baseline) on each
+    image; n stays if a paired t-test of d is significant in a class (`voting`) or over all images (`general`) and
+    xi_n <= 0, else it goes (definitions 1 and 2, algorithm 1). Critical units follow by ascending harm, xi from 0 down,
+    as measured when each was met.
+
+    Definition 1 compares with the original network; algorithm 1 can be read as comparing with the present one:
+    `baseline` says which. Its xi, the mean of d / sigma (`effect="ratio"`), is ruled by the few images on which sigma is
+    near zero; `mean` is mean(d) / mean(sigma), and `samples="correct"` leaves misclassified images out. The last unit of
+    a site is never removed.
+    """
+    data = _usable(model, data, samples)
+    engine = Engine(model, sites, data, budget=budget)
+    test = _causal_test(engine, data, scoring, effect, alpha, inference)
+    original = test.scores(engine.original)
+
+    def decide(now: Tensor, logits: Tensor) -> Verdict:
+        return test(original if baseline == "original" else test.scores(now), logits)
+
+    rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="cswap", journal=_journal)
+    gone = [row for row in rows if row.verdict.gone]
+    kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (-row.verdict.effect, row.pair))
+    return plan_of(sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data))
+
+
+@criteria.register("cbp", source="Bauvin et al. 2025, algorithm 4")
+def cbp(
+    model: nn.Module,
+    sites: Sequence[Site],
+    data: Batch,
+    *,
+    generator: torch.Generator,
+    samples: Literal["correct", "all"] = "correct",
+    effect: Literal["ratio", "mean"] = "mean",
+    alpha: float = 0.05,
+    inference: Literal["voting", "general"] = "voting",
+    scoring: Scoring = true_class_probability,
+    budget: int = DEFAULT_BUDGET,
+    _journal: Journal | None = None,
+) -> Plan:
+    """The plan of C-BP: every unit is tested alone on the intact network; detrimental, neutral, critical ones go in turn.
+
+    Detrimental units go by descending xi, neutral ones by ascending |xi|, critical ones by ascending harm (xi from 0
+    down). Algorithm 4 cuts a unit's connections to critical successors only; physical removal cuts all of them, and so
+    do we.
+    """
+    data = _usable(model, data, samples)
+    engine = Engine(model, sites, data, budget=budget)
+    test = _causal_test(engine, data, scoring, effect, alpha, inference)
+    original = test.scores(engine.original)
+
+    def decide(now: Tensor, logits: Tensor) -> Verdict:
+        verdict = test(original, logits)
+        return Verdict(False, verdict.category, verdict.effect, verdict.p_values)
+
+    rows = sweep(engine, unit_orders(model, sites, "index", generator), decide, title="cbp", journal=_journal)
+    turn = {"detrimental": 0, "neutral": 1, "critical": 2}
+
+    def rank(row: Row) -> tuple[int, float, tuple[int, int]]:
+        xi = row.verdict.effect
+        return turn[row.verdict.category], (abs(xi) if row.verdict.category == "neutral" else -xi), row.pair
+
+    return plan_of(sites, sorted(rows, key=rank), "cbp", n_images=len(data))
+
+
+@criteria.register("amp", source="Bauvin et al. 2025, algorithm 3; after Conmy et al. 2023", progressive=True)
+def amp(
+    model: nn.Module,
+    sites: Sequence[Site],
+    data: Batch,
+    *,
+    generator: torch.Generator,
+    tau: float = 0.0575,
+    order: Literal["index", "magnitude", "random"] = "magnitude",
+    budget: int = DEFAULT_BUDGET,
+    _journal: Journal | None = None,
+) -> Plan:
+    """The plan of AMP: from the output back, a unit goes if it moves the output distribution by less than tau.
+
+    n goes if KL(F || G~) - KL(F || G) < tau, F the original network, G the present one, G~ = G without n, KL the mean
+    over images in nats. What stays is removed afterwards by ascending difference, as measured when each unit was met
+    (the paper leaves that order open).
+    """
+    engine = Engine(model, sites, data, budget=budget)
+    log_p = engine.original.double().log_softmax(1)
+
+    def divergence(logits: Tensor) -> float:
+        return float((log_p.exp() * (log_p - logits.double().log_softmax(1))).sum(1).mean())
+
+    def decide(now: Tensor, logits: Tensor) -> Verdict:
+        rise = divergence(logits) - divergence(now)
+        return Verdict(rise < tau, "", rise)
+
+    rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="amp", journal=_journal)
+    gone = [row for row in rows if row.verdict.gone]
+    kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (row.verdict.effect, row.pair))
+    return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data))
+
+
+def _causal_test(engine: Engine, data: Batch, scoring: Scoring, form: str, alpha: float, inference: str) -> CausalTest:
+    target = data.target.to(engine.original.device)
+    return CausalTest(target, engine.original.shape[1], scoring, form, alpha, inference)
+
+
+def _usable(model: nn.Module, data: Batch, samples: str) -> Batch:
+    """The images a causal test may use: all, or those the model classifies correctly."""
+    if samples == "all":
+        return data
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        right = torch.cat([model(b.x.to(device)).argmax(1).cpu() == b.target for b in data.split(128)])
+    counts = torch.bincount(data.target[right], minlength=int(data.target.max()) + 1)
+    for target in data.target.unique().tolist():
+        if counts[target] < 2:
+            raise DataError(
+                f"class {target} has {int(counts[target])} correctly classified calibration images, a t-test needs 2: "
+                "give more images a class (--calibration) or use samples=all"
+            )
+    return data[torch.nonzero(right).flatten()]
