@@ -21,6 +21,7 @@ import timm
 import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -84,9 +85,10 @@ class InputRecipe(_Strict):
     std: tuple[float, ...]
 
 
-class OptionsRecipe(_Strict):
-    """The options of `load` that shape the architecture."""
+class ArchitectureRecipe(_Strict):
+    """The spec, and the options of `load` that shape the architecture."""
 
+    spec: str
     n_classes: int | None = None
     width: int | None = None
     output: str | None = None
@@ -95,12 +97,12 @@ class OptionsRecipe(_Strict):
 class Recipe(_Strict):
     """`recipe.json` of a saved folder: how to rebuild the model, and where it came from.
 
-    `weights_sha256` is the hash of model.safetensors, `tensors` the hash of each tensor in it.
+    `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `provenance` and `figures`
+    are for readers.
     """
 
     format: Literal[1]
-    spec: str
-    options: OptionsRecipe
+    model: ArchitectureRecipe
     preprocess: InputRecipe
     n_classes: int
     class_names: tuple[str, ...] | None
@@ -108,6 +110,7 @@ class Recipe(_Strict):
     weights_sha256: str
     tensors: dict[str, str]
     provenance: dict[str, Any]
+    figures: dict[str, Any]
 
 
 class Output(nn.Module):
@@ -192,7 +195,7 @@ def load(
         preprocess=preprocess,
         n_classes=logits.shape[1],
         class_names=class_names,
-        weights_sha256=_digest(model) if file is None else file.sha256,
+        weights_sha256=digest(model) if file is None else file.sha256,
     )
 
 
@@ -357,7 +360,10 @@ def _read(path: Path) -> File:
     sha256 = hashlib.sha256(data).hexdigest()
     if path.suffix == ".safetensors":
         metadata = check_safetensors(data, path)
-        return File(path, safetensors.torch.load(data), metadata, sha256)
+        try:
+            return File(path, safetensors.torch.load(data), metadata, sha256)
+        except SafetensorError as error:
+            raise ModelError(f"{path} is no intact safetensors file ({error}): fetch or save it again") from error
     if path.suffix in (".pt", ".pth"):
         return File(path, _unpickled_safely(data, path), {}, sha256)
     raise ModelError(f"weights {path} must be a .safetensors, .pt or .pth file, got {path.suffix!r}")
@@ -480,7 +486,8 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def _digest(model: nn.Module) -> str:
+def digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers, whatever file they came from."""
     return hashlib.sha256(json.dumps(tensor_digests(model.state_dict())).encode()).hexdigest()
 
 
@@ -490,12 +497,14 @@ def _digest(model: nn.Module) -> str:
 def _open(folder: Path, spec: str | None) -> Loaded:
     """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
     recipe = _recipe(folder / RECIPE)
-    if spec is not None and spec != recipe.spec:
-        raise ModelError(f"{folder} holds a {recipe.spec}, not a {spec}: give the spec it was made from")
-    if spec is None and recipe.spec.partition(":")[0] not in _SOURCES:
+    options = recipe.model.model_dump(exclude_none=True)
+    made = options.pop("spec")
+    if spec is not None and spec != made:
+        raise ModelError(f"{folder} holds a {made}, not a {spec}: give the spec it was made from")
+    if spec is None and made.partition(":")[0] not in _SOURCES:
         raise ModelError(
-            f"{folder} needs the code of {recipe.spec}, and a recipe must not choose what code runs: "
-            f"load {recipe.spec} with the folder as its weights"
+            f"{folder} needs the code of {made}, and a recipe must not choose what code runs: "
+            f"load {made} with the folder as its weights"
         )
     file = _read(folder / WEIGHTS)
     if file.sha256 != recipe.weights_sha256:
@@ -505,14 +514,13 @@ def _open(folder: Path, spec: str | None) -> Loaded:
             f"{file.path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.weights_sha256[:16]}; first "
             f"tensor at fault: {wrong[0] if wrong else 'none, only the header differs'}: restore the folder"
         )
-    options = recipe.options.model_dump(exclude_none=True)
-    model = _prepare(_build(recipe.spec, options, False)[0], options)
+    model = _prepare(_build(made, options, False)[0], options)
     for table in recipe.cuts:
         surgery.replay(model, table)
     _fill(model, file.tensors, file.path)
     loaded = Loaded(
         model=_prepare(model, {}),
-        spec=recipe.spec,
+        spec=made,
         options=options,
         preprocess=Preprocess(**recipe.preprocess.model_dump()),
         n_classes=recipe.n_classes,
@@ -535,7 +543,7 @@ def _recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            parts: dict[str, type[BaseModel]] = {"options": OptionsRecipe, "preprocess": InputRecipe}
+            parts: dict[str, type[BaseModel]] = {"model": ArchitectureRecipe, "preprocess": InputRecipe}
             known = parts.get(str(first["loc"][0]), Recipe).model_fields
             raise ModelError(f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
         raise ModelError(f"{path} is no recipe: {where or 'all of it'}: {first['msg']}") from error
