@@ -310,7 +310,9 @@ def jpeg() -> bytes:
 
 
 BAD = {
-    "truncated.jpg": (lambda: jpeg()[:600], "truncated"),
+    "truncated.jpg": (lambda: jpeg()[:-500], "truncated"),
+    "header.jpg": (lambda: jpeg()[:600], "cannot be decoded"),
+    "truncated.bmp": (lambda: encode(noise(7, 64, 64, 3), "BMP")[:-200], "truncated"),
     "truncated.png": (lambda: encode(noise(7, 64, 64, 3))[:-200], "cannot be decoded"),
     "flipped.png": (lambda: encode(noise(7))[:60] + b"\xff\xff" + encode(noise(7))[62:], "cannot be decoded"),
     "empty.png": (lambda: b"", "no bytes"),
@@ -461,6 +463,11 @@ def test_unsplit_folder_is_split_the_same_whatever_else_is_in_it(tmp_path, split
     assert [i for i in after.test.image_ids if "dog" in i] == dogs
 
 
+def test_a_class_of_two_holds_one_out(tmp_path):
+    found = data.load(folder(tmp_path, n=2, splits=("",)))
+    assert (found.train.counts.tolist(), found.test.counts.tolist()) == ([1, 1], [1, 1])
+
+
 def test_unsplit_class_of_one_image_cannot_be_held_out(tmp_path):
     root = folder(tmp_path, n=1, classes=("eel",), splits=("",))
     folder(root, n=3, splits=("",))
@@ -600,7 +607,7 @@ def test_masks_are_targets_with_a_declared_void(tmp_path):
     batch = found.train.whole(plain(4))
     assert batch.target.dtype == torch.int64
     assert batch.target[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 1, 1], [2, 2, 1, 1]]
-    assert found.train.batches(plain(8), 2, workers=1).__iter__().__next__().target.shape == (2, 8, 8)
+    assert next(iter(found.train.batches(plain(8), 2, workers=1))).target.shape == (2, 8, 8)
     assert len(found.train.limit(2)) == 2
     with pytest.raises(UsageError, match="use limit"):
         found.train.calibration(1, 0)
@@ -608,6 +615,12 @@ def test_masks_are_targets_with_a_declared_void(tmp_path):
         _ = found.train.targets
     with pytest.raises(UsageError, match="class_map is for one class an image"):
         data.load(tmp_path, class_map={"sky": 1, "road": 0})
+
+
+def test_mask_resize_makes_no_new_class(tmp_path):
+    mask = np.tile(np.array([0, 2], dtype=np.uint8), (8, 4))
+    found = data.load(segmented(tmp_path, [mask]))
+    assert set(found.train.whole(plain(5)).target.unique().tolist()) <= {0, 2}
 
 
 def test_without_a_void_class_255_is_void(tmp_path):
