@@ -133,5 +133,5 @@ def test_gates_of_another_shape_are_refused():
 
 def test_calls_are_listed_in_order_and_as_often_as_made():
     conv = nn.Conv2d(1, 1, 1)
-    model = nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten())
-    assert hooks.calls(model, images()) == ["0", "1", "0", "3"]
+    model = nn.Sequential(conv, nn.Sequential(nn.ReLU()), conv, nn.Flatten())
+    assert hooks.calls(model, images()) == ["0", "1", "1.0", "0", "3"]

@@ -66,14 +66,13 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, dict[
 
 
 def calls(model: nn.Module, x: Tensor) -> list[str]:
-    """The names of the layers without children, in the order a forward pass calls them; twice where called twice."""
+    """The names of all layers in the order a forward pass calls them, as often as it does."""
     order: list[str] = []
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         order.append(name)
 
-    leaves = [name for name, module in model.named_modules() if not any(module.children())]
-    with _pre_hooks(model, {name: partial(note, name) for name in leaves}):
+    with _pre_hooks(model, {name: partial(note, name) for name, _ in model.named_modules() if name}):
         model(x)
     return order
 

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,12 @@ def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -
                 raise ModelError(
                     f"the recipe cuts {name!r} on side {side!r}, which a {type(layers[name]).__name__} lacks"
                 )
-            ascending = all(a < b for a, b in zip(kept, [*kept[1:], widths[side]], strict=True))
+            ascending = all(a < b for a, b in pairwise([-1, *kept, widths[side]]))
             inner = widths[side] // 3
             alike = not isinstance(layers[name], AttentionCore) or list(kept) == [
                 part * inner + c for part in range(3) for c in kept if c < inner
             ]
-            if not kept or kept[0] < 0 or not ascending or not alike:
+            if not kept or not ascending or not alike:
                 raise ModelError(
                     f"the recipe keeps positions of {name!r} that do not fit the {widths[side]} it has: "
                     "it was made for another model"

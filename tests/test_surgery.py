@@ -1,0 +1,253 @@
+"""Masked logits equal cut logits on every supported architecture; recipes and renumbering."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sukashi import hooks, sites, surgery
+from sukashi.architectures import OWN, CifarResNet, DigitsCNN, DigitsViT, cifar_resnet18
+from sukashi.errors import ModelError, UsageError
+from sukashi.layers import explicit_attention
+from sukashi.types import Mask
+
+# name -> input size, units; the counts are written down from the architectures, not from what find() says
+ZOO = {
+    "torchvision:resnet18": (64, 2880),
+    "torchvision:resnet50": (64, 11456),
+    "torchvision:vgg16": (64, 12416),
+    "torchvision:vgg16_bn": (64, 12416),
+    "torchvision:mobilenet_v2": (64, 9128),
+    "torchvision:densenet121": (64, 10240),
+    "torchvision:efficientnet_b0": (64, 11404),
+    "torchvision:vit_b_16": (224, 46080),
+    "timm:deit3_small_patch16_224": (224, 23040),
+    "timm:deit3_base_patch16_224": (224, 46080),
+    "timm:vit_tiny_patch16_224": (224, 11520),
+    "sukashi:cifar_resnet20": (32, 448),
+    "sukashi:cifar_resnet32": (32, 672),
+    "sukashi:cifar_resnet44": (32, 896),
+    "sukashi:cifar_resnet56": (32, 1120),
+    "sukashi:cifar_resnet18": (32, 2880),
+    "sukashi:digits_cnn": (8, 128),
+    "sukashi:digits_vit": (8, 288),
+}
+
+
+def build(name: str) -> tuple[nn.Module, int]:
+    family, _, short = name.partition(":")
+    torch.manual_seed(0)
+    if family == "sukashi":
+        make, n_classes, width, channels, _ = OWN[short]
+        model: nn.Module = make(n_classes, width)
+    else:
+        channels = 3
+        zoo = {"timm": timm.create_model, "torchvision": torchvision.models.get_model}[family]
+        model = zoo(short)
+    explicit_attention(model)
+    return randomised(model.eval()), channels
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Statistics, affine parameters and scales far from 0 and 1, where a wrong cut could hide; no zero classifier."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            elif not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def random_mask(found: tuple, ratio: float, generator: torch.Generator) -> Mask:
+    """Removes `ratio` of all units, of each site and each head another share."""
+    keep = {}
+    for site in found:
+        share = ratio * (0.6 + 0.8 * torch.rand(site.n_units, generator=generator).sort().values)
+        keep[site] = torch.rand(site.n_units, generator=generator) >= share
+        keep[site][torch.randint(site.n_units, (), generator=generator)] = True
+    return Mask(keep)
+
+
+def compare(model: nn.Module, x: torch.Tensor, mask: Mask) -> tuple[float, float]:
+    """max |masked - cut| and max |masked - dense|, both relative to max |masked|."""
+    small = copy.deepcopy(model)
+    surgery.cut(small, mask)
+    with torch.no_grad():
+        dense, cut = model(x), small(x)
+        with hooks.masked(model, mask):
+            masked = model(x)
+    scale = masked.abs().max()
+    return float((masked - cut).abs().max() / scale), float((masked - dense).abs().max() / scale)
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    rows: list[tuple[str, int, int, float, float]] = []
+    yield rows
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\n{'masked = cut, fp32':32}{'sites':>6}{'units':>8}{'30 % error':>13}{'70 % error':>13}")
+        for name, n_sites, n_units, *errors in rows:
+            print(f"{name:32}{n_sites:6}{n_units:8}" + "".join(f"{error:13.1e}" for error in errors))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_masked_logits_equal_cut_logits(name, table):
+    model, channels = build(name)
+    size, n_units = ZOO[name]
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1 if size == 224 else 2, channels, size, size, generator=generator)
+    found = sites.find(model, x).sites
+    assert sum(site.n_units for site in found) == n_units
+    errors = []
+    for ratio in (0.3, 0.7):
+        mask = random_mask(found, ratio, generator)
+        assert abs(mask.n_removed / mask.n_units - ratio) < 0.1
+        error, change = compare(model, x, mask)
+        assert error < 1e-5
+        assert change > 1e-2  # the units removed were of some use: equality says something
+        errors.append(error)
+    table.append((name, len(found), n_units, *errors))
+
+
+SMALL = {
+    "resnet20": (lambda: CifarResNet(20, 10), (2, 3, 32, 32)),
+    "resnet18": (lambda: cifar_resnet18(10, 8), (2, 3, 32, 32)),
+    "digits_cnn": (lambda: DigitsCNN(10, 8), (2, 1, 8, 8)),
+    "digits_vit": (lambda: DigitsViT(10, 16), (2, 1, 8, 8)),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5), (2, 3, 32, 32)),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    made = {}
+    for name, (make, shape) in SMALL.items():
+        torch.manual_seed(1)
+        model = randomised(make().eval()).double()
+        x = torch.randn(shape, dtype=torch.float64)
+        made[name] = model, x, sites.find(model, x).sites
+    return made
+
+
+@pytest.mark.parametrize("name", SMALL)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_any_mask_that_empties_no_site_is_exact_in_float64(name, small, data):
+    model, x, found = small[name]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    keep = {}
+    for site in data.draw(st.sets(st.sampled_from(found), min_size=1)):
+        n_kept = data.draw(st.integers(1, site.n_units))
+        keep[site] = torch.zeros(site.n_units, dtype=torch.bool)
+        keep[site][torch.randperm(site.n_units, generator=generator)[:n_kept]] = True
+    error, _ = compare(model, x, Mask(keep))
+    assert error < 1e-11
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_table_in_json_replays_the_cut_and_renumbered_sites_are_those_found_anew(name, small):
+    model, x, found = small[name]
+    generator = torch.Generator().manual_seed(5)
+    mask = random_mask(found, 0.4, generator)
+    cut = copy.deepcopy(model).requires_grad_(False)
+    table = surgery.cut(cut, mask)
+    replayed = copy.deepcopy(model)
+    surgery.replay(replayed, json.loads(json.dumps(table)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(cut.state_dict().values(), replayed.state_dict().values(), strict=True)
+    )
+    assert {p.requires_grad for p in cut.parameters()} == {False}
+    assert {p.requires_grad for p in replayed.parameters()} == {True}
+    with torch.no_grad():
+        assert torch.equal(cut(x), replayed(x))
+
+    left = surgery.renumber(found, mask)
+    anew = sites.find(cut, x).sites
+    assert left == anew
+    assert [site.members for site in left] == [site.members for site in anew]
+    again = random_mask(left, 0.4, generator)
+    both = {}
+    for old, new in zip(found, left, strict=True):
+        both[old] = mask.keep[old].clone()
+        both[old][mask.keep[old]] = again.keep[new]
+    once = copy.deepcopy(model)
+    surgery.cut(once, Mask(both))
+    surgery.cut(cut, again)
+    assert all(torch.equal(a, b) for a, b in zip(cut.state_dict().values(), once.state_dict().values(), strict=True))
+    with torch.no_grad():
+        assert torch.equal(cut(x), once(x))
+
+
+def test_sites_that_a_mask_leaves_out_move_with_their_neighbours(small):
+    _, _, found = small["densenet"]
+    first = next(site for site in found if site.layer == "features.conv0")
+    keep = torch.ones(first.n_units, dtype=torch.bool)
+    keep[3] = False
+    before = next(site for site in found if site.layer == "features.denseblock1.denselayer1.conv2")
+    after = next(site for site in surgery.renumber(found, Mask({first: keep})) if site == before)
+    index = {member.module: member.index for member in after.members}
+    assert index["features.transition1.norm"] == tuple((15 + u,) for u in range(8))
+    assert index["features.denseblock1.denselayer1.conv2"] == tuple((u,) for u in range(8))
+
+
+def test_the_table_names_what_became_smaller_and_only_that(small):
+    model, _, found = small["resnet20"]
+    site = next(site for site in found if site.layer == "layer1.0.conv1")
+    keep = torch.ones(16, dtype=torch.bool)
+    keep[5] = False
+    kept = [0, 1, 2, 3, 4, *range(6, 16)]
+    cut = copy.deepcopy(model)
+    others = {other: torch.ones(other.n_units, dtype=torch.bool) for other in found if other is not site}
+    assert surgery.cut(cut, Mask({site: keep, **others})) == {
+        "layer1.0.conv1": {"out": kept},
+        "layer1.0.bn1": {"out": kept},
+        "layer1.0.conv2": {"in": kept},
+    }
+    assert cut.layer1[0].conv1.weight.shape == (15, 16, 3, 3)
+    assert (cut.layer1[0].conv1.out_channels, cut.layer1[0].bn1.num_features, cut.layer1[0].conv2.in_channels) == (
+        15,
+        15,
+        15,
+    )
+
+
+def test_emptying_a_site_is_refused_and_nothing_is_cut(small):
+    model, _, found = small["digits_cnn"]
+    cut = copy.deepcopy(model)
+    keep = {found[0]: torch.arange(found[0].n_units) > 2, found[1]: torch.zeros(found[1].n_units, dtype=torch.bool)}
+    with pytest.raises(UsageError, match=repr(found[1].layer)):
+        surgery.cut(cut, Mask(keep))
+    assert [p.shape for p in cut.parameters()] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("layer", "sides", "message"),
+    [
+        ("blocks.9.fc1", {"out": [0]}, "lacks"),
+        ("norm", {"out": [0]}, "LayerNorm"),
+        ("blocks.0.fc1", {"up": [0]}, "'up'"),
+        ("blocks.0.attn.core", {"out": [0]}, "'out'"),
+        ("blocks.0.fc1", {"out": []}, "do not fit"),
+        ("blocks.0.fc1", {"out": [-1, 2]}, "do not fit"),
+        ("blocks.0.fc1", {"out": [0, 32]}, "do not fit"),
+        ("blocks.0.fc1", {"out": [3, 3]}, "do not fit"),
+        ("blocks.0.attn.core", {"in": [0, 1, 16, 18, 32, 33]}, "do not fit"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_before_the_first_cut(small, layer, sides, message):
+    model = copy.deepcopy(small["digits_vit"][0])
+    shapes = [p.shape for p in model.parameters()]
+    with pytest.raises(ModelError, match=message):
+        surgery.replay(model, {"blocks.1.fc1": {"out": [0, 1]}, layer: sides})
+    assert [p.shape for p in model.parameters()] == shapes
