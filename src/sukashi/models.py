@@ -122,7 +122,10 @@ class Output(nn.Module):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        found = dict(_named(self.model(x)))
+        given = self.model(x)
+        if isinstance(given, Tensor):
+            raise ModelError(f"the model gives one tensor, there is no output {self.output!r} to select: leave it out")
+        found = dict(_named(given))
         if self.output not in found:
             raise ModelError(f"the model has no output {self.output!r}: choose one of {_candidates(found)}")
         return cast(Tensor, found[self.output])

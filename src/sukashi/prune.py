@@ -171,7 +171,7 @@ def _check_onnx(model: torch.nn.Module, path: Path, images: torch.Tensor) -> Non
         worst = np.abs(found - expected).max() / np.abs(expected).max()
         if not worst <= _ONNX_TOLERANCE:
             raise ModelError(
-                f"onnxruntime gives logits that differ by {worst:.1e} of the largest, allowed are {_ONNX_TOLERANCE:.0e}: "
+                f"onnxruntime gives logits {worst:.1e} of the largest apart, {_ONNX_TOLERANCE:.0e} is allowed: "
                 "save the model as a folder"
             )
 

@@ -1,0 +1,408 @@
+"""Models: what a spec gives, and every file, recipe or network that is refused before it can do harm."""
+
+import json
+import os
+import pickle
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from sukashi import models
+from sukashi.errors import ModelError, UsageError
+from sukashi.layers import Attention
+from sukashi.types import Preprocess
+
+SMALL = Preprocess(8, 8, 1, (0.5,), (0.5,))
+
+
+class Net(nn.Module):
+    """A network for import paths; `twist` is what it does to its logits."""
+
+    def __init__(self, twist=lambda net, logits: logits, n_classes=4, width=8):
+        super().__init__()
+        self.preprocess = SMALL
+        self.conv = nn.Conv2d(1, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, n_classes)
+        self.register_buffer("calls", torch.zeros(()))
+        self.twist = twist
+
+    def forward(self, x):
+        return self.twist(self, self.fc(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+
+def _count(net, logits):
+    net.calls += 1
+    return logits
+
+
+shared = Net()
+plain = Net
+with_dict = partial(Net, lambda net, logits: {"logits": logits, "aux": logits[:, :2], "note": "x"})
+with_tuple = partial(Net, lambda net, logits: (logits, 3 * logits))
+noisy = partial(Net, lambda net, logits: logits + torch.randn(()))
+counting = partial(Net, _count)
+sociable = partial(Net, lambda net, logits: logits - logits.mean(0))
+overflowing = partial(Net, lambda net, logits: logits / 0)
+mapping = partial(Net, lambda net, logits: logits[:, :, None])
+trained_on = partial(getattr, sys.modules[__name__], "shared")
+number = partial(int, 3)
+
+
+def sizeless():
+    net = Net()
+    del net.preprocess
+    return net
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A safetensors file of digits_cnn weights, and the model they came from."""
+    torch.manual_seed(0)
+    loaded = models.load("sukashi:digits_cnn")
+    path = tmp_path / "w.safetensors"
+    metadata = {"classes": "10", "mean": "0.25", "std": "0.5"}
+    safetensors.torch.save_file(loaded.model.state_dict(), path, metadata=metadata)
+    return loaded, path
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "shape", "n_classes"),
+    [
+        ("sukashi:cifar_resnet20", {}, (3, 32, 32), 10),
+        ("sukashi:cifar_resnet18", {"width": 8, "n_classes": 3}, (3, 32, 32), 3),
+        ("sukashi:digits_vit", {"n_classes": 5}, (1, 8, 8), 5),
+        ("torchvision:mobilenet_v2", {"n_classes": 7}, (3, 224, 224), 7),
+        ("timm:vit_tiny_patch16_224", {"n_classes": 7}, (3, 224, 224), 7),
+    ],
+)
+def test_load(spec, options, shape, n_classes):
+    loaded = models.load(spec, **options)
+    view = loaded.preprocess
+    assert (view.channels, view.height, view.width) == shape
+    assert len(view.mean) == len(view.std) == shape[0]
+    assert loaded.n_classes == n_classes == loaded.options["n_classes"]
+    assert not any(module.training for module in loaded.model.modules())
+    assert all(p.dtype == torch.float32 for p in loaded.model.parameters())
+    assert any(isinstance(m, Attention) for m in loaded.model.modules()) == ("vit" in spec)
+
+
+def test_preprocess_is_that_of_the_source():
+    assert models.load("timm:vit_tiny_patch16_224").preprocess.mean == (0.5, 0.5, 0.5)
+    assert models.load("torchvision:mobilenet_v2").preprocess.std == (0.229, 0.224, 0.225)
+    assert models.load("sukashi:digits_cnn").preprocess == Preprocess(8, 8, 1, (0.0,), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("sukashi:digit_cnn", "did you mean 'sukashi:digits_cnn'"),
+        ("timm:vit_tiny_patch16_22", "did you mean 'timm:vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224.nothing", "unknown weights 'nothing'"),
+        ("torchvision:resnt18", "did you mean 'torchvision:resnet18'"),
+        ("torchvision:fcn_resnet50", "unknown model"),
+        ("resnet18", "did you mean 'torchvision:resnet18'"),
+        ("hf-hub:timm/resnet18", "unknown model"),
+        ("timm:hf-hub:timm/resnet18", "unknown model"),
+        ("no_such_module_x:net", "cannot import"),
+        ("test_models:no_such_net", "cannot import"),
+    ],
+)
+def test_unknown_spec(spec, hint):
+    with pytest.raises(UsageError, match=hint) as refused:
+        models.load(spec)
+    assert len(str(refused.value)) < 900
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("sukashi:digits_cnn", {"pretrained": True}),
+        ("sukashi:cifar_resnet20", {"width": 32}),
+        ("sukashi:digits_cnn", {"n_classes": 0}),
+        ("torchvision:resnet18", {"width": 32}),
+        ("torchvision:resnet18", {"pretrained": True, "weights": "w.safetensors"}),
+        ("test_models:plain", {"pretrained": True}),
+    ],
+)
+def test_option_that_does_not_exist(spec, options):
+    with pytest.raises(UsageError):
+        models.load(spec, **options)
+
+
+def test_names_can_be_loaded():
+    assert "sukashi:cifar_resnet20" in models.names()
+    assert "torchvision:vit_b_16" in models.names()
+    for spec in models.names():
+        source, _, name = spec.partition(":")
+        known = {"sukashi": models.OWN, "timm": models.timm.list_models()}
+        assert name in known.get(source, models.torchvision.models.list_models())
+
+
+@pytest.mark.parametrize("spec", ["timm:resnet18.a1_in1k", "torchvision:resnet18"])
+def test_pretrained_without_a_hub_fails_in_one_sentence(spec, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known\nand a long story")
+
+    monkeypatch.setattr(models.timm, "create_model", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(ModelError, match="give a file of weights") as refused:
+        models.load(spec, pretrained=True)
+    assert "long story" not in str(refused.value)
+
+
+def test_torchvision_pretrained_never_unpickles(monkeypatch):
+    asked = {}
+
+    def fetch(url, **options):
+        asked.update(options)
+        return models.torchvision.models.squeezenet1_1(weights=None).state_dict()
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    loaded = models.load("torchvision:squeezenet1_1", pretrained=True)
+    assert asked["weights_only"] is True
+    assert asked["check_hash"] is True
+    assert loaded.class_names[0] == "tench"
+    with pytest.raises(ModelError, match="gives 1000 classes, 10 were expected"):
+        models.load("torchvision:squeezenet1_1", pretrained=True, n_classes=10)
+
+
+# Weights.
+
+
+def test_safetensors(digits):
+    source, path = digits
+    loaded = models.load("sukashi:digits_cnn", weights=path)
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded.model(x), source.model(x))
+    assert (loaded.preprocess.mean, loaded.preprocess.std) == ((0.25,), (0.5,))
+    assert loaded.weights_sha256 == models.hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_half_precision_becomes_float32(digits, tmp_path):
+    source, _ = digits
+    state = {k: v.half() if v.is_floating_point() else v for k, v in source.model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "half.safetensors")
+    loaded = models.load("sukashi:digits_cnn", weights=tmp_path / "half.safetensors")
+    assert loaded.model.fc1.weight.dtype == torch.float32
+    assert torch.equal(loaded.model.fc1.weight, state["fc1.weight"].float())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "w.bin"])
+def test_missing_or_foreign_file(name, tmp_path):
+    if name == "w.bin":
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"w\."):
+        models.load("sukashi:digits_cnn", weights=tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.05, 0.5, 0.999])
+def test_truncated_safetensors(digits, share):
+    _, path = digits
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ModelError, match="no intact safetensors file"):
+        models.load("sukashi:digits_cnn", weights=path)
+
+
+def _lie(change):
+    """A file whose header was changed, with the length in front of it put right."""
+
+    def apply(content):
+        n = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + n])
+        changed = change(header)
+        text = (changed if isinstance(changed, str) else json.dumps(header)).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + n :]
+
+    return apply
+
+
+LIES = {
+    "trailing bytes": lambda content: content + b"\0",
+    "endless header": lambda content: b"\xff" * 8 + content[8:],
+    "no JSON": _lie(lambda header: "{" * 60),
+    "deep JSON": _lie(lambda header: "[" * 100_000),
+    "a list": _lie(lambda header: "[]"),
+    "shape": _lie(lambda header: header["fc1.bias"].update(shape=[63])),
+    "negative shape": _lie(lambda header: header["fc1.bias"].update(shape=[-64, -1])),
+    "huge shape": _lie(lambda header: header["fc1.bias"].update(shape=[2**62, 2**62])),
+    "shape of another type": _lie(lambda header: header["fc1.bias"].update(shape="64")),
+    "type": _lie(lambda header: header["fc1.bias"].update(dtype="F64")),
+    "unknown type": _lie(lambda header: header["fc1.bias"].update(dtype="PICKLE")),
+    "overlap": _lie(lambda header: header["fc1.bias"].update(data_offsets=[0, 256])),
+    "outside": _lie(lambda header: header["fc1.bias"].update(data_offsets=[10**9, 10**9 + 256])),
+    "no offsets": _lie(lambda header: header["fc1.bias"].pop("data_offsets") and None),
+    "gap": _lie(lambda header: header.pop("fc1.bias") and None),
+    "metadata": _lie(lambda header: header["__metadata__"].update(classes=10)),
+    "twice": _lie(lambda header: json.dumps(header)[:-1] + ', "fc1.bias": ' + json.dumps(header["fc1.bias"]) + "}"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lying_safetensors(digits, lie):
+    _, path = digits
+    path.write_bytes(LIES[lie](path.read_bytes()))
+    with pytest.raises(ModelError, match="no intact safetensors file"):
+        models.load("sukashi:digits_cnn", weights=path)
+
+
+@pytest.mark.parametrize("metadata", [{"mean": "0,0"}, {"mean": "x"}, {"std": "0"}, {"std": "nan"}, {"classes": "-1"}])
+def test_header_metadata_that_means_nothing(digits, metadata):
+    source, path = digits
+    safetensors.torch.save_file(source.model.state_dict(), path, metadata=metadata)
+    with pytest.raises(ModelError, match=next(iter(metadata))):
+        models.load("sukashi:digits_cnn", weights=path)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))])
+def test_pickle_bomb_does_not_go_off(write, tmp_path):
+    write({"state_dict": Bomb(tmp_path / "boom")}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="nothing in it was run"):
+        models.load("sukashi:digits_cnn", weights=tmp_path / "w.pt")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+def test_pt(digits, wrap, tmp_path):
+    source, _ = digits
+    torch.save(wrap(source.model.state_dict()), tmp_path / "w.pt")
+    loaded = models.load("sukashi:digits_cnn", weights=tmp_path / "w.pt")
+    assert torch.equal(loaded.model.fc1.weight, source.model.fc1.weight)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(2)])
+def test_pt_without_a_state_dict(content, tmp_path):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="state_dict"):
+        models.load("sukashi:digits_cnn", weights=tmp_path / "w.pt")
+
+
+def test_weights_that_do_not_fit_are_named(digits, tmp_path):
+    source, _ = digits
+    state = dict(source.model.state_dict())
+    state["fc9.weight"] = state.pop("fc1.weight")
+    state["fc2.bias"] = torch.zeros(11)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ModelError) as refused:
+        models.load("sukashi:digits_cnn", weights=tmp_path / "w.pt")
+    for part in ("1 missing: fc1.weight", "1 unexpected: fc9.weight", "1 of another shape: fc2.bias (11,) instead of"):
+        assert part in str(refused.value)
+
+
+def test_class_counts_that_differ(digits):
+    _, path = digits
+    with pytest.raises(ModelError, match=r"10 classes, n_classes is 4"):
+        models.load("sukashi:digits_cnn", weights=path, n_classes=4)
+    loaded = replace(models.load("test_models:plain"), n_classes=5)
+    with pytest.raises(ModelError, match="gives 4 classes, 5 were expected"):
+        models.probe(loaded, torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_named(digits, value, tmp_path):
+    source, _ = digits
+    state = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
+    state["bn2.running_var"][3] = value
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"bn2\.running_var"):
+        models.load("sukashi:digits_cnn", weights=tmp_path / "w.pt")
+
+
+# Import paths and probing.
+
+
+def test_import_path():
+    loaded = models.load("test_models:plain", n_classes=6, width=4)
+    assert loaded.n_classes == 6
+    assert loaded.model.conv.out_channels == 4
+    assert loaded.preprocess == SMALL
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("with_dict", r"'logits' \(2, 4\), 'aux' \(2, 2\)"),
+        ("with_tuple", r"'0' \(2, 4\), '1' \(2, 4\)"),
+        ("noisy", "other logits in a second pass"),
+        ("counting", "changes its buffer 'calls'"),
+        ("sociable", "other company"),
+        ("overflowing", "NaN or Inf"),
+        ("mapping", r"\(images, classes\)"),
+        ("number", "must return a torch.nn.Module"),
+        ("sizeless", "attribute preprocess"),
+    ],
+)
+def test_models_that_cannot_be_measured(name, reason):
+    with pytest.raises(ModelError, match=reason):
+        models.load(f"test_models:{name}")
+
+
+@pytest.mark.parametrize(("name", "output", "n_classes"), [("with_dict", "aux", 2), ("with_tuple", "1", 4)])
+def test_output_selects_a_tensor(name, output, n_classes):
+    loaded = models.load(f"test_models:{name}", output=output)
+    assert loaded.n_classes == n_classes
+    assert loaded.options == {"output": output}
+    inner = loaded.model.model(torch.ones(2, 1, 8, 8))
+    chosen = inner["aux"] if name == "with_dict" else inner[1]
+    assert torch.equal(loaded.model(torch.ones(2, 1, 8, 8)), chosen)
+
+
+def test_output_that_does_not_exist():
+    with pytest.raises(ModelError, match=r"no output 'x'.*'logits'"):
+        models.load("test_models:with_dict", output="x")
+    with pytest.raises(ModelError, match="one tensor"):
+        models.load("test_models:plain", output="0")
+
+
+def test_a_model_in_training_mode_stays_its_owners():
+    shared.train()
+    loaded = models.load("test_models:trained_on")
+    assert shared.training
+    assert shared.norm.training
+    assert not loaded.model.norm.training
+    assert loaded.model.fc.weight.data_ptr() != shared.fc.weight.data_ptr()
+
+
+def test_probe_leaves_the_model_as_found():
+    loaded = models.load("test_models:plain")
+    loaded.model.train()
+    loaded.model.conv.eval()
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    logits = models.probe(loaded, torch.randn(5, 1, 8, 8))
+    assert logits.shape == (5, 4)
+    assert loaded.model.norm.training
+    assert not loaded.model.conv.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_probe_of_a_wrong_shape():
+    with pytest.raises(ModelError, match=r"\(2, 3, 8, 8\)"):
+        models.probe(models.load("test_models:plain"), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("spec", "options", "file"),
+    [
+        ("sukashi:cifar_resnet20", {}, "resnet20-cifar10.safetensors"),
+        ("sukashi:cifar_resnet18", {"width": 32}, "resnet18w32-cifar10.safetensors"),
+    ],
+)
+def test_trained_weights(real_weights, spec, options, file):
+    loaded = models.load(spec, weights=real_weights / file, **options)
+    assert loaded.n_classes == 10
+    assert loaded.preprocess.mean == (0.485, 0.456, 0.406)
