@@ -5,8 +5,8 @@ are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for 
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
 shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut`, each with any of FIGURES and
-`class_accuracy`; `n_images`, `class_names`, `class_counts` and `notes`. A study's `mode` is "cut" (the default) or
-"masked".
+`class_accuracy`; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode` is "cut"
+(the default) or "masked".
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         recipe = json.loads((folder / "recipe.json").read_bytes())
     except ValueError as error:
         raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): prune again into another folder") from error
-    about, run = recipe.get("figures", {}), recipe.get("provenance", {})
+    about, run = {"class_names": recipe.get("class_names"), **recipe.get("figures", {})}, recipe.get("provenance", {})
+    shown_above = ("dense", "cut", "notes", "class_names", "class_counts", "command", "versions")
     dense, cut = about.get("dense", {}), about.get("cut", {})
     costs = {"dense": dense, "cut": cut}
     plans = [read_plan(folder / "plan.npz")] if (folder / "plan.npz").exists() else []
@@ -204,7 +205,7 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         "categories": list(with_categories),
         "costs": _cost_table(costs),
         "worst": _worst_of_cut(about),
-        "settings": dict(_flat({key: value for key, value in run.items() if key not in ("command", "versions")})),
+        "settings": dict(_flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
         "mode": MODES["cut"],
         "run": run,
     }

@@ -64,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], then (x - mean) / std."""
+    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std."""
 
     height: int
     width: int
@@ -164,7 +164,7 @@ class Plan:
     def mask(self, ratio: float) -> Mask:
         """Keep all but the first round(ratio * n_units) units, at most `n_removable`."""
         check_ratio(ratio)
-        return self.mask_of(min(int(math.floor(ratio * self.n_units + 0.5)), self.n_removable))
+        return self.mask_of(min(math.floor(ratio * self.n_units + 0.5), self.n_removable))
 
     def mask_of(self, n_removed: int) -> Mask:
         """Keep all but the first `n_removed` units."""
