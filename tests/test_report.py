@@ -12,7 +12,7 @@ from PIL import Image
 
 from sukashi import report
 from sukashi.errors import DataError, UsageError
-from sukashi.store import Store, write_plan
+from sukashi.store import Store, plan_bytes
 from sukashi.types import Curve, Plan, Site, Trial
 
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
@@ -323,7 +323,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
         },
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    write_plan(tmp_path / "plan.npz", a_plan("cswap", 0))
+    (tmp_path / "plan.npz").write_bytes(plan_bytes(a_plan("cswap", 0)))
     page = report.write(tmp_path).read_text()
     words = _Reader(page).words
     assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, latency +50%." in words

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sukashi.errors import DataError, ModelError, ResourceError, UsageError
-from sukashi.store import Store, read_plan, write, write_plan
+from sukashi.store import Store, plan_bytes, read_plan, write
 from sukashi.types import Curve, Member, Plan, Site, Trial
 
 SITES = (Site("conv1", "channel", 5), Site("blocks.0.heads", "head", 3, axis=2))
@@ -140,7 +140,7 @@ def test_a_finished_trial_holds_what_was_given(tmp_path: Path) -> None:
 
 def test_a_plan_comes_back_on_the_sites_found_again(tmp_path: Path) -> None:
     plan = a_plan()
-    write_plan(tmp_path / "plan.npz", plan)
+    (tmp_path / "plan.npz").write_bytes(plan_bytes(plan))
     member = Member("fc", "in", ((0,), (1,), (2,)))
     found = (Site("blocks.0.heads", "head", 3, axis=2, members=(member,)), Site("conv1", "channel", 5))
     back = read_plan(tmp_path / "plan.npz", found)
@@ -162,7 +162,7 @@ def test_a_plan_comes_back_on_the_sites_found_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_plan_of_another_model_is_refused(tmp_path: Path, other: tuple[Site, ...]) -> None:
-    write_plan(tmp_path / "plan.npz", a_plan())
+    (tmp_path / "plan.npz").write_bytes(plan_bytes(a_plan()))
     with pytest.raises(ModelError, match="made for another model"):
         read_plan(tmp_path / "plan.npz", other)
 
@@ -195,7 +195,7 @@ def test_an_altered_trial_is_refused(tmp_path: Path) -> None:
 
 
 def test_arrays_carry_no_clock_time(tmp_path: Path) -> None:
-    write_plan(tmp_path / "plan.npz", a_plan())
+    (tmp_path / "plan.npz").write_bytes(plan_bytes(a_plan()))
     with zipfile.ZipFile(tmp_path / "plan.npz") as archive:
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 

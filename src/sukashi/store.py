@@ -144,17 +144,17 @@ class Writer(Record):
         return Journal(self.folder / "journal.jsonl")
 
     def save_plan(self, plan: Plan) -> None:
-        write_plan(self.folder / "plan.npz", plan)
+        write(self.folder / "plan.npz", plan_bytes(plan))
 
     def save_curve(self, curve: Curve) -> None:
-        _write_arrays(
-            self.folder / "curve.npz",
+        content = _packed(
             ratio=curve.ratio.astype(np.float64),
             n_removed=curve.n_removed.astype(np.int64),
             fraction=curve.fraction.astype(np.float64),
             correct=np.packbits(curve.correct.astype(bool), axis=1),
             image_ids=np.array(curve.image_ids, dtype=np.str_),
         )
+        write(self.folder / "curve.npz", content)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The trial is finished from here on. `result` is JSON that every run of the trial gives alike: no times."""
@@ -320,12 +320,11 @@ def canonical(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, sort_keys=True, separators=separators, allow_nan=False, indent=indent).encode()
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """Keep a plan, without the members of its sites: those follow from the model."""
+def plan_bytes(plan: Plan) -> bytes:
+    """The content of a `plan.npz`: a plan without the members of its sites, which follow from the model."""
     sites = [{"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis} for s in plan.sites]
     about = {"sites": sites, "method": plan.method, "params": dict(plan.params), "n_images": plan.n_images}
-    _write_arrays(
-        path,
+    return _packed(
         about=np.array(canonical(about).decode()),
         site=plan.site,
         unit=plan.unit,
@@ -373,10 +372,10 @@ def _refuse_other_sites(path: Path, kept: Sequence[Site], sites: Sequence[Site])
     )
 
 
-def _write_arrays(path: Path, **arrays: Any) -> None:
+def _packed(**arrays: Any) -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # stamps every member 1980-01-01, so equal arrays give equal bytes
-    write(path, content.getvalue())
+    return content.getvalue()
 
 
 @contextmanager
