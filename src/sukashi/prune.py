@@ -7,6 +7,7 @@ import copy
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import uuid
@@ -81,7 +82,7 @@ def save(
     Raises UsageError for a folder that exists, ResourceError where there is no space or no right to write.
     """
     folder = Path(folder)
-    _refuse_existing(folder)
+    check_free(folder)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
     # No metadata: safetensors writes it in random order, and equal models should give equal bytes.
     weights = safetensors.torch.save(state)
@@ -97,7 +98,7 @@ def save(
         provenance=dict(provenance),
         figures=dict(figures),
     )
-    contents = {WEIGHTS: weights, RECIPE: recipe.model_dump_json().encode(), **(files or {})}
+    contents = {WEIGHTS: weights, RECIPE: json.dumps(recipe.model_dump(), allow_nan=False).encode(), **(files or {})}
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _beside(folder) as draft:
@@ -105,7 +106,7 @@ def save(
             for name, content in contents.items():
                 _write(draft / name, content)
             _sync(draft)
-            _refuse_existing(folder)
+            check_free(folder)
             draft.rename(folder)
         _sync(folder.parent)
     return recipe
@@ -123,7 +124,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"ONNX export needs {package}: pip install 'sukashi[onnx]'")
-    _refuse_existing(path)
+    check_free(path)
     model = copy.deepcopy(loaded.model).cpu()
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if n_bytes >= _ONNX_CAP:
@@ -156,7 +157,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
                 ) from error
             _check_onnx(model, draft, images)
             _sync(draft)
-            _refuse_existing(path)
+            check_free(path)
             draft.rename(path)
 
 
@@ -179,7 +180,8 @@ def _check_onnx(model: torch.nn.Module, path: Path, images: torch.Tensor) -> Non
 # Writing.
 
 
-def _refuse_existing(path: Path) -> None:
+def check_free(path: Path) -> None:
+    """Refuse a path that exists, with UsageError."""
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
 

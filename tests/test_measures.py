@@ -1,0 +1,298 @@
+"""Measures: accuracy, curves and SAUCE against closed forms and masked networks; costs against sums done by hand."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sukashi import hooks, models, prune, sites, surgery
+from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.measures import accuracy, cost, measures
+from sukashi.types import Batch, Mask, Plan, Scores, rank
+
+
+@pytest.fixture(scope="module", params=["sukashi:digits_cnn", "sukashi:digits_vit"])
+def scene(request):
+    """A model, its sites, a plan with two passes, and images whose targets the model half knows."""
+    torch.manual_seed(1)
+    loaded = models.load(request.param)
+    x = torch.randn(60, 1, 8, 8)
+    with torch.no_grad():
+        target = loaded.model(x).argmax(1)
+    target[::2] = torch.arange(30) % 10
+    found = sites.find(loaded.model, x[:2]).sites
+    ranking = rank(Scores({site: torch.rand(site.n_units) for site in found}, 1, "random"))
+    fields = {name: getattr(ranking, name) for name in ("site", "unit", "category", "effect", "p_values")}
+    plan = Plan(sites=found, **fields, method="random", passes=(10, 40))
+    return loaded, found, plan, Batch(x, target, tuple(f"image-{i}" for i in range(60)))
+
+
+class Fixed(nn.Module):
+    """Gives the logits it reads."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+# Accuracy.
+
+
+def _accuracy(model, batch):
+    return measures["accuracy"](model, batch, generator=torch.Generator())
+
+
+def test_accuracy_of_known_logits():
+    x = torch.tensor([[1.0, 2.0, 0.0], [3.0, 2.0, 1.0], [0.0, 0.0, -1.0]])[:, :, None, None]
+    batch = Batch(x, torch.tensor([1, 2, 0]), ("a", "b", "c"))
+    assert _accuracy(Fixed(), batch).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_accuracy_refuses_what_means_nothing():
+    x = torch.tensor([[1.0, float("nan")]])[:, :, None, None]
+    with pytest.raises(ModelError, match="NaN"):
+        _accuracy(Fixed(), Batch(x, torch.tensor([0]), ("a",)))
+    with pytest.raises(ModelError, match="targets go up to 2"):
+        _accuracy(Fixed(), Batch(torch.zeros(1, 2, 1, 1), torch.tensor([2]), ("a",)))
+
+
+def test_measures_follow_the_contract(scene):
+    loaded, _, _, batch = scene
+    before = copy.deepcopy(loaded.model.state_dict())
+    x = batch.x.clone()
+    for method in measures:
+        values = method(loaded.model, batch, generator=torch.Generator().manual_seed(0))
+        parts = [method(loaded.model, part, generator=torch.Generator().manual_seed(0)) for part in batch.split(7)]
+        assert values.shape == (60,)
+        assert values.isfinite().all()
+        assert torch.equal(values, torch.cat(parts))
+    assert torch.equal(batch.x, x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_per_class():
+    correct, target = [[1, 0, 1, 1], [0, 0, 0, 1]], [0, 0, 2, 2]
+    expected = [[0.5, np.nan, 1.0], [0.0, np.nan, 0.5]]
+    np.testing.assert_array_equal(accuracy.per_class(correct, target, 3), expected)
+
+
+# Curves.
+
+
+def test_curve_equals_the_masked_network(scene):
+    loaded, found, plan, batch = scene
+    curve = accuracy.curve(loaded.model, found, plan, [0.3, 0.1, 0.6], batch)
+    n_units = plan.n_units
+    counts = sorted([0, round(0.1 * n_units), round(0.3 * n_units), round(0.6 * n_units), 10, 40])
+    assert curve.n_removed.tolist() == counts
+    assert curve.image_ids == batch.image_id
+    assert curve.correct.dtype == np.uint8
+    for ratio, n_removed, fraction, correct in zip(
+        curve.ratio, curve.n_removed, curve.fraction, curve.correct, strict=True
+    ):
+        assert np.isnan(ratio) == (n_removed in plan.passes)
+        mask = plan.mask_of(int(n_removed))
+        with torch.no_grad(), hooks.masked(loaded.model, mask):
+            expected = loaded.model(batch.x).argmax(1) == batch.target
+        np.testing.assert_array_equal(correct, expected.numpy())
+        small = copy.deepcopy(loaded.model)
+        surgery.cut(small, Mask({site: mask.keep[site] for site in found}))
+        left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in loaded.model.parameters())
+        assert fraction == pytest.approx(1 - left, abs=1e-12)
+    assert curve.fraction[0] == 0
+    assert 0.4 < curve.accuracy[0] < 0.75
+    assert (np.diff(curve.fraction) > 0).all()
+
+
+def test_curve_does_not_depend_on_batches_or_order(scene):
+    loaded, found, plan, batch = scene
+    one = accuracy.curve(loaded.model, found, plan, [0.0, 0.5], batch)
+    other = accuracy.curve(loaded.model, found[::-1], plan, [0.5, 0.5, 0.0], list(batch.split(7)))
+    for name in ("ratio", "n_removed", "fraction", "correct"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_curve_evaluates_a_cut_once_and_leaves_the_model(scene, monkeypatch):
+    loaded, found, plan, batch = scene
+    cuts = []
+    true_cut = surgery.cut
+    monkeypatch.setattr(surgery, "cut", lambda model, mask: cuts.append(mask.n_removed) or true_cut(model, mask))
+    before = copy.deepcopy(loaded.model.state_dict())
+    curve = accuracy.curve(loaded.model, found, plan, [0.0, 10 / plan.n_units, 0.99, 0.995], batch)
+    assert cuts == [0, 10, 40, plan.n_removable]
+    assert curve.n_removed.tolist() == [0, 10, 10, 40, plan.n_removable, plan.n_removable]
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
+def test_curve_refuses_images_that_change(scene):
+    loaded, found, plan, batch = scene
+
+    class Shuffled:
+        def __iter__(self):
+            return iter([batch[torch.randperm(60)]])
+
+    for images in (Shuffled(), iter([batch]), [], [batch[:0]]):
+        with pytest.raises(DataError, match="images"):
+            accuracy.curve(loaded.model, found, plan, [0.5], images)
+
+
+def test_curve_refuses_a_plan_of_other_sites(scene):
+    loaded, found, plan, batch = scene
+    with pytest.raises(UsageError, match="other sites"):
+        accuracy.curve(loaded.model, found[1:], plan, [0.5], batch)
+    with pytest.raises(UsageError, match="ratio must be in"):
+        accuracy.curve(loaded.model, found, plan, [1.0], batch)
+
+
+# SAUCE.
+
+
+@given(st.floats(0, 1), st.lists(st.floats(0, 1), max_size=20))
+def test_sauce_of_a_constant(level, inner):
+    fractions = [0.0, *sorted(inner)]
+    assert accuracy.sauce(fractions, [level] * len(fractions), level) == pytest.approx(100 * level)
+
+
+def test_sauce_of_known_lines():
+    f = np.linspace(0, 0.95, 20)
+    assert accuracy.sauce(f, 1 - f, 0) == pytest.approx(50)
+    assert accuracy.sauce([0.0], [1.0], 0) == pytest.approx(50)
+    assert accuracy.sauce([0, 0.5, 0.5], [0.8, 0.8, 0.2], 0.1) == pytest.approx(100 * (0.4 + 0.5 * 0.15))
+    assert accuracy.sauce([0, 0.5], [0.8, 0.4], 0.1, relative=True) == pytest.approx(100 * (0.3 + 0.125) / 0.8)
+
+
+def test_sauce_is_second_order():
+    """The trapezoid rule's error on a curve falls fourfold when the step is halved."""
+
+    def error(n):
+        f = np.linspace(0, 1, n + 1)
+        return abs(accuracy.sauce(f, np.exp(-f), float(np.exp(-1))) - 100 * (1 - np.exp(-1)))
+
+    assert error(16) / error(32) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fractions", "accuracies", "chance"),
+    [
+        ([0.1, 0.5], [1, 1], 0.1),
+        ([0, 0.5, 0.4], [1, 1, 1], 0.1),
+        ([0, 0.5], [1], 0.1),
+        ([0, 1.5], [1, 1], 0.1),
+        ([0, 0.5], [1, float("nan")], 0.1),
+        ([0, 0.5], [80, 70], 0.1),
+        ([0, 0.5], [1, 1], 10),
+        ([], [], 0.1),
+    ],
+)
+def test_sauce_refuses(fractions, accuracies, chance):
+    with pytest.raises(UsageError):
+        accuracy.sauce(fractions, accuracies, chance)
+
+
+def test_relative_sauce_of_nothing():
+    with pytest.raises(UsageError, match="nothing right"):
+        accuracy.sauce([0, 0.5], [0, 0.5], 0.1, relative=True)
+
+
+# Costs.
+
+
+class Chain(nn.Module):
+    """Two linear layers with a ReLU between: 4 * 10 -> 20 -> 5."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 20), nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_size_by_hand():
+    model, x = Chain(), torch.randn(4, 10)
+    n_weights = 10 * 20 + 20 + 20 * 5 + 5
+    figures = cost.size(model, x)
+    assert figures["parameters"] == n_weights
+    assert figures["flops"] == 2 * (10 * 20 + 20 * 5)
+    # Alive at most: weights, input, and two tensors of 4 x 20 while the ReLU runs.
+    assert figures["peak_bytes"] == 4 * (n_weights + 4 * 10 + 2 * 4 * 20)
+    assert 4 * n_weights < figures["bytes"] < 4 * n_weights + 1000
+
+
+def test_flops_of_attention_by_hand():
+    model = models.load("sukashi:digits_vit").model
+    width, tokens = 32, 16
+    block = tokens * width * 3 * width + 2 * tokens**2 * width + tokens * width**2 + 2 * tokens * width * 2 * width
+    assert cost.flops(model, torch.randn(5, 1, 8, 8)) == 2 * (3 * block + tokens * 4 * width + width * 10)
+
+
+def test_sizes_fall_with_a_cut(scene):
+    loaded, found, plan, batch = scene
+    figures = cost.sizes(loaded.model, batch.x[:4], plan.mask(0.5))
+    assert figures == cost.sizes(loaded.model, batch.x[:4], plan.mask(0.5))
+    for name in ("parameters", "flops", "bytes"):
+        assert figures["cut"][name] < figures["dense"][name]
+    curve = accuracy.curve(loaded.model, found, plan, [0.5], batch)
+    at = curve.ratio.tolist().index(0.5)
+    assert figures["cut"]["parameters"] / figures["dense"]["parameters"] == pytest.approx(1 - curve.fraction[at])
+
+
+def test_cost_is_that_of_the_saved_file(scene, tmp_path):
+    loaded, _, plan, batch = scene
+    small = prune.cut(loaded, plan.mask(0.5))
+    figures = cost.cost(loaded.model, small.model, batch.x[:3], batch_size=5, repeats=4)
+    prune.save(tmp_path / "cut", small, provenance={}, figures={})
+    assert figures["cut"]["bytes"] == (tmp_path / "cut" / "model.safetensors").stat().st_size
+    assert figures["repeats"] == 4
+    assert figures["batch_size"] == 5
+    assert "flop_counter" in figures["flop_counter"]
+    assert min(figures["dense"]["latency_ms"], figures["cut"]["latency_ms"]) > 0
+
+
+def test_latency_takes_turns():
+    calls = []
+
+    class Noted(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            calls.append(self.name)
+            return x
+
+    times = cost.latency([Noted("dense"), Noted("cut")], torch.zeros(1), warmup=2, repeats=3)
+    assert [len(of_network) for of_network in times] == [3, 3]
+    assert len(calls) == 10
+    assert all(set(calls[i : i + 2]) == {"dense", "cut"} for i in range(0, 10, 2))
+    assert calls[0] != calls[2]
+
+
+def test_latency_stops_when_time_is_up():
+    times = cost.latency([nn.Identity()], torch.zeros(1), warmup=1, repeats=1000, seconds=0)
+    assert len(times[0]) == 3
+
+
+def test_cost_refuses():
+    model, x = Chain(), torch.randn(4, 10)
+    with pytest.raises(UsageError, match="batch_size"):
+        cost.cost(model, model, x, batch_size=0)
+    with pytest.raises(UsageError, match="one device"):
+        cost.cost(model, copy.deepcopy(model).to("meta"), x)
+
+
+@pytest.mark.realdata
+def test_accuracy_of_trained_weights(real_weights, real_data):
+    from sukashi import data
+
+    loaded = models.load("sukashi:cifar_resnet20", weights=real_weights / "resnet20-cifar10.safetensors")
+    batch = data.load(str(real_data / "cifar10")).test.limit(1000).whole(loaded.preprocess, 0)
+    right = _accuracy(loaded.model, batch)
+    # The header says .878; .034 is three standard errors of a thousand images.
+    assert right.mean().item() == pytest.approx(0.878, abs=0.034)
+    by_class = accuracy.per_class(right, batch.target, 10)
+    assert by_class.mean() == pytest.approx(right.mean().item())

@@ -1,0 +1,341 @@
+"""Prune: rounded masks, saved folders that come back equal, and everything that must not be written or believed."""
+
+import builtins
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sukashi import hooks, models, prune, sites
+from sukashi.errors import ModelError, ResourceError, UsageError
+from sukashi.types import Plan, Scores, Site, rank
+
+
+def _plan(found):
+    generator = torch.Generator().manual_seed(0)
+    return rank(Scores({site: torch.rand(site.n_units, generator=generator) for site in found}, 1, "random"))
+
+
+@pytest.fixture(scope="module", params=["sukashi:cifar_resnet20", "sukashi:digits_cnn", "sukashi:digits_vit"])
+def scene(request):
+    """A model with random BatchNorm, a plan, and images."""
+    torch.manual_seed(3)
+    loaded = models.load(request.param)
+    for module in loaded.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    view = loaded.preprocess
+    x = torch.randn(4, view.channels, view.height, view.width)
+    return loaded, _plan(sites.find(loaded.model, x).sites), x
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A cut digits_cnn and its folder."""
+    torch.manual_seed(0)
+    loaded = models.load("sukashi:digits_cnn")
+    found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
+    small = prune.cut(loaded, _plan(found).mask(0.5))
+    prune.save(tmp_path / "cut", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    return small, tmp_path / "cut"
+
+
+def _logits(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+# Masks.
+
+
+@st.composite
+def _plans(draw):
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    found = [Site(f"layer{i}", "channel", size) for i, size in enumerate(sizes)]
+    order = draw(st.permutations([(s, u) for s, size in enumerate(sizes) for u in range(size)]))
+    return Plan.build(found, order, method="any")
+
+
+@given(_plans(), st.floats(0, 0.999), st.integers(1, 12))
+def test_round_mask(plan, ratio, round_to):
+    exact, rounded = plan.mask(ratio), prune.round_mask(plan, ratio, round_to)
+    for position, site in enumerate(plan.sites):
+        kept, before = rounded.keep[site], exact.keep[site]
+        # The slow definition: give back the last removed until the count fits.
+        expected = before.clone()
+        for unit in plan.unit[: exact.n_removed][plan.site[: exact.n_removed] == position][::-1]:
+            if int(expected.sum()) % round_to == 0:
+                break
+            expected[int(unit)] = True
+        assert torch.equal(kept, expected)
+        assert int(kept.sum()) % round_to == 0 or kept.all()
+        assert not (before & ~kept).any()
+
+
+def test_round_mask_refuses():
+    plan = _plan([Site("a", "channel", 8)])
+    with pytest.raises(UsageError, match="round_to must be at least 1, got 0"):
+        prune.round_mask(plan, 0.5, 0)
+    with pytest.raises(UsageError, match="ratio must be in"):
+        prune.round_mask(plan, 50)
+
+
+def test_round_mask_leaves_the_exact_mask_alone():
+    plan = _plan([Site("a", "channel", 20)])
+    assert prune.round_mask(plan, 0.5, 1).n_removed == 10
+    assert prune.round_mask(plan, 0.5).n_removed == 4
+
+
+# Cut, save, load.
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
+    loaded, plan, x = scene
+    mask = prune.round_mask(plan, ratio, round_to)
+    before = models.digest(loaded.model)
+    small = prune.cut(loaded, mask)
+    recipe = prune.save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
+    back = models.load(str(tmp_path / "deep" / "cut"))
+    with hooks.masked(loaded.model, mask):
+        expected = _logits(loaded.model, x)
+    assert (_logits(small.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(_logits(back.model, x), _logits(small.model, x))
+    assert models.digest(loaded.model) == before
+    assert models.digest(back.model) == models.digest(small.model) == small.weights_sha256 != before
+    assert (back.spec, back.options, back.preprocess) == (loaded.spec, loaded.options, loaded.preprocess)
+    assert (back.n_classes, back.class_names, back.cuts) == (loaded.n_classes, None, small.cuts)
+    assert back.weights_sha256 == recipe.weights_sha256
+    assert recipe.provenance == {"criterion": "random"}
+    assert sorted(os.listdir(tmp_path / "deep")) == ["cut"]
+
+
+def test_a_saved_model_can_be_cut_again(scene, tmp_path):
+    loaded, plan, x = scene
+    prune.save(tmp_path / "one", prune.cut(loaded, plan.mask(0.3)), provenance={}, figures={})
+    once = models.load(str(tmp_path / "one"))
+    twice = prune.cut(once, _plan(sites.find(once.model, x).sites).mask(0.4))
+    prune.save(tmp_path / "two", twice, provenance={}, figures={})
+    back = models.load(str(tmp_path / "two"))
+    assert len(back.cuts) == 2
+    assert torch.equal(_logits(back.model, x), _logits(twice.model, x))
+
+
+def test_equal_models_give_equal_bytes(saved, tmp_path):
+    small, folder = saved
+    prune.save(tmp_path / "again", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    for name in ("model.safetensors", "recipe.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_new_process_gives_the_same_logits(saved, tmp_path):
+    small, folder = saved
+    x = torch.randn(3, 1, 8, 8)
+    safetensors.torch.save_file({"x": x}, tmp_path / "x")
+    program = (
+        "import sys, safetensors.torch as st\nfrom sukashi import models\n"
+        "model = models.load(sys.argv[1]).model\n"
+        "st.save_file({'y': model(st.load_file(sys.argv[2])['x']).detach()}, sys.argv[3])"
+    )
+    subprocess.run([sys.executable, "-c", program, folder, tmp_path / "x", tmp_path / "y"], check=True)
+    torch.testing.assert_close(
+        safetensors.torch.load_file(tmp_path / "y")["y"], _logits(small.model, x), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_an_output_is_still_selected(tmp_path):
+    loaded = models.load("test_models:with_dict", output="logits")
+    found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
+    small = prune.cut(loaded, _plan(found).mask(0.5))
+    prune.save(tmp_path / "cut", small, provenance={}, figures={})
+    with pytest.raises(ModelError, match="must not choose what code runs"):
+        models.load(str(tmp_path / "cut"))
+    back = models.load("test_models:with_dict", weights=tmp_path / "cut")
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(_logits(back.model, x), _logits(small.model, x))
+    with pytest.raises(ModelError, match="not a test_models:plain"):
+        models.load("test_models:plain", weights=tmp_path / "cut")
+
+
+# What is not believed.
+
+
+def _edit(folder, change):
+    recipe = json.loads((folder / "recipe.json").read_text())
+    change(recipe)
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r.update(provenence={}), "'provenence': did you mean 'provenance'"),
+        (lambda r: r["model"].update(widht=3), r"model\.widht'?: did you mean 'width'"),
+        (lambda r: r["preprocess"].update(man=[0.0]), r"preprocess\.man'?: did you mean 'mean'"),
+        (lambda r: r.update(format=2), "format"),
+        (lambda r: r.update(n_classes="10"), "n_classes"),
+        (lambda r: r.pop("cuts"), "cuts"),
+        (lambda r: r["cuts"][0].update(conv1={"out": ["0"]}), "cuts"),
+        (lambda r: r["cuts"][0].update(conv9={"out": [0]}), "conv9"),
+        (lambda r: r["cuts"][0]["conv1"].update(out=[99]), "conv1"),
+        (lambda r: r["cuts"][0]["conv1"]["out"].pop(), "conv1"),
+        (lambda r: r["cuts"].clear(), r"conv1\.weight \(.*\) instead of \(32"),
+        (lambda r: r.update(n_classes=9), "gives 10 classes, 9"),
+        (lambda r: r["preprocess"].update(channels=3), "fails on images"),
+        (lambda r: r["model"].update(spec="os:abort"), "must not choose what code runs"),
+        (lambda r: r["model"].update(spec="sukashi:digits_vit"), "lacks"),
+    ],
+)
+def test_recipe_that_is_not_believed(saved, change, reason):
+    _, folder = saved
+    _edit(folder, change)
+    with pytest.raises((ModelError, UsageError), match=reason):
+        models.load(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_recipe_that_is_no_json(saved, content):
+    _, folder = saved
+    (folder / "recipe.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"recipe\.json is no recipe"):
+        models.load(str(folder))
+
+
+def test_weights_and_recipe_that_disagree(saved):
+    small, folder = saved
+    state = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
+    for name in ("fc1.weight", "conv3.weight"):
+        state[name][0] += 1
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    said = json.loads((folder / "recipe.json").read_text())["weights_sha256"]
+    with pytest.raises(ModelError, match=rf"{said[:16]}.*first tensor at fault: conv3\.weight"):
+        models.load(str(folder))
+
+
+def test_folder_with_something_missing(saved, tmp_path):
+    _, folder = saved
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        models.load(str(folder))
+    with pytest.raises(ModelError, match=r"recipe\.json"):
+        models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{"n_classes": 3}, {"width": 8}, {"pretrained": True}, {"output": "0"}])
+def test_a_folder_brings_its_own_options(saved, options):
+    _, folder = saved
+    with pytest.raises(UsageError, match=next(iter(options))):
+        models.load(str(folder), **options)
+    with pytest.raises(UsageError, match=next(iter(options))):
+        models.load("sukashi:digits_cnn", weights=folder, **options)
+
+
+# What is not written.
+
+
+def test_an_existing_folder_is_left_alone(saved, tmp_path):
+    small, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UsageError, match="exists"):
+        prune.save(folder, small, provenance={"other": 1}, figures={})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="exists"):
+        prune.save(tmp_path / "link", small, provenance={}, figures={})
+
+
+def test_figures_that_are_no_json(saved, tmp_path):
+    small, _ = saved
+    with pytest.raises(ValueError, match="JSON compliant"):
+        prune.save(tmp_path / "nan", small, provenance={}, figures={"cut": {"accuracy": float("nan")}})
+    assert not (tmp_path / "nan").exists()
+
+
+class Full:
+    """A disk that fails at its n-th operation."""
+
+    def __init__(self, monkeypatch, n):
+        self.left = n
+        for owner, name in ((os, "fsync"), (Path, "mkdir"), (Path, "rename")):
+            monkeypatch.setattr(owner, name, self.failing(getattr(owner, name)))
+        opened = builtins.open
+        monkeypatch.setattr(Path, "open", self.failing(lambda path, mode: opened(path, mode)))
+
+    def failing(self, true):
+        def call(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return true(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
+    small, _ = saved
+    place = tmp_path / "place"
+    place.mkdir()
+    with monkeypatch.context() as patched:
+        disk = Full(patched, n)
+        with pytest.raises(ResourceError, match="no space left"):
+            prune.save(place / "cut", small, provenance={}, figures={})
+    assert disk.left == 0
+    # Only the last operation, syncing the parent after the rename, leaves the whole folder.
+    assert os.listdir(place) == (["cut"] if n == 9 else [])
+
+
+def test_a_place_without_rights(saved, tmp_path):
+    small, folder = saved
+    with pytest.raises(ResourceError, match="cannot write"):
+        prune.save(folder / "recipe.json" / "cut", small, provenance={}, figures={})
+
+
+# ONNX.
+
+
+def test_onnx(scene, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    loaded, plan, x = scene
+    small = prune.cut(loaded, plan.mask(0.5))
+    prune.export_onnx(small, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch in (x, x[:1], x.repeat(3, 1, 1, 1)):
+        (found,) = session.run(["logits"], {"images": batch.numpy()})
+        expected = _logits(small.model, batch).numpy()
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert os.listdir(tmp_path) == ["model.onnx"]
+    with pytest.raises(UsageError, match="exists"):
+        prune.export_onnx(small, tmp_path / "model.onnx")
+
+
+def test_onnx_without_the_extra(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"sukashi\[onnx\]"):
+        prune.export_onnx(saved[0], tmp_path / "model.onnx")
+
+
+def test_onnx_that_gives_other_logits_is_refused(saved, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    true = torch.onnx.export
+
+    def wrong(model, *args, **kwargs):
+        model.fc2.bias.data += 1
+        true(model, *args, **kwargs)
+        model.fc2.bias.data -= 1
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.raises(ModelError, match="onnxruntime gives logits"):
+        prune.export_onnx(saved[0], tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("*onnx*"))
