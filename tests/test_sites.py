@@ -9,7 +9,7 @@ from sukashi import sites
 from sukashi.architectures import CifarResNet, DigitsCNN, DigitsViT
 from sukashi.errors import ModelError
 from sukashi.layers import explicit_attention
-from sukashi.types import Member
+from sukashi.types import Member, Site
 
 
 def example(channels: int = 3, size: int = 32) -> torch.Tensor:
@@ -226,3 +226,14 @@ def nan_model() -> nn.Module:
 def test_models_without_sites_are_refused_with_the_reason(model, x, message):
     with pytest.raises(ModelError, match=message):
         sites.find(model, x)
+
+
+def test_sites_that_claim_the_same_position_are_both_refused():
+    def site(layer: str, *positions: int) -> Site:
+        return Site(layer, "channel", len(positions), members=(Member("reader", "in", tuple((p,) for p in positions)),))
+
+    refused: dict[str, str] = {}
+    apart = site("c", 5)
+    assert sites._distinct([site("a", 0, 1), site("b", 1, 2), apart], refused) == [apart]
+    assert set(refused) == {"a", "b"}
+    assert "'reader'" in refused["a"]

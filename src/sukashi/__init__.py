@@ -1,0 +1,37 @@
+"""sukashi prunes vision networks with explanations, and measures what the cut did to them.
+
+sukashi.check(model, data)                                  what would happen
+sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and save
+sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
+sukashi.load(folder_or_spec).model                          a network, ready to run
+sukashi.report(folder)                                      the page of a folder, again
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sukashi.models import load
+    from sukashi.report import write as report
+    from sukashi.study import check, compare, prune
+
+__all__ = ["check", "compare", "load", "prune", "report"]
+
+# torch takes seconds to import and the command line must not wait for it.
+_HOMES = {
+    "check": ("sukashi.study", "check"),
+    "compare": ("sukashi.study", "compare"),
+    "prune": ("sukashi.study", "prune"),
+    "load": ("sukashi.models", "load"),
+    "report": ("sukashi.report", "write"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sukashi' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -1,17 +1,44 @@
-"""The embedded main job: a small network trained on scikit-learn's digits, for `sukashi demo` and the tests."""
+"""The embedded main job: a small network trained on scikit-learn's digits, compared and cut, in a minute."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sukashi import data, progress, study
 from sukashi.models import Loaded, load
 from sukashi.types import Batch
 
+CRITERIA = ("random", "magnitude", "taylor", "cbp", "amp", "cswap", "drift")
 
-def train_digits(spec: str, data: Batch, *, epochs: int = 20, seed: int = 0) -> Loaded:
-    """A digits network of ours (`sukashi:digits_cnn` or `sukashi:digits_vit`), trained on `data` in a few seconds.
+
+def run(out: Path, *, command: str) -> dict[str, Any]:
+    """Train, compare all criteria over three seeds, cut half of the units with `drift`: everything lies in `out`.
+
+    Returns what `compare` returns, with "report" and "pruned".
+    """
+    weights = out / "digits_cnn.safetensors"
+    if not weights.exists():
+        loaded = load("sukashi:digits_cnn")
+        trained = train_digits("sukashi:digits_cnn", data.load("digits").train.whole(loaded.preprocess, 0))
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(trained.model.state_dict(), weights)
+    result = study.compare(
+        "sukashi:digits_cnn", "digits", CRITERIA, weights=weights, seeds=3, out=out / "compare", command=command
+    )
+    shutil.rmtree(out / "pruned", ignore_errors=True)
+    study.prune("sukashi:digits_cnn", "digits", "drift", 0.5, weights=weights, out=out / "pruned", command=command)
+    return {**result, "report": str(out / "compare" / "report.html"), "pruned": str(out / "pruned")}
+
+
+def train_digits(spec: str, images: Batch, *, epochs: int = 20, seed: int = 0) -> Loaded:
+    """A digits network of ours (`sukashi:digits_cnn` or `sukashi:digits_vit`), trained on `images` in a few seconds.
 
     AdamW with a one-cycle schedule, batches of 64, on the CPU; the same seed gives the same weights on one machine.
     """
@@ -20,15 +47,17 @@ def train_digits(spec: str, data: Batch, *, epochs: int = 20, seed: int = 0) -> 
         loaded = load(spec)
         model: nn.Module = loaded.model.train()
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-        steps = epochs * -(-len(data) // 64)
+        steps = epochs * -(-len(images) // 64)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(data)).split(64):
-                batch = data[rows]
-                loss = F.cross_entropy(model(batch.x), batch.target)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                schedule.step()
+        with progress.task("training", epochs) as shown:
+            for _ in range(epochs):
+                for rows in torch.randperm(len(images)).split(64):
+                    batch = images[rows]
+                    loss = F.cross_entropy(model(batch.x), batch.target)
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimiser.step()
+                    schedule.step()
+                shown.advance()
     model.eval()
     return loaded

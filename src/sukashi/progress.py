@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class _Silent:
         pass
 
 
-Listener = Callable[[str, int], "contextmanager[Task]"]
+Listener = Callable[[str, int], AbstractContextManager[Task]]
 _listener: ContextVar[Listener | None] = ContextVar("progress", default=None)
 
 

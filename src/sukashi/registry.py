@@ -6,9 +6,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sukashi.errors import UsageError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Method:
             if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and not p.name.startswith("_")
         }
 
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether the method can go on from a journal of what it has decided so far."""
+        return "_journal" in inspect.signature(self.fn).parameters
+
     def check_options(self, given: dict[str, Any]) -> None:
         """Refuse an option the method does not have, naming the nearest."""
         for name in given:
@@ -53,10 +60,10 @@ class Registry:
         self.plural = plural
         self._methods: dict[str, Method] = {}
 
-    def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Make a function a method of this registry; `source` cites the paper, `facts` are what the registry's users read."""
+    def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Function], Function]:
+        """Make a function a method of this registry; `source` cites the paper, `facts` are read by its users."""
 
-        def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def add(fn: Function) -> Function:
             assert name == fn.__name__, f"registry key {name!r} and function {fn.__name__!r} differ"
             assert name not in self._methods, f"{self.noun} {name!r} is registered twice"
             self._methods[name] = Method(name, fn, source, facts)

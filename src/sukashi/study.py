@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ import torch
 
 from sukashi import data as datasets
 from sukashi import models, report, sites, stats
+from sukashi import prune as pruning
 from sukashi.criteria import criteria as registry
+from sukashi.criteria.engine import Engine
 from sukashi.data import Data
 from sukashi.errors import ResourceError, UsageError
 from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
 from sukashi.sites import Found
-from sukashi.store import Record, Store, Writer
-from sukashi.types import Batch, Curve, Plan, Trial, check_ratio, rank
-from sukashi.types import Scores as _Scores
+from sukashi.store import Record, Store, Writer, plan_bytes
+from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
 
 CALIBRATION = 32
 TEST_IMAGES = 2000
+# How often a criterion asks about a unit; progressive ones do so in a network that shrinks, so this bounds them.
+VISITS = {"cbp": 1.0, "amp": 1.0, "cswap": 1.0, "drift": 2.5}
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
 
 
@@ -105,11 +109,11 @@ def plan_for(
     chosen = dict(options or {})
     method.check_options(chosen)
     batch = setting.calibration(calibration, seed)
-    if "_journal" in method.accepts:
+    if method.keeps_journal:
         chosen["_journal"] = journal
     generator = torch.Generator().manual_seed(seed)
     outcome = method(setting.loaded.model, setting.found.sites, batch, generator=generator, **chosen)
-    return rank(outcome) if isinstance(outcome, _Scores) else outcome
+    return rank(outcome) if isinstance(outcome, Scores) else outcome
 
 
 def compare(
@@ -166,7 +170,12 @@ def compare(
         workers=workers,
     )
     about_model = {"spec": source.pop("model"), **source, "weights_sha256": setting.loaded.weights_sha256}
-    about_data = {"spec": data, "calibration": calibration, "test_images": test_images}
+    about_data = {
+        "spec": data,
+        "sha256": setting.data.sha256,
+        "calibration": calibration,
+        "test_images": test_images,
+    }
     ratios = sorted({0.0, *map(float, ratios)})
     trials = [
         Trial(about_model, about_data, name, seed, {"ratios": ratios, **dict((options or {}).get(name, {}))})
@@ -229,8 +238,8 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
 
 
 def _by_class(correct: np.ndarray, test: Batch, n_classes: int) -> list[float | None]:
-    target = test.target.numpy()
-    return [float(correct[target == k].mean()) if (target == k).any() else None for k in range(n_classes)]
+    found = accuracy.per_class(correct, test.target, n_classes)
+    return [None if np.isnan(value) else float(value) for value in found]
 
 
 def _cost(setting: Setting, plan: Plan) -> dict[str, Any]:
@@ -273,3 +282,197 @@ def hardware(setting: Setting) -> str:
     if setting.device.type == "cuda":
         return torch.cuda.get_device_name(setting.device)
     return f"{platform.machine()} {sys.platform}, {torch.get_num_threads()} threads"
+
+
+def prune(
+    model: str,
+    data: str,
+    criterion: str,
+    ratio: float,
+    *,
+    out: str | Path,
+    round_to: int = pruning.ROUND_TO,
+    onnx: bool = False,
+    calibration: int = CALIBRATION,
+    test_images: int = TEST_IMAGES,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    width: int | None = None,
+    n_classes: int | None = None,
+    pretrained: bool = False,
+    output: str | None = None,
+    skip_bad: bool = False,
+    device: str = "auto",
+    workers: int = 0,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """A model cut for real and saved to the new folder `out`, with its figures beside the dense model's.
+
+    Removes round(ratio * units) units in the order of `criterion`, less what rounding each site to a multiple of
+    `round_to` gives back. `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too, checked
+    in onnxruntime.
+
+    Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed.
+    """
+    check_ratio(ratio)
+    registry[criterion].check_options(dict(options or {}))
+    pruning.check_free(Path(out))
+    setting = prepare(
+        model,
+        data,
+        weights=weights,
+        width=width,
+        n_classes=n_classes,
+        pretrained=pretrained,
+        output=output,
+        skip_bad=skip_bad,
+        device=device,
+        workers=workers,
+    )
+    plan = plan_for(setting, criterion, seed, calibration=calibration, options=options)
+    mask = pruning.round_mask(plan, ratio, round_to)
+    dense, small = setting.loaded, pruning.cut(setting.loaded, mask)
+    test = setting.test(test_images)
+    costs = cost.cost(dense.model, small.model, setting.example)
+    figures = {}
+    for name, loaded in (("dense", dense), ("cut", small)):
+        correct = _correct(setting, loaded, test)
+        by_class = _by_class(correct, test, dense.n_classes)
+        figures[name] = {"accuracy": float(correct.mean()), **costs[name], "class_accuracy": by_class}
+    figures["cut"]["ratio"] = mask.n_removed / mask.n_units
+    figures["cut"]["fraction"] = 1 - costs["cut"]["parameters"] / costs["dense"]["parameters"]
+    warnings = _warnings(ratio, figures, round_to)
+    provenance = {
+        "command": command or "sukashi.prune(...)",
+        "criterion": criterion,
+        "options": dict(options or {}),
+        "ratio_asked": ratio,
+        "ratio": figures["cut"]["ratio"],
+        "round_to": round_to,
+        "seed": seed,
+        "data": {"spec": data, "calibration": calibration, "test_images": len(test)},
+        "dense_weights_sha256": dense.weights_sha256,
+        "latency": {name: costs[name] for name in ("batch_size", "repeats", "device", "threads")},
+        "flop_counter": costs["flop_counter"],
+        "versions": versions(),
+        "hardware": hardware(setting),
+    }
+    about = {
+        **figures,
+        "n_images": len(test),
+        "class_names": list(setting.data.class_names),
+        "class_counts": torch.bincount(test.target, minlength=dense.n_classes).tolist(),
+        "notes": [*setting.data.notes, *warnings],
+    }
+    pruning.save(out, small, provenance=provenance, figures=about, files={"plan.npz": plan_bytes(plan)})
+    if onnx:
+        try:
+            pruning.export_onnx(small, Path(out) / "model.onnx")
+        except Exception:
+            # All or nothing: a folder without the export that was asked for is not a result.
+            shutil.rmtree(out)
+            raise
+    page = report.write(out)
+    short = {name: {key: value for key, value in figures[name].items() if key != "class_accuracy"} for name in figures}
+    return {
+        "out": str(out),
+        "report": str(page),
+        "ratio": figures["cut"]["ratio"],
+        **short,
+        "warnings": warnings,
+        "versions": versions(),
+    }
+
+
+def _correct(setting: Setting, loaded: Loaded, test: Batch) -> np.ndarray:
+    """(B,) 1 where an image is right."""
+    generator = torch.Generator()
+    parts = (
+        replace(part, x=part.x.to(setting.device), target=part.target.to(setting.device)) for part in test.split(128)
+    )
+    found = [accuracy.accuracy(loaded.model, part, generator=generator) for part in parts]
+    return torch.cat(found).cpu().numpy()
+
+
+def _warnings(asked: float, figures: Mapping[str, Any], round_to: int) -> list[str]:
+    found = []
+    dense, cut = figures["dense"], figures["cut"]
+    if abs(cut["ratio"] - asked) > 0.02:
+        why = f"widths are rounded up to multiples of {round_to}" if round_to > 1 else "one unit of each layer stays"
+        found.append(f"{cut['ratio']:.1%} of the units were removed, {asked:.1%} were asked for: {why}")
+    if cut["latency_ms"] > dense["latency_ms"]:
+        found.append("the cut model is slower than the dense one here: try another --round-to")
+    return found
+
+
+def check(
+    model: str,
+    data: str,
+    *,
+    calibration: int = CALIBRATION,
+    limit: float = 60.0,
+    weights: str | Path | None = None,
+    width: int | None = None,
+    n_classes: int | None = None,
+    pretrained: bool = False,
+    output: str | None = None,
+    skip_bad: bool = False,
+    device: str = "auto",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
+
+    Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
+    cannot be estimated within `limit` seconds is listed as unmeasured. Nothing is written.
+    """
+    start = time.perf_counter()
+    setting = prepare(
+        model,
+        data,
+        weights=weights,
+        width=width,
+        n_classes=n_classes,
+        pretrained=pretrained,
+        output=output,
+        skip_bad=skip_bad,
+        device=device,
+        workers=workers,
+    )
+    found, train = setting.found, setting.data.train
+    n_units = sum(site.n_units for site in found.sites)
+    seconds = {method.name: 0.0 for method in registry if not method.facts.get("needs_data", True)}
+    unmeasured = [method.name for method in registry if method.name not in seconds]
+    if time.perf_counter() - start < limit:
+        batch = setting.calibration(calibration, 0)
+        part = batch[slice(0, None, -(-len(batch) // 64))]
+        scale = len(batch) / len(part)
+        begun = time.perf_counter()
+        registry["taylor"](setting.loaded.model, found.sites, part, generator=torch.Generator())
+        seconds["taylor"] = (time.perf_counter() - begun) * scale
+        engine = Engine(setting.loaded.model, found.sites, part)
+        a_unit = []
+        for site in (found.sites[0], found.sites[len(found.sites) // 2], found.sites[-1]):
+            if time.perf_counter() - start > limit:
+                break
+            with engine.open(site) as suffix:
+                begun = time.perf_counter()
+                suffix.without(0)
+                suffix.without(min(1, site.n_units - 1))
+                a_unit.append((time.perf_counter() - begun) / 2)
+        if len(a_unit) == 3:
+            once = float(np.mean(a_unit)) * scale * n_units
+            seconds |= {name: once * visits for name, visits in VISITS.items()}
+        unmeasured = [method.name for method in registry if method.name not in seconds]
+    return {
+        "model": model,
+        "parameters": sum(p.numel() for p in setting.loaded.model.parameters()),
+        "sites": [{"layer": site.layer, "kind": site.kind, "units": site.n_units} for site in found.sites],
+        "units": n_units,
+        "refused": dict(found.refused),
+        "class_names": list(setting.data.class_names),
+        "class_counts": {split.name: split.counts.tolist() for split in (train, setting.data.test)},
+        "notes": list(setting.data.notes),
+        "estimated_seconds": seconds,
+        "unmeasured": unmeasured,
+    }

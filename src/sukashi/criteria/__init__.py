@@ -4,4 +4,4 @@ from sukashi.registry import Registry
 
 criteria = Registry("criterion", "criteria")
 
-from sukashi.criteria import attributed, causal, weights  # noqa: E402, F401
+from sukashi.criteria import attributed, causal, drift, weights  # noqa: E402, F401

@@ -138,16 +138,16 @@ def cswap(
     as measured when each was met.
 
     Definition 1 compares with the original network; algorithm 1 can be read as comparing with the present one:
-    `baseline` says which. Its xi, the mean of d / sigma (`effect="ratio"`), is ruled by the few images on which sigma is
-    near zero; `mean` is mean(d) / mean(sigma), and `samples="correct"` leaves misclassified images out. The last unit of
-    a site is never removed.
+    `baseline` says which. Its xi, the mean of d / sigma (`effect="ratio"`), is ruled by the few images on which sigma
+    is near zero; `mean` is mean(d) / mean(sigma), and `samples="correct"` leaves misclassified images out. The last
+    unit of a site is never removed.
     """
     data = _usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
     test = _causal_test(engine, data, scoring, effect, alpha, inference)
     original = test.scores(engine.original)
 
-    def decide(now: Tensor, logits: Tensor) -> Verdict:
+    def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         return test(original if baseline == "original" else test.scores(now), logits)
 
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="cswap", journal=_journal)
@@ -171,7 +171,7 @@ def cbp(
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
-    """The plan of C-BP: every unit is tested alone on the intact network; detrimental, neutral, critical ones go in turn.
+    """The plan of C-BP: every unit is tested alone on the intact network; what helps or does nothing goes first.
 
     Detrimental units go by descending xi, neutral ones by ascending |xi|, critical ones by ascending harm (xi from 0
     down). Algorithm 4 cuts a unit's connections to critical successors only; physical removal cuts all of them, and so
@@ -182,7 +182,7 @@ def cbp(
     test = _causal_test(engine, data, scoring, effect, alpha, inference)
     original = test.scores(engine.original)
 
-    def decide(now: Tensor, logits: Tensor) -> Verdict:
+    def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         verdict = test(original, logits)
         return Verdict(False, verdict.category, verdict.effect, verdict.p_values)
 
@@ -220,7 +220,7 @@ def amp(
     def divergence(logits: Tensor) -> float:
         return float((log_p.exp() * (log_p - logits.double().log_softmax(1))).sum(1).mean())
 
-    def decide(now: Tensor, logits: Tensor) -> Verdict:
+    def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         rise = divergence(logits) - divergence(now)
         return Verdict(rise < tau, "", rise)
 

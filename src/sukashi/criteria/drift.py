@@ -1,0 +1,137 @@
+"""Drift: a criterion of our own. Units go in rounds, cheapest first, priced by what their loss moves per parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sukashi.criteria import criteria
+from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
+from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep
+from sukashi.errors import UsageError
+from sukashi.types import Batch, Plan, Site
+
+
+@criteria.register("drift", source="ours: growing budget of drift, per parameter", progressive=True)
+def drift(
+    model: nn.Module,
+    sites: Sequence[Site],
+    data: Batch,
+    *,
+    generator: torch.Generator,
+    share: float = 0.1,
+    slack: float = 1.5,
+    scout: int = 4,
+    budget: int = DEFAULT_BUDGET,
+    _journal: Journal | None = None,
+) -> Plan:
+    """The plan of drift: rounds that each remove the units whose loss moves the output least per parameter saved.
+
+    With F the original and G the present network, D(G) = KL(F || G), the mean over images in nats, and w_u the
+    parameters that would go with unit u now, the price of u is (D(G without u) - D(G)) / w_u. A round sets its limit at
+    the lowest `share` of the prices last seen, asks again about every unit up to `slack` times the limit, from the
+    output back, and removes at once those whose price in the present network is within the limit. Prices are thus
+    always confirmed in the state in which the unit goes; what is expensive is not asked again until its turn nears.
+    The first prices are scouted on every `scout`-th image. Rounds end when G has drifted further than a uniform guess
+    could (D > log K); the rest follows by its last price. No labels are used.
+
+    Single effects do not add, which is why a ranking of them fails early; greedy removal would ask about every unit
+    before each removal. Rounds ask about three times per unit in all.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"share must be in (0, 1), got {share}: it is the part of the units a round may take")
+    if slack < 1:
+        raise UsageError(f"slack must be at least 1, got {slack}: it multiplies a round's limit")
+    if scout < 1:
+        raise UsageError(f"scout must be at least 1, got {scout}: every scout-th image gives the first prices")
+    rise = _scouted(model, sites, data, scout, budget, _journal)
+    engine = Engine(model, sites, data, budget=budget)
+    divergence = _Divergence(engine.original)
+    rows: list[Row] = []
+    passes: list[int] = []
+    while True:
+        worth = unit_parameters(model, sites, engine.keep)
+        price = {
+            (position, unit): rise[position, unit] / worth[site]
+            for position, site in enumerate(sites)
+            if engine.keep[site].sum() > 1
+            for unit in torch.nonzero(engine.keep[site]).flatten().tolist()
+        }
+        if not price:
+            break
+        ranked = sorted(price, key=lambda pair: (price[pair], pair))
+        limit = price[ranked[int(share * len(ranked))]]
+        asked = [pair for pair in ranked if price[pair] <= limit + (slack - 1) * abs(limit)]
+
+        def decide(pair: tuple[int, int], now: Tensor, logits: Tensor, limit: float = limit) -> Verdict:
+            risen = divergence(logits) - divergence(now)
+            return Verdict(risen / worth[sites[pair[0]]] <= limit, "", risen)  # noqa: B023 - used in this round only
+
+        orders = [[unit for position, unit in asked if position == here] for here in range(len(sites))]
+        found = sweep(engine, orders, decide, title=f"drift round {len(passes) + 1}", journal=_journal)
+        rise.update({row.pair: row.verdict.effect for row in found})
+        rows += [row for row in found if row.verdict.gone]
+        passes.append(len(rows))
+        if divergence(engine.logits()) > math.log(engine.original.shape[1]):
+            break
+    gone = {row.pair for row in rows}
+    left = [pair for pair in rise if pair not in gone]
+    left.sort(key=lambda pair: (rise[pair] / worth[sites[pair[0]]], pair))
+    rows += [Row(pair, Verdict(False, "", rise[pair])) for pair in left]
+    return plan_of(sites, rows, "drift", n_images=len(data), passes=passes)
+
+
+class _Divergence:
+    """Mean KL(F || G) over images, in nats and float64, from logits (N, K)."""
+
+    def __init__(self, original: Tensor) -> None:
+        self.log_p = original.double().log_softmax(1)
+        self.p = self.log_p.exp()
+
+    def __call__(self, logits: Tensor) -> float:
+        return float((self.p * (self.log_p - logits.double().log_softmax(1))).sum(1).mean())
+
+
+def _scouted(
+    model: nn.Module, sites: Sequence[Site], data: Batch, scout: int, budget: int, journal: Journal | None
+) -> dict[tuple[int, int], float]:
+    """What each unit's loss alone moves in the intact network, on every `scout`-th image."""
+    engine = Engine(model, sites, data[slice(0, None, scout)], budget=budget)
+    divergence = _Divergence(engine.original)
+
+    def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
+        return Verdict(False, "", divergence(logits) - divergence(now))
+
+    orders = [range(site.n_units) for site in sites]
+    rows = sweep(engine, orders, decide, title="drift scouting", journal=journal)
+    return {row.pair: row.verdict.effect for row in rows}
+
+
+def unit_parameters(model: nn.Module, sites: Sequence[Site], keep: Mapping[Site, Tensor]) -> dict[Site, int]:
+    """How many parameters go with one more unit of each site, given what is still there."""
+    gone: Counter[tuple[str, str]] = Counter()
+    for site in sites:
+        lost = torch.nonzero(~keep[site]).flatten().tolist()
+        for member in site.members:
+            gone[member.module, member.side] += sum(len(member.index[unit]) for unit in lost)
+    worth = {}
+    for site in sites:
+        total = 0
+        for member in site.members:
+            module = model.get_submodule(member.module)
+            rows = len(member.index[0])
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 1:
+                    # A bias, or BatchNorm's scale: it belongs to what a layer writes.
+                    total += rows * (member.side == "out")
+                    continue
+                axis, other = (0, "in") if member.side == "out" else (1, "out")
+                width = parameter.shape[1 - axis] - gone[member.module, other]
+                assert name == "weight"
+                total += rows * width * math.prod(parameter.shape[2:])
+        worth[site] = total
+    return worth

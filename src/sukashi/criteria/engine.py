@@ -69,9 +69,7 @@ class Engine:
         self.budget = budget
         layout = torch.channels_last if data.x.ndim == 4 else torch.contiguous_format
         self.chunks = [part.x.to(device, memory_format=layout) for part in data.split(chunk)]
-        with _exact():
-            network = _Network(self.graph, copy.deepcopy(self.root))
-            self.original = torch.cat([network.logits(x) for x in self.chunks])
+        self.original = self.logits()
         if not torch.isfinite(self.original).all():
             raise ModelError(
                 "the model's logits hold NaN or Inf on calibration images: check weights and preprocessing"
@@ -94,6 +92,14 @@ class Engine:
         """Remove units without asking (a resumed run replays its decisions so)."""
         ours = next(s for s in self.sites if s == site)
         self.keep[ours][torch.tensor(list(units), dtype=torch.long)] = False
+
+    def logits(self) -> Tensor:
+        """Logits (N, K) of all images in the present state."""
+        with _exact():
+            root = copy.deepcopy(self.root)
+            surgery.cut(root, self.mask())
+            network = _Network(self.graph, root)
+            return torch.cat([network.logits(x) for x in self.chunks])
 
     def mask(self) -> Mask:
         """What is still there."""

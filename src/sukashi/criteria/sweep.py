@@ -37,7 +37,7 @@ class Row:
     verdict: Verdict
 
 
-Decide = Callable[[Tensor, Tensor], Verdict]
+Decide = Callable[[tuple[int, int], Tensor, Tensor], Verdict]
 
 
 def sweep(
@@ -48,15 +48,17 @@ def sweep(
     title: str,
     journal: Journal | None = None,
 ) -> list[Row]:
-    """Ask `decide(logits now, logits without the unit)` about each unit in turn; units it condemns go at once.
+    """Ask `decide(pair, logits now, logits without it)` about each unit in turn; units it condemns go at once.
 
-    Sites go from the last to the first, units of site i in the order `orders[i]` (those already gone left out). The last
-    unit of a site stays whatever the verdict. Rows come in the order in which units were met.
+    Sites go from the last to the first, units of site i in the order `orders[i]`. The last unit of a site stays
+    whatever the verdict. Rows come in the order in which units were met. A site found in `journal` is taken from there.
     """
     rows: list[Row] = []
     n_gone = 0
     with progress.task(title, sum(len(order) for order in orders)) as shown:
         for position in reversed(range(len(engine.sites))):
+            if not orders[position]:
+                continue
             site = engine.sites[position]
             key = f"{title}/{site.layer}"
             noted = journal.get(key) if journal is not None else None
@@ -68,10 +70,8 @@ def sweep(
                 found = []
                 with engine.open(site) as suffix:
                     for unit in orders[position]:
-                        if not suffix.keep[unit]:
-                            continue
                         logits = suffix.without(unit)
-                        verdict = decide(suffix.now, logits)
+                        verdict = decide((position, unit), suffix.now, logits)
                         if verdict.gone and suffix.n_left == 1:
                             verdict = Verdict(False, verdict.category, verdict.effect, verdict.p_values)
                         if verdict.gone:
