@@ -125,7 +125,7 @@ class Rolled(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.0])
+@pytest.mark.parametrize("gamma", [1.0, 0.0, 1e-9])
 def test_a_site_whose_cut_would_be_wrong_is_refused_even_where_the_weights_hide_it(gamma):
     model = Rolled().eval()
     nn.init.constant_(model.norm.weight, gamma)
