@@ -38,7 +38,7 @@ def masked(model: nn.Module, gates: Mask | Mapping[Site, Tensor]) -> Iterator[No
         cores = [m for m in site.consumers if isinstance(model.get_submodule(m.module), AttentionCore)]
         for member in cores or site.consumers:
             units, positions = _flat(member)
-            readers[member.module].append((gate, units.to(gate.device), positions))
+            readers[member.module].append((gate, units, positions))
     with _pre_hooks(model, {name: partial(_multiply, name, parts) for name, parts in readers.items()}):
         yield
 
