@@ -1,6 +1,6 @@
 """C-SWAP, the engine against the plain way: same network, same images, same decisions, how many times faster?
 
-The plain way runs the whole masked network for every unit (the oracle of the tests). Both walk the same sites in turn,
+The plain way runs the whole masked network for every unit (it is the oracle of the tests). Both walk the sites in turn,
 site by site in one process, so that a machine whose speed drifts slows both. Decisions (kept or removed, and the
 category) are compared unit by unit.
 
@@ -15,15 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-import sukashi
 from sukashi import data as datasets
-from sukashi import hooks, models
+from sukashi import demo, models
 from sukashi import sites as finder
-from sukashi.criteria.causal import CausalTest, correct_only, true_class_probability
+from sukashi.criteria.causal import CausalTest, true_class_probability, usable
 from sukashi.criteria.engine import Engine
 from sukashi.criteria.sweep import unit_orders
 from sukashi.types import Batch, Mask
@@ -32,23 +30,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import naive
 
 
-def race(model: nn.Module, example: torch.Tensor, batch: Batch) -> dict[str, float]:
-    """Both sides over all sites: seconds of each, units, and mismatches."""
-    sites = finder.find(model, example).sites
-    batch = correct_only(model, batch)
-    target, classes = batch.target, batch.target.numpy()
+def race(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Both sides over all sites: their seconds, the units asked about, and mismatches."""
+    sites = finder.find(model, batch.x[:2]).sites
+    batch = usable(model, batch, "correct")
+    start = time.perf_counter()
     engine = Engine(model, sites, batch)
-    test = CausalTest(target, engine.original.shape[1], true_class_probability, "mean", 0.05, "voting")
+    test = CausalTest(batch.target, engine.original.shape[1], true_class_probability, "mean", 0.05, "voting")
     before = test.scores(engine.original)
-    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
-    plain_before = naive.probability(naive.logits_of(model, Mask(keep), batch.x), target)
     orders = unit_orders(model, sites, "magnitude", torch.Generator())
-    seconds = {"engine": 0.0, "plain": 0.0}
-    mismatches = n_units = 0
+    middle = time.perf_counter()
+    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+    plain_before = naive.probability(naive.logits_of(model, Mask(keep), batch.x), batch.target)
+    seconds = {"engine": middle - start, "plain": time.perf_counter() - middle}
+    mismatches = 0
     for position in reversed(range(len(sites))):
         site = sites[position]
         start = time.perf_counter()
-        fast = {}
+        decided = {}
         with engine.open(site) as suffix:
             for unit in orders[position]:
                 logits = suffix.without(unit)
@@ -56,25 +55,64 @@ def race(model: nn.Module, example: torch.Tensor, batch: Batch) -> dict[str, flo
                 gone = verdict.gone and suffix.n_left > 1
                 if gone:
                     suffix.remove(unit, logits)
-                fast[unit] = (gone, verdict.category)
+                decided[unit] = (gone, verdict.category)
         middle = time.perf_counter()
         for unit in orders[position]:
             keep[site][unit] = False
-            after = naive.probability(naive.logits_of(model, Mask(keep), batch.x), target)
-            significant, xi = naive.verdict(plain_before, after, classes)
+            after = naive.probability(naive.logits_of(model, Mask(keep), batch.x), batch.target)
+            significant, xi = naive.verdict(plain_before, after, batch.target.numpy())
             critical = significant and xi <= 0
             gone = not critical and bool(keep[site].any())
             category = "neutral" if not significant else "critical" if critical else "detrimental"
-            mismatches += fast[unit] != (gone, category)
-            # Both sides go on from the engine's state, so that one mismatch does not hide behind its consequences.
-            keep[site][unit] = not fast[unit][0]
-            n_units += 1
+            mismatches += decided[unit] != (gone, category)
+            # The plain side goes on from its own decision, so that one mismatch shows its consequences too.
+            keep[site][unit] = not gone
         end = time.perf_counter()
         seconds["engine"] += middle - start
         seconds["plain"] += end - middle
-        print(
-            f"  {site.layer:24s} {site.n_units:5d} units  engine {middle - start:7.1f} s  plain {end - middle:7.1f} s  "
-            f"x{(end - middle) / (middle - start):5.1f}",
-            flush=True,
+        fast, slow = middle - start, end - middle
+        print(f"  {site.layer:20s} {site.n_units:5d} units {fast:8.1f} s {slow:8.1f} s {slow / fast:6.1f}x", flush=True)
+    n_units = sum(site.n_units for site in sites)
+    print(
+        f"  {'all':20s} {n_units:5d} units {seconds['engine']:8.1f} s {seconds['plain']:8.1f} s "
+        f"{seconds['plain'] / seconds['engine']:6.1f}x  {mismatches} mismatches, {len(batch)} images\n"
+    )
+    return {"ratio": round(seconds["plain"] / seconds["engine"], 2), "mismatches": mismatches}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data/cifar10")
+    parser.add_argument("--weights", default="../shared/weights/resnet20-cifar10.safetensors")
+    parser.add_argument("--calibration", type=int, default=128, help="images a class")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    print(f"torch {torch.__version__}, CPU, {chosen.threads} threads, {chosen.calibration} images a class")
+    print(f"  {'site':20s} {'':11s} {'engine':>10s} {'plain':>10s} {'ratio':>7s}")
+
+    loaded = models.load("sukashi:cifar_resnet20", weights=chosen.weights)
+    images = datasets.load(chosen.data).train.calibration(chosen.calibration, 0)
+    print("CIFAR ResNet-20")
+    resnet = race(loaded.model, images.whole(loaded.preprocess, 0).by_class())
+
+    digits = datasets.load("digits").train
+    plain = models.load("sukashi:digits_vit", width=64)
+    vit = demo.train_digits("sukashi:digits_vit", digits.whole(plain.preprocess, 0), width=64)
+    images = digits.calibration(min(chosen.calibration, int(digits.counts.min())), 0)
+    print("ViT on digits (3 blocks, width 64)")
+    transformer = race(vit.model, images.whole(plain.preprocess, 0).by_class())
+    print(
+        json.dumps(
+            {
+                "ratio_resnet20": resnet["ratio"],
+                "mismatches_resnet20": resnet["mismatches"],
+                "ratio_vit": transformer["ratio"],
+                "mismatches_vit": transformer["mismatches"],
+            }
         )
-    return {"ratio": seconds["plain"] / seconds["engine"], "mismatches": mismatches, "units": n_units, **seconds}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
-"""The oracle of the causal criteria: the algorithms of Bauvin et al. 2025 line by line, every unit a run of the whole network.
+"""The oracle of the causal criteria: the algorithms of Bauvin et al. 2025 line by line.
 
-Nothing here is shared with the engine: removal is a mask on the whole network, the t-test is scipy's, scores are lists.
+Every unit is a run of the whole network. Nothing here is shared with the engine: removal is a mask on the whole
+network, the t-test is scipy's, scores are plain arrays.
 """
 
 import numpy as np

@@ -211,7 +211,7 @@ def test_a_class_without_correct_images_is_refused(digits):
     with torch.inference_mode():
         n_right = int(((model(data.x).argmax(1) == 3) & (data.target == 3)).sum())
     assert n_right < 2
-    with pytest.raises(DataError, match="class 3 has .* correctly classified"):
+    with pytest.raises(DataError, match=r"class 3 has .* correctly classified"):
         criteria["cswap"](model, sites, data, generator=torch.Generator())
 
 

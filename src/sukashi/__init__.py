@@ -9,11 +9,12 @@ sukashi.report(folder)                                      the page of a folder
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sukashi import report
     from sukashi.models import load
-    from sukashi.report import write as report
     from sukashi.study import check, compare, prune
 
 __all__ = ["check", "compare", "load", "prune", "report"]
@@ -24,14 +25,13 @@ _HOMES = {
     "compare": ("sukashi.study", "compare"),
     "prune": ("sukashi.study", "prune"),
     "load": ("sukashi.models", "load"),
-    "report": ("sukashi.report", "write"),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "report":
+        return importlib.import_module("sukashi.report")
     if name not in _HOMES:
         raise AttributeError(f"module 'sukashi' has no attribute {name!r}")
-    import importlib
-
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(module), attribute)

@@ -37,14 +37,14 @@ def run(out: Path, *, command: str) -> dict[str, Any]:
     return {**result, "report": str(out / "compare" / "report.html"), "pruned": str(out / "pruned")}
 
 
-def train_digits(spec: str, images: Batch, *, epochs: int = 20, seed: int = 0) -> Loaded:
+def train_digits(spec: str, images: Batch, *, width: int | None = None, epochs: int = 20, seed: int = 0) -> Loaded:
     """A digits network of ours (`sukashi:digits_cnn` or `sukashi:digits_vit`), trained on `images` in a few seconds.
 
     AdamW with a one-cycle schedule, batches of 64, on the CPU; the same seed gives the same weights on one machine.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = load(spec)
+        loaded = load(spec, width=width)
         model: nn.Module = loaded.model.train()
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
         steps = epochs * -(-len(images) // 64)

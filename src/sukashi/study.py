@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from sukashi import data as datasets
-from sukashi import models, report, sites, stats
-from sukashi import prune as pruning
+from sukashi import models, pruned, report, sites, stats
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
 from sukashi.data import Data
@@ -30,6 +29,7 @@ from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
 
 CALIBRATION = 32
 TEST_IMAGES = 2000
+RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
 # How often a criterion asks about a unit; progressive ones do so in a network that shrinks, so this bounds them.
 VISITS = {"cbp": 1.0, "amp": 1.0, "cswap": 1.0, "drift": 2.5}
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
@@ -122,7 +122,7 @@ def compare(
     criteria: Sequence[str],
     *,
     out: str | Path,
-    ratios: Sequence[float] = tuple(round(0.05 * i, 2) for i in range(20)),
+    ratios: Sequence[float] = RATIOS,
     seeds: int = 3,
     calibration: int = CALIBRATION,
     test_images: int = TEST_IMAGES,
@@ -179,8 +179,9 @@ def compare(
     ratios = sorted({0.0, *map(float, ratios)})
     trials = [
         Trial(about_model, about_data, name, seed, {"ratios": ratios, **dict((options or {}).get(name, {}))})
-        for name in criteria
+        # Seed by seed, so that an interrupted comparison has all criteria side by side.
         for seed in range(seeds)
+        for name in criteria
     ]
     study = {
         "model": about_model,
@@ -291,7 +292,7 @@ def prune(
     ratio: float,
     *,
     out: str | Path,
-    round_to: int = pruning.ROUND_TO,
+    round_to: int = pruned.ROUND_TO,
     onnx: bool = False,
     calibration: int = CALIBRATION,
     test_images: int = TEST_IMAGES,
@@ -310,14 +311,14 @@ def prune(
     """A model cut for real and saved to the new folder `out`, with its figures beside the dense model's.
 
     Removes round(ratio * units) units in the order of `criterion`, less what rounding each site to a multiple of
-    `round_to` gives back. `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too, checked
-    in onnxruntime.
+    `round_to` gives back. `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too,
+    checked in onnxruntime.
 
     Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed.
     """
     check_ratio(ratio)
     registry[criterion].check_options(dict(options or {}))
-    pruning.check_free(Path(out))
+    pruned.check_free(Path(out))
     setting = prepare(
         model,
         data,
@@ -331,8 +332,8 @@ def prune(
         workers=workers,
     )
     plan = plan_for(setting, criterion, seed, calibration=calibration, options=options)
-    mask = pruning.round_mask(plan, ratio, round_to)
-    dense, small = setting.loaded, pruning.cut(setting.loaded, mask)
+    mask = pruned.round_mask(plan, ratio, round_to)
+    dense, small = setting.loaded, pruned.cut(setting.loaded, mask)
     test = setting.test(test_images)
     costs = cost.cost(dense.model, small.model, setting.example)
     figures = {}
@@ -365,10 +366,10 @@ def prune(
         "class_counts": torch.bincount(test.target, minlength=dense.n_classes).tolist(),
         "notes": [*setting.data.notes, *warnings],
     }
-    pruning.save(out, small, provenance=provenance, figures=about, files={"plan.npz": plan_bytes(plan)})
+    pruned.save(out, small, provenance=provenance, figures=about, files={"plan.npz": plan_bytes(plan)})
     if onnx:
         try:
-            pruning.export_onnx(small, Path(out) / "model.onnx")
+            pruned.export_onnx(small, Path(out) / "model.onnx")
         except Exception:
             # All or nothing: a folder without the export that was asked for is not a result.
             shutil.rmtree(out)

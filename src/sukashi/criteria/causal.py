@@ -61,7 +61,7 @@ class ClassSums:
         No difference at all (0/0) has p = 1, a constant difference other than 0 has p = 0; a class with fewer than two
         images has p = 1.
         """
-        return _t_test(self.n, self.d, self.d2)
+        return np.asarray(_t_test(self.n, self.d, self.d2))
 
     def p_value(self) -> float:
         """The same test over all classes at once ("general inference", sec. 4.5)."""
@@ -142,7 +142,7 @@ def cswap(
     is near zero; `mean` is mean(d) / mean(sigma), and `samples="correct"` leaves misclassified images out. The last
     unit of a site is never removed.
     """
-    data = _usable(model, data, samples)
+    data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
     test = _causal_test(engine, data, scoring, effect, alpha, inference)
     original = test.scores(engine.original)
@@ -177,7 +177,7 @@ def cbp(
     down). Algorithm 4 cuts a unit's connections to critical successors only; physical removal cuts all of them, and so
     do we.
     """
-    data = _usable(model, data, samples)
+    data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
     test = _causal_test(engine, data, scoring, effect, alpha, inference)
     original = test.scores(engine.original)
@@ -235,8 +235,11 @@ def _causal_test(engine: Engine, data: Batch, scoring: Scoring, form: str, alpha
     return CausalTest(target, engine.original.shape[1], scoring, form, alpha, inference)
 
 
-def _usable(model: nn.Module, data: Batch, samples: str) -> Batch:
-    """The images a causal test may use: all, or those the model classifies correctly."""
+def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
+    """The images a causal test may use: `all`, or those the model classifies correctly (`correct`).
+
+    Raises DataError where a class keeps fewer than two images.
+    """
     if samples == "all":
         return data
     device = next(model.parameters()).device

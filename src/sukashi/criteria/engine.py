@@ -21,7 +21,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +237,7 @@ class _Network:
         values: dict[fx.Node, Any] = {}
         for node in self.nodes:
             values[node] = self._call(node, values, x)
-        return values[self.output]
+        return cast(Tensor, values[self.output])
 
     def behind(self, site: Site) -> _Behind:
         """Which nodes change when units of `site` go."""
@@ -287,7 +287,7 @@ class _Network:
             for used in node.all_input_nodes:
                 if self.last_use[used] is node:
                     values.top.pop(used, None)
-        return values[self.output]
+        return cast(Tensor, values[self.output])
 
     def reader_without(self, reader: _Reader, cache: Mapping[fx.Node, Any], column: int) -> Tensor:
         """A reader's output with one more unit gone: its cached output less the unit's share."""
@@ -308,7 +308,7 @@ class _Network:
             return torch.sub(y, F.linear(_pick(x, -1, index), module.weight[:, index]))
         masked = x.clone()
         masked.index_fill_(reader.axis, index.to(x.device), 0)
-        return module(masked)
+        return cast(Tensor, module(masked))
 
     @contextmanager
     def silenced(self, readers: Sequence[_Reader], columns: Sequence[int]) -> Iterator[None]:
@@ -373,7 +373,13 @@ def _pick(x: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 class _Tracer(fx.Tracer):
-    """Our own layers stay whole."""
+    """Our own layers stay whole, and the images are the only input: other arguments keep their defaults."""
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for proxy in reversed(args[2:]):
+            self.graph.erase_node(proxy.node)
+        return fn, args[:2]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, layers.PadShortcut | layers.AttentionCore) or super().is_leaf_module(
@@ -416,7 +422,7 @@ def _fold(graph: fx.Graph, root: nn.Module) -> set[str]:
         if not isinstance(conv, nn.Conv2d) or len(before.users) != 1:
             continue
         name = str(node.target)
-        root.set_submodule(str(before.target), fuse_conv_bn_eval(conv, modules[name]))  # type: ignore[arg-type]
+        root.set_submodule(str(before.target), fuse_conv_bn_eval(conv, modules[name]))
         root.set_submodule(name, nn.Identity())
         modules = dict(root.named_modules())
         folded.add(name)

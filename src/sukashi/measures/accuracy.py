@@ -74,8 +74,9 @@ def curve(
         for n_removed in counts:
             keep = plan.mask_of(n_removed).keep
             small = copy.deepcopy(model).to(device)
+            small.to(memory_format=torch.channels_last)
             surgery.cut(small, Mask({site: keep[site] for site in sites}))
-            correct, seen = _evaluated(small, images, device)
+            correct, seen = evaluate(small, images)
             if n_removed and seen != ids:
                 raise DataError("the images change from one pass to the next: give batches in a fixed order")
             ids = seen
@@ -132,11 +133,12 @@ def exact() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def _evaluated(
-    model: nn.Module, images: Batch | Iterable[Batch], device: torch.device
-) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """(B,) 1 where an image is right, and the images' ids."""
-    model.to(memory_format=torch.channels_last)
+def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """(B,) 1 where an image is right, and the images' ids (B,); on the model's device, in passes of CHUNK images.
+
+    Raises DataError where there are no images, ModelError as `accuracy` does.
+    """
+    device = next(model.parameters()).device
     found: list[Tensor] = []
     ids: list[str] = []
     for batch in [images] if isinstance(images, Batch) else images:

@@ -66,6 +66,12 @@ def cut(loaded: Loaded, mask: Mask) -> Loaded:
     return replace(loaded, model=model, cuts=(*loaded.cuts, table), weights_sha256=models.digest(model))
 
 
+def check_free(path: Path) -> None:
+    """Refuse a path that exists, with UsageError."""
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
+
+
 def save(
     folder: str | Path,
     loaded: Loaded,
@@ -178,12 +184,6 @@ def _check_onnx(model: torch.nn.Module, path: Path, images: torch.Tensor) -> Non
 
 
 # Writing.
-
-
-def check_free(path: Path) -> None:
-    """Refuse a path that exists, with UsageError."""
-    if os.path.lexists(path):
-        raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
 
 
 @contextlib.contextmanager

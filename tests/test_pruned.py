@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sukashi import hooks, models, prune, sites
+from sukashi import hooks, models, pruned, sites
 from sukashi.errors import ModelError, ResourceError, UsageError
 from sukashi.types import Plan, Scores, Site, rank
 
@@ -45,8 +45,8 @@ def saved(tmp_path):
     torch.manual_seed(0)
     loaded = models.load("sukashi:digits_cnn")
     found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
-    small = prune.cut(loaded, _plan(found).mask(0.5))
-    prune.save(tmp_path / "cut", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    small = pruned.cut(loaded, _plan(found).mask(0.5))
+    pruned.save(tmp_path / "cut", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
     return small, tmp_path / "cut"
 
 
@@ -68,7 +68,7 @@ def _plans(draw):
 
 @given(_plans(), st.floats(0, 0.999), st.integers(1, 12))
 def test_round_mask(plan, ratio, round_to):
-    exact, rounded = plan.mask(ratio), prune.round_mask(plan, ratio, round_to)
+    exact, rounded = plan.mask(ratio), pruned.round_mask(plan, ratio, round_to)
     for position, site in enumerate(plan.sites):
         kept, before = rounded.keep[site], exact.keep[site]
         # The slow definition: give back the last removed until the count fits.
@@ -85,15 +85,15 @@ def test_round_mask(plan, ratio, round_to):
 def test_round_mask_refuses():
     plan = _plan([Site("a", "channel", 8)])
     with pytest.raises(UsageError, match="round_to must be at least 1, got 0"):
-        prune.round_mask(plan, 0.5, 0)
+        pruned.round_mask(plan, 0.5, 0)
     with pytest.raises(UsageError, match="ratio must be in"):
-        prune.round_mask(plan, 50)
+        pruned.round_mask(plan, 50)
 
 
 def test_round_mask_leaves_the_exact_mask_alone():
     plan = _plan([Site("a", "channel", 20)])
-    assert prune.round_mask(plan, 0.5, 1).n_removed == 10
-    assert prune.round_mask(plan, 0.5).n_removed == 4
+    assert pruned.round_mask(plan, 0.5, 1).n_removed == 10
+    assert pruned.round_mask(plan, 0.5).n_removed == 4
 
 
 # Cut, save, load.
@@ -103,10 +103,10 @@ def test_round_mask_leaves_the_exact_mask_alone():
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     loaded, plan, x = scene
-    mask = prune.round_mask(plan, ratio, round_to)
+    mask = pruned.round_mask(plan, ratio, round_to)
     before = models.digest(loaded.model)
-    small = prune.cut(loaded, mask)
-    recipe = prune.save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
+    small = pruned.cut(loaded, mask)
+    recipe = pruned.save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
     back = models.load(str(tmp_path / "deep" / "cut"))
     with hooks.masked(loaded.model, mask):
         expected = _logits(loaded.model, x)
@@ -123,10 +123,10 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
 
 def test_a_saved_model_can_be_cut_again(scene, tmp_path):
     loaded, plan, x = scene
-    prune.save(tmp_path / "one", prune.cut(loaded, plan.mask(0.3)), provenance={}, figures={})
+    pruned.save(tmp_path / "one", pruned.cut(loaded, plan.mask(0.3)), provenance={}, figures={})
     once = models.load(str(tmp_path / "one"))
-    twice = prune.cut(once, _plan(sites.find(once.model, x).sites).mask(0.4))
-    prune.save(tmp_path / "two", twice, provenance={}, figures={})
+    twice = pruned.cut(once, _plan(sites.find(once.model, x).sites).mask(0.4))
+    pruned.save(tmp_path / "two", twice, provenance={}, figures={})
     back = models.load(str(tmp_path / "two"))
     assert len(back.cuts) == 2
     assert torch.equal(_logits(back.model, x), _logits(twice.model, x))
@@ -134,7 +134,7 @@ def test_a_saved_model_can_be_cut_again(scene, tmp_path):
 
 def test_equal_models_give_equal_bytes(saved, tmp_path):
     small, folder = saved
-    prune.save(tmp_path / "again", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    pruned.save(tmp_path / "again", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
     for name in ("model.safetensors", "recipe.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -157,8 +157,8 @@ def test_a_new_process_gives_the_same_logits(saved, tmp_path):
 def test_an_output_is_still_selected(tmp_path):
     loaded = models.load("test_models:with_dict", output="logits")
     found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
-    small = prune.cut(loaded, _plan(found).mask(0.5))
-    prune.save(tmp_path / "cut", small, provenance={}, figures={})
+    small = pruned.cut(loaded, _plan(found).mask(0.5))
+    pruned.save(tmp_path / "cut", small, provenance={}, figures={})
     with pytest.raises(ModelError, match="must not choose what code runs"):
         models.load(str(tmp_path / "cut"))
     back = models.load("test_models:with_dict", weights=tmp_path / "cut")
@@ -248,17 +248,17 @@ def test_an_existing_folder_is_left_alone(saved, tmp_path):
     small, folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UsageError, match="exists"):
-        prune.save(folder, small, provenance={"other": 1}, figures={})
+        pruned.save(folder, small, provenance={"other": 1}, figures={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UsageError, match="exists"):
-        prune.save(tmp_path / "link", small, provenance={}, figures={})
+        pruned.save(tmp_path / "link", small, provenance={}, figures={})
 
 
 def test_figures_that_are_no_json(saved, tmp_path):
     small, _ = saved
     with pytest.raises(ValueError, match="JSON compliant"):
-        prune.save(tmp_path / "nan", small, provenance={}, figures={"cut": {"accuracy": float("nan")}})
+        pruned.save(tmp_path / "nan", small, provenance={}, figures={"cut": {"accuracy": float("nan")}})
     assert not (tmp_path / "nan").exists()
 
 
@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
     with monkeypatch.context() as patched:
         disk = Full(patched, n)
         with pytest.raises(ResourceError, match="no space left"):
-            prune.save(place / "cut", small, provenance={}, figures={})
+            pruned.save(place / "cut", small, provenance={}, figures={})
     assert disk.left == 0
     # Only the last operation, syncing the parent after the rename, leaves the whole folder.
     assert os.listdir(place) == (["cut"] if n == 9 else [])
@@ -299,7 +299,7 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
 def test_a_place_without_rights(saved, tmp_path):
     small, folder = saved
     with pytest.raises(ResourceError, match="cannot write"):
-        prune.save(folder / "recipe.json" / "cut", small, provenance={}, figures={})
+        pruned.save(folder / "recipe.json" / "cut", small, provenance={}, figures={})
 
 
 # ONNX.
@@ -308,8 +308,8 @@ def test_a_place_without_rights(saved, tmp_path):
 def test_onnx(scene, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     loaded, plan, x = scene
-    small = prune.cut(loaded, plan.mask(0.5))
-    prune.export_onnx(small, tmp_path / "model.onnx")
+    small = pruned.cut(loaded, plan.mask(0.5))
+    pruned.export_onnx(small, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for batch in (x, x[:1], x.repeat(3, 1, 1, 1)):
         (found,) = session.run(["logits"], {"images": batch.numpy()})
@@ -317,13 +317,13 @@ def test_onnx(scene, tmp_path):
         assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     assert os.listdir(tmp_path) == ["model.onnx"]
     with pytest.raises(UsageError, match="exists"):
-        prune.export_onnx(small, tmp_path / "model.onnx")
+        pruned.export_onnx(small, tmp_path / "model.onnx")
 
 
 def test_onnx_without_the_extra(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pruned.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"sukashi\[onnx\]"):
-        prune.export_onnx(saved[0], tmp_path / "model.onnx")
+        pruned.export_onnx(saved[0], tmp_path / "model.onnx")
 
 
 def test_onnx_that_gives_other_logits_is_refused(saved, tmp_path, monkeypatch):
@@ -337,5 +337,5 @@ def test_onnx_that_gives_other_logits_is_refused(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", wrong)
     with pytest.raises(ModelError, match="onnxruntime gives logits"):
-        prune.export_onnx(saved[0], tmp_path / "model.onnx")
+        pruned.export_onnx(saved[0], tmp_path / "model.onnx")
     assert not list(tmp_path.glob("*onnx*"))
