@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 torch.set_num_threads(1)
 
@@ -54,3 +56,33 @@ def _trained(spec, digits):
 def digits_calibration(digits_split, trained_cnn):
     """Twelve training digits a class, sorted by class."""
     return digits_split.train.calibration(12, 0).whole(trained_cnn.preprocess, 0).by_class()
+
+
+@pytest.fixture(scope="session")
+def small(digits_split):
+    """Trained networks of 32 and 72 units, for oracles that ask about each in turn: {name: loaded, model, sites, data}.
+
+    `data` are eight training digits a class. Tests must not change them.
+    """
+    return {name: _small(f"sukashi:digits_{name}", digits_split) for name in ("cnn", "vit")}
+
+
+def _small(spec, digits):
+    from sukashi import models, sites
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loaded = models.load(spec, width=8)
+        model = loaded.model.train()
+        images = digits.train.whole(loaded.preprocess, 0)
+        optimiser = torch.optim.AdamW(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=16 * -(-len(images) // 64))
+        for _ in range(16):
+            for rows in torch.randperm(len(images)).split(64):
+                optimiser.zero_grad()
+                F.cross_entropy(model(images.x[rows]), images.target[rows]).backward()
+                optimiser.step()
+                schedule.step()
+    model.eval().zero_grad()
+    data = digits.train.calibration(8, 0).whole(loaded.preprocess, 0).by_class()
+    return SimpleNamespace(loaded=loaded, model=model, sites=sites.find(model, data.x[:2]).sites, data=data)

@@ -42,7 +42,7 @@ class Site:
 
     `layer` is the dotted name of the first layer that produces the units ("" = the input), `axis` their axis in that
     layer's output, `members` every parameter slice that is cut together. `n_units` excludes what cannot be cut.
-    Equality and hash use the name, the kind and the count only.
+    Equality and hash leave `members` out.
     """
 
     layer: str

@@ -1,0 +1,174 @@
+"""Rules about the source itself, read from its syntax: imports point upwards, hooks live in one file, no pickle."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sukashi
+
+SOURCE = Path(sukashi.__file__).parent
+
+# Each file imports only from files above it. A new file gets its place here.
+ORDER = [
+    "errors",
+    "types",
+    "registry",
+    "progress",
+    "layers",
+    "hooks",
+    "surgery",
+    "sites",
+    "architectures",
+    "models",
+    "data.images",
+    "data.shapes",
+    "data.files",
+    "data.downloads",
+    "data.splits",
+    "data",
+    "criteria",
+    "criteria.weights",
+    "criteria.attributed",
+    "criteria.engine",
+    "criteria.sweep",
+    "criteria.causal",
+    "criteria.drift",
+    "pruned",
+    "measures",
+    "measures.accuracy",
+    "measures.cost",
+    "stats",
+    "store",
+    "report",
+    "study",
+    "demo",
+    "catalogue",
+    "cli",
+]
+
+# Registries are made in a package's __init__, which then imports the files that fill them.
+REGISTRIES = {"criteria", "measures"}
+
+UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
+
+FILES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+    if path != SOURCE / "__init__.py"
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def imported(tree):
+    """Our own modules that a tree imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from sukashi import x` and `from sukashi.data import x` name a module or something in one.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] != "sukashi":
+                continue
+            short = name.removeprefix("sukashi").removeprefix(".")
+            yield short if short in FILES else short.rpartition(".")[0]
+
+
+def violations(name, tree):
+    above = set(ORDER[: ORDER.index(name)])
+    for found in imported(tree):
+        own = name in REGISTRIES and found.startswith(f"{name}.")
+        if found not in above and not own:
+            yield found
+
+
+def test_every_file_has_a_place():
+    assert sorted(ORDER) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_upwards(name):
+    assert list(violations(name, TREES[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("types", "from sukashi.models import load"),
+        ("hooks", "import sukashi.sites"),
+        ("sites", "def f():\n    from sukashi import study"),
+        ("criteria.engine", "from sukashi.criteria.causal import cswap"),
+        ("data.images", "from sukashi.data import load"),
+        ("models", "import sukashi"),
+    ],
+)
+def test_an_import_that_points_down_is_seen(name, line):
+    assert list(violations(name, ast.parse(line)))
+
+
+def test_the_command_line_starts_without_torch():
+    heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "timm", "pyarrow", "PIL"}
+    code = f"import sys, sukashi, sukashi.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def faults(name, tree):
+    """What a file must not do, as sentences."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=attr) if re.fullmatch(r"register_\w*hook|_\w+_hooks", attr) and name != "hooks":
+                yield f"line {node.lineno}: {attr} outside hooks.py"
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                modules = [getattr(node, "module", None) or "", *(alias.name for alias in names)]
+                for module in modules:
+                    if module.split(".")[0] in UNPICKLING:
+                        yield f"line {node.lineno}: {module} unpickles"
+                if modules[0] == "torch" and "load" in modules[1:]:
+                    yield f"line {node.lineno}: torch.load under another name"
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr="load"), keywords=keywords):
+                given = {k.arg: k.value.value for k in keywords if isinstance(k.value, ast.Constant)}
+                if owner == "torch" and given.get("weights_only") is not True:
+                    yield f"line {node.lineno}: torch.load without weights_only=True"
+                if owner in ("np", "numpy") and given.get("allow_pickle") is not False:
+                    yield f"line {node.lineno}: np.load without allow_pickle=False"
+            case ast.FunctionDef(args=args) | ast.AsyncFunctionDef(args=args) | ast.Lambda(args=args):
+                for default in [*args.defaults, *args.kw_defaults]:
+                    made = getattr(getattr(default, "func", None), "id", "")
+                    display = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+                    if isinstance(default, display) or made in {"list", "dict", "set", "bytearray"}:
+                        yield f"line {node.lineno}: a default that can change"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_keeps_the_rules(name):
+    assert list(faults(name, TREES[name])) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "m.register_forward_pre_hook(f)",
+        "m.register_full_backward_hook(f)",
+        "m._forward_hooks.clear()",
+        "import pickle",
+        "import os, pickle as p",
+        "from joblib import load",
+        "from torch import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f)",
+        "def f(a=[]): ...",
+        "def f(*, a={}): ...",
+        "lambda a=set(): a",
+    ],
+)
+def test_a_broken_rule_is_seen(line):
+    assert list(faults("models", ast.parse(line)))

@@ -1,0 +1,114 @@
+"""Registries: a method is what its function says, and a wrong name is answered with the nearest."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+
+from sukashi.errors import UsageError
+from sukashi.registry import Registry, nearest
+
+
+@pytest.fixture
+def spices():
+    registry = Registry("spice", "spices")
+
+    @registry.register("pepper", source="Peter Piper, p. 1", hot=True)
+    def pepper(
+        food,
+        *,
+        generator,
+        grains: int = 3,
+        dose: float = 0.5,
+        mill: Literal["fine", "coarse"] = "fine",
+        scoring: Callable[..., int] = len,
+        _journal=None,
+    ):
+        """Peppered food, as hot as `grains`.
+
+        More about pepper.
+        """
+        return food, grains
+
+    @registry.register("salt", source="the sea")
+    def salt(food, *, generator):
+        return food
+
+    return registry
+
+
+def test_a_method_is_what_its_function_says(spices):
+    pepper = spices["pepper"]
+    assert (pepper.name, pepper.source, pepper.facts) == ("pepper", "Peter Piper, p. 1", {"hot": True})
+    assert pepper.summary == "Peppered food, as hot as `grains`."
+    assert pepper.options == {"grains": 3, "dose": 0.5, "mill": "fine", "scoring": len}
+    assert pepper("egg", generator=None, grains=5) == ("egg", 5)
+    assert spices["salt"].summary == ""
+    assert (pepper.keeps_journal, spices["salt"].keeps_journal) == (True, False)
+
+
+def test_a_registry_is_in_the_order_of_registration(spices):
+    assert spices.names() == ["pepper", "salt"] == [method.name for method in spices]
+    assert "salt" in spices
+    assert "sugar" not in spices
+
+
+def test_registering_leaves_the_function_itself(spices):
+    @spices.register("mint", source="the garden")
+    def mint(food, *, generator):
+        return food + "!"
+
+    assert mint("tea", generator=None) == "tea!"
+    assert spices["mint"].fn is mint
+
+
+@pytest.mark.parametrize(("name", "hint"), [("peper", "did you mean 'pepper'?"), ("xyz", "'xyz': Known: pepper, salt")])
+def test_an_unknown_name_is_answered_with_the_nearest(spices, name, hint):
+    with pytest.raises(UsageError, match=f"unknown spice '{name}'") as error:
+        spices[name]
+    assert hint in str(error.value)
+    assert "Known: pepper, salt" in str(error.value)
+
+
+def test_an_unknown_option_is_refused_with_the_nearest(spices):
+    with pytest.raises(UsageError, match=r"pepper has no option 'grain': did you mean 'grains'\?"):
+        spices["pepper"].check_options({"grain": 2})
+    for hidden in ("generator", "_journal", "food"):
+        with pytest.raises(UsageError, match=f"pepper has no option '{hidden}'"):
+            spices["pepper"].check_options({hidden: None})
+
+
+def test_the_value_of_an_option_is_what_its_annotation_allows(spices):
+    pepper = spices["pepper"]
+    pepper.check_options({})
+    pepper.check_options(pepper.options)
+    pepper.check_options({"grains": 2, "dose": 1, "mill": "coarse", "scoring": sum})
+    for name, value in [
+        ("grains", "2"),
+        ("grains", 2.5),
+        ("grains", True),
+        ("dose", "0.5"),
+        ("dose", math.nan),
+        ("dose", None),
+        ("mill", "finest"),
+        ("scoring", 1),
+    ]:
+        with pytest.raises(UsageError, match=f"{name} of pepper must .*{value!r}"):
+            pepper.check_options({name: value})
+
+
+def test_a_key_is_the_functions_name_and_is_taken_once(spices):
+    with pytest.raises(AssertionError, match="'sugar' and function 'honey' differ"):
+
+        @spices.register("sugar", source="")
+        def honey(food): ...
+
+    with pytest.raises(AssertionError, match="spice 'salt' is registered twice"):
+
+        @spices.register("salt", source="")
+        def salt(food): ...
+
+
+def test_nearest_of_nothing_like_it():
+    assert nearest("zzz", ["a", "b"]) == ": Known: a, b"
