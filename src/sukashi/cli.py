@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sukashi.progress import Task
+    from sukashi.progress import Listener, Task
 
 app = typer.Typer(
     name="sukashi",
     help="Prunes vision networks with explanations, and measures what the cut did to them.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 log = Console(stderr=True)
+# Seconds: where progress is not drawn, a line says first after FIRST_LINE and then every LINE how far the work is.
+FIRST_LINE, LINE = 10.0, 30.0
 
 ModelArgument = Annotated[
     str, typer.Argument(help="sukashi:NAME, timm:NAME, torchvision:NAME, package.module:callable or a pruned folder.")
@@ -33,10 +45,16 @@ ModelArgument = Annotated[
 DataOption = Annotated[str, typer.Option("--data", help="digits, shapes, torchvision:NAME, or a folder of images.")]
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth holding tensors only.")]
 WidthOption = Annotated[int | None, typer.Option(help="Base width, for our own models.")]
-ClassesOption = Annotated[int | None, typer.Option("--classes", help="Class count; that of the data by default.")]
+ClassesOption = Annotated[
+    int | None, typer.Option("--classes", help="Class count; by default that of the weights or of the data.")
+]
 PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Download pretrained weights.")]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Which of a model's outputs holds the logits.")]
 SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and say so.")]
+ClassMapOption = Annotated[
+    Path | None, typer.Option(help='JSON file {"class of the data": its number in the model}, where the two differ.')
+]
+MaxPixelsOption = Annotated[int, typer.Option(help="Pixels an image may have.")]
 CalibrationOption = Annotated[int, typer.Option(help="Calibration images a class, from the training split.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 WorkersOption = Annotated[int, typer.Option(help="Threads that decode images.")]
@@ -52,7 +70,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"), as_json: JsonOption = False
 ) -> None:
     """Train a small network on digits, compare all criteria on it, cut it, and write the report."""
-    with _shown(as_json):
+    with _working():
         from sukashi import demo as embedded
 
         result = embedded.run(out, command=_command())
@@ -69,7 +87,7 @@ def list_(
     what: Annotated[str, typer.Argument(help="criteria, models, data or measures.")], as_json: JsonOption = False
 ) -> None:
     """List what there is: criteria, models, data or measures."""
-    with _shown(as_json):
+    with _working():
         from sukashi import catalogue
 
         rows = catalogue.rows(what)
@@ -92,6 +110,8 @@ def check(
     pretrained: PretrainedOption = False,
     output: OutputOption = None,
     skip_bad: SkipOption = False,
+    class_map: ClassMapOption = None,
+    max_pixels: MaxPixelsOption = 64_000_000,
     calibration: CalibrationOption = 32,
     limit: Annotated[float, typer.Option(help="Seconds the check may take.")] = 60,
     device: DeviceOption = "auto",
@@ -99,7 +119,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Preflight: sites, what can't be cut and why, class counts, and the estimated cost of each criterion."""
-    with _shown(as_json):
+    with _working():
         from sukashi import study
 
         result = study.check(
@@ -111,6 +131,8 @@ def check(
             pretrained=pretrained,
             output=output,
             skip_bad=skip_bad,
+            class_map=_class_map(class_map),
+            max_pixels=max_pixels,
             calibration=calibration,
             limit=limit,
             device=device,
@@ -151,6 +173,8 @@ def prune(
     pretrained: PretrainedOption = False,
     output: OutputOption = None,
     skip_bad: SkipOption = False,
+    class_map: ClassMapOption = None,
+    max_pixels: MaxPixelsOption = 64_000_000,
     calibration: CalibrationOption = 32,
     seed: Annotated[int, typer.Option(help="Draws calibration images and random scores.")] = 0,
     options: OptionsOption = None,
@@ -159,7 +183,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Cut a model for real and save it as a folder that `sukashi.load` rebuilds."""
-    with _shown(as_json):
+    with _working():
         from sukashi import study
 
         result = study.prune(
@@ -176,6 +200,8 @@ def prune(
             pretrained=pretrained,
             output=output,
             skip_bad=skip_bad,
+            class_map=_class_map(class_map),
+            max_pixels=max_pixels,
             calibration=calibration,
             seed=seed,
             options=_options(options, [criterion]).get(criterion, {}),
@@ -210,6 +236,8 @@ def compare(
     pretrained: PretrainedOption = False,
     output: OutputOption = None,
     skip_bad: SkipOption = False,
+    class_map: ClassMapOption = None,
+    max_pixels: MaxPixelsOption = 64_000_000,
     calibration: CalibrationOption = 32,
     test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 2000,
     options: OptionsOption = None,
@@ -218,7 +246,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare criteria: accuracy against the fraction of parameters removed, over seeds, with SAUCE and a report."""
-    with _shown(as_json):
+    with _working():
         from sukashi import study
 
         names = [name.strip() for name in criteria.split(",") if name.strip()]
@@ -238,6 +266,8 @@ def compare(
             pretrained=pretrained,
             output=output,
             skip_bad=skip_bad,
+            class_map=_class_map(class_map),
+            max_pixels=max_pixels,
             device=device,
             workers=workers,
             command=_command(),
@@ -252,7 +282,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="The --out of a compare or a prune.")], as_json: JsonOption = False
 ) -> None:
     """Write the report of a folder again."""
-    with _shown(as_json):
+    with _working():
         from sukashi import report as reports
 
         path = reports.write(folder)
@@ -288,11 +318,13 @@ def _ratios(text: str) -> list[float]:
     except ValueError:
         raise UsageError(f"ratios must be START:STOP:STEP or a,b,c, got {text!r}: for example 0:0.95:0.05") from None
     if ":" in text:
-        if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
-            raise UsageError(f"ratios must be START:STOP:STEP with STOP >= START and STEP > 0, got {text!r}")
+        if len(parts) != 3 or not parts[2] >= 0.001 or not parts[1] >= parts[0]:
+            raise UsageError(f"ratios must be START:STOP:STEP with STOP >= START and STEP >= 0.001, got {text!r}")
         start, stop, step = parts
-        parts = [round(start + i * step, 10) for i in range(round((stop - start) / step) + 1)]
-        parts = [part for part in parts if part <= stop + 1e-9]
+        check_ratio(start)
+        check_ratio(stop)
+        # A step that does not divide the range ends below STOP, one that does must not miss it by a rounding error.
+        parts = [round(start + i * step, 10) for i in range(math.floor((stop - start) / step + 1e-9) + 1)]
     for part in parts:
         check_ratio(part)
     return parts
@@ -302,30 +334,80 @@ def _options(settings: list[str] | None, criteria: list[str]) -> dict[str, dict[
     """--set NAME=VALUE by criterion; values are JSON where they can be, else text."""
     from sukashi.errors import UsageError
 
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in criteria}
     for setting in settings or []:
-        name, equals, text = setting.partition("=")
-        criterion, dot, option = name.partition(".")
-        if not dot:
-            criterion, option = criteria[0], name
-            if len(criteria) > 1:
-                raise UsageError(f"--set {setting}: with several criteria give CRITERION.NAME=VALUE")
-        if not equals or not option:
+        name, _, text = setting.partition("=")
+        criterion, dot, option = name.rpartition(".")
+        if not option or "=" not in setting:
             raise UsageError(f"--set must be NAME=VALUE or CRITERION.NAME=VALUE, got {setting!r}")
+        if not dot:
+            if len(criteria) != 1:
+                raise UsageError(f"--set {setting}: with several criteria give CRITERION.NAME=VALUE")
+            criterion = criteria[0]
+        if criterion not in found:
+            raise UsageError(f"--set {setting} is for {criterion!r}, which is not among {', '.join(criteria)}")
         try:
-            value = json.loads(text)
+            found[criterion][option] = json.loads(text)
         except ValueError:
-            value = text
-        found.setdefault(criterion, {})[option] = value
-    return found
+            found[criterion][option] = text
+    return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def _class_map(path: Path | None) -> dict[str, int] | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from sukashi.errors import UsageError
+
+    if path is None:
+        return None
+    try:
+        return TypeAdapter(dict[str, int]).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): check the path of --class-map") from None
+    except ValidationError:
+        raise UsageError(f'{path} must be JSON like {{"cat": 0, "dog": 1}}: each class and its number') from None
 
 
 @contextmanager
-def _shown(as_json: bool) -> Iterator[None]:
-    """Progress on stderr while inside."""
+def _working() -> Iterator[None]:
+    """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code."""
     from sukashi import progress
+    from sukashi.errors import ResourceError, SukashiError
 
-    bar = Progress(
+    try:
+        with _bars() if sys.stderr.isatty() else _lines() as listener, progress.listening(listener):
+            yield
+    except SukashiError as error:
+        _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("interrupted; give the same command again, a comparison goes on from where it was", 130)
+    except OSError as error:
+        _stop(f"{error.filename or 'a file'}: {error.strerror or error}; check its path and rights", 5)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for a computer without memory.
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in str(error)
+            and "can't allocate" not in str(error)
+        ):
+            raise
+        _stop("out of memory; give fewer --calibration images or a smaller model", ResourceError.exit_code)
+
+
+def _stop(message: str, exit_code: int) -> NoReturn:
+    _say(message, style="red")
+    raise typer.Exit(exit_code)
+
+
+def _say(message: str, style: str | None = None) -> None:
+    """One line on stderr."""
+    log.print(f"sukashi: {' '.join(message.split())}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Listener]:
+    """Tasks as bars on a terminal."""
+    bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -335,26 +417,72 @@ def _shown(as_json: bool) -> Iterator[None]:
         TimeRemainingColumn(),
         console=log,
         transient=True,
-        disable=not log.is_terminal,
+        speed_estimate_period=600,  # a trial takes minutes
     )
-
-    class Shown:
-        def __init__(self, task_id: Any) -> None:
-            self.task_id = task_id
-
-        def advance(self, n: int = 1, note: str = "") -> None:
-            bar.update(self.task_id, advance=n, note=note)
 
     @contextmanager
     def listener(title: str, total: int) -> Iterator[Task]:
-        task_id = bar.add_task(title, total=total, note="")
+        bar = bars.add_task(title, total=total, note="")
         try:
-            yield Shown(task_id)
+            yield _Bar(bars, bar)
         finally:
-            bar.remove_task(task_id)
+            bars.remove_task(bar)
 
-    with bar, progress.listening(listener):
-        yield
+    with bars:
+        yield listener
+
+
+class _Bar:
+    def __init__(self, bars: Progress, bar: TaskID) -> None:
+        self.bars, self.bar = bars, bar
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.bars.update(self.bar, advance=n, note=note)
+
+
+@contextmanager
+def _lines() -> Iterator[Listener]:
+    """Tasks as a plain line now and then, so that a log file shows life."""
+    yield _Lines().task
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.open: list[_Line] = []
+        self.due = time.monotonic() + FIRST_LINE
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        self.open.append(_Line(self, title, total))
+        try:
+            yield self.open[-1]
+        finally:
+            self.open.pop()
+
+    def say(self) -> None:
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + LINE
+            _say("; ".join(map(str, self.open)))
+
+
+class _Line:
+    def __init__(self, lines: _Lines, title: str, total: int) -> None:
+        self.lines, self.title, self.total = lines, title, total
+        self.done, self.note, self.start = 0, "", time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        self.note = note
+        self.lines.say()
+
+    def __str__(self) -> str:
+        said = [f"{self.title} {self.done}/{self.total}"]
+        if self.note:
+            said.append(self.note)
+        if self.done:
+            left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+            said.append(f"about {_duration(left)} left")
+        return ", ".join(said)
 
 
 def _to_stdout(table: Table) -> None:
@@ -362,7 +490,16 @@ def _to_stdout(table: Table) -> None:
 
 
 def _print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, allow_nan=False))
+    print(json.dumps(_finite(result), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and Inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figure(value: Any) -> str:
@@ -384,22 +521,17 @@ def _command() -> str:
 
 
 def main() -> None:
-    """Run the command line; errors a user can cause become one sentence and an exit code."""
-    from sukashi.errors import SukashiError
-
-    try:
-        app(standalone_mode=False)
-    except SukashiError as error:
-        log.print(f"sukashi: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        log.print("sukashi: interrupted; finished work is kept, give the same command again to go on", markup=False)
-        sys.exit(130)
-    except Exception as error:
-        # typer's own usage errors (its bundled click included) know their exit code and how to show themselves.
-        if hasattr(error, "exit_code") and hasattr(error, "show"):
-            error.show()
-            sys.exit(2)
-        if type(error).__name__ == "Abort":
-            sys.exit(130)
-        raise
+    """Run the command line; what a user can cause becomes one sentence on stderr and an exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where, **more: _say(f"warning: {message}")
+        try:
+            exit_code = app(sys.argv[1:] or ["--help"], prog_name="sukashi", standalone_mode=False)
+        except Exception as error:
+            # typer brings a click of its own in some versions, so its errors are known by what they can do.
+            if not hasattr(error, "format_message"):
+                raise
+            context = getattr(error, "ctx", None)
+            remedy = f"see `{context.command_path if context else 'sukashi'} --help`"
+            _say(f"{error.format_message().rstrip('.')} ({remedy})", style="red")
+            exit_code = 2
+    sys.exit(exit_code)

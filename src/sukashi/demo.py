@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi import data, progress, study
-from sukashi.models import Loaded, load
+from sukashi import data, progress, store, study
+from sukashi.models import RECIPE, Loaded, load
 from sukashi.types import Batch
 
 CRITERIA = ("random", "magnitude", "taylor", "cbp", "amp", "cswap", "drift")
@@ -21,20 +20,20 @@ CRITERIA = ("random", "magnitude", "taylor", "cbp", "amp", "cswap", "drift")
 def run(out: Path, *, command: str) -> dict[str, Any]:
     """Train, compare all criteria over three seeds, cut half of the units with `drift`: everything lies in `out`.
 
-    Returns what `compare` returns, with "report" and "pruned".
+    What an earlier call has finished is kept. Returns what `compare` returns, with "report" and "pruned".
     """
-    weights = out / "digits_cnn.safetensors"
+    weights, cut = out / "digits_cnn.safetensors", out / "pruned"
     if not weights.exists():
         loaded = load("sukashi:digits_cnn")
         trained = train_digits("sukashi:digits_cnn", data.load("digits").train.whole(loaded.preprocess, 0))
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(trained.model.state_dict(), weights)
+        out.mkdir(parents=True, exist_ok=True)
+        store.write(weights, safetensors.torch.save(trained.model.state_dict()))
     result = study.compare(
         "sukashi:digits_cnn", "digits", CRITERIA, weights=weights, seeds=3, out=out / "compare", command=command
     )
-    shutil.rmtree(out / "pruned", ignore_errors=True)
-    study.prune("sukashi:digits_cnn", "digits", "drift", 0.5, weights=weights, out=out / "pruned", command=command)
-    return {**result, "report": str(out / "compare" / "report.html"), "pruned": str(out / "pruned")}
+    if not (cut / RECIPE).exists():
+        study.prune("sukashi:digits_cnn", "digits", "drift", 0.5, weights=weights, out=cut, command=command)
+    return {**result, "report": str(out / "compare" / "report.html"), "pruned": str(cut)}
 
 
 def train_digits(spec: str, images: Batch, *, width: int | None = None, epochs: int = 20, seed: int = 0) -> Loaded:

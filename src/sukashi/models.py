@@ -199,6 +199,11 @@ def load(
     )
 
 
+def takes_classes(spec: str) -> bool:
+    """Whether the class count of a spec's architecture is an option: not that of a saved folder or an import path."""
+    return not Path(spec).is_dir() and spec.partition(":")[0] in _SOURCES
+
+
 def probe(loaded: Loaded, example: Tensor) -> Tensor:
     """Logits (B, K) of an example (B, C, H, W), once it is certain that they mean something.
 
@@ -295,9 +300,12 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
         raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights, or load them in {name}")
     try:
         build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a user's module raises
         raise UsageError(f"cannot import {spec} ({_brief(error)}): check the name and PYTHONPATH") from error
-    model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
+    try:
+        model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
+    except Exception as error:  # whatever a user's function raises
+        raise ModelError(f"{spec} could not be built with {dict(options)} ({_brief(error)}): check it") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned a {type(model).__name__}: it must return a torch.nn.Module")
     preprocess = getattr(model, "preprocess", None)

@@ -42,8 +42,7 @@ def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
 
     Raises UsageError for a ratio outside [0, 1) or a `round_to` below 1.
     """
-    if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
+    check_round_to(round_to)
     mask = plan.mask(ratio)
     order = plan.site[: mask.n_removed], plan.unit[: mask.n_removed]
     keep = {}
@@ -66,10 +65,26 @@ def cut(loaded: Loaded, mask: Mask) -> Loaded:
     return replace(loaded, model=model, cuts=(*loaded.cuts, table), weights_sha256=models.digest(model))
 
 
+def check_round_to(round_to: int) -> None:
+    """Refuse a multiple below 1."""
+    if round_to < 1:
+        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
+
+
+def check_onnx_installed() -> None:
+    """Refuse to export where a package of the extra is missing."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"ONNX export needs {package}: pip install 'sukashi[onnx]'")
+
+
 def check_free(path: Path) -> None:
-    """Refuse a path that exists, with UsageError."""
+    """Refuse a path that exists, with UsageError, and one whose folder can't be made or written, with ResourceError."""
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ResourceError(f"cannot write {path} ({above} is no folder with that right): give another place")
 
 
 def save(
@@ -127,9 +142,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
     export or that gives other logits, ResourceError where there is no space.
     """
     path = Path(path)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"ONNX export needs {package}: pip install 'sukashi[onnx]'")
+    check_onnx_installed()
     check_free(path)
     model = copy.deepcopy(loaded.model).cpu()
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sukashi.errors import UsageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ class Method:
         """Whether the method can go on from a journal of what it has decided so far."""
         return "_journal" in inspect.signature(self.fn).parameters
 
-    def check_options(self, given: dict[str, Any]) -> None:
-        """Refuse an option the method does not have, naming the nearest."""
-        for name in given:
+    def check_options(self, given: Mapping[str, Any]) -> None:
+        """Refuse an option the method does not have, naming the nearest, or a value that its annotation excludes."""
+        annotations = get_type_hints(self.fn, include_extras=True)
+        for name, value in given.items():
             if name not in self.options:
                 raise UsageError(f"{self.name} has no option {name!r}{nearest(name, self.options)}")
+            try:
+                TypeAdapter(annotations[name], config=_STRICT).validate_python(value)
+            except ValidationError as error:
+                rule = error.errors()[0]["msg"].replace("Input should", "must")
+                default = getattr(self.options[name], "__name__", repr(self.options[name]))
+                raise UsageError(f"{name} of {self.name} {rule}, got {value!r}: its default is {default}") from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -90,4 +100,4 @@ def nearest(name: str, known: Any) -> str:
     """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     hint = f": did you mean {match[0]!r}?" if match else ":"
-    return f"{hint} Known: {', '.join(known)}"
+    return f"{hint} Known: {', '.join(known) or 'none'}"

@@ -18,11 +18,12 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import socket
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,7 +184,8 @@ class Store:
     def writing(self, study: Mapping[str, Any]) -> Iterator[Store]:
         """Hold the folder for this process; it is made, or resumed when it holds the same study.
 
-        What a killed run left half-written is removed first. The lock goes with the process, however it ends.
+        What a killed run left half-written is removed first. The lock goes with the process, however it ends. A new
+        study that is refused (UsageError, DataError, ModelError) before a trial is finished leaves nothing behind.
 
         Raises: UsageError where the folder holds another study or anything else, ResourceError where another process
         holds it or nothing can be written.
@@ -193,7 +195,8 @@ class Store:
             (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         with _lock(self.folder):
             asked = json.loads(canonical(study))
-            if (self.folder / "study.json").exists():
+            resumed = (self.folder / "study.json").exists()
+            if resumed:
                 self._refuse_other(asked)
             else:
                 write(self.folder / "study.json", canonical(asked, indent=1) + b"\n")
@@ -203,7 +206,12 @@ class Store:
             for record in self.finished():
                 (record.folder / "journal.jsonl").unlink(missing_ok=True)
             self._tabulate()
-            yield self
+            try:
+                yield self
+            except (UsageError, DataError, ModelError):
+                if not resumed and not self.finished():
+                    self._remove()
+                raise
 
     @contextmanager
     def run(self, trial: Trial) -> Iterator[Writer]:
@@ -252,6 +260,13 @@ class Store:
             foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and p.suffix != ".tmp")
             if foreign:
                 raise UsageError(f"{self.folder} is not empty ({foreign[0]}) and holds no study: choose another --out")
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder / "trials", ignore_errors=True)
+        for name in ("study.json", "log.jsonl", "results.parquet", ".lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # what else lies there is not ours
+            self.folder.rmdir()
 
     def _refuse_other(self, asked: dict[str, Any]) -> None:
         differences = list(_differences("", self.study, asked))

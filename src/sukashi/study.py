@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
+import statistics
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +19,11 @@ import numpy as np
 import torch
 
 from sukashi import data as datasets
-from sukashi import models, pruned, report, sites, stats
+from sukashi import models, progress, pruned, report, sites, stats
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
 from sukashi.data import Data
-from sukashi.errors import ResourceError, UsageError
+from sukashi.errors import DataError, ResourceError, UsageError
 from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
 from sukashi.sites import Found
@@ -29,6 +32,7 @@ from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
 
 CALIBRATION = 32
 TEST_IMAGES = 2000
+LATENCY_BATCH = 32
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
 # How often a criterion asks about a unit; progressive ones do so in a network that shrinks, so this bounds them.
 VISITS = {"cbp": 1.0, "amp": 1.0, "cswap": 1.0, "drift": 2.5}
@@ -48,7 +52,7 @@ class Setting:
     @property
     def example(self) -> torch.Tensor:
         """Two images of the training split, on the device."""
-        two = self.data.train.subset(range(2)).whole(self.loaded.preprocess, 0)
+        two = self.data.train.subset(range(min(2, len(self.data.train)))).whole(self.loaded.preprocess, 0)
         return two.x.to(self.device)
 
     def calibration(self, n_per_class: int, seed: int) -> Batch:
@@ -70,20 +74,51 @@ def prepare(
     pretrained: bool = False,
     output: str | None = None,
     skip_bad: bool = False,
+    class_map: Mapping[str, int] | None = None,
+    max_pixels: int = datasets.MAX_PIXELS,
+    calibration: int = CALIBRATION,
+    test_images: int = TEST_IMAGES,
     device: str = "auto",
     workers: int = 0,
 ) -> Setting:
-    """Load a model and a dataset, and refuse a pair that does not fit before anything is computed."""
+    """Load a model and a dataset, and refuse whatever does not fit before anything is computed."""
     place = pick_device(device)
-    images = datasets.load(data, skip_bad=skip_bad)
-    if n_classes is None and weights is None and not pretrained:
+    if calibration < 1:
+        raise UsageError(f"calibration must be at least 1, got {calibration}: it is the number of images a class")
+    if workers < 0:
+        raise UsageError(f"workers must be at least 0, got {workers}: 0 decodes without threads")
+    images = datasets.load(data, skip_bad=skip_bad, class_map=class_map, max_pixels=max_pixels)
+    if images.train.has_masks:
+        raise DataError(f"{data} has a map of classes an image: give data with one class an image")
+    if test_images < images.n_classes:
+        raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {test_images}")
+    images.train.calibration(calibration, 0)
+    if n_classes is None and weights is None and not pretrained and models.takes_classes(model):
         n_classes = images.n_classes
-    loaded = models.load(model, weights=weights, n_classes=n_classes, width=width, pretrained=pretrained, output=output)
-    datasets.check_classes(loaded.class_names, images.class_names, loaded.n_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a model without weights of its own is the same one in every run
+        loaded = models.load(
+            model, weights=weights, n_classes=n_classes, width=width, pretrained=pretrained, output=output
+        )
+    if weights is None and not pretrained and models.takes_classes(model):
+        warnings.warn(f"{model} has random weights: give weights, or pretrained where a hub has some", stacklevel=3)
+    datasets.check_classes(None if class_map else loaded.class_names, images.class_names, loaded.n_classes)
     loaded.model.to(place)
-    two = images.train.subset(range(2)).whole(loaded.preprocess, 0).x.to(place)
-    models.probe(loaded, two)
-    return Setting(loaded, images, sites.find(loaded.model, two), place, workers)
+    setting = Setting(loaded, images, Found((), {}), place, workers)
+    models.probe(loaded, setting.example)
+    return replace(setting, found=sites.find(loaded.model, setting.example))
+
+
+def check_options(criterion: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown criterion, and options that it does not have or that cannot be written down."""
+    registry[criterion].check_options(options)
+    try:
+        json.dumps(dict(options))
+    except TypeError as error:
+        raise UsageError(
+            f"options of {criterion} are kept with its results, so they must be JSON ({error}): "
+            "for anything else call the criterion itself"
+        ) from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,7 +142,7 @@ def plan_for(
     """The order in which units go, by one criterion with one seed."""
     method = registry[criterion]
     chosen = dict(options or {})
-    method.check_options(chosen)
+    check_options(criterion, chosen)
     batch = setting.calibration(calibration, seed)
     if method.keeps_journal:
         chosen["_journal"] = journal
@@ -133,6 +168,8 @@ def compare(
     pretrained: bool = False,
     output: str | None = None,
     skip_bad: bool = False,
+    class_map: Mapping[str, int] | None = None,
+    max_pixels: int = datasets.MAX_PIXELS,
     device: str = "auto",
     workers: int = 0,
     command: str | None = None,
@@ -146,12 +183,12 @@ def compare(
     Returns {"sauce": {criterion: {"mean", "low", "high"}}, "dense_accuracy", "curves", "passes", "out"}.
     """
     for name in criteria:
-        registry[name].check_options(dict((options or {}).get(name, {})))
+        check_options(name, (options or {}).get(name, {}))
     for name in options or {}:
         if name not in criteria:
             raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {list(criteria)}")
     if not criteria or len(set(criteria)) != len(criteria):
-        raise UsageError(f"criteria must be one or more different names, got {list(criteria)}")
+        raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {list(criteria)}")
     if seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {seeds}: it is the number of seeds, counted from 0")
     for ratio in ratios:
@@ -166,6 +203,10 @@ def compare(
         pretrained=pretrained,
         output=output,
         skip_bad=skip_bad,
+        class_map=class_map,
+        max_pixels=max_pixels,
+        calibration=calibration,
+        test_images=test_images,
         device=device,
         workers=workers,
     )
@@ -198,9 +239,13 @@ def compare(
         missing = [trial for trial in trials if store.record(trial) is None]
         if missing:
             test = setting.test(test_images)
-            for trial in missing:
-                with store.run(trial) as writer:
-                    _run(setting, trial, writer, test)
+            with progress.task("trials", len(missing)) as shown:
+                for trial in missing:
+                    shown.advance(0, note=f"{trial.criterion}, seed {trial.seed}")
+                    with store.run(trial) as writer:
+                        _run(setting, trial, writer, test)
+                    shown.advance()
+        _time(setting, store, trials)
         report.write(store.folder)
     return summary(store)
 
@@ -246,6 +291,30 @@ def _by_class(correct: np.ndarray, test: Batch, n_classes: int) -> list[float | 
 def _cost(setting: Setting, plan: Plan) -> dict[str, Any]:
     """Parameters and FLOPs, dense and with half of the units gone: what no clock decides."""
     return cost.sizes(setting.loaded.model, setting.example[:1], plan.mask(0.5))
+
+
+def _time(setting: Setting, store: Store, trials: Sequence[Trial]) -> None:
+    """Log the latency of each trial's network with half of its units gone, unless an earlier run of the study did.
+
+    A clock decides these, so they are kept apart from the results, which every run gives alike.
+    """
+    timed = {entry["trial"] for entry in store.logged("cost")}
+    missing = [trial for trial in trials if trial.key not in timed]
+    batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
+    with progress.task("latency", len(missing)) as shown:
+        for trial in missing:
+            record = store.record(trial)
+            plan = record.plan(setting.found.sites) if record else None
+            assert plan is not None, "a finished trial has a plan"
+            small = pruned.cut(setting.loaded, plan.mask(0.5))
+            dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
+            store.log(
+                "cost",
+                trial=trial.key,
+                dense={"latency_ms": statistics.median(dense)},
+                cut={"latency_ms": statistics.median(cut)},
+            )
+            shown.advance(note=trial.criterion)
 
 
 def summary(store: Store) -> dict[str, Any]:
@@ -304,6 +373,8 @@ def prune(
     pretrained: bool = False,
     output: str | None = None,
     skip_bad: bool = False,
+    class_map: Mapping[str, int] | None = None,
+    max_pixels: int = datasets.MAX_PIXELS,
     device: str = "auto",
     workers: int = 0,
     command: str | None = None,
@@ -317,8 +388,11 @@ def prune(
     Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed.
     """
     check_ratio(ratio)
-    registry[criterion].check_options(dict(options or {}))
+    check_options(criterion, options or {})
+    pruned.check_round_to(round_to)
     pruned.check_free(Path(out))
+    if onnx:
+        pruned.check_onnx_installed()
     setting = prepare(
         model,
         data,
@@ -328,12 +402,18 @@ def prune(
         pretrained=pretrained,
         output=output,
         skip_bad=skip_bad,
+        class_map=class_map,
+        max_pixels=max_pixels,
+        calibration=calibration,
+        test_images=test_images,
         device=device,
         workers=workers,
     )
     plan = plan_for(setting, criterion, seed, calibration=calibration, options=options)
     mask = pruned.round_mask(plan, ratio, round_to)
-    dense, small = setting.loaded, pruned.cut(setting.loaded, mask)
+    # The data names the classes: a saved model refuses data that counts them in another order.
+    dense = replace(setting.loaded, class_names=setting.data.class_names)
+    small = pruned.cut(dense, mask)
     test = setting.test(test_images)
     costs = cost.cost(dense.model, small.model, setting.example)
     figures = {}
@@ -343,7 +423,7 @@ def prune(
         figures[name] = {"accuracy": float(correct.mean()), **costs[name], "class_accuracy": by_class}
     figures["cut"]["ratio"] = mask.n_removed / mask.n_units
     figures["cut"]["fraction"] = 1 - costs["cut"]["parameters"] / costs["dense"]["parameters"]
-    warnings = _warnings(ratio, figures, round_to)
+    cautions = _cautions(ratio, figures, round_to)
     provenance = {
         "command": command or "sukashi.prune(...)",
         "criterion": criterion,
@@ -352,7 +432,12 @@ def prune(
         "ratio": figures["cut"]["ratio"],
         "round_to": round_to,
         "seed": seed,
-        "data": {"spec": data, "calibration": calibration, "test_images": len(test)},
+        "data": {
+            "spec": data,
+            "sha256": setting.data.sha256,
+            "calibration": calibration,
+            "test_images": len(test),
+        },
         "dense_weights_sha256": dense.weights_sha256,
         "latency": {name: costs[name] for name in ("batch_size", "repeats", "device", "threads")},
         "flop_counter": costs["flop_counter"],
@@ -364,24 +449,24 @@ def prune(
         "n_images": len(test),
         "class_names": list(setting.data.class_names),
         "class_counts": torch.bincount(test.target, minlength=dense.n_classes).tolist(),
-        "notes": [*setting.data.notes, *warnings],
+        "notes": [*setting.data.notes, *cautions],
     }
     pruned.save(out, small, provenance=provenance, figures=about, files={"plan.npz": plan_bytes(plan)})
-    if onnx:
-        try:
+    try:
+        if onnx:
             pruned.export_onnx(small, Path(out) / "model.onnx")
-        except Exception:
-            # All or nothing: a folder without the export that was asked for is not a result.
-            shutil.rmtree(out)
-            raise
-    page = report.write(out)
+        page = report.write(out)
+    except BaseException:
+        # All or nothing: a folder without the export or the page that was asked for is not a result.
+        shutil.rmtree(out)
+        raise
     short = {name: {key: value for key, value in figures[name].items() if key != "class_accuracy"} for name in figures}
     return {
         "out": str(out),
         "report": str(page),
         "ratio": figures["cut"]["ratio"],
         **short,
-        "warnings": warnings,
+        "warnings": cautions,
         "versions": versions(),
     }
 
@@ -396,7 +481,7 @@ def _correct(setting: Setting, loaded: Loaded, test: Batch) -> np.ndarray:
     return torch.cat(found).cpu().numpy()
 
 
-def _warnings(asked: float, figures: Mapping[str, Any], round_to: int) -> list[str]:
+def _cautions(asked: float, figures: Mapping[str, Any], round_to: int) -> list[str]:
     found = []
     dense, cut = figures["dense"], figures["cut"]
     if abs(cut["ratio"] - asked) > 0.02:
@@ -419,6 +504,8 @@ def check(
     pretrained: bool = False,
     output: str | None = None,
     skip_bad: bool = False,
+    class_map: Mapping[str, int] | None = None,
+    max_pixels: int = datasets.MAX_PIXELS,
     device: str = "auto",
     workers: int = 0,
 ) -> dict[str, Any]:
@@ -437,6 +524,9 @@ def check(
         pretrained=pretrained,
         output=output,
         skip_bad=skip_bad,
+        class_map=class_map,
+        max_pixels=max_pixels,
+        calibration=calibration,
         device=device,
         workers=workers,
     )
