@@ -134,6 +134,31 @@ def test_a_site_whose_cut_would_be_wrong_is_refused_even_where_the_weights_hide_
     assert "trial cut" in found.refused["conv"]
 
 
+class Beside(nn.Module):
+    """A residual stream beside a narrower branch: DepGraph (1.6.1) lets the branch write the stream's units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.inner = nn.Conv2d(6, 12, 1)
+        self.back = nn.Conv2d(12, 6, 1)
+        self.branch = nn.Conv2d(6, 4, 1)
+        self.head = nn.Linear(10 * 36, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = torch.cat([x + self.back(self.inner(x).relu()), self.branch(x)], 1)
+        return self.head(x.relu().flatten(1))
+
+
+def test_a_site_that_is_wrong_for_some_of_its_units_is_refused():
+    torch.manual_seed(0)
+    model, x = Beside().eval(), example(3, 8)
+    found = sites.find(model, x)
+    assert [site.layer for site in found.sites] == ["inner"]
+    assert "trial cut" in found.refused["stem"]
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -302,15 +302,21 @@ def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, 
 
 
 def _agrees(twin: nn.Module, x: Tensor, sites: list[Site]) -> bool:
+    """Whether two trial cuts give the masked logits; every unit goes in one of them, where a wrong member shows."""
     generator = torch.Generator().manual_seed(1)
     keep = {site: torch.rand(site.n_units, generator=generator) < 0.6 for site in sites}
     for kept in keep.values():
-        kept[0] = True
+        kept[-1], kept[0] = False, True
+    rest = {site: ~kept if site.n_units > 1 else kept for site, kept in keep.items()}
+    return _cut_equals_masked(twin, x, Mask(keep)) and _cut_equals_masked(twin, x, Mask(rest))
+
+
+def _cut_equals_masked(twin: nn.Module, x: Tensor, mask: Mask) -> bool:
     small = copy.deepcopy(twin)
-    with torch.no_grad(), hooks.masked(twin, keep):
+    with torch.no_grad(), hooks.masked(twin, mask):
         masked = twin(x)
     try:
-        surgery.cut(small, Mask(keep))
+        surgery.cut(small, mask)
         with torch.no_grad():
             cut = small(x)
     except Exception:  # whatever it is, the cut layers no longer fit each other
