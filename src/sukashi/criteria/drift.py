@@ -121,6 +121,7 @@ def unit_parameters(model: nn.Module, sites: Sequence[Site], keep: Mapping[Site,
     worth = {}
     for site in sites:
         total = 0
+        written = {member.module: len(member.index[0]) for member in site.producers}
         for member in site.members:
             module = model.get_submodule(member.module)
             rows = len(member.index[0])
@@ -131,6 +132,8 @@ def unit_parameters(model: nn.Module, sites: Sequence[Site], keep: Mapping[Site,
                     continue
                 axis, other = (0, "in") if member.side == "out" else (1, "out")
                 width = parameter.shape[1 - axis] - gone[member.module, other]
+                if member.side == "in":  # of a layer that also writes the unit, its row has gone already
+                    width -= written.get(member.module, 0)
                 assert name == "weight"
                 total += rows * width * math.prod(parameter.shape[2:])
         worth[site] = total

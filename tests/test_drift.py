@@ -1,0 +1,255 @@
+"""Drift against its docstring read literally; parameters of a unit against real cuts; sites reopened many times."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from sukashi import hooks, surgery
+from sukashi import sites as finder
+from sukashi.architectures import CifarResNet
+from sukashi.criteria import criteria, drift
+from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
+from sukashi.errors import UsageError
+from sukashi.types import Batch, Mask, Plan
+
+
+def doubled(found):
+    """In float64 two ways to compute the same price never fall on two sides of a limit."""
+    data = Batch(found.data.x.double(), found.data.target, found.data.image_id)
+    return copy.deepcopy(found.model).double(), found.sites, data
+
+
+@pytest.fixture(params=["cnn", "vit"])
+def case(request, small):
+    return doubled(small[request.param])
+
+
+def all_kept(sites):
+    return {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+
+
+def logits_of(model, keep, x):
+    with torch.no_grad(), hooks.masked(model, Mask(keep)):
+        return model(x)
+
+
+def without(keep, site, unit):
+    lost = {s: k.clone() for s, k in keep.items()}
+    lost[site][unit] = False
+    return lost
+
+
+def n_parameters(model, keep):
+    small = copy.deepcopy(model)
+    surgery.cut(small, Mask(keep))
+    return sum(parameter.numel() for parameter in small.parameters())
+
+
+def literal_drift(model, sites, data, *, share, slack, scout):
+    """Pairs in the order they go, and units gone after each round: every price a run of the whole masked network."""
+
+    def divergence(original, now):
+        total = 0.0
+        for p_row, q_row in zip(original.log_softmax(1).tolist(), now.log_softmax(1).tolist(), strict=True):
+            total += sum(math.exp(p) * (p - q) for p, q in zip(p_row, q_row, strict=True))
+        return total / len(original)
+
+    keep = all_kept(sites)
+    some = data.x[::scout]
+    original = logits_of(model, keep, some)
+    rise = {}
+    for position, site in enumerate(sites):
+        for unit in range(site.n_units):
+            rise[position, unit] = divergence(original, logits_of(model, without(keep, site, unit), some))
+
+    original = logits_of(model, keep, data.x)
+    order, passes = [], []
+    while any(k.sum() > 1 for k in keep.values()):
+        weight = {}
+        for position, site in enumerate(sites):
+            if keep[site].sum() > 1:
+                unit = int(torch.nonzero(keep[site])[0])
+                weight[position] = n_parameters(model, keep) - n_parameters(model, without(keep, site, unit))
+        price = {(s, u): d / weight[s] for (s, u), d in rise.items() if s in weight and keep[sites[s]][u]}
+        ranked = sorted(price, key=lambda pair: (price[pair], pair))
+        limit = price[ranked[int(share * len(ranked))]]
+        for position in reversed(range(len(sites))):
+            site = sites[position]
+            for pair in ranked:
+                if pair[0] != position or price[pair] > limit + (slack - 1) * abs(limit):
+                    continue
+                now = divergence(original, logits_of(model, keep, data.x))
+                rise[pair] = divergence(original, logits_of(model, without(keep, site, pair[1]), data.x)) - now
+                if rise[pair] / weight[position] <= limit and keep[site].sum() > 1:
+                    keep[site][pair[1]] = False
+                    order.append(pair)
+        passes.append(len(order))
+        if divergence(original, logits_of(model, keep, data.x)) > math.log(original.shape[1]):
+            break
+    for site in sites:
+        weight.setdefault(sites.index(site), math.inf)
+    left = [pair for pair in rise if pair not in order]
+    return order + sorted(left, key=lambda pair: (rise[pair] / weight[pair[0]], pair)), passes
+
+
+OPTIONS = [
+    {"share": 0.1, "slack": 1.5, "scout": 4},
+    {"share": 0.1, "slack": 1.5, "scout": 1},
+    {"share": 0.3, "slack": 1.0, "scout": 3},
+]
+
+
+def pairs(plan):
+    return list(zip(plan.site.tolist(), plan.unit.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_drift_removes_in_the_order_of_its_docstring(case, options):
+    model, sites, data = case
+    plan = criteria["drift"](model, sites, data, generator=torch.Generator(), **options)
+    order, passes = literal_drift(model, sites, data, **options)
+    expected = Plan.build(sites, order, method="drift", passes=passes)
+    assert plan.passes == expected.passes
+    assert pairs(plan)[: plan.n_removable] == pairs(expected)[: plan.n_removable]
+    assert len(passes) > 4, "the case must have rounds"
+
+
+def test_drift_breaks_ties_by_site_then_unit(small):
+    """Units that nobody hears cost nothing to lose, whatever else is gone: their prices are exactly equal."""
+    model, sites, data = doubled(small["cnn"])
+    dead = [(1, 6), (1, 2), (2, 9), (2, 4), (2, 13)]
+    with torch.no_grad():
+        for position, unit in dead:
+            for member in sites[position].producers:
+                layer = model.get_submodule(member.module)
+                for parameter in layer.parameters():
+                    parameter[unit] = 0
+    options = OPTIONS[0]
+    plan = criteria["drift"](model, sites, data, generator=torch.Generator(), **options)
+    order, passes = literal_drift(model, sites, data, **options)
+    expected = Plan.build(sites, order, method="drift", passes=passes)
+    assert pairs(plan)[: plan.n_removable] == pairs(expected)[: plan.n_removable]
+    effect = dict(zip(pairs(plan), plan.effect, strict=True))
+    assert [effect[pair] for pair in dead] == [0.0] * len(dead)
+    # A round goes from the output back; among equals by number.
+    among = [pair for pair in pairs(plan) if pair in dead]
+    assert among == [(2, 4), (2, 9), (2, 13), (1, 2), (1, 6)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": 0.0}, {"share": 1.0}, {"slack": 0.99}, {"scout": 0}], ids=lambda o: str(o)
+)
+def test_options_without_meaning_are_refused(case, options):
+    model, sites, data = case
+    ((name, value),) = options.items()
+    with pytest.raises(UsageError, match=rf"{name} must be .*, got {value}: "):
+        criteria["drift"](model, sites, data, generator=torch.Generator(), **options)
+
+
+# Parameters of a unit.
+
+
+class Depthwise(nn.Module):
+    """Units that pass through a depthwise convolution, and two branches that are read side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.expand = nn.Sequential(nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(12, 12, 3, 1, 1, groups=12), nn.BatchNorm2d(12), nn.ReLU())
+        self.project = nn.Conv2d(12, 6, 1)
+        self.side = nn.Conv2d(6, 4, 1)
+        self.head = nn.Linear(10 * 9, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = torch.cat([self.project(self.deep(self.expand(x))), self.side(x)], 1).relu()
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 3).flatten(1))
+
+
+NETWORKS = {
+    "cnn": lambda: (None, 0),
+    "vit": lambda: (None, 0),
+    "resnet20": lambda: (CifarResNet(20, 10), 32),
+    "densenet": lambda: (torchvision.models.DenseNet(4, (2, 2), 8, num_classes=5), 32),
+    "depthwise": lambda: (Depthwise(), 12),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_of_a_unit_are_those_a_cut_takes_away(small, name):
+    model, size = NETWORKS[name]()
+    if model is None:
+        model, sites = small[name].model, small[name].sites
+    else:
+        sites = finder.find(model.eval(), torch.randn(2, 3, size, size)).sites
+    generator = torch.Generator().manual_seed(4)
+    keep = all_kept(sites)
+    for share in (0.0, 0.3, 0.5):  # the masks grow
+        for site in sites:
+            gone = torch.rand(site.n_units, generator=generator) < share
+            gone[int(torch.nonzero(keep[site])[0])] = False
+            keep[site] &= ~gone
+        found = drift.unit_parameters(model, sites, keep)
+        now = n_parameters(model, keep)
+        assert set(found) == set(sites)
+        for site in sites:
+            if keep[site].sum() > 1:
+                unit = int(torch.nonzero(keep[site])[-1])
+                assert found[site] == now - n_parameters(model, without(keep, site, unit))
+
+
+# The engine, site after site, round after round.
+
+
+@pytest.mark.parametrize("budget", [0, DEFAULT_BUDGET], ids=["recomputed", "cached"])
+@pytest.mark.parametrize("name", ["cnn", "vit", "resnet20"])
+def test_reopened_sites_give_the_masked_networks_logits(small, name, budget):
+    if name == "resnet20":
+        torch.manual_seed(5)
+        model = CifarResNet(20, 10).eval().double()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.bias, std=0.3)
+                nn.init.normal_(module.running_mean, std=0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+        data = Batch(torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.zeros(6), tuple("abcdef"))
+        sites = finder.find(model, data.x[:2]).sites
+    else:
+        model, sites, data = doubled(small[name])
+        data = data[torch.arange(0, 80, 4)]
+    engine = Engine(model, sites, data, budget=budget, chunk=7)
+    keep = all_kept(sites)
+    rng = np.random.default_rng(6)
+    for _ in range(24):
+        site = sites[rng.integers(len(sites))]
+        if rng.random() < 0.2:  # as a resumed run does, without asking
+            lost = [u for u in torch.nonzero(keep[site]).flatten().tolist()[:-1] if rng.random() < 0.2]
+            engine.remove(site, lost)
+            keep[site][lost] = False
+        else:
+            with engine.open(site) as suffix:
+                assert_equal(suffix.now, logits_of(model, keep, data.x))
+                left = torch.nonzero(keep[site]).flatten().tolist()
+                for unit in rng.permutation(left)[:4].tolist():
+                    lost = without(keep, site, unit)
+                    if not lost[site].any():
+                        continue
+                    logits = suffix.without(unit)
+                    assert_equal(logits, logits_of(model, lost, data.x))
+                    if rng.random() < 0.6:
+                        suffix.remove(unit, logits)
+                        keep = lost
+                assert suffix.n_left == int(keep[site].sum())
+        assert all(torch.equal(kept, keep[s]) for s, kept in engine.mask().keep.items())
+        assert_equal(engine.logits(), logits_of(model, keep, data.x))
+    assert engine.mask().n_removed > 12
+
+
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
