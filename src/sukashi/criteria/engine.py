@@ -79,7 +79,7 @@ class Engine:
     def open(self, site: Site) -> Iterator[Suffix]:
         """Work on one site: `with engine.open(site) as suffix`. What it removes stays removed afterwards."""
         ours = next(s for s in self.sites if s == site)
-        with _exact():
+        with exact():
             mask = Mask({s: keep.clone() for s, keep in self.keep.items()})
             root = copy.deepcopy(self.root)
             surgery.cut(root, mask)
@@ -95,7 +95,7 @@ class Engine:
 
     def logits(self) -> Tensor:
         """Logits (N, K) of all images in the present state."""
-        with _exact():
+        with exact():
             root = copy.deepcopy(self.root)
             surgery.cut(root, self.mask())
             network = _Network(self.graph, root)
@@ -430,7 +430,7 @@ def _fold(graph: fx.Graph, root: nn.Module) -> set[str]:
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """No gradients, and float32 that is float32: TF32 changes decisions."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from sukashi import progress, surgery
+from sukashi.criteria.engine import exact
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.measures import measures
 from sukashi.types import Batch, Curve, Mask, Plan, Site
@@ -118,19 +118,6 @@ def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative
 def n_parameters(model: nn.Module) -> int:
     """How many numbers a model has learned; a shared parameter counts once, buffers do not."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """No gradients, and no TF32 on a GPU."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
