@@ -1,5 +1,6 @@
 """Fixtures every test file shares."""
 
+import copy
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,9 +63,30 @@ def digits_calibration(digits_split, trained_cnn):
 def small(digits_split):
     """Trained networks of 32 and 72 units, for oracles that ask about each in turn: {name: loaded, model, sites, data}.
 
-    `data` are eight training digits a class. Tests must not change them.
+    `data` are eight training digits a class, two of them mislabelled. Tests must not change them.
     """
     return {name: _small(f"sukashi:digits_{name}", digits_split) for name in ("cnn", "vit")}
+
+
+@pytest.fixture(scope="session")
+def small64(small):
+    """The same in float64, where two ways to compute one number never fall on two sides of a threshold."""
+    from sukashi.types import Batch
+
+    found = {}
+    for name, case in small.items():
+        data = Batch(case.data.x.double(), case.data.target, case.data.image_id)
+        found[name] = SimpleNamespace(model=copy.deepcopy(case.model).double(), sites=case.sites, data=data)
+    return found
+
+
+@pytest.fixture
+def exact_ties(monkeypatch):
+    """Drift asks again about the unit that set its limit: in an unchanged network a tie that rounding would decide."""
+    from sukashi.criteria.drift import _Divergence
+
+    plain = _Divergence.__call__
+    monkeypatch.setattr(_Divergence, "__call__", lambda self, logits: round(plain(self, logits), 10))
 
 
 def _small(spec, digits):
@@ -85,4 +107,5 @@ def _small(spec, digits):
                 schedule.step()
     model.eval().zero_grad()
     data = digits.train.calibration(8, 0).whole(loaded.preprocess, 0).by_class()
-    return SimpleNamespace(loaded=loaded, model=model, sites=sites.find(model, data.x[:2]).sites, data=data)
+    data.target[[0, 8]] = data.target[[8, 0]]
+    return SimpleNamespace(loaded=loaded, model=model, sites=sites.find(model, data.x[:2]).sites, data=data.by_class())

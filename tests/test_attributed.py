@@ -8,16 +8,13 @@ import torch.nn.functional as F
 
 from sukashi.criteria import criteria
 from sukashi.layers import AttentionCore
-from sukashi.types import Batch
 
 
 @pytest.fixture(scope="module", params=["cnn", "vit"])
-def case(request, small):
-    """A network in float64 and ten images, two of each of five classes."""
-    found = small[request.param]
-    rows = found.data[torch.tensor([0, 5, 10, 15, 20, 25, 30, 35, 40, 45])]
-    data = Batch(rows.x.double(), rows.target, rows.image_id)
-    return copy.deepcopy(found.model).double(), found.sites, data
+def case(request, small64):
+    """A network in float64 and an image of each class."""
+    found = small64[request.param]
+    return found.model, found.sites, found.data[slice(0, None, 8)]
 
 
 def losses(model, site, unit, gate, data):

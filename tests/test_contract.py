@@ -1,0 +1,306 @@
+"""What every registered method must keep, old or new: a loop over the registries."""
+
+import copy
+import json
+import math
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sukashi.criteria import criteria
+from sukashi.criteria.engine import Engine
+from sukashi.layers import AttentionCore
+from sukashi.measures import measures
+from sukashi.types import CATEGORIES, Plan, Scores, rank
+
+NETS = ("cnn", "vit")
+JOURNALED = [method.name for method in criteria if method.keeps_journal]
+FIELDS = ("site", "unit", "category", "effect", "p_values")
+
+
+def run(name, case, *, seed=0, **options):
+    return criteria[name](case.model, case.sites, case.data, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def as_plan(outcome):
+    return rank(outcome) if isinstance(outcome, Scores) else outcome
+
+
+def pairs(plan):
+    return list(zip(plan.site.tolist(), plan.unit.tolist(), strict=True))
+
+
+def found_out(outcome):
+    """{(position of the site, unit): (effect or score, category)}."""
+    plan = as_plan(outcome)
+    return dict(zip(pairs(plan), zip(plan.effect.tolist(), plan.category.tolist(), strict=True), strict=True))
+
+
+def assert_same_bits(one, other):
+    assert type(one) is type(other)
+    one, other = as_plan(one), as_plan(other)
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+    assert (one.passes, one.n_images, one.method) == (other.passes, other.n_images, other.method)
+
+
+@pytest.fixture(scope="module")
+def outcomes(small):
+    """Every criterion on both networks with seed 0, as the other tests compare with it."""
+    return {(name, net): run(name, small[net]) for name in criteria.names() for net in NETS}
+
+
+# Criteria.
+
+
+@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize("net", NETS)
+def test_a_criterion_speaks_of_every_unit_of_the_given_sites(outcomes, small, name, net):
+    case, outcome = small[net], outcomes[name, net]
+    assert outcome.method == name
+    if isinstance(outcome, Scores):
+        assert list(outcome.values) == list(case.sites)
+        for site, values in outcome.values.items():
+            assert values.shape == (site.n_units,)
+            assert values.isfinite().all()
+            assert len(values.unique()) > 1, "a constant says nothing"
+    else:
+        assert isinstance(outcome, Plan)
+        assert outcome.sites == tuple(case.sites)
+        assert all(site.members for site in outcome.sites), "a plan's sites can be cut"
+        assert np.isfinite(outcome.effect).all()
+        assert len(np.unique(outcome.effect)) > outcome.n_units / 2
+        assert set(outcome.category.tolist()) <= set(CATEGORIES)
+        known = outcome.p_values[~np.isnan(outcome.p_values)]
+        assert ((known >= 0) & (known <= 1)).all()
+        assert bool(outcome.passes) == criteria[name].facts.get("progressive", False)
+        assert list(outcome.passes) == sorted(outcome.passes)
+        assert all(0 <= n_removed <= outcome.n_removable for n_removed in outcome.passes)
+    everything = [(s, u) for s, site in enumerate(case.sites) for u in range(site.n_units)]
+    assert sorted(pairs(as_plan(outcome))) == everything
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_a_criterion_speaks_of_the_given_sites_only(small, name):
+    case = copy.copy(small["vit"])
+    case.sites = case.sites[1:4:2]
+    outcome = run(name, case)
+    assert as_plan(outcome).sites == tuple(case.sites)
+    assert as_plan(outcome).n_units == 32
+
+
+@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize("net", NETS)
+def test_a_criterion_says_how_many_images_it_used(outcomes, small, name, net):
+    case = small[net]
+    with torch.no_grad():
+        n_right = int((case.model(case.data.x).argmax(1) == case.data.target).sum())
+    assert n_right < len(case.data), "the case must tell right images from all"
+    if not criteria[name].facts.get("needs_data", True):
+        assert outcomes[name, net].n_images == 0
+    elif criteria[name].options.get("samples") == "correct":
+        assert outcomes[name, net].n_images == n_right
+    else:
+        assert outcomes[name, net].n_images == len(case.data)
+
+
+@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize("net", NETS)
+def test_the_same_seed_gives_the_same_bits_and_no_other_randomness_is_used(outcomes, small, name, net):
+    torch.manual_seed(12345)
+    np.random.seed(12345)
+    state = torch.get_rng_state()
+    again = run(name, small[net])
+    assert_same_bits(again, outcomes[name, net])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.random.get_state()[1].tolist() == np.random.RandomState(12345).get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize("net", NETS)
+def test_a_criterion_leaves_model_and_images_as_found(outcomes, small, name, net):
+    case = copy.copy(small[net])
+    model = case.model = copy.deepcopy(case.model)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+        parameter.grad = torch.full_like(parameter, 2.0) if number % 2 else None
+    last = list(model.modules())[-1]
+    last.training = True  # nothing to a linear layer, but somebody's choice
+    last.register_forward_hook(_nothing)
+    x, target = case.data.x, case.data.target
+    kept = x.clone(), target.clone(), case.data.image_id
+    before = _state(model)
+    outcome = run(name, case)
+    after = _state(model)
+    assert before.keys() == after.keys()
+    for key, (identity, value) in before.items():
+        assert after[key][0] == identity, f"{key} was replaced"
+        assert _equal(after[key][1], value), f"{key} was changed"
+    assert case.data.x is x
+    assert torch.equal(x, kept[0])
+    assert torch.equal(target, kept[1])
+    assert case.data.image_id == kept[2]
+    assert_same_bits(outcome, outcomes[name, net])  # a frozen model is the same model
+
+
+def _nothing(*_):
+    pass
+
+
+def _state(model):
+    """{what: (its identity, its value)} of all that a method might leave changed."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[f"{name}"] = id(parameter), parameter.detach().clone()
+        found[f"{name}.grad"] = id(parameter.grad), None if parameter.grad is None else parameter.grad.clone()
+        found[f"{name}.requires_grad"] = 0, parameter.requires_grad
+    for name, buffer in model.named_buffers():
+        found[f"{name}"] = id(buffer), buffer.clone()
+    for name, module in model.named_modules():
+        found[f"{name}: layer"] = id(module), type(module).__name__
+        found[f"{name}: training"] = 0, module.training
+        hooks = [list(value) for key, value in vars(module).items() if key.endswith("_hooks")]
+        found[f"{name}: hooks"] = 0, hooks
+        found[f"{name}: attributes"] = 0, sorted(vars(module))
+    return found
+
+
+def _equal(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize("net", NETS)
+def test_chunks_and_budgets_do_not_matter(small64, exact_ties, monkeypatch, name, net):
+    case = small64[net]
+    whole = run(name, case)
+    monkeypatch.setitem(Engine.__init__.__kwdefaults__, "chunk", 23)
+    smaller = {"batch_size": 7, "budget": 0}
+    parts = run(name, case, **{key: value for key, value in smaller.items() if key in criteria[name].options})
+    assert_close(parts, whole)
+    assert as_plan(parts).passes == as_plan(whole).passes
+
+
+def assert_close(one, other, renamed=None):
+    """Equal but for rounding; `renamed(position, unit)` is a unit's name in the other."""
+    one, other = found_out(one), found_out(other)
+    scale = max(abs(effect) for effect, _ in other.values())
+    for pair, (effect, category) in one.items():
+        expected, expected_category = other[renamed(*pair) if renamed else pair]
+        assert effect == pytest.approx(expected, rel=1e-9, abs=1e-11 * scale)
+        assert category == expected_category
+
+
+@pytest.mark.parametrize("name", [name for name in criteria.names() if name != "random"])
+@pytest.mark.parametrize("net", NETS)
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**31))
+def test_permuting_units_permutes_what_is_found_out_about_them(small64, exact_ties, name, net, seed):
+    case = copy.copy(small64[net])
+    whole = run(name, case)
+    case.model, orders = permuted(case.model, case.sites, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        torch.testing.assert_close(case.model(case.data.x), small64[net].model(case.data.x))
+    assert_close(run(name, case), whole, lambda position, unit: (position, orders[position][unit]))
+
+
+def permuted(model, sites, generator):
+    """The same function with the units of each site in another order: unit u is what unit orders[site][u] was."""
+    model = copy.deepcopy(model)
+    orders = []
+    for site in sites:
+        cores = [model.get_submodule(m.module) for m in site.members]
+        n_heads = next((len(core.widths) for core in cores if isinstance(core, AttentionCore)), 1)
+        # Whole heads change places, and dimensions within a head; in any other site all units are one head.
+        heads = torch.arange(site.n_units).view(n_heads, -1)[torch.randperm(n_heads, generator=generator)]
+        order = torch.cat([head[torch.randperm(len(head), generator=generator)] for head in heads]).tolist()
+        orders.append(order)
+        for member in site.members:
+            module, axis = model.get_submodule(member.module), int(member.side == "in")
+            there = torch.tensor([position for positions in member.index for position in positions])
+            here = torch.tensor([position for unit in order for position in member.index[unit]])
+            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                if tensor.ndim > axis:
+                    tensor.data.index_copy_(axis, there, tensor.data.index_select(axis, here))
+    return model, orders
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
+    method = criteria[name]
+    method.check_options(method.options)
+    assert_same_bits(run(name, small["cnn"], **method.options), outcomes[name, "cnn"])
+    for option, kind in get_type_hints(method.fn).items():
+        if option not in method.options or get_origin(kind) is not Literal:
+            continue
+        assert method.options[option] in get_args(kind)
+        for choice in get_args(kind):
+            method.check_options({option: choice})
+            outcome = run(name, small["cnn"], **{option: choice})
+            same = all(
+                np.array_equal(getattr(as_plan(outcome), field), getattr(as_plan(outcomes[name, "cnn"]), field))
+                for field in ("unit", "effect")
+            )
+            assert same == (choice == method.options[option]), f"{option}={choice} changes nothing, or the default does"
+
+
+@pytest.mark.parametrize("name", JOURNALED)
+@pytest.mark.parametrize("net", NETS)
+def test_a_method_goes_on_from_every_prefix_of_its_journal(outcomes, small, monkeypatch, name, net):
+    case, whole = small[net], outcomes[name, net]
+    journal = {}
+    assert_same_bits(run(name, case, _journal=journal), whole)
+    lines = json.loads(json.dumps(list(journal.items())))
+    assert len(lines) >= len(case.sites)
+    step = 1 if net == "cnn" else 6
+    for n_lines in range(0, len(lines), step):
+        resumed = dict(lines[:n_lines])
+        assert_same_bits(run(name, case, _journal=resumed), whole)
+        assert json.dumps(resumed) == json.dumps(journal)
+    # With all of it nothing is asked again.
+    monkeypatch.setattr(Engine, "open", None)
+    assert_same_bits(run(name, case, _journal=dict(lines)), whole)
+
+
+# Measures.
+
+
+@pytest.mark.parametrize("name", measures.names())
+@pytest.mark.parametrize("net", NETS)
+def test_a_measure_gives_one_number_an_image(small, name, net):
+    case, method = small[net], measures[name]
+    model, other = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    before = _state(model), _state(other)
+
+    def measured(batch):
+        return method(model, batch, generator=torch.Generator().manual_seed(0), reference=other)
+
+    values = measured(case.data)
+    assert values.shape == (len(case.data),)
+    assert values.is_floating_point()
+    assert values.isfinite().all()
+    assert len(values.unique()) > 1, "a constant says nothing"
+    assert torch.equal(measured(case.data), values)
+    assert torch.equal(torch.cat([measured(part) for part in case.data.split(7)]), values)
+    for found, kept in zip((_state(model), _state(other)), before, strict=True):
+        assert all(
+            _equal(found[key][1], value) and found[key][0] == identity for key, (identity, value) in kept.items()
+        )
+    assert method.facts["better"] in ("higher", "lower")
+
+
+# Both.
+
+
+@pytest.mark.parametrize("method", [*criteria, *measures], ids=lambda method: method.name)
+def test_a_method_says_in_a_line_what_it_gives_and_where_it_comes_from(method):
+    assert 20 < len(method.summary) < 120
+    assert method.summary.endswith((".", ":"))
+    assert len(method.source) > 5
+    for default in method.options.values():
+        assert not (isinstance(default, float) and math.isnan(default))
+        assert callable(default) or json.loads(json.dumps(default)) == default, "an option can be given as JSON"
