@@ -1,0 +1,318 @@
+"""Studies from end to end: killed and resumed, cut and loaded again elsewhere, and what their results hold."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import sukashi
+from sukashi import hooks, models, progress, pruned, report, study
+from sukashi import sites as finder
+from sukashi.criteria import criteria
+from sukashi.errors import DataError, UsageError
+from sukashi.measures import accuracy
+from sukashi.store import Store, read_plan
+
+SPEC = "sukashi:digits_cnn"
+COMPARED = ["random", "taylor", "cswap", "drift"]
+SETTINGS = {"ratios": [0.3, 0.6, 0.9], "seeds": 2, "calibration": 8, "test_images": 100, "width": 8}
+
+
+@pytest.fixture(scope="module")
+def weights(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "cnn.safetensors"
+    safetensors.torch.save_file(small["cnn"].model.state_dict(), path)
+    return path
+
+
+class Steps:
+    """Counts what a run does, step by step, and kills the process at one of them."""
+
+    def __init__(self, fatal=math.inf):
+        self.n = 0
+        self.fatal = fatal
+
+    @contextmanager
+    def __call__(self, title, total):
+        # Reading the digits has as many steps as digits, and nothing to lose.
+        yield self if not title.startswith("checking") else Steps()
+
+    def advance(self, n=1, note=""):
+        self.n += 1
+        if self.n == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, tmp_path_factory):
+    """What a comparison returns, and the steps it took."""
+    steps = Steps()
+    with progress.listening(steps):
+        result = study.compare(
+            SPEC, "digits", COMPARED, out=tmp_path_factory.mktemp("whole") / "study", weights=weights, **SETTINGS
+        )
+    return result, steps.n
+
+
+def _compared_until(fatal, out, weights):
+    with progress.listening(Steps(fatal)):
+        study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_comparison_killed_three_times_ends_with_the_same_bytes(undisturbed, weights, tmp_path):
+    result, n_steps = undisturbed
+    whole, out = Path(result["out"]), tmp_path / "study"
+    rng = np.random.default_rng(1)
+    left_behind = []
+    for _ in range(3):
+        fatal = int(rng.integers(n_steps // 10, n_steps // 4))
+        process = multiprocessing.get_context("fork").Process(target=_compared_until, args=(fatal, out, weights))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        left_behind.append(sorted(path.parent.name for path in out.glob("trials/*/journal.jsonl")))
+        assert not (out / "report.html").exists()
+    assert any(left_behind), "no kill came in the middle of a plan"
+    resumed = study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
+    assert {**resumed, "out": ""} == {**result, "out": ""}
+    found, expected = contents(out), contents(whole)
+    assert {name for name in expected if found.get(name) != expected[name]} <= {"log.jsonl", "report.html"}
+    # The page shows times that were measured: from one log of them it has the same bytes too.
+    shutil.copy(whole / "log.jsonl", out / "log.jsonl")
+    report.write(out)
+    found, expected = contents(out), contents(whole)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert len(expected) == 39
+
+
+def test_a_finished_comparison_computes_nothing_again(undisturbed, weights, monkeypatch):
+    result, _ = undisturbed
+    before = contents(Path(result["out"]))
+    monkeypatch.setattr(study, "plan_for", None)
+    monkeypatch.setattr(accuracy, "curve", None)
+    assert study.compare(SPEC, "digits", COMPARED, out=result["out"], weights=weights, **SETTINGS) == result
+    after = contents(Path(result["out"]))
+    assert [name for name in after if after[name] != before.get(name)] == ["log.jsonl"]
+
+
+def test_what_a_comparison_returns_is_what_was_measured(undisturbed, small):
+    result, _ = undisturbed
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert set(result) == {"sauce", "dense_accuracy", "curves", "passes", "out"}
+    assert list(result["sauce"]) == list(result["curves"]) == list(result["passes"]) == COMPARED
+    store = Store(result["out"])
+    case = small["cnn"]
+    test = _test_images(case)
+    with torch.no_grad():
+        dense = float((case.model(test.x).argmax(1) == test.target).double().mean())
+    assert result["dense_accuracy"] == pytest.approx(dense)
+    for name in COMPARED:
+        records = [record for record in store.finished() if record.trial.criterion == name]
+        assert [record.trial.seed for record in records] == [0, 1]
+        areas = []
+        for points, passes, record in zip(result["curves"][name], result["passes"][name], records, strict=True):
+            plan = record.plan(case.sites)
+            assert [p["fraction"] for p in points] == sorted(p["fraction"] for p in points)
+            for point, ratio in zip(points, [0, 0.3, 0.6, 0.9], strict=True):
+                assert point["accuracy"] == pytest.approx(_masked_accuracy(case, plan.mask(ratio), test))
+            assert len(passes) == len(plan.passes)
+            for point, n_removed in zip(passes, plan.passes, strict=True):
+                assert point["accuracy"] == pytest.approx(_masked_accuracy(case, plan.mask_of(n_removed), test))
+            both = sorted(points + passes, key=lambda p: p["fraction"])
+            f, a = [p["fraction"] for p in both] + [1.0], [p["accuracy"] for p in both] + [0.1]
+            areas.append(100 * sum((f[i + 1] - f[i]) * (a[i] + a[i + 1]) / 2 for i in range(len(f) - 1)))
+        sauce = result["sauce"][name]
+        assert sauce["mean"] == pytest.approx(np.mean(areas))
+        assert sauce["low"] < sauce["mean"] < sauce["high"]
+
+
+def _test_images(case):
+    from sukashi import data
+
+    return data.load("digits").test.limit(100).whole(case.loaded.preprocess)
+
+
+def _masked_accuracy(case, mask, test):
+    with torch.no_grad(), hooks.masked(case.model, mask):
+        return float((case.model(test.x).argmax(1) == test.target).double().mean())
+
+
+def test_what_is_kept_of_a_trial(undisturbed, digits_split):
+    result, _ = undisturbed
+    for record in Store(result["out"]).finished():
+        kept = record.result
+        assert kept["class_names"] == list("0123456789")
+        assert kept["class_counts"] == digits_split.test.limit(100).counts.tolist()
+        assert kept["chance"] == 0.1
+        assert kept["notes"] == list(digits_split.notes)
+        curve = record.curve()
+        assert np.shape(kept["class_accuracy"]) == (len(curve.ratio), 10)
+        weighted = np.array(kept["class_accuracy"]) @ kept["class_counts"] / 100
+        np.testing.assert_allclose(weighted, curve.accuracy)
+        assert kept["largest_fraction"] == curve.fraction.max()
+        assert kept["cost"]["cut"]["parameters"] < kept["cost"]["dense"]["parameters"]
+
+
+def test_one_seed_has_no_interval(weights, tmp_path):
+    few = {**SETTINGS, "seeds": 1, "ratios": [0.5]}
+    result = study.compare(SPEC, "digits", ["random"], out=tmp_path / "one", weights=weights, **few)
+    assert (result["sauce"]["random"]["low"], result["sauce"]["random"]["high"]) == (None, None)
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["cswap", "random"])
+def test_a_cut_removes_what_the_comparison_with_the_same_seed_planned(undisturbed, weights, tmp_path, name):
+    result, _ = undisturbed
+    (record,) = (r for r in Store(result["out"]).finished() if (r.trial.criterion, r.trial.seed) == (name, 1))
+    out = tmp_path / "cut"
+    study.prune(SPEC, "digits", name, 0.5, out=out, seed=1, calibration=8, test_images=50, weights=weights, width=8)
+    assert (out / "plan.npz").read_bytes() == (record.folder / "plan.npz").read_bytes()
+
+
+ELSEWHERE = """
+import sys, torch, sukashi
+folder, images, logits = sys.argv[1:]
+loaded = sukashi.load(folder)
+with torch.no_grad():
+    torch.save(loaded.model(torch.load(images, weights_only=True)), logits)
+"""
+
+
+def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, weights, tmp_path):
+    case, out = small["cnn"], tmp_path / "cut"
+    result = sukashi.prune(SPEC, "digits", "drift", 0.5, out=out, round_to=4, calibration=4, weights=weights, width=8)
+    torch.save(case.data.x, tmp_path / "images.pt")
+    arguments = [str(out), str(tmp_path / "images.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=100)
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+
+    mask = pruned.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
+    with torch.no_grad(), hooks.masked(case.model, mask):
+        expected = case.model(case.data.x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert 0.2 < result["ratio"] == mask.n_removed / 32 < 0.5
+    assert result["cut"]["parameters"] < result["dense"]["parameters"]
+    assert result["cut"]["accuracy"] == pytest.approx(_masked_accuracy(case, mask, _all_test_images(case)))
+    assert Path(result["report"]).is_file()
+
+
+def _all_test_images(case):
+    from sukashi import data
+
+    return data.load("digits").test.whole(case.loaded.preprocess)
+
+
+def test_onnx_agrees_with_the_masked_model(small, weights, tmp_path):
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install 'sukashi[onnx]'")
+    import onnxruntime
+
+    case, out = small["cnn"], tmp_path / "cut"
+    sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=out, onnx=True, calibration=4, weights=weights, width=8)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
+    mask = pruned.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
+    with torch.no_grad(), hooks.masked(case.model, mask):
+        expected = case.model(case.data.x).numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_check_says_what_would_happen(weights, tmp_path, monkeypatch, digits_split):
+    monkeypatch.chdir(tmp_path)
+    found = sukashi.check(SPEC, "digits", weights=weights, width=8, calibration=8)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["model"] == SPEC
+    assert found["sites"] == [
+        {"layer": "conv1", "kind": "channel", "units": 8},
+        {"layer": "conv3", "kind": "channel", "units": 8},
+        {"layer": "fc1", "kind": "hidden", "units": 16},
+    ]
+    assert (found["units"], found["parameters"]) == (32, 3506)
+    assert list(found["refused"]) == ["fc2"]
+    assert found["class_names"] == list("0123456789")
+    assert found["class_counts"] == {s.name: s.counts.tolist() for s in (digits_split.train, digits_split.test)}
+    assert found["notes"] == list(digits_split.notes)
+    # Every criterion has an estimate: a new one must be given its number of visits.
+    assert set(found["estimated_seconds"]) == set(criteria.names())
+    assert found["unmeasured"] == []
+    assert all(seconds >= 0 for seconds in found["estimated_seconds"].values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_keeps_its_limit(weights):
+    found = sukashi.check(SPEC, "digits", weights=weights, width=8, calibration=8, limit=0)
+    assert found["estimated_seconds"] == {"random": 0.0, "magnitude": 0.0}
+    assert set(found["unmeasured"]) == set(criteria.names()) - {"random", "magnitude"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": {"cswap": {"alpha": 0.1}}}, "options were given for 'cswap', which is not compared"),
+        ({"options": {"random": {"alpha": 0.1}}}, "random has no option 'alpha'"),
+        ({"criteria": []}, "criteria must be"),
+        ({"criteria": ["random", "random"]}, "criteria must be"),
+        ({"criteria": ["swap"]}, "did you mean 'cswap'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"ratios": [0.5, 1.0]}, r"ratio must be in \[0, 1\), got 1.0"),
+        ({"calibration": 1000}, "calibration"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_comparison_without_meaning_is_refused_before_anything_is_written(weights, tmp_path, change, message):
+    given = {"criteria": ["random"], **SETTINGS, "weights": weights, "out": tmp_path / "out", **change}
+    with pytest.raises((UsageError, DataError), match=message):
+        study.compare(SPEC, "digits", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_public_names_are_those_of_their_files():
+    assert sukashi.compare is study.compare
+    assert sukashi.prune is study.prune
+    assert sukashi.check is study.check
+    assert sukashi.load is models.load
+    assert sukashi.report is report
+    with pytest.raises(AttributeError, match="module 'sukashi' has no attribute 'prunes'"):
+        _ = sukashi.prunes
+
+
+@pytest.mark.realdata
+def test_a_trained_network_on_real_images(real_data, real_weights, tmp_path):
+    result = sukashi.compare(
+        "sukashi:cifar_resnet20",
+        str(real_data / "cifar10"),
+        ["magnitude"],
+        out=tmp_path / "cifar10",
+        weights=real_weights / "resnet20-cifar10.safetensors",
+        ratios=[0.02, 0.1, 0.5],
+        seeds=1,
+        test_images=500,
+    )
+    assert result["dense_accuracy"] > 0.85
+    (points,) = result["curves"]["magnitude"]
+    assert points[0]["fraction"] == 0
+    assert points[1]["accuracy"] > points[3]["accuracy"], points
+    (record,) = Store(result["out"]).finished()
+    plan = record.plan()
+    assert plan is not None
+    assert plan.n_units == 448
+    model = models.load("sukashi:cifar_resnet20", weights=real_weights / "resnet20-cifar10.safetensors").model
+    assert len(finder.find(model, torch.randn(2, 3, 32, 32)).sites) == 12
