@@ -449,7 +449,7 @@ def _worst(about: Mapping[str, Any], dense: Array, cut: Array) -> list[dict[str,
 
 
 def _draw_curves(groups: Sequence[_Group]) -> bytes:
-    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
+    figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     axes = figure.subplots()
     result = groups[0].records[0].result
     _level(axes, result["dense_accuracy"], "dense", "--")
@@ -460,7 +460,14 @@ def _draw_curves(groups: Sequence[_Group]) -> bytes:
         mean = group.sauce.mean
         axes.plot(fractions, line.mean, color=group.colour, linewidth=1.8, label=f"{group.criterion}  {mean:.1f}")
         if line.low is not None:
-            axes.fill_between(fractions, line.low, line.high, color=group.colour, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                fractions,
+                np.clip(line.low, 0, 1),
+                np.clip(line.high, 0, 1),
+                color=group.colour,
+                alpha=0.15,
+                linewidth=0,
+            )
         for curve in group.curves:
             after_pass = np.isnan(curve.ratio)
             axes.plot(
@@ -478,7 +485,15 @@ def _draw_curves(groups: Sequence[_Group]) -> bytes:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], title="criterion, SAUCE", frameon=False, alignment="left")
+    # Beside the curves: among them no place is free of one network's curves or another's.
+    figure.legend(
+        handles[::-1],
+        labels[::-1],
+        title="criterion, SAUCE",
+        frameon=False,
+        alignment="left",
+        loc="outside right center",
+    )
     _calm(axes)
     return _png(figure)
 
