@@ -201,7 +201,7 @@ def load(
 
 def takes_classes(spec: str) -> bool:
     """Whether the class count of a spec's architecture is an option: not that of a saved folder or an import path."""
-    return not Path(spec).is_dir() and spec.partition(":")[0] in _SOURCES
+    return spec.partition(":")[0] in _SOURCES
 
 
 def probe(loaded: Loaded, example: Tensor) -> Tensor:

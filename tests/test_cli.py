@@ -1,0 +1,788 @@
+"""The command line as a user meets it: exit codes, one sentence on stderr, JSON on stdout, nothing half-written."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from rich.console import Console
+
+from sukashi import cli, demo, models, progress, study
+
+NET = "sukashi:digits_cnn"
+DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
+SMALL = ["--seeds", "1", "--ratios", "0,0.5", "--test-images", "60"]
+
+# Networks a user might bring, by import path.
+ZOO = """
+import torch
+from torch import nn
+from sukashi.types import Preprocess
+
+
+class Net(nn.Module):
+    def __init__(self, n_classes=10, kind="plain"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.preprocess = kind, Preprocess(8, 8, 1, (0.0,), (1.0,))
+        self.a, self.norm, self.b = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, n_classes)
+
+    def forward(self, x):
+        x = self.norm(self.a(x)).relu()
+        z = self.b(x.mean((2, 3)))
+        match self.kind:
+            case "pair":
+                return z, x
+            case "named":
+                return {"logits": z, "map": x}
+            case "nan":
+                return z / (z - z)
+            case "noisy":
+                return z + torch.randn_like(z)
+            case "counting":
+                self.norm.num_batches_tracked += 1
+        return z
+
+
+def plain(): return Net()
+def five(): return Net(5)
+def two(): return Net(2)
+def training(): return Net().train()
+def pair(): return Net(kind="pair")
+def named(): return Net(kind="named")
+def nan(): return Net(kind="nan")
+def noisy(): return Net(kind="noisy")
+def counting(): return Net(kind="counting")
+def number(): return 3
+def raising(): raise KeyError("gone")
+def mute():
+    net = Net()
+    del net.preprocess
+    return net
+"""
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def sukashi(monkeypatch, capsys):
+    """Runs a command line in this process: its exit code, stdout and stderr."""
+
+    def run(*args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sukashi", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=stopped.value.code or 0, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def refused(sukashi, tmp_path):
+    """Runs what must be refused: one sentence on stderr that holds `words`, nothing on stdout, nothing written."""
+
+    def run(code, words, *args):
+        before = sorted(tmp_path.rglob("*"))
+        found = sukashi(*args)
+        lines = [line for line in found.err.splitlines() if not line.startswith("sukashi: warning: ")]
+        assert (found.code, found.out, len(lines)) == (code, "", 1), found
+        assert lines[0].startswith("sukashi: ")
+        for word in words:
+            assert word in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return run
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Fails where data are loaded or a model is built."""
+    for name in ("sukashi.data.load", "sukashi.models.load"):
+        monkeypatch.setattr(name, lambda *args, name=name, **options: pytest.fail(f"{name} was called"))
+
+
+@pytest.fixture(autouse=True)
+def zoo(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "zoo"
+    folder.mkdir(exist_ok=True)
+    (folder / "zoo.py").write_text(ZOO)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, trained_cnn):
+    path = tmp_path_factory.mktemp("weights") / "cnn.safetensors"
+    safetensors.torch.save_file(trained_cnn.model.state_dict(), path)
+    return path
+
+
+def image_folder(root, classes=("ant", "bee"), n=6):
+    """Grey noise, 8 x 8, n images a class, without splits."""
+    draw = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def strict(text):
+    """The one JSON object on stdout; NaN and Infinity are no JSON."""
+    assert text.count("\n") == 1
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def contents(folder):
+    """Every file's bytes but those a clock decides."""
+    clocks = {"log.jsonl", "report.html", ".lock"}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in clocks}
+
+
+# Help.
+
+
+def test_help_does_not_wait_for_torch():
+    heavy = ("torch", "numpy", "timm", "matplotlib", "pydantic")
+    code = f"import sys, sukashi.cli; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_help_names_every_command(sukashi, args):
+    found = sukashi(*args)
+    assert (found.code, found.err) == (0, "")
+    for command in ("demo", "list", "check", "prune", "compare", "report"):
+        assert f"  {command} " in found.out
+
+
+# Refusals: usage.
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["prnue"], ["prnue", "'prune'", "--help"]),
+        (["prune"], ["Missing argument", "sukashi prune --help"]),
+        (["list", "foo"], ["'foo'", "criteria, measures, models, data"]),
+        (["list", "criterai"], ["did you mean 'criteria'?"]),
+        (["compare", "--ratoi", "0.5"], ["--ratoi", "--ratios"]),
+        (["report", "nowhere"], ["nowhere", "--out of a compare or a prune"]),
+        (["check", "nope", "--data", "digits"], ["unknown model 'nope'", "sukashi:digits_cnn"]),
+        (["check", "sukashi:digits_cn", "--data", "digits"], ["did you mean 'sukashi:digits_cnn'?"]),
+        (["check", "timm:resnet81", "--data", "digits"], ["did you mean 'timm:resnet18'?"]),
+        (["check", "zoo:lion", "--data", "digits"], ["zoo:lion", "no attribute 'lion'"]),
+        (["check", "nozoo:lion", "--data", "digits"], ["No module named 'nozoo'", "PYTHONPATH"]),
+        (["check", NET, "--data", "digit"], ["unknown data 'digit'", "did you mean 'digits'?"]),
+        (["check", NET, "--data", "shapes:siez=32"], ["'siez'", "did you mean 'size'?"]),
+        (["check", NET, "--data", "digits", "--pretrained"], ["no pretrained weights"]),
+        (["check", NET, "--data", "digits", "--calibration", "0"], ["calibration must be at least 1, got 0"]),
+        (["check", NET, "--data", "digits", "--width", "0"], ["width must be at least 1, got 0"]),
+    ],
+    ids=lambda value: " ".join(value[:3]),
+)
+def test_usage(refused, args, words):
+    refused(2, words, *args)
+
+
+@pytest.mark.parametrize(
+    ("code", "args", "words"),
+    [
+        (2, ["--criteria", "cswp"], ["unknown criterion 'cswp'", "did you mean 'cswap'?"]),
+        (2, ["--criteria", ""], ["criteria must be", "drift", "got []"]),
+        (2, ["--criteria", "random,random"], ["criteria must be different names", "['random', 'random']"]),
+        (2, ["--ratios", "0,1"], ["ratio must be in [0, 1), got 1.0", "REMOVED"]),
+        (2, ["--ratios", "0:1:0.1"], ["ratio must be in [0, 1), got 1.0"]),
+        (2, ["--ratios", "50"], ["got 50.0"]),
+        (2, ["--ratios", "-0.1"], ["got -0.1"]),
+        (2, ["--ratios", "nan"], ["got nan"]),
+        (2, ["--ratios", "half"], ["'half'", "0:0.95:0.05"]),
+        (2, ["--ratios", ""], ["got ''"]),
+        (2, ["--ratios", "0:0.9"], ["START:STOP:STEP", "'0:0.9'"]),
+        (2, ["--ratios", "0:0.9:nan"], ["STEP >= 0.001", "'0:0.9:nan'"]),
+        (2, ["--ratios", "0:0.9:1e-9"], ["STEP >= 0.001"]),
+        (2, ["--ratios", "0:inf:0.1"], ["got inf"]),
+        (2, ["--ratios", "0.9:0:0.1"], ["STOP >= START"]),
+        (2, ["--seeds", "0"], ["seeds must be at least 1, got 0"]),
+        (2, ["--seeds", "many"], ["--seeds", "valid integer"]),
+        (2, ["--calibration", "0"], ["calibration must be at least 1, got 0"]),
+        (3, ["--calibration", "500"], ["class '0' has 142 images", "needs 500", "at most 139"]),
+        (2, ["--test-images", "9"], ["test_images must be at least 10", "got 9"]),
+        (2, ["--workers", "-1"], ["workers must be at least 0, got -1"]),
+        (2, ["--device", "gpu"], ["device must be auto, cpu or cuda, got 'gpu'"]),
+        (2, ["--max-pixels", "0"], ["max_pixels must be in [1, ", "got 0"]),
+        (2, ["--set", "cswap.alhpa=0.1"], ["no option 'alhpa'", "did you mean 'alpha'?"]),
+        (2, ["--set", "cswap.alpha=high"], ["alpha of cswap must be a valid number, got 'high'", "0.05"]),
+        (2, ["--set", "cswap.alpha=NaN"], ["alpha of cswap must be a finite number, got nan"]),
+        (2, ["--set", "cswap.baseline=orginal"], ["'original' or 'current', got 'orginal'"]),
+        (2, ["--set", "cswap.budget=1.5"], ["budget of cswap must be a valid integer, got 1.5"]),
+        (2, ["--set", "cswap.scoring=loss"], ["scoring of cswap must be callable, got 'loss'"]),
+        (2, ["--set", "random.alpha=1"], ["random has no option 'alpha': Known: none"]),
+        (2, ["--set", "drift.share=0.1"], ["'drift'", "not among random, cswap"]),
+        (2, ["--set", "alpha=0.1"], ["with several criteria give CRITERION.NAME=VALUE"]),
+        (2, ["--set", "cswap.alpha"], ["NAME=VALUE", "'cswap.alpha'"]),
+        (2, ["--class-map", "nowhere.json"], ["nowhere.json", "--class-map"]),
+        (4, ["--classes", "3"], ["the model has 3 classes and the data 10"]),
+        (4, ["--weights", "nowhere.safetensors"], ["nowhere.safetensors", "No such file"]),
+        (4, ["--weights", __file__], [".safetensors, .pt or .pth", "'.py'"]),
+        (4, ["--output", "logits"], ["no output 'logits' to select"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else str(value),
+)
+def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words):
+    refused(code, words, "compare", *DIGITS, *SMALL, "--criteria", "random,cswap", "--out", tmp_path / "out", *args)
+
+
+@pytest.mark.parametrize(
+    ("code", "args", "words"),
+    [
+        (2, ["--ratio", "1"], ["ratio must be in [0, 1), got 1.0"]),
+        (2, ["--ratio", "half"], ["--ratio", "valid number"]),
+        (2, ["--round-to", "0"], ["round_to must be at least 1, got 0"]),
+        (2, ["--criterion", "drfit"], ["did you mean 'drift'?"]),
+        (2, ["--set", "cswap.alpha=0.1"], ["'cswap'", "not among random"]),
+        (5, ["--out", f"{__file__}/out"], [f"cannot write {__file__}/out", "another place"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else str(value),
+)
+def test_a_cut_that_cannot_be_right_is_refused_before_work(refused, idle, tmp_path, code, args, words):
+    refused(code, words, "prune", *DIGITS, "--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "out", *args)
+
+
+def test_too_few_images_are_refused_before_a_model_is_built(refused, monkeypatch):
+    monkeypatch.setattr("sukashi.models.load", lambda *args, **options: pytest.fail("built"))
+    refused(3, ["needs 500 of every class"], "check", *DIGITS, "--calibration", 500)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(refused, idle):
+    refused(5, ["device cuda", "--device cpu"], "check", *DIGITS, "--device", "cuda")
+
+
+def test_an_extra_that_is_missing_is_missed_before_work(refused, idle, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["ONNX export needs onnx", "pip install 'sukashi[onnx]'"]
+    args = ["prune", *DIGITS, "--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "out", "--onnx"]
+    refused(2, words, *args)
+
+
+def test_an_option_that_cannot_be_kept_is_refused_from_python(tmp_path):
+    with pytest.raises(study.UsageError, match=r"options of cswap .* must be JSON"):
+        study.compare(NET, "digits", ["cswap"], options={"cswap": {"scoring": min}}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Refusals: models and weights.
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("five", ["the model has 5 classes and the data 10"]),
+        ("pair", ["gives a tuple", "'0' (2, 10)", "'1' (2, 8, 8, 8)"]),
+        ("named", ["gives a dict", "'logits' (2, 10)", "'map' (2, 8, 8, 8)"]),
+        ("nan", ["gives NaN or Inf"]),
+        ("noisy", ["other logits in a second pass"]),
+        ("counting", ["changes its buffer 'norm.num_batches_tracked'"]),
+        ("number", ["returned a int"]),
+        ("raising", ["could not be built", "KeyError: 'gone'"]),
+        ("mute", ["preprocess = Preprocess(...)"]),
+    ],
+)
+def test_a_network_that_cannot_be_used(refused, name, words):
+    refused(4, words, "check", f"zoo:{name}", "--data", "digits")
+
+
+@pytest.mark.parametrize(("name", "output"), [("pair", "0"), ("named", "logits")])
+def test_output_selects_the_logits(sukashi, refused, tmp_path, name, output):
+    cut = tmp_path / "cut"
+    data = ["--data", "digits", "--calibration", 4]
+    args = ["--criterion", "magnitude", "--ratio", 0.5, "--round-to", 1, "--output", output, "--out", cut]
+    figures = strict(sukashi("prune", f"zoo:{name}", *data, *args, "--json").out)
+    assert figures["ratio"] == 0.5
+    assert sukashi("check", f"zoo:{name}", *data, "--weights", cut).code == 0
+    refused(4, ["no output 'x'", repr(output)], "check", f"zoo:{name}", *data, "--output", "x")
+
+
+def test_a_network_in_training_mode_is_used_in_eval_mode(sukashi):
+    args = ["--data", "digits", "--calibration", 4, "--limit", 0, "--json"]
+    training, plain = sukashi("check", "zoo:training", *args), sukashi("check", "zoo:plain", *args)
+    assert {**strict(training.out), "model": ""} == {**strict(plain.out), "model": ""}
+
+
+def test_weights_that_cannot_be_used(refused, tmp_path, weights):
+    state = safetensors.torch.load_file(weights)
+    broken = {name: tensor.clone() for name, tensor in state.items()}
+    broken["conv3.weight"][0, 0, 0, 0] = torch.nan
+    safetensors.torch.save_file(broken, tmp_path / "nan.safetensors")
+    whole = weights.read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "liar.safetensors").write_bytes((2**62).to_bytes(8, "little") + whole[8:])
+    safetensors.torch.save_file({"conv1.weight": state["conv1.weight"]}, tmp_path / "few.safetensors")
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps({"state_dict": Bomb(tmp_path / "exploded")}))
+    for name, words in {
+        "nan.safetensors": ["'conv3.weight' holds NaN"],
+        "half.safetensors": ["half.safetensors is no intact safetensors file"],
+        "liar.safetensors": ["liar.safetensors is no intact safetensors file"],
+        "few.safetensors": ["21 missing: bn1.weight"],
+        "bomb.pt": ["bomb.pt was refused", "nothing in it was run"],
+    }.items():
+        args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut", "--weights", tmp_path / name]
+        refused(4, words, "prune", NET, "--data", "digits", *args)
+    refused(4, ["do not fit the model", "of another shape: conv1.weight"], "check", *DIGITS, "--weights", weights)
+
+
+def test_a_folder_whose_weights_were_changed(sukashi, refused, tmp_path):
+    cut = tmp_path / "cut"
+    assert sukashi("prune", *DIGITS, "--criterion", "random", "--ratio", 0.5, "--out", cut).code == 0
+    content = bytearray((cut / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (cut / "model.safetensors").write_bytes(content)
+    refused(4, ["SHA-256", "first tensor at fault: fc2.weight"], "check", cut, "--data", "digits")
+
+
+# Refusals: data.
+
+
+def truncate(folder):
+    Image.new("L", (64, 64)).save(folder / "ant" / "0.jpg")
+    (folder / "ant" / "0.png").unlink()
+    path = folder / "ant" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty_file(folder):
+    (folder / "bee" / "1.png").write_bytes(b"")
+
+
+def text(folder):
+    (folder / "bee" / "2.png").write_text("no image")
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [(truncate, "ant/0.jpg"), (empty_file, "bee/1.png"), (text, "bee/2.png")],
+    ids=["truncated", "empty", "text"],
+)
+def test_an_unreadable_image_is_named_or_left_out_and_counted(sukashi, refused, tmp_path, harm, name):
+    harm(image_folder(tmp_path / "data"))
+    args = ["check", "zoo:two", "--data", tmp_path / "data", "--calibration", 2]
+    refused(3, [name, "skip_bad"], *args)
+    found = strict(sukashi(*args, "--skip-bad", "--json").out)
+    assert sum(map(sum, found["class_counts"].values())) == 11
+    assert any("1 unreadable image(s)" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "n", "args", "words"),
+    [
+        (("ant", "bee"), 1, [], ["class 'ant' has one image", "add images"]),
+        (("ant", "bee"), 6, ["--calibration", 9], ["class 'ant' has 5 images", "needs 9", "at most 5"]),
+        (("ant", "bee"), 6, ["--max-pixels", 63], ["8 x 8 pixels", "max_pixels"]),
+        (("ant", "bee"), 0, [], ["data holds no images"]),
+        ((), 0, [], ["neither Parquet files nor class folders"]),
+    ],
+)
+def test_data_that_breaks_a_rule(refused, tmp_path, classes, n, args, words):
+    (tmp_path / "data").mkdir()
+    image_folder(tmp_path / "data", classes, n)
+    refused(3, words, "check", "zoo:two", "--data", tmp_path / "data", "--calibration", 2, *args)
+
+
+def test_an_empty_class_is_never_renumbered(refused, tmp_path):
+    for split in ("train", "test"):
+        image_folder(tmp_path / "data" / split, ("ant", "bee"))
+    shutil.rmtree(tmp_path / "data" / "test" / "ant")
+    refused(3, ["no folder for ant"], "check", "zoo:two", "--data", tmp_path / "data", "--calibration", 2)
+    (tmp_path / "data" / "test" / "ant").mkdir()
+    refused(3, ["no image of 'ant'"], "check", "zoo:two", "--data", tmp_path / "data", "--calibration", 2)
+
+
+def test_every_conversion_is_noted(sukashi, tmp_path):
+    data = image_folder(tmp_path / "data")
+    Image.new("CMYK", (8, 8)).save(data / "ant" / "cmyk.jpg")
+    Image.new("RGBA", (8, 8)).save(data / "ant" / "rgba.png")
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(data / "bee" / "deep.png")
+    found = sukashi("check", "zoo:two", "--data", data, "--calibration", 2, "--limit", 0)
+    assert found.code == 0
+    for rule in ("CMYK", "transparent", "16-bit"):
+        assert any(line.startswith("note: ") and rule in line for line in found.out.splitlines()), rule
+
+
+def test_classes_in_another_order_need_a_map(sukashi, refused, tmp_path):
+    ours, theirs = image_folder(tmp_path / "ours"), image_folder(tmp_path / "theirs", ("bee", "cat"))
+    cut = tmp_path / "cut"
+    args = ["--calibration", 2, "--criterion", "random", "--ratio", 0.5, "--round-to", 1, "--out", cut]
+    assert sukashi("prune", NET, "--data", ours, *args).code == 0
+    check = ["check", cut, "--calibration", 2, "--limit", 0, "--data"]
+    assert sukashi(*check, ours).code == 0
+    refused(3, ["class 'bee' is number 1 of the model and 0 of the data", "class_map"], *check, theirs)
+    numbers = tmp_path / "map.json"
+    for content, code, word in [
+        ('{"bee": 1, "dog": 0}', 3, "class_map must give each of bee, cat"),
+        ('{"bee": "1"}', 2, '{"cat": 0, "dog": 1}'),
+        ("bee", 2, '{"cat": 0, "dog": 1}'),
+    ]:
+        numbers.write_text(content)
+        refused(code, [word], *check, theirs, "--class-map", numbers)
+    numbers.write_text('{"bee": 1, "cat": 0}')
+    assert strict(sukashi(*check, theirs, "--class-map", numbers, "--json").out)["class_names"] == ["cat", "bee"]
+    numbers.write_text('{"bee": 0, "cat": 1}')
+    assert sukashi(*check, theirs, "--class-map", numbers).code == 0, "a map is the last word on what names mean"
+
+
+def test_masks_instead_of_classes(refused, monkeypatch, digits_split):
+    masks = SimpleNamespace(train=SimpleNamespace(has_masks=True))
+    monkeypatch.setattr("sukashi.data.load", lambda spec, **options: masks)
+    refused(3, ["map of classes", "one class an image"], "check", NET, "--data", "camvid")
+
+
+# Folders and disks.
+
+
+def test_folders_that_exist_are_left_as_they_are(sukashi, refused, tmp_path):
+    cut, out, foreign = tmp_path / "cut", tmp_path / "out", tmp_path / "foreign"
+    prune = ["prune", *DIGITS, "--criterion", "random", "--ratio", 0.5, "--out"]
+    compare = ["compare", *DIGITS, *SMALL, "--criteria", "random", "--out"]
+    assert sukashi(*prune, cut).code == sukashi(*compare, out).code == 0
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused(2, ["cut exists", "nothing is overwritten"], *prune, cut)
+    refused(2, ["out is an existing output folder", "seeds was 1, now 2"], *compare, out, "--seeds", 2)
+    refused(2, ["data.calibration was 4, now 3"], *compare, out, "--calibration", 3)
+    refused(2, ["foreign is not empty (thesis.txt)"], *compare, foreign)
+    refused(2, ["thesis.txt is a file"], *compare, foreign / "thesis.txt")
+    refused(2, ["holds no study and no pruned model"], "report", foreign)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_comparison_refused_in_its_first_trial_leaves_nothing(sukashi, refused, tmp_path):
+    compare = ["compare", *DIGITS, *SMALL, "--out", tmp_path / "out"]
+    refused(2, ["slack must be at least 1, got 0.5"], *compare, "--criteria", "drift", "--set", "slack=0.5")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.tmp").write_text("mine")
+    refused(2, ["slack must be at least 1"], *compare, "--criteria", "drift", "--set", "slack=0.5")
+    assert sukashi(*compare, "--criteria", "random,drift", "--set", "drift.slack=0.5").code == 2
+    assert len(list((tmp_path / "out" / "trials").glob("*/result.json"))) == 1, "what is finished is kept"
+
+
+def test_the_second_process_on_a_folder_is_refused_naming_the_first(sukashi, tmp_path):
+    compare = ["compare", *DIGITS, *SMALL, "--criteria", "random", "--out", tmp_path]
+    assert sukashi(*compare).code == 0
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on moon');"
+    )
+    code += "f.flush(); print('held', flush=True); sys.stdin.read()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with owner:
+        assert owner.stdout.readline() == b"held\n"
+        before = contents(tmp_path)
+        found = sukashi(*compare, "--json")
+        assert (found.code, found.out, contents(tmp_path)) == (5, "", before)
+        assert "is in use by process 7 on moon" in found.err
+        owner.stdin.close()
+    assert sukashi(*compare).code == 0
+
+
+def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fsync(number, left=[0], really=os.fsync):  # noqa: B006
+        left[0] -= 1
+        if left[0] == 0:
+            raise full
+        really(number)
+
+    def fill(n):
+        fsync.__defaults__[0][0] = n
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    args = [NET, "--data", "digits", "--calibration", "4", "--weights", weights]
+    for n in (1, 3):
+        fill(n)
+        refused(
+            5, ["no space left"], "prune", *args, "--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"
+        )
+    compare = ["compare", *args, *SMALL, "--criteria", "random,amp"]
+    assert sukashi(*compare, "--out", tmp_path / "undisturbed").code == 0
+    for n in (1, 6, 12, 18):
+        fill(n)
+        found = sukashi(*compare, "--out", tmp_path / "out")
+        assert (found.code, found.out) == (5, ""), n
+        assert "no space left" in found.err
+        assert len(found.err.splitlines()) == 1
+    assert sukashi(*compare, "--out", tmp_path / "out").code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_a_cut_whose_page_cannot_be_written_leaves_nothing(refused, tmp_path, monkeypatch):
+    def write(folder):
+        assert Path(folder).is_dir()
+        raise study.ResourceError("no space left; make room")
+
+    monkeypatch.setattr("sukashi.report.write", write)
+    args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
+    refused(5, ["no space left; make room"], "prune", *DIGITS, *args)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "secret.png"), ["secret.png: Permission denied"]),
+        (MemoryError(), ["out of memory", "--calibration"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB"), ["out of memory"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["out of memory"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_machine_lacks(refused, monkeypatch, error, words):
+    def load(*args, **options):
+        raise error
+
+    monkeypatch.setattr("sukashi.data.load", load)
+    refused(5, words, "check", *DIGITS)
+
+
+def test_our_own_mistakes_keep_their_traceback(sukashi, monkeypatch):
+    def load(*args, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sukashi.data.load", load)
+    with pytest.raises(RuntimeError, match="a bug"):
+        sukashi("check", *DIGITS)
+
+
+# Interruptions.
+
+
+# The command line, waiting after each decision it has written down so that a signal finds it at work.
+SLOWLY = """
+import time
+from sukashi import cli, store
+
+write = store.Journal.__setitem__
+store.Journal.__setitem__ = lambda *args: (write(*args), time.sleep(0.3))
+cli.main()
+"""
+
+
+def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
+    args = ["compare", NET, "--data", "digits", "--weights", str(weights), "--calibration", "4", *SMALL]
+    args += ["--criteria", "amp,drift", "--json", "--out"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *args, str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (list(out.glob("trials/*/result.json")) and list(out.glob("trials/*/journal.jsonl"))):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (130, "")
+    assert said.splitlines()[-1].startswith("sukashi: interrupted; give the same command again")
+    assert "Traceback" not in said
+    assert len(list(out.glob("trials/*/result.json"))) == 1
+    assert sukashi(*args, out).code == sukashi(*args, tmp_path / "undisturbed").code == 0
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("stage", ["sukashi.pruned.save", "sukashi.report.write"])
+def test_an_interrupted_cut_leaves_nothing(refused, tmp_path, monkeypatch, stage):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, interrupted)
+    args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
+    refused(130, ["interrupted"], "prune", *DIGITS, *args)
+
+
+# What comes out.
+
+
+@pytest.mark.parametrize("what", ["criteria", "models", "data", "measures"])
+def test_lists(sukashi, what):
+    rows = strict(sukashi("list", what, "--json").out)[what]
+    assert rows
+    shown = sukashi("list", what).out
+    assert all(row["name"] in shown for row in rows)
+
+
+def test_check(sukashi):
+    found = strict(sukashi("check", *DIGITS, "--json").out)
+    assert found["units"] == sum(site["units"] for site in found["sites"]) == 32
+    assert "output" in found["refused"]["fc2"]
+    assert sum(found["class_counts"]["train"]) == 1438
+    criteria = strict(sukashi("list", "criteria", "--json").out)["criteria"]
+    assert set(found["estimated_seconds"]) == {row["name"] for row in criteria}
+    shown = sukashi("check", *DIGITS, "--limit", 0)
+    assert "3 sites, 32 units" in shown.out
+    assert "not cut: fc2: " in shown.out
+    assert "cswap: not estimated within 0 s" in shown.out
+
+
+def test_compare_and_report(sukashi, tmp_path, weights):
+    args = ["compare", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--test-images", 60]
+    args += ["--ratios", "0:0.5:0.25", "--seeds", 2, "--criteria", "random,amp", "--set", "amp.tau=0.05"]
+    args += ["--out", tmp_path / "out"]
+    found = sukashi(*args, "--json")
+    result = strict(found.out)
+    assert (found.code, found.err) == (0, "")
+    assert list(result["sauce"]) == ["random", "amp"]
+    assert all(s["low"] <= s["mean"] <= s["high"] for s in result["sauce"].values())
+    assert [len(curve) for curve in result["curves"]["random"]] == [3, 3]
+    assert result["dense_accuracy"] == result["curves"]["amp"][0][0]["accuracy"] > 0.9
+    study_json = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert study_json["options"] == {"amp": {"tau": 0.05}}
+    assert study_json["ratios"] == [0.0, 0.25, 0.5]
+
+    timed = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().split("\n") if '"cost"' in line]
+    assert {entry["trial"] for entry in timed} == {path.name for path in (tmp_path / "out" / "trials").iterdir()}
+    assert all(entry["dense"]["latency_ms"] > 0 and entry["cut"]["latency_ms"] > 0 for entry in timed)
+
+    before = contents(tmp_path / "out")
+    shown = sukashi(*args)
+    assert shown.code == 0
+    assert f"dense accuracy {result['dense_accuracy']:.3f}" in shown.out
+    assert shown.out.endswith(f"Report: {tmp_path / 'out' / 'report.html'}\n")
+    assert contents(tmp_path / "out") == before
+    assert (tmp_path / "out" / "log.jsonl").read_text().count('"event":"cost"') == len(timed) == 4, "timed once"
+
+    page = tmp_path / "out" / "report.html"
+    assert "latency, ms" in page.read_text()
+    page.unlink()
+    assert strict(sukashi("report", tmp_path / "out", "--json").out) == {"report": str(page)}
+    assert page.exists()
+
+
+def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
+    args = ["prune", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--criterion", "magnitude"]
+    found = strict(sukashi(*args, "--ratio", 0.99, "--round-to", 1, "--out", tmp_path / "most", "--json").out)
+    assert found["ratio"] == found["cut"]["ratio"] == 125 / 128, "one unit of each of three sites stays"
+    assert found["cut"]["parameters"] < found["dense"]["parameters"]
+    shown = sukashi(*args, "--ratio", 0.05, "--out", tmp_path / "rounded")
+    assert (shown.code, shown.err) == (0, "")
+    assert "5.0% were asked for: widths are rounded up to multiples of 8" in shown.out
+    assert "latency ms" in shown.out
+    assert models.load(str(tmp_path / "most")).class_names == tuple("0123456789")
+
+
+def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn):
+    trained = []
+    monkeypatch.setattr(demo, "CRITERIA", ("random", "magnitude"))
+    monkeypatch.setattr(demo, "train_digits", lambda *args: trained.append(args) or trained_cnn)
+    found = strict(sukashi("demo", "--out", tmp_path / "demo", "--json").out)
+    assert list(found["sauce"]) == ["random", "magnitude"]
+    assert Path(found["report"]).exists()
+    before = contents(tmp_path / "demo")
+    shown = sukashi("demo", "--out", tmp_path / "demo")
+    assert shown.code == 0
+    assert f"Report: {found['report']}" in shown.out
+    assert "sukashi compare MODEL" in shown.out
+    assert contents(tmp_path / "demo") == before
+    assert len(trained) == 1
+    shutil.rmtree(tmp_path / "demo" / "pruned")
+    (tmp_path / "demo" / "pruned").mkdir()
+    assert sukashi("demo", "--out", tmp_path / "demo").code == 2, "a folder that is not ours is not replaced"
+
+
+def test_json_has_no_nan(capsys):
+    cli._print_json({"a": [1.0, float("nan")], "b": {"c": float("-inf"), "d": (True, None, "x", 2)}})
+    assert strict(capsys.readouterr().out) == {"a": [1.0, None], "b": {"c": None, "d": [True, None, "x", 2]}}
+
+
+# Progress and warnings.
+
+
+def test_warnings_are_one_line_each(sukashi, capsys):
+    found = sukashi("check", *DIGITS, "--limit", 0)
+    assert (
+        found.err == f"sukashi: warning: {NET} has random weights: give weights, or pretrained where a hub has some\n"
+    )
+    handler = warnings.showwarning
+    sukashi("list", "data")
+    assert warnings.showwarning is handler
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_random_weights_are_the_same_in_every_run():
+    found = []
+    with torch.random.fork_rng():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            found.append(study.prepare(NET, "digits", width=8).loaded.weights_sha256)
+            assert torch.initial_seed() == seed
+    assert found[0] == found[1]
+
+
+def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with cli._working(), progress.task("trials", 4) as trials:
+        trials.advance(0, "cswap, seed 0")
+        with progress.task("cswap", 100) as units:
+            for second in range(1, 61):
+                clock.now = 100.0 + second
+                units.advance(note=f"removed {second // 2}")
+        trials.advance(note="amp, seed 0")
+        clock.now += 30
+        trials.advance()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "sukashi: trials 0/4, cswap, seed 0; cswap 10/100, removed 5, about 2 min left",
+        "sukashi: trials 0/4, cswap, seed 0; cswap 40/100, removed 20, about 60 s left",
+        "sukashi: trials 2/4, about 2 min left",
+    ]
+
+
+def test_bars_on_a_terminal(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "log", Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
+        units.advance(7, "removed 3")
+        trials.advance(0, "cswap, seed 0")
+        deadline = time.monotonic() + 30
+        while "removed 3" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)  # a thread draws
+    for part in ("trials", "0/4", "cswap, seed 0", "7/100", "removed 3", "left"):
+        assert part in shown.getvalue()
+
+
+def test_a_comparison_says_which_trial_is_running(sukashi, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(cli, "LINE", 0.0)
+    found = sukashi("compare", *DIGITS, *SMALL, "--criteria", "random,amp", "--out", tmp_path / "out", "--json")
+    assert strict(found.out)["sauce"]
+    assert "sukashi: trials 0/2, random, seed 0\n" in found.err
+    assert "sukashi: trials 1/2, amp, seed 0, about 0 s left; amp 1/32, removed " in found.err
