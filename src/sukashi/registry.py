@@ -59,6 +59,7 @@ class Method:
                 raise UsageError(f"{name} of {self.name} {rule}, got {value!r}: its default is {default}") from None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_options({name: value for name, value in kwargs.items() if name in self.options})
         return self.fn(*args, **kwargs)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import scipy.stats
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.criteria import criteria
@@ -22,6 +23,7 @@ from sukashi.errors import DataError
 from sukashi.types import Batch, Plan, Site
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
+Level = Annotated[float, Field(gt=0, lt=1)]
 
 
 def true_class_probability(logits: Tensor, target: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def cswap(
     baseline: Literal["original", "current"] = "original",
     samples: Literal["correct", "all"] = "correct",
     effect: Literal["ratio", "mean"] = "mean",
-    alpha: float = 0.05,
+    alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
     order: Literal["index", "magnitude", "random"] = "magnitude",
     scoring: Scoring = true_class_probability,
@@ -165,7 +167,7 @@ def cbp(
     generator: torch.Generator,
     samples: Literal["correct", "all"] = "correct",
     effect: Literal["ratio", "mean"] = "mean",
-    alpha: float = 0.05,
+    alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
     scoring: Scoring = true_class_probability,
     budget: int = DEFAULT_BUDGET,
@@ -203,7 +205,7 @@ def amp(
     data: Batch,
     *,
     generator: torch.Generator,
-    tau: float = 0.0575,
+    tau: Annotated[float, Field(gt=0)] = 0.0575,
     order: Literal["index", "magnitude", "random"] = "magnitude",
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
@@ -238,18 +240,20 @@ def _causal_test(engine: Engine, data: Batch, scoring: Scoring, form: str, alpha
 def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
     """The images a causal test may use: `all`, or those the model classifies correctly (`correct`).
 
-    Raises DataError where a class keeps fewer than two images.
+    Raises DataError where a class keeps fewer than two images: a t-test needs two.
     """
     if samples == "all":
-        return data
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        right = torch.cat([model(b.x.to(device)).argmax(1).cpu() == b.target for b in data.split(128)])
-    counts = torch.bincount(data.target[right], minlength=int(data.target.max()) + 1)
+        kept, said = torch.ones(len(data), dtype=torch.bool), "calibration images"
+    else:
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            kept = torch.cat([model(b.x.to(device)).argmax(1).cpu() == b.target for b in data.split(128)])
+        said = "correctly classified calibration images"
+    counts = torch.bincount(data.target[kept], minlength=int(data.target.max()) + 1)
     for target in data.target.unique().tolist():
         if counts[target] < 2:
             raise DataError(
-                f"class {target} has {int(counts[target])} correctly classified calibration images, a t-test needs 2: "
-                "give more images a class (--calibration) or use samples=all"
+                f"class {target} has {int(counts[target])} {said}, a t-test needs 2: give more images a class "
+                "(--calibration)"
             )
-    return data[torch.nonzero(right).flatten()]
+    return data[torch.nonzero(kept).flatten()]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
 from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep
-from sukashi.errors import UsageError
 from sukashi.types import Batch, Plan, Site
 
 
@@ -23,9 +24,9 @@ def drift(
     data: Batch,
     *,
     generator: torch.Generator,
-    share: float = 0.1,
-    slack: float = 1.5,
-    scout: int = 4,
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+    slack: Annotated[float, Field(ge=1)] = 1.5,
+    scout: Annotated[int, Field(ge=1)] = 4,
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
@@ -42,12 +43,6 @@ def drift(
     Single effects do not add, which is why a ranking of them fails early; greedy removal would ask about every unit
     before each removal. Rounds ask about three times per unit in all.
     """
-    if not 0 < share < 1:
-        raise UsageError(f"share must be in (0, 1), got {share}: it is the part of the units a round may take")
-    if slack < 1:
-        raise UsageError(f"slack must be at least 1, got {slack}: it multiplies a round's limit")
-    if scout < 1:
-        raise UsageError(f"scout must be at least 1, got {scout}: every scout-th image gives the first prices")
     rise = _scouted(model, sites, data, scout, budget, _journal)
     engine = Engine(model, sites, data, budget=budget)
     divergence = _Divergence(engine.original)
