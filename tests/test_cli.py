@@ -479,12 +479,13 @@ def test_folders_that_exist_are_left_as_they_are(sukashi, refused, tmp_path):
 
 
 def test_a_comparison_refused_in_its_first_trial_leaves_nothing(sukashi, refused, tmp_path):
-    compare = ["compare", *DIGITS, *SMALL, "--out", tmp_path / "out"]
-    refused(2, ["slack must be at least 1, got 0.5"], *compare, "--criteria", "drift", "--set", "slack=0.5")
+    compare = ["compare", *DIGITS, *SMALL, "--calibration", 1, "--out", tmp_path / "out"]
+    too_few = ["a t-test needs 2"]
+    refused(3, too_few, *compare, "--criteria", "cswap", "--set", "samples=all")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.tmp").write_text("mine")
-    refused(2, ["slack must be at least 1"], *compare, "--criteria", "drift", "--set", "slack=0.5")
-    assert sukashi(*compare, "--criteria", "random,drift", "--set", "drift.slack=0.5").code == 2
+    refused(3, too_few, *compare, "--criteria", "cswap", "--set", "samples=all")
+    assert sukashi(*compare, "--criteria", "random,cswap", "--set", "cswap.samples=all").code == 3
     assert len(list((tmp_path / "out" / "trials").glob("*/result.json"))) == 1, "what is finished is kept"
 
 
