@@ -215,7 +215,8 @@ def prune(
     table = Table("", "dense", "cut", box=None, pad_edge=False)
     dense, cut = result["dense"], result["cut"]
     for name in cut:
-        table.add_row(name.replace("_", " "), _figure(dense.get(name)), _figure(cut[name]))
+        said = {"ratio": "units removed", "fraction": "parameters removed"}.get(name, name.replace("_", " "))
+        table.add_row(said, _figure(dense.get(name)), _figure(cut[name]))
     _to_stdout(table)
     for warning in result["warnings"]:
         print(f"warning: {warning}")

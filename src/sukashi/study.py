@@ -101,7 +101,9 @@ def prepare(
             model, weights=weights, n_classes=n_classes, width=width, pretrained=pretrained, output=output
         )
     if weights is None and not pretrained and models.takes_classes(model):
-        warnings.warn(f"{model} has random weights: give weights, or pretrained where a hub has some", stacklevel=3)
+        random_weights = f"{model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
+        warnings.warn(random_weights, stacklevel=3)
+        images = replace(images, notes=(random_weights, *images.notes))
     datasets.check_classes(None if class_map else loaded.class_names, images.class_names, loaded.n_classes)
     loaded.model.to(place)
     setting = Setting(loaded, images, Found((), {}), place, workers)
