@@ -726,10 +726,8 @@ def test_json_has_no_nan(capsys):
 
 def test_warnings_are_one_line_each(sukashi, capsys):
     found = sukashi("check", *DIGITS, "--limit", 0)
-    assert (
-        found.err
-        == f"sukashi: warning: {NET} has random weights, its figures mean nothing: give --weights FILE or --pretrained\n"
-    )
+    said = f"{NET} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
+    assert found.err == f"sukashi: warning: {said}\n"
     handler = warnings.showwarning
     sukashi("list", "data")
     assert warnings.showwarning is handler
