@@ -117,6 +117,61 @@ def test_engine_gives_the_masked_networks_logits(request, which, budget):
     assert moving.mask().n_removed == sum(int((~k).sum()) for k in keep.values()) > 0
 
 
+class Branches(torch.nn.Module):
+    """Three readers of one source, one of them with reflected borders, and a BatchNorm called twice."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.twice = twice
+        self.stem = torch.nn.Conv2d(1, 6, 3, padding=1)
+        self.a = torch.nn.Conv2d(6, 4, 3, padding=1)
+        self.b = torch.nn.Conv2d(6, 4, 1)
+        self.c = torch.nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect")
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        out = self.norm(self.a(x)) + (self.norm(self.b(x)) if self.twice else self.b(x)) + self.c(x)
+        return self.fc(torch.relu(out).mean((2, 3)))
+
+
+@pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_readers_that_share_an_input_all_lose_the_unit(digits_calibration, budget, twice):
+    torch.manual_seed(0)
+    model = Branches(twice).eval()
+    model.norm.running_mean.uniform_(-1, 1)
+    model.norm.running_var.uniform_(0.5, 2)
+    site = next(s for s in finder.find(model, digits_calibration.x[:2]).sites if s.layer == "stem")
+    moving = Engine(model, [site], digits_calibration, budget=budget, chunk=50)
+    keep = torch.ones(6, dtype=torch.bool)
+    with moving.open(site) as suffix:
+        for unit in (4, 0, 2):
+            keep[unit] = False
+            with torch.no_grad(), hooks.masked(model, {site: keep}):
+                expected = model(digits_calibration.x)
+            suffix.remove(unit)
+            torch.testing.assert_close(suffix.now, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_tracing_changes_is_refused(digits):
+    _, sites, data = digits
+
+    class Mutating(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(1, 10, 8)
+
+        def forward(self, x):
+            y = self.layer(x).flatten(1)
+            y.add_(1)
+            return y
+
+    with pytest.raises(ModelError, match="traced model gives other logits"):
+        Engine(Mutating().eval(), sites, data)
+
+
 def test_engine_leaves_the_model_alone(digits):
     model, sites, data = digits
     before = {name: value.clone() for name, value in model.state_dict().items()}

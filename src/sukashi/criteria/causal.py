@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.criteria import criteria
-from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
+from sukashi.criteria.engine import DEFAULT_BUDGET, Engine, exact
 from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep, unit_orders
 from sukashi.errors import DataError
 from sukashi.types import Batch, Plan, Site
@@ -246,7 +246,7 @@ def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
         kept, said = torch.ones(len(data), dtype=torch.bool), "calibration images"
     else:
         device = next(model.parameters()).device
-        with torch.inference_mode():
+        with exact():
             kept = torch.cat([model(b.x.to(device)).argmax(1).cpu() == b.target for b in data.split(128)])
         said = "correctly classified calibration images"
     counts = torch.bincount(data.target[kept], minlength=int(data.target.max()) + 1)

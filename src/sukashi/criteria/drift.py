@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
 from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep
-from sukashi.errors import ModelError
 from sukashi.types import Batch, Plan, Site
 
 
@@ -72,10 +71,7 @@ def drift(
         rise.update({row.pair: row.verdict.effect for row in found})
         rows += [row for row in found if row.verdict.gone]
         passes.append(len(rows))
-        drifted = divergence(engine.logits())
-        if not math.isfinite(drifted):
-            raise ModelError(f"the logits hold NaN or Inf once {len(rows)} units are gone: such a network has no price")
-        if drifted > math.log(engine.original.shape[1]):
+        if divergence(engine.logits()) > math.log(engine.original.shape[1]):
             break
     gone = {row.pair for row in rows}
     left = [pair for pair in rise if pair not in gone]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,6 +71,7 @@ class Engine:
         layout = torch.channels_last if data.x.ndim == 4 else torch.contiguous_format
         self.chunks = [part.x.to(device, memory_format=layout) for part in data.split(chunk)]
         self.original = self.logits()
+        self._compare_with(model)
         if not torch.isfinite(self.original).all():
             raise ModelError(
                 "the model's logits hold NaN or Inf on calibration images: check weights and preprocessing"
@@ -93,6 +95,18 @@ class Engine:
         ours = next(s for s in self.sites if s == site)
         self.keep[ours][torch.tensor(list(units), dtype=torch.long)] = False
 
+    def _compare_with(self, model: nn.Module) -> None:
+        """Refuse a model that tracing, folding or plain operations in place of in-place ones have changed."""
+        with exact():
+            expected = model(self.chunks[0])
+        error = (self.original[: len(expected)] - expected).abs().max()
+        if not error <= 1e-4 * expected.abs().max():
+            raise ModelError(
+                f"the traced model gives other logits than the model itself (off by {float(error):.1e}): a layer "
+                "called twice, in-place operations or branches on data are the usual reasons; use random, magnitude or "
+                "taylor"
+            )
+
     def logits(self) -> Tensor:
         """Logits (N, K) of all images in the present state."""
         with exact():
@@ -115,6 +129,7 @@ class Suffix:
 
     def __init__(self, network: _Network, site: Site, keep: Tensor, chunks: Sequence[Tensor], budget: int) -> None:
         self.keep = keep.clone()
+        self.layer = site.layer
         self._position = {unit: row for row, unit in enumerate(torch.nonzero(keep).flatten().tolist())}
         self._network = network
         self._plan = plan = network.behind(site)
@@ -141,7 +156,13 @@ class Suffix:
         if self._dead(column):
             return self.now
         with self._network.silenced(self._plan.dynamic, [column]):
-            return torch.cat([self._run(chunk, column) for chunk in self._chunks])
+            logits = torch.cat([self._run(chunk, column) for chunk in self._chunks])
+        if not torch.isfinite(logits).all():
+            raise ModelError(
+                f"the logits hold NaN or Inf without unit {unit} of {self.layer!r}: no decision can rest on them; "
+                "check the weights for extreme values"
+            )
+        return logits
 
     def remove(self, unit: int, logits: Tensor | None = None) -> None:
         """Take `unit` out for good; `logits` are what `without(unit)` gave, if it was asked."""
@@ -149,9 +170,7 @@ class Suffix:
         column = self._position[unit]
         for chunk in self._chunks:
             if chunk.cache is not None:
-                for reader in self._plan.static:
-                    chunk.cache[reader.node] = self._network.reader_without(reader, chunk.cache, column)
-                    reader.erase(chunk.cache, column)
+                self._drop(chunk.cache, column)
         self._network.silence(self._plan.dynamic, [column])
         self._removed.append(column)
         self.keep[unit] = False
@@ -162,15 +181,21 @@ class Suffix:
         if cache is None:
             cache = self._network.cache(self._plan, chunk.x)
             for gone in self._removed:
-                for reader in self._plan.static:
-                    cache[reader.node] = self._network.reader_without(reader, cache, gone)
-                    reader.erase(cache, gone)
+                self._drop(cache, gone)
         start: dict[fx.Node, Any] = {}
         for reader in self._plan.static:
             start[reader.node] = (
                 cache[reader.node] if column is None else self._network.reader_without(reader, cache, column)
             )
         return self._network.finish(self._plan, cache, start)
+
+    def _drop(self, cache: dict[fx.Node, Any], column: int) -> None:
+        """Correct every reader's cached output first, then erase the unit: readers may share one input."""
+        corrected = [self._network.reader_without(reader, cache, column) for reader in self._plan.static]
+        for reader, output in zip(self._plan.static, corrected, strict=True):
+            cache[reader.node] = output
+        for reader in self._plan.static:
+            reader.erase(cache, column)
 
     def _dead(self, column: int) -> bool:
         if self._plan.dynamic:
@@ -237,6 +262,9 @@ class _Network:
         values: dict[fx.Node, Any] = {}
         for node in self.nodes:
             values[node] = self._call(node, values, x)
+            for used in node.all_input_nodes:
+                if self.last_use[used] is node:
+                    del values[used]
         return cast(Tensor, values[self.output])
 
     def behind(self, site: Site) -> _Behind:
@@ -294,7 +322,7 @@ class _Network:
         module = self.modules[reader.module]
         index = torch.tensor(reader.index[column])
         x, y = cache[reader.source], cache[reader.node]
-        if isinstance(module, nn.Conv2d):
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros":
             share = F.conv2d(
                 _pick(x, 1, index),
                 module.weight[:, index],
@@ -304,7 +332,7 @@ class _Network:
                 module.dilation,
             )
             return torch.sub(y, share)
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             return torch.sub(y, F.linear(_pick(x, -1, index), module.weight[:, index]))
         masked = x.clone()
         masked.index_fill_(reader.axis, index.to(x.device), 0)
@@ -372,6 +400,16 @@ def _pick(x: Tensor, axis: int, index: Tensor) -> Tensor:
     return x.index_select(axis, index.to(x.device))
 
 
+# Subclasses too, wherever they are defined: their weights are what a cut edits.
+_LEAVES = (
+    layers.PadShortcut,
+    layers.AttentionCore,
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+)
+
+
 class _Tracer(fx.Tracer):
     """Our own layers stay whole, and the images are the only input: other arguments keep their defaults."""
 
@@ -382,9 +420,7 @@ class _Tracer(fx.Tracer):
         return fn, args[:2]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, layers.PadShortcut | layers.AttentionCore) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
@@ -413,15 +449,16 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
 def _fold(graph: fx.Graph, root: nn.Module) -> set[str]:
     """Fold every BatchNorm that alone follows a convolution into it; returns the names of those folded."""
     modules = dict(root.named_modules())
+    n_calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     folded = set()
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
             continue
         before = node.args[0]
         conv = modules.get(str(before.target)) if before.op == "call_module" else None
-        if not isinstance(conv, nn.Conv2d) or len(before.users) != 1:
-            continue
         name = str(node.target)
+        if type(conv) is not nn.Conv2d or len(before.users) != 1 or n_calls[str(before.target)] + n_calls[name] != 2:
+            continue
         root.set_submodule(str(before.target), fuse_conv_bn_eval(conv, modules[name]))
         root.set_submodule(name, nn.Identity())
         modules = dict(root.named_modules())
