@@ -80,15 +80,6 @@ def small64(small):
     return found
 
 
-@pytest.fixture
-def exact_ties(monkeypatch):
-    """Drift asks again about the unit that set its limit: in an unchanged network a tie that rounding would decide."""
-    from sukashi.criteria.drift import _Divergence
-
-    plain = _Divergence.__call__
-    monkeypatch.setattr(_Divergence, "__call__", lambda self, logits: round(plain(self, logits), 10))
-
-
 def _small(spec, digits):
     from sukashi import models, sites
 

@@ -8,13 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive
-from sukashi import hooks
 from sukashi import sites as finder
 from sukashi.criteria import criteria, engine
 from sukashi.criteria.causal import ClassSums, true_class_probability
 from sukashi.criteria.engine import Engine
 from sukashi.errors import DataError, ModelError
-from sukashi.types import Mask
 
 
 @pytest.fixture(scope="module")
@@ -89,98 +87,6 @@ def test_cbp_tests_like_algorithm_4(digits):
     assert turn == sorted(turn)
 
 
-@pytest.mark.parametrize("which", ["digits", "vit"])
-@pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
-def test_engine_gives_the_masked_networks_logits(request, which, budget):
-    model, sites, data = request.getfixturevalue(which)
-    generator = torch.Generator().manual_seed(3)
-    moving = Engine(model, sites, data, budget=budget, chunk=37)
-    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
-
-    def masked():
-        with torch.inference_mode(), hooks.masked(model, Mask(keep)):
-            return model(data.x)
-
-    torch.testing.assert_close(moving.original, masked(), rtol=1e-4, atol=1e-4)
-    for site in reversed(sites):
-        with moving.open(site) as suffix:
-            for unit in torch.randperm(site.n_units, generator=generator)[:6].tolist():
-                keep[site][unit] = False
-                logits = suffix.without(unit)
-                torch.testing.assert_close(logits, masked(), rtol=1e-4, atol=1e-4)
-                if unit % 2:
-                    suffix.remove(unit, logits)
-                    torch.testing.assert_close(suffix.now, masked(), rtol=1e-4, atol=1e-4)
-                else:
-                    keep[site][unit] = True
-                    torch.testing.assert_close(suffix.now, masked(), rtol=1e-4, atol=1e-4)
-    assert moving.mask().n_removed == sum(int((~k).sum()) for k in keep.values()) > 0
-
-
-class Branches(torch.nn.Module):
-    """Three readers of one source, one of them with reflected borders, and a BatchNorm called twice."""
-
-    def __init__(self, twice=False):
-        super().__init__()
-        self.twice = twice
-        self.stem = torch.nn.Conv2d(1, 6, 3, padding=1)
-        self.a = torch.nn.Conv2d(6, 4, 3, padding=1)
-        self.b = torch.nn.Conv2d(6, 4, 1)
-        self.c = torch.nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect")
-        self.norm = torch.nn.BatchNorm2d(4)
-        self.fc = torch.nn.Linear(4, 10)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        out = self.norm(self.a(x)) + (self.norm(self.b(x)) if self.twice else self.b(x)) + self.c(x)
-        return self.fc(torch.relu(out).mean((2, 3)))
-
-
-@pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
-@pytest.mark.parametrize("twice", [False, True])
-def test_readers_that_share_an_input_all_lose_the_unit(digits_calibration, budget, twice):
-    torch.manual_seed(0)
-    model = Branches(twice).eval()
-    model.norm.running_mean.uniform_(-1, 1)
-    model.norm.running_var.uniform_(0.5, 2)
-    site = next(s for s in finder.find(model, digits_calibration.x[:2]).sites if s.layer == "stem")
-    moving = Engine(model, [site], digits_calibration, budget=budget, chunk=50)
-    keep = torch.ones(6, dtype=torch.bool)
-    with moving.open(site) as suffix:
-        for unit in (4, 0, 2):
-            keep[unit] = False
-            with torch.no_grad(), hooks.masked(model, {site: keep}):
-                expected = model(digits_calibration.x)
-            suffix.remove(unit)
-            torch.testing.assert_close(suffix.now, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_that_tracing_changes_is_refused(digits):
-    _, sites, data = digits
-
-    class Mutating(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Conv2d(1, 10, 8)
-
-        def forward(self, x):
-            y = self.layer(x).flatten(1)
-            y.add_(1)
-            return y
-
-    with pytest.raises(ModelError, match="traced model gives other logits"):
-        Engine(Mutating().eval(), sites, data)
-
-
-def test_engine_leaves_the_model_alone(digits):
-    model, sites, data = digits
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with Engine(model, sites, data).open(sites[0]) as suffix:
-        suffix.remove(0)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
 def test_a_dead_unit_has_exactly_no_effect(trained_cnn, digits_calibration):
     import copy
 
@@ -197,13 +103,16 @@ def test_a_dead_unit_has_exactly_no_effect(trained_cnn, digits_calibration):
     assert (plan.p_values[row] == 1).all()
 
 
-def test_chunks_do_not_change_decisions(digits, monkeypatch):
-    model, sites, data = digits
-    whole = criteria["cswap"](model, sites, data, generator=torch.Generator())
+@pytest.mark.parametrize("which", ["digits", "vit"])
+@pytest.mark.parametrize("name", ["cswap", "amp", "drift"])
+def test_chunks_do_not_change_decisions(request, monkeypatch, which, name):
+    """In float32, where the order of additions shows."""
+    model, sites, data = request.getfixturevalue(which)
+    whole = criteria[name](model, sites, data, generator=torch.Generator())
     monkeypatch.setattr(engine.Engine.__init__, "__kwdefaults__", {"budget": 0, "chunk": 23})
-    parts = criteria["cswap"](model, sites, data, generator=torch.Generator())
+    parts = criteria[name](model, sites, data, generator=torch.Generator())
     assert decisions(whole) == decisions(parts)
-    assert (whole.unit == parts.unit).mean() > 0.95
+    assert parts.passes == whole.passes
 
 
 def test_a_journal_resumes_to_the_same_plan(digits):

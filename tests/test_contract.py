@@ -175,7 +175,7 @@ def _equal(one, other):
 
 @pytest.mark.parametrize("name", criteria.names())
 @pytest.mark.parametrize("net", NETS)
-def test_chunks_and_budgets_do_not_matter(small64, exact_ties, monkeypatch, name, net):
+def test_chunks_and_budgets_do_not_matter(small64, monkeypatch, name, net):
     case = small64[net]
     whole = run(name, case)
     monkeypatch.setitem(Engine.__init__.__kwdefaults__, "chunk", 23)
@@ -199,7 +199,7 @@ def assert_close(one, other, renamed=None):
 @pytest.mark.parametrize("net", NETS)
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31))
-def test_permuting_units_permutes_what_is_found_out_about_them(small64, exact_ties, name, net, seed):
+def test_permuting_units_permutes_what_is_found_out_about_them(small64, name, net, seed):
     case = copy.copy(small64[net])
     whole = run(name, case)
     case.model, orders = permuted(case.model, case.sites, torch.Generator().manual_seed(seed))

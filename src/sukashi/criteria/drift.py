@@ -60,6 +60,8 @@ def drift(
             break
         ranked = sorted(price, key=lambda pair: (price[pair], pair))
         limit = price[ranked[int(share * len(ranked))]]
+        # Asked again, the unit that sets the limit may differ from it by rounding.
+        limit += 1e-3 * abs(limit)
         asked = [pair for pair in ranked if price[pair] <= limit + (slack - 1) * abs(limit)]
 
         def decide(pair: tuple[int, int], now: Tensor, logits: Tensor, limit: float = limit) -> Verdict:

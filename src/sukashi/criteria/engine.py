@@ -19,7 +19,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -34,7 +35,9 @@ from sukashi.errors import ModelError
 from sukashi.types import Batch, Mask, Site
 
 DEFAULT_BUDGET = 2 * 2**30
-CHUNK = 128
+# Bytes of the largest activation of a chunk: behind a site, where units are asked about one by one, what stays in a
+# core's cache (page faults and main memory cost a factor of two there); before it, and on a GPU, what fills the device.
+_BEHIND_CPU, _CHUNK = 2 * 2**20, 256 * 2**20
 
 _INPLACE_FUNCTIONS = {
     operator.iadd: operator.add,
@@ -57,7 +60,7 @@ class Engine:
         data: Batch,
         *,
         budget: int = DEFAULT_BUDGET,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.graph, self.root = _trace(model)
@@ -69,7 +72,10 @@ class Engine:
         self.keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in self.sites}
         self.budget = budget
         layout = torch.channels_last if data.x.ndim == 4 else torch.contiguous_format
-        self.chunks = [part.x.to(device, memory_format=layout) for part in data.split(chunk)]
+        self.x = data.x.to(device, memory_format=layout)
+        self.chunk = chunk
+        with exact():
+            self.sizes = _Network(self.graph, self.root).sizes(self.x[:1])
         self.original = self.logits()
         self._compare_with(model)
         if not torch.isfinite(self.original).all():
@@ -86,7 +92,10 @@ class Engine:
             root = copy.deepcopy(self.root)
             surgery.cut(root, mask)
             compact = next(s for s in surgery.renumber(self.sites, mask) if s.layer == ours.layer)
-            suffix = Suffix(_Network(self.graph, root), compact, mask.keep[ours], self.chunks, self.budget)
+            network = _Network(self.graph, root)
+            behind = network.behind(compact)
+            chunks = self._chunks([*behind.rest, *(reader.node for reader in behind.static)])
+            suffix = Suffix(network, compact, behind, mask.keep[ours], chunks, self.budget)
             yield suffix
             self.keep[ours] = suffix.keep.clone()
 
@@ -98,7 +107,7 @@ class Engine:
     def _compare_with(self, model: nn.Module) -> None:
         """Refuse a model that tracing, folding or plain operations in place of in-place ones have changed."""
         with exact():
-            expected = model(self.chunks[0])
+            expected = model(self._chunks()[0])
         error = (self.original[: len(expected)] - expected).abs().max()
         if not error <= 1e-4 * expected.abs().max():
             raise ModelError(
@@ -113,7 +122,14 @@ class Engine:
             root = copy.deepcopy(self.root)
             surgery.cut(root, self.mask())
             network = _Network(self.graph, root)
-            return torch.cat([network.logits(x) for x in self.chunks])
+            return torch.cat([network.logits(x) for x in self._chunks()])
+
+    def _chunks(self, behind: Sequence[fx.Node] = ()) -> tuple[Tensor, ...]:
+        """The images in chunks whose largest activation, and the largest of the nodes `behind`, stay within bounds."""
+        fits = _CHUNK // max(self.sizes.values())
+        if behind and self.x.device.type == "cpu":
+            fits = min(fits, _BEHIND_CPU // max(1, *(self.sizes[node] for node in behind)))
+        return cast(tuple[Tensor, ...], self.x.split(self.chunk or max(1, fits)))
 
     def mask(self) -> Mask:
         """What is still there."""
@@ -127,22 +143,26 @@ class Suffix:
     the logits in the present state.
     """
 
-    def __init__(self, network: _Network, site: Site, keep: Tensor, chunks: Sequence[Tensor], budget: int) -> None:
+    def __init__(
+        self, network: _Network, site: Site, behind: _Behind, keep: Tensor, chunks: Sequence[Tensor], budget: int
+    ) -> None:
         self.keep = keep.clone()
         self.layer = site.layer
         self._position = {unit: row for row, unit in enumerate(torch.nonzero(keep).flatten().tolist())}
         self._network = network
-        self._plan = plan = network.behind(site)
+        self._plan = plan = behind
         self._removed: list[int] = []
         self._chunks: list[_Chunk] = []
+        self._alive = torch.zeros(self.n_left, dtype=torch.bool)
         spent = 0
         for x in chunks:
             cache = network.cache(plan, x)
+            for reader in plan.static:
+                self._alive |= reader.alive(cache)
             size = sum(v.numel() * v.element_size() for v in cache.values() if isinstance(v, Tensor))
             cached = spent + size <= budget
             spent += size if cached else 0
             self._chunks.append(_Chunk(x, cache if cached else None))
-        self._last: tuple[int, list[Tensor]] | None = None
         self.now = torch.cat([self._run(chunk, None) for chunk in self._chunks])
 
     @property
@@ -153,7 +173,8 @@ class Suffix:
         """Logits (N, K) with `unit` gone too; exactly `now` for a unit that is zero on every image."""
         assert self.keep[unit], "the unit is already gone"
         column = self._position[unit]
-        if self._dead(column):
+        if not self._plan.dynamic and not self._alive[column]:
+            # (A unit of a residual stage is also read further on, where its activation depends on the state.)
             return self.now
         with self._network.silenced(self._plan.dynamic, [column]):
             logits = torch.cat([self._run(chunk, column) for chunk in self._chunks])
@@ -184,8 +205,9 @@ class Suffix:
                 self._drop(cache, gone)
         start: dict[fx.Node, Any] = {}
         for reader in self._plan.static:
+            # The suffix writes into what it starts from.
             start[reader.node] = (
-                cache[reader.node] if column is None else self._network.reader_without(reader, cache, column)
+                cache[reader.node].clone() if column is None else self._network.reader_without(reader, cache, column)
             )
         return self._network.finish(self._plan, cache, start)
 
@@ -196,16 +218,6 @@ class Suffix:
             cache[reader.node] = output
         for reader in self._plan.static:
             reader.erase(cache, column)
-
-    def _dead(self, column: int) -> bool:
-        if self._plan.dynamic:
-            # A unit of a residual stage is also read further on, where its activation depends on the state.
-            return False
-        for chunk in self._chunks:
-            cache = chunk.cache if chunk.cache is not None else self._network.cache(self._plan, chunk.x)
-            if any(reader.alive(cache, column) for reader in self._plan.static):
-                return False
-        return True
 
 
 @dataclass
@@ -224,8 +236,11 @@ class _Reader:
     index: tuple[tuple[int, ...], ...]
     axis: int
 
-    def alive(self, cache: Mapping[fx.Node, Any], column: int) -> bool:
-        return any(bool(cache[self.source].select(self.axis, i).any()) for i in self.index[column])
+    def alive(self, cache: Mapping[fx.Node, Any]) -> Tensor:
+        """Which units are other than zero on some image: (U,)."""
+        x = cache[self.source]
+        found = x.any(dim=[axis for axis in range(x.ndim) if axis != self.axis % x.ndim]).cpu()
+        return torch.stack([found[list(positions)].any() for positions in self.index])
 
     def erase(self, cache: Mapping[fx.Node, Any], column: int) -> None:
         """Zero the units in the input too, for readers that are run again rather than corrected."""
@@ -242,6 +257,8 @@ class _Behind:
     static: tuple[_Reader, ...]
     dynamic: tuple[_Reader, ...]
     rest: tuple[fx.Node, ...]
+    prefix: tuple[_Step, ...]
+    suffix: tuple[_Step, ...]
 
 
 class _Network:
@@ -253,19 +270,18 @@ class _Network:
         self.modules = dict(root.named_modules())
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.output = next(node.args[0] for node in graph.nodes if node.op == "output")
-        self.last_use: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            for used in node.all_input_nodes:
-                self.last_use[used] = node
+        self.input = next(node for node in graph.nodes if node.op == "placeholder")
 
     def logits(self, x: Tensor) -> Tensor:
-        values: dict[fx.Node, Any] = {}
-        for node in self.nodes:
-            values[node] = self._call(node, values, x)
-            for used in node.all_input_nodes:
-                if self.last_use[used] is node:
-                    del values[used]
-        return cast(Tensor, values[self.output])
+        return cast(Tensor, _run(self._steps(self.nodes, {self.output}), {self.input: x})[self.output])
+
+    def sizes(self, x: Tensor) -> dict[fx.Node, int]:
+        """Bytes an image of every node's value."""
+        values = _run(self._steps(self.nodes, set(self.nodes)), {self.input: x})
+        return {
+            node: value.numel() * value.element_size() // len(x) if isinstance(value, Tensor) else 0
+            for node, value in values.items()
+        }
 
     def behind(self, site: Site) -> _Behind:
         """Which nodes change when units of `site` go."""
@@ -290,32 +306,45 @@ class _Network:
         fixed = tuple(n for n in self.nodes if n not in changing)
         kept = {used for node in rest for used in node.all_input_nodes if used not in changing}
         kept |= {r.source for r in static} | starts
-        return _Behind(fixed, frozenset(kept), static, dynamic, rest)
+        prefix, suffix = self._steps(fixed, kept), self._steps(rest, {self.output}, starts)
+        return _Behind(fixed, frozenset(kept), static, dynamic, rest, prefix, suffix)
 
     def cache(self, plan: _Behind, x: Tensor) -> dict[fx.Node, Any]:
         """Values the suffix needs, in the present state of the weights."""
-        values: dict[fx.Node, Any] = {}
-        waiting = {node: sum(1 for user in node.users) for node in plan.fixed}
-        for node in plan.fixed:
-            values[node] = self._call(node, values, x)
-            for used in node.all_input_nodes:
-                waiting[used] -= 1
-                if not waiting[used] and used not in plan.kept:
-                    del values[used]
+        values = _run(plan.prefix, {self.input: x})
         cache = {node: value for node, value in values.items() if node in plan.kept}
         for reader in plan.static:
-            cache[reader.node] = self._call(reader.node, cache, x)
+            cache[reader.node] = self.modules[reader.module](cache[reader.source])
         return cache
 
-    def finish(self, plan: _Behind, cache: Mapping[fx.Node, Any], start: dict[fx.Node, Any]) -> Tensor:
-        """Logits from the readers' outputs on."""
-        values = _Layers(start, cache)
-        for node in plan.rest:
-            values.top[node] = self._call(node, values, None)
-            for used in node.all_input_nodes:
-                if self.last_use[used] is node:
-                    values.top.pop(used, None)
-        return cast(Tensor, values[self.output])
+    def finish(self, plan: _Behind, cache: Mapping[fx.Node, Any], start: Mapping[fx.Node, Any]) -> Tensor:
+        """Logits from the readers' outputs `start` on, which are used up."""
+        return cast(Tensor, _run(plan.suffix, {**cache, **start})[self.output])
+
+    def _steps(
+        self, nodes: Sequence[fx.Node], lasting: AbstractSet[fx.Node], starts: AbstractSet[fx.Node] = frozenset()
+    ) -> tuple[_Step, ...]:
+        """How to compute `nodes` in turn: in place where nobody else looks, and freeing all but the `lasting` ones."""
+        ours = {*nodes, *starts} - lasting
+        last_use = {used: node for node in nodes for used in node.all_input_nodes if used in ours}
+        frees: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+        for used, node in last_use.items():
+            frees[node].append(used)
+        owned = set(starts)
+        steps = []
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            call, args, kwargs = self._call(node)
+            spare = [used for used in node.all_input_nodes if used in owned and len(used.users) == 1]
+            if spare:
+                call, args, kwargs = _in_place(call, args, kwargs, spare[0])
+            steps.append(_Step(node, call, args, kwargs, tuple(frees[node])))
+            if node in ours:
+                passes_on = isinstance(call, nn.Identity | nn.Dropout)
+                if bool(spare) if passes_on else _makes_new(call):
+                    owned.add(node)
+        return tuple(steps)
 
     def reader_without(self, reader: _Reader, cache: Mapping[fx.Node, Any], column: int) -> Tensor:
         """A reader's output with one more unit gone: its cached output less the unit's share."""
@@ -331,7 +360,7 @@ class _Network:
                 module.padding,
                 module.dilation,
             )
-            return torch.sub(y, share)
+            return torch.sub(y, share, out=share)
         if type(module) is nn.Linear:
             return torch.sub(y, F.linear(_pick(x, -1, index), module.weight[:, index]))
         masked = x.clone()
@@ -363,35 +392,77 @@ class _Network:
             tensor.index_fill_(axis, index, value)
         return undo
 
-    def _call(self, node: fx.Node, values: Mapping[fx.Node, Any], x: Tensor | None) -> Any:
-        if node.op == "placeholder":
-            return x
+    def _call(self, node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
-        args = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
+            value = operator.attrgetter(str(node.target))(self.root)
+            return (lambda: value), (), {}
         if node.op == "call_module":
-            return self.modules[str(node.target)](*args, **kwargs)
+            return self.modules[str(node.target)], node.args, node.kwargs
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+            return _Method(str(node.target)), node.args, node.kwargs
+        return cast(Callable[..., Any], node.target), node.args, node.kwargs
 
 
-class _Layers(Mapping[fx.Node, Any]):
-    """A dictionary laid over another."""
+@dataclass(frozen=True)
+class _Step:
+    """A node to compute: what to call, on what, and which values nobody needs any more afterwards."""
 
-    def __init__(self, top: dict[fx.Node, Any], below: Mapping[fx.Node, Any]) -> None:
-        self.top = top
-        self.below = below
+    node: fx.Node
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    frees: tuple[fx.Node, ...]
 
-    def __getitem__(self, node: fx.Node) -> Any:
-        return self.top[node] if node in self.top else self.below[node]
 
-    def __iter__(self) -> Iterator[fx.Node]:
-        return iter({**self.below, **self.top})
+def _run(steps: Sequence[_Step], values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Compute `steps` in turn from the `values` given; returns all values that last."""
+    for step in steps:
+        args = fx.node.map_arg(step.args, values.__getitem__)
+        kwargs = fx.node.map_arg(step.kwargs, values.__getitem__) if step.kwargs else {}
+        values[step.node] = step.call(*args, **kwargs)
+        for used in step.frees:
+            del values[used]
+    return values
 
-    def __len__(self) -> int:
-        return len({**self.below, **self.top})
+
+@dataclass(frozen=True)
+class _Method:
+    name: str
+
+    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, self.name)(*args, **kwargs)
+
+
+_RELU = (F.relu, torch.relu, torch.relu_, _Method("relu"))
+_ADD = (operator.add, torch.add, _Method("add"))
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid)
+
+
+def _makes_new(call: Callable[..., Any]) -> bool:
+    """Whether the value of a call shares no memory with its inputs."""
+    return isinstance(call, (*_LEAVES, *_ACTIVATIONS)) or call in (*_RELU, *_ADD, _add_into)
+
+
+def _in_place(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], spare: fx.Node
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The same call, writing into the value of `spare`, which nobody needs any more, if it can."""
+    if isinstance(call, _ACTIVATIONS):
+        twin = copy.copy(call)
+        twin.inplace = True
+        return twin, args, kwargs
+    if call in _RELU:
+        return torch.relu_, (spare,), {}
+    if call in _ADD and len(args) == 2 and all(isinstance(a, fx.Node) for a in args):
+        other = args[1] if args[0] is spare else args[0]
+        return _add_into, (spare, other), {}
+    return call, args, kwargs
+
+
+def _add_into(spare: Tensor, other: Tensor) -> Tensor:
+    if spare.shape != other.shape or spare.dtype != other.dtype:
+        return spare + other
+    return spare.add_(other)
 
 
 def _pick(x: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""The engine against the masked network, on every architecture and on models made to mislead it."""
+
+import pytest
+import torch
+
+from sukashi import hooks
+from sukashi import sites as finder
+from sukashi.criteria import engine
+from sukashi.criteria.engine import Engine
+from sukashi.errors import ModelError
+from sukashi.types import Batch, Mask
+from zoo import ZOO, build
+
+
+@pytest.fixture(scope="module")
+def digits(trained_cnn, digits_calibration):
+    model = trained_cnn.model
+    return model, finder.find(model, digits_calibration.x[:2]).sites, digits_calibration
+
+
+@pytest.fixture(scope="module")
+def vit(trained_vit, digits_calibration):
+    model = trained_vit.model
+    return model, finder.find(model, digits_calibration.x[:2]).sites, digits_calibration
+
+
+@pytest.mark.parametrize("which", ["digits", "vit"])
+@pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
+def test_engine_gives_the_masked_networks_logits(request, which, budget):
+    model, sites, data = request.getfixturevalue(which)
+    generator = torch.Generator().manual_seed(3)
+    moving = Engine(model, sites, data, budget=budget, chunk=37)
+    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+
+    def masked():
+        with torch.inference_mode(), hooks.masked(model, Mask(keep)):
+            return model(data.x)
+
+    torch.testing.assert_close(moving.original, masked(), rtol=1e-4, atol=1e-4)
+    for site in reversed(sites):
+        with moving.open(site) as suffix:
+            for unit in torch.randperm(site.n_units, generator=generator)[:6].tolist():
+                keep[site][unit] = False
+                logits = suffix.without(unit)
+                torch.testing.assert_close(logits, masked(), rtol=1e-4, atol=1e-4)
+                if unit % 2:
+                    suffix.remove(unit, logits)
+                    torch.testing.assert_close(suffix.now, masked(), rtol=1e-4, atol=1e-4)
+                else:
+                    keep[site][unit] = True
+                    torch.testing.assert_close(suffix.now, masked(), rtol=1e-4, atol=1e-4)
+    assert moving.mask().n_removed == sum(int((~k).sum()) for k in keep.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, (size, _) in ZOO.items() if size in (32, 64) and not name.endswith(("vgg16", "32", "44", "56"))],
+)
+def test_engine_gives_the_masked_logits_of_every_architecture(name):
+    """Whatever is computed in place, folded or cached: units of sites near the input, in the middle and at the end."""
+    model, channels = build(name)
+    size, _ = ZOO[name]
+    x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    sites = finder.find(model, x[:2]).sites
+    moving = Engine(model, sites, Batch(x, torch.zeros(3, dtype=torch.long), torch.arange(3)), chunk=2)
+    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+    scale = float(moving.original.abs().max())
+    for site in (sites[-1], sites[len(sites) // 2], sites[0]):
+        with moving.open(site) as suffix:
+            for unit in (0, site.n_units - 1):
+                keep[site][unit] = False
+                with torch.no_grad(), hooks.masked(model, Mask(keep)):
+                    expected = model(x)
+                logits = suffix.without(unit)
+                assert float((logits - expected).abs().max()) <= 1e-5 * scale
+                assert torch.equal(suffix.without(unit), logits), "asking changes nothing"
+                suffix.remove(unit, logits)
+    assert float((moving.logits() - expected).abs().max()) <= 1e-5 * scale
+
+
+class Branches(torch.nn.Module):
+    """Three readers of one source, one of them with reflected borders, and a BatchNorm called twice."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.twice = twice
+        self.stem = torch.nn.Conv2d(1, 6, 3, padding=1)
+        self.a = torch.nn.Conv2d(6, 4, 3, padding=1)
+        self.b = torch.nn.Conv2d(6, 4, 1)
+        self.c = torch.nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect")
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        out = self.norm(self.a(x)) + (self.norm(self.b(x)) if self.twice else self.b(x)) + self.c(x)
+        return self.fc(torch.relu(out).mean((2, 3)))
+
+
+@pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_readers_that_share_an_input_all_lose_the_unit(digits_calibration, budget, twice):
+    torch.manual_seed(0)
+    model = Branches(twice).eval()
+    model.norm.running_mean.uniform_(-1, 1)
+    model.norm.running_var.uniform_(0.5, 2)
+    site = next(s for s in finder.find(model, digits_calibration.x[:2]).sites if s.layer == "stem")
+    moving = Engine(model, [site], digits_calibration, budget=budget, chunk=50)
+    keep = torch.ones(6, dtype=torch.bool)
+    with moving.open(site) as suffix:
+        for unit in (4, 0, 2):
+            keep[unit] = False
+            with torch.no_grad(), hooks.masked(model, {site: keep}):
+                expected = model(digits_calibration.x)
+            suffix.remove(unit)
+            torch.testing.assert_close(suffix.now, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_tracing_changes_is_refused(digits):
+    _, sites, data = digits
+
+    class Mutating(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(1, 10, 8)
+
+        def forward(self, x):
+            y = self.layer(x).flatten(1)
+            y.add_(1)
+            return y
+
+    with pytest.raises(ModelError, match="traced model gives other logits"):
+        Engine(Mutating().eval(), sites, data)
+
+
+def test_engine_leaves_the_model_alone(digits):
+    model, sites, data = digits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with Engine(model, sites, data).open(sites[0]) as suffix:
+        suffix.remove(0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
