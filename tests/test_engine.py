@@ -140,3 +140,38 @@ def test_engine_leaves_the_model_alone(digits):
         suffix.remove(0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class ReadAgain(torch.nn.Module):
+    """Values that are read again after a ReLU or an addition, directly or through an Identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(1, 6, 3, padding=1)
+        self.a = torch.nn.Conv2d(6, 4, 3, padding=1)
+        self.same = torch.nn.Identity()
+        self.b = torch.nn.Conv2d(4, 4, 1)
+        self.relu = torch.nn.ReLU(inplace=False)
+        self.fc = torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        a = self.a(torch.relu(self.stem(x)))
+        first = self.relu(a)
+        b = self.b(a + first)
+        same = self.same(b)
+        second = self.relu(same)
+        third = b + second
+        return self.fc((third + second * third + torch.relu(third)).mean((2, 3)))
+
+
+def test_values_that_are_read_again_are_not_written_over(digits_calibration):
+    torch.manual_seed(0)
+    model = ReadAgain().eval()
+    sites = finder.find(model, digits_calibration.x[:2]).sites
+    moving = Engine(model, sites, digits_calibration)
+    for site in sites:
+        with moving.open(site) as suffix, torch.no_grad():
+            keep = torch.ones(site.n_units, dtype=torch.bool)
+            keep[1] = False
+            with hooks.masked(model, {site: keep}):
+                torch.testing.assert_close(suffix.without(1), model(digits_calibration.x), rtol=1e-4, atol=1e-5)
