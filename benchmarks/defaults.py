@@ -38,12 +38,13 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data/cifar10")
     parser.add_argument("--weights", default="../shared/weights/resnet20-cifar10.safetensors")
     parser.add_argument("--model", default="sukashi:cifar_resnet20")
+    parser.add_argument("--width", type=int, default=None, help="base width, for our own models")
     parser.add_argument("--calibration", type=int, default=16, help="images a class")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", default="cswap,drift")
     chosen = parser.parse_args()
 
-    loaded = models.load(chosen.model, weights=chosen.weights)
+    loaded = models.load(chosen.model, weights=chosen.weights, width=chosen.width)
     train = datasets.load(chosen.data).train
     held = train.rank_in_class("held for defaults", 0) < -(-1000 // loaded.n_classes)
     test = train.subset(held.nonzero()[0]).whole(loaded.preprocess, 0)

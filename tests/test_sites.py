@@ -238,10 +238,21 @@ def nan_model() -> nn.Module:
     return model
 
 
+class ByKeyword(nn.Sequential):
+    def forward(self, x):
+        return self[2](input=self[1](self[0](x).relu().mean((2, 3))))
+
+
+def one_more(norm: nn.Module) -> nn.Module:
+    return ByKeyword(nn.Conv2d(3, 4, 3), norm, nn.Linear(4, 2)).eval()
+
+
 @pytest.mark.parametrize(
     ("model", "x", "message"),
     [
         (Pair(), example(), "tuple"),
+        (one_more(nn.Identity()), example(), "layer '2' is called by keyword"),
+        (one_more(nn.BatchNorm1d(4, track_running_stats=False)), example(), "layer '1' keeps no running statistics"),
         (nan_model(), example(), "NaN"),
         (CifarResNet(20, 10).eval(), example(1), r"shape \(2, 1, 32, 32\)"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), example(1, 8), "nothing in this Sequential"),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,15 @@ def _pre_hooks(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
             handle.remove()
 
 
+def _read(name: str, args: tuple[Any, ...]) -> Tensor:
+    """What a layer reads: its only positional argument."""
+    if not args:
+        raise ModelError(
+            f"layer {name!r} is called by keyword: call it as layer(x), so that what it reads can be masked"
+        )
+    return cast(Tensor, args[0])
+
+
 def _flat(member: Member) -> tuple[Tensor, Tensor]:
     """Owning unit and position, one entry for each position of the member."""
     units = torch.tensor([unit for unit, positions in enumerate(member.index) for _ in positions], dtype=torch.long)
@@ -103,7 +112,7 @@ def _flat(member: Member) -> tuple[Tensor, Tensor]:
 def _multiply(
     name: str, parts: list[tuple[Tensor, Tensor, Tensor]], module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    x = args[0]
+    x = _read(name, args)
     axis = channel_axis(module) % x.dim()
     n_rows = max(gate.shape[0] if gate.dim() == 2 else 1 for gate, _, _ in parts)
     if n_rows not in (1, len(x)):

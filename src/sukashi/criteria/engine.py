@@ -65,7 +65,9 @@ class Engine:
         device = next(model.parameters()).device
         self.graph, self.root = _trace(model)
         folded = _fold(self.graph, self.root)
-        self.root.to(memory_format=torch.channels_last)
+        for module in self.root.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
         self.sites = tuple(
             replace(site, members=tuple(m for m in site.members if m.module not in folded)) for site in sites
         )
