@@ -63,7 +63,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
     for name, module in twin.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"layer {name!r} keeps no running statistics: the answer for an image depends on the other images of its "
+                f"layer {name!r} keeps no running statistics: the answer for an image depends on the rest of its "
                 "batch, so no effect can be measured; use BatchNorm with track_running_stats=True"
             )
     graph = _graph(twin, x)
