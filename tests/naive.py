@@ -57,7 +57,7 @@ def verdict(before, after, target, *, effect="mean", alpha=0.05, voting=True):
     return significant, xi
 
 
-def cswap(model, sites, data, *, baseline="original", samples="correct", effect="mean", alpha=0.05, voting=True):
+def cswap(model, sites, data, *, baseline="current", samples="correct", effect="mean", alpha=0.05, voting=True):
     """Algorithm 1: {pair: (gone, category)} in the order met."""
     if samples == "correct":
         data = correct_only(model, data)

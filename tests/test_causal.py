@@ -39,7 +39,7 @@ def decisions(plan):
 @pytest.mark.parametrize("which", ["digits", "vit"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"baseline": "current"}, {"effect": "ratio"}, {"samples": "all", "alpha": 0.01}, {"inference": "general"}],
+    [{}, {"baseline": "original"}, {"effect": "ratio"}, {"samples": "all", "alpha": 0.01}, {"inference": "general"}],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "default",
 )
 def test_cswap_decides_like_algorithm_1(request, which, options):

@@ -122,7 +122,7 @@ def cswap(
     data: Batch,
     *,
     generator: torch.Generator,
-    baseline: Literal["original", "current"] = "original",
+    baseline: Literal["original", "current"] = "current",
     samples: Literal["correct", "all"] = "correct",
     effect: Literal["ratio", "mean"] = "mean",
     alpha: Level = 0.05,
@@ -140,7 +140,8 @@ def cswap(
     as measured when each was met.
 
     Definition 1 compares with the original network; algorithm 1 can be read as comparing with the present one:
-    `baseline` says which. Its xi, the mean of d / sigma (`effect="ratio"`), is ruled by the few images on which sigma
+    `baseline` says which, and the present one ranks better (benchmarks/defaults.py, training images only: SAUCE 45.7
+    against 41.9 on ResNet-20, 62.7 against 62.6 on ResNet-18). Definition 1's xi, the mean of d / sigma (`effect="ratio"`), is ruled by the few images on which sigma
     is near zero; `mean` is mean(d) / mean(sigma), and `samples="correct"` leaves misclassified images out. The last
     unit of a site is never removed.
     """
