@@ -75,23 +75,30 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[
         n_rows = len(args[0])
         seen.update({site: [torch.empty(0)] * len(_places(site)) for site in sites})
 
-    def keep(place: tuple[str, str], axis: int, x: Any) -> Tensor:
+    def keep(place: tuple[str, str], axis: int, x: Tensor) -> Tensor:
+        """x with the units' axis at place 1, kept for the place's sites; what goes on must come from it."""
+        n_calls[place] += 1
+        x = x.movedim(axis, 1)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()
+        for site, slot in holders[place]:
+            seen[site][slot] = x
+        return x.movedim(1, axis)
+
+    def check(name: str, x: Any) -> None:
         if not isinstance(x, Tensor) or len(x) != n_rows:
             what = f"{len(x)} rows for {n_rows} images" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ModelError(f"layer {place[0]!r} holds {what}: single images cannot be told apart there")
-        n_calls[place] += 1
-        # A copy, for an in-place layer may follow or share the memory.
-        kept = x.movedim(axis, 1).clone()
-        if torch.is_grad_enabled() and not kept.requires_grad:
-            kept.requires_grad_()
-        for site, slot in holders[place]:
-            seen[site][slot] = kept
-        return kept.movedim(1, axis)
+            raise ModelError(f"layer {name!r} holds {what}: single images cannot be told apart there")
 
     def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return keep((name, "in"), channel_axis(module), args[0]), *args[1:]
+        check(name, args[0])
+        return keep((name, "in"), channel_axis(module), args[0].clone()), *args[1:]
 
     def write(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        check(name, output)
+        # The next layer gets a copy, for it may work in place; so may others on an input that is given on.
+        if output.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
+            output = output.clone()
         return keep((name, "out"), holders[name, "out"][0][0].axis, output).clone()
 
     def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -147,7 +147,7 @@ def conductance(
             for site in sites:
                 flows = [
                     # Twice the trapezoid; differences first, for they are what is small.
-                    ((a[1:] - a[:-1]) * (g[1:] + g[:-1])).sum(0)
+                    (a[1:] - a[:-1]).mul_(g[1:] + g[:-1]).sum(0)
                     for a, g in zip(held.pop(site), slopes.pop(site), strict=True)
                 ]
                 total[site] = [a + b for a, b in zip(total[site], flows, strict=True)] if first else flows
