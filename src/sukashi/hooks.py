@@ -45,13 +45,13 @@ def masked(model: nn.Module, gates: Mask | Mapping[Site, Tensor]) -> Iterator[No
 def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[Tensor]]]:
     """What each site holds in the latest pass, {site: tensors (B, N, positions...)}, attached to the graph.
 
-    A site with consumers is taken at what each of them reads, a read being a copy of its own: the gradient there leaves
-    the other readers out. Attention is read at its core, not again at proj. A site without consumers (a tap) is taken
+    A site with consumers is taken at what each of them reads, each read on its own: the gradient there leaves the other
+    readers out. Attention is read at its core, not again at proj. A site without consumers (a tap) is taken
     at the output of its layer, and the input site ("") at what the model is given. The axis of the units is moved to
     place 1, with all N positions of the layer; `gather` picks the site's. Works where nothing else requires a gradient.
 
     Raises UsageError where a site's kind has no activations; in the pass ModelError for a layer that is not called
-    exactly once, gives no tensor, or has another number of rows than there are images.
+    exactly once, gives no tensor, has another number of rows than there are images, or reads what is overwritten later.
     """
     for site, times in Counter(sites).items():
         if times > 1:
@@ -67,11 +67,13 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[
         for slot, place in enumerate(_places(site)):
             holders[place.module, place.side].append((site, slot))
     n_calls: Counter[tuple[str, str]] = Counter()
+    versions: dict[str, tuple[Tensor, int]] = {}
     n_rows = 0
 
     def start(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal n_rows
         n_calls.clear()
+        versions.clear()
         n_rows = len(args[0])
         seen.update({site: [torch.empty(0)] * len(_places(site)) for site in sites})
 
@@ -92,7 +94,10 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[
 
     def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         check(name, args[0])
-        return keep((name, "in"), channel_axis(module), args[0].clone()), *args[1:]
+        # A view is a node of its own in the graph and takes no memory; `finish` sees whether it was overwritten.
+        kept = keep((name, "in"), channel_axis(module), args[0].view_as(args[0]))
+        versions[name] = (kept, kept._version)
+        return kept, *args[1:]
 
     def write(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         check(name, output)
@@ -108,6 +113,13 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[
                     f"layer {place[0]!r} is called {n_calls[place]} times in one pass where hooks can see it, not "
                     "once: leave its site out"
                 )
+        for name, (kept, version) in versions.items():
+            if kept._version != version:
+                raise ModelError(
+                    f"what layer {name!r} reads is overwritten in place later in the pass: leave its site out, or take "
+                    "a form of the network that does not"
+                )
+        versions.clear()
 
     handles = [model.register_forward_pre_hook(start)]
     try:

@@ -106,10 +106,9 @@ def integrated_gradients(
     parts = []
     for rows in _rows(len(x), batch_size // steps):
         mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
-        change = _held(model, x[rows], sites)
-        for site, before in _held(model, start[rows], sites).items():
-            for after, value in zip(change[site], before, strict=True):
-                after -= value
+        with torch.no_grad(), hooks.tapped(model, sites) as ends:
+            model(torch.cat([x[rows], start[rows]]))
+        change = {site: [torch.sub(*tensor.chunk(2)) for tensor in ends.pop(site)] for site in sites}
         parts.append({site: _gathered(site, change, mean) for site in sites})
     return _joined(parts)
 
@@ -213,13 +212,6 @@ def _slopes(model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site]) 
         gradients = iter(torch.autograd.grad(total, tensors, materialize_grads=True))
     held = {site: [tensor.detach() for tensor in seen[site]] for site in sites}
     return held, {site: [next(gradients) for _ in seen[site]] for site in sites}
-
-
-def _held(model: nn.Module, x: Tensor, sites: Sequence[Site]) -> Held:
-    """What sites hold, as `hooks.tapped` shapes it."""
-    with torch.no_grad(), hooks.tapped(model, sites) as seen:
-        model(x)
-    return seen
 
 
 def _along(

@@ -87,6 +87,7 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
                     f"site {site.layer!r} is of kind {site.kind!r}, which {attribution.name} cannot score: give "
                     "channels, hidden units or attention heads"
                 )
+        attribution.check_options(options)
         if "batch_size" in attribution.options:
             options["batch_size"] = batch_size
         device = next(model.parameters()).device
