@@ -1,4 +1,8 @@
-"""Taylor against finite differences: each unit made a little louder, in the weights of what reads it, in float64."""
+"""Criteria made of attributions, in float64.
+
+Taylor against finite differences: each unit made a little louder, in the weights of what reads it. The adapter against
+its formula, image by image and class by class.
+"""
 
 import copy
 
@@ -6,8 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sukashi import progress
+from sukashi import sites as finder
+from sukashi.attributions import attributions
 from sukashi.criteria import criteria
+from sukashi.errors import DataError, UsageError
 from sukashi.layers import AttentionCore
+from sukashi.types import Batch, Site
 
 
 @pytest.fixture(scope="module", params=["cnn", "vit"])
@@ -55,3 +64,99 @@ def test_images_do_not_cancel_each_other(case):
     single = [criteria["taylor"](model, sites, part, generator=torch.Generator()).values for part in data.split(1)]
     for site in sites:
         torch.testing.assert_close(whole[site], sum(values[site] for values in single) / len(data))
+
+
+def scored(name, model, sites, data, **options):
+    return criteria[name](model, sites, data, generator=torch.Generator(), **options)
+
+
+REDUCED = {
+    "abs_sum": lambda values: values.sum().abs(),
+    "sum_abs": lambda values: values.abs().sum(),
+    "sum": lambda values: values.sum(),
+}
+
+
+@pytest.mark.parametrize("reduce", REDUCED)
+@pytest.mark.parametrize("classes", ["true", "each"])
+@pytest.mark.parametrize("normalise", ["none", "layer"])
+def test_the_adapter_is_its_formula(case, reduce, classes, normalise):
+    model, sites, data = case
+    data, options = data[slice(0, 3)], {"steps": 2, "baseline": 0.1}
+    found = scored(
+        "conductance", model, sites, data, reduce=reduce, classes=classes, normalise=normalise, batch_size=2, **options
+    )
+    assert (found.method, found.n_images) == ("conductance", 3)
+    for site in sites:
+        expected = torch.zeros(site.n_units, dtype=torch.float64)
+        for image, true in zip(data.x, data.target, strict=True):
+            explained = [true] if classes == "true" else torch.arange(10)
+            for target in explained:
+                values = attributions["conductance"](model, image[None], target[None], [site], **options)[site][0]
+                one = torch.stack([REDUCED[reduce](unit) for unit in values])
+                expected += (one if classes == "true" else one.abs()) / len(explained) / 3
+        if normalise == "layer":
+            expected /= expected.square().sum().sqrt()
+        torch.testing.assert_close(found.values[site], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_site_without_any_attribution_stays_at_zero_when_normalised(case):
+    model, sites, data = case
+    model = copy.deepcopy(model)
+    for member in sites[-1].consumers:
+        module = model.get_submodule(member.module)
+        if hasattr(module, "weight"):
+            module.weight.data.zero_()
+    found = scored("saliency", model, sites, data, normalise="layer")
+    assert not found.values[sites[-1]].any()
+    assert found.values[sites[0]].norm() == pytest.approx(1) or not found.values[sites[0]].any()
+
+
+def test_the_options_of_an_attribution_are_those_of_its_criterion():
+    for method in attributions:
+        own, passed = criteria[method.name].options, method.options
+        assert passed.items() <= own.items()
+        assert ("reduce" in own) == method.facts.get("signed", True)
+        assert {"classes", "normalise", "batch_size"} <= set(own)
+
+
+def test_progress_counts_images_and_classes(case):
+    model, sites, data = case
+    counted = []
+
+    class Task:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def advance(self, n=1, note=""):
+            counted.append(n)
+
+    def listener(title, total):
+        counted.append((title, total))
+        return Task()
+
+    with progress.listening(listener):
+        scored("saliency", model, sites, data[slice(0, 5)], classes="each", batch_size=2)
+    assert counted[0] == ("saliency", 50)
+    assert sum(counted[1:]) == 50
+    assert len(counted) == 31
+
+
+def test_what_an_attribution_cannot_score_is_refused(case):
+    model, sites, data = case
+
+    def refuse(error, words, *, sites=sites, data=data, **options):
+        with pytest.raises(error, match=words):
+            scored("conductance", model, sites, data, **options)
+
+    weight = Site(sites[0].layer, "weight", 4)
+    refuse(UsageError, "is of kind 'weight', which conductance cannot score", sites=[weight])
+    refuse(UsageError, "site '' is of kind 'pixel', which conductance", sites=[finder.input_site(data.x)])
+    segmented = Batch(data.x, torch.zeros(len(data), 8, 8, dtype=torch.long), data.image_id)
+    refuse(DataError, r"target has shape \(\d+, 8, 8\)", data=segmented)
+    refuse(UsageError, "conductance has no option 'stpes': did you mean 'steps'", stpes=3)
+    refuse(UsageError, "reduce of conductance must be 'abs_sum', 'sum_abs' or 'sum', got 'max'", reduce="max")
+    refuse(UsageError, "steps of conductance must be greater than or equal to 1, got 0", steps=0)

@@ -3,12 +3,15 @@
 import pytest
 
 from sukashi import catalogue, data, models
+from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.errors import UsageError
 from sukashi.measures import measures
 
 
-@pytest.mark.parametrize(("what", "registry"), [("criteria", criteria), ("measures", measures)])
+@pytest.mark.parametrize(
+    ("what", "registry"), [("criteria", criteria), ("attributions", attributions), ("measures", measures)]
+)
 def test_every_method_is_listed_with_what_it_gives_and_its_source(what, registry):
     rows = catalogue.rows(what)
     assert [row["name"] for row in rows] == registry.names() != []

@@ -185,7 +185,7 @@ def test_help_names_every_command(sukashi, args):
     [
         (["prnue"], ["prnue", "'prune'", "--help"]),
         (["prune"], ["Missing argument", "sukashi prune --help"]),
-        (["list", "foo"], ["'foo'", "criteria, measures, models, data"]),
+        (["list", "foo"], ["'foo'", "criteria, attributions, measures, models, data"]),
         (["list", "criterai"], ["did you mean 'criteria'?"]),
         (["compare", "--ratoi", "0.5"], ["--ratoi", "--ratios"]),
         (["report", "nowhere"], ["nowhere", "--out of a compare or a prune"]),
@@ -630,7 +630,7 @@ def test_an_interrupted_cut_leaves_nothing(refused, tmp_path, monkeypatch, stage
 # What comes out.
 
 
-@pytest.mark.parametrize("what", ["criteria", "models", "data", "measures"])
+@pytest.mark.parametrize("what", ["criteria", "attributions", "models", "data", "measures"])
 def test_lists(sukashi, what):
     rows = strict(sukashi("list", what, "--json").out)[what]
     assert rows

@@ -11,6 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sukashi import hooks
+from sukashi import sites as finder
+from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
 from sukashi.layers import AttentionCore
@@ -266,6 +269,91 @@ def test_a_method_goes_on_from_every_prefix_of_its_journal(outcomes, small, monk
     assert_same_bits(run(name, case, _journal=dict(lines)), whole)
 
 
+# Attributions.
+
+
+def attributed(name, case, sites=None, rows=slice(None), **options):
+    """An attribution at all sites of a case and at its input, of twelve images or some of them."""
+    data = case.data[slice(0, None, 7)][rows]
+    sites = [*case.sites, finder.input_site(data.x)] if sites is None else sites
+    return attributions[name](case.model, data.x, data.target, sites, **options)
+
+
+@pytest.fixture(scope="module")
+def explanations(small64):
+    """Every attribution on both networks, as the other tests compare with it."""
+    return {(name, net): attributed(name, small64[net]) for name in attributions.names() for net in NETS}
+
+
+def test_every_attribution_is_a_criterion():
+    assert set(attributions.names()) <= set(criteria.names())
+
+
+@pytest.mark.parametrize("name", attributions.names())
+@pytest.mark.parametrize("net", NETS)
+def test_an_attribution_says_something_about_every_position_of_every_unit(explanations, small64, name, net):
+    case, found = small64[net], explanations[name, net]
+    x = case.data.x[::7]
+    sites = [*case.sites, finder.input_site(x)]
+    assert list(found) == sites
+    with torch.no_grad(), hooks.tapped(case.model, sites) as seen:
+        case.model(x)
+    for site, values in found.items():
+        assert values.shape == hooks.gather(site, seen[site]).shape
+        assert values.shape[:2] == (12, site.n_units)
+        assert (values.dtype, values.device, values.requires_grad) == (x.dtype, x.device, False)
+        assert values.isfinite().all()
+        assert len(values.unique()) > 1, "a constant says nothing"
+    signed = any((values < 0).any() for values in found.values())
+    assert signed == attributions[name].facts.get("signed", True)
+
+
+@pytest.mark.parametrize("name", attributions.names())
+@pytest.mark.parametrize("net", NETS)
+def test_an_attribution_leaves_model_and_images_as_found_and_gives_the_same_bits(explanations, small64, name, net):
+    case = copy.copy(small64[net])
+    case.model = copy.deepcopy(case.model)
+    for number, parameter in enumerate(case.model.parameters()):
+        parameter.grad = torch.full_like(parameter, 2.0) if number % 2 else None
+    last = list(case.model.modules())[-1]
+    last.training = True  # nothing to a linear layer, but somebody's choice
+    last.register_forward_hook(_nothing)
+    kept = case.data.x.clone(), case.data.target.clone()
+    before, state = _state(case.model), torch.get_rng_state()
+    found = attributed(name, case)
+    after = _state(case.model)
+    assert before.keys() == after.keys()
+    for key, (identity, value) in before.items():
+        assert after[key][0] == identity, f"{key} was replaced"
+        assert _equal(after[key][1], value), f"{key} was changed"
+    assert torch.equal(case.data.x, kept[0])
+    assert torch.equal(case.data.target, kept[1])
+    assert not case.data.x.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    for site, values in explanations[name, net].items():
+        assert torch.equal(found[site], values)
+
+
+@pytest.mark.parametrize("name", attributions.names())
+@pytest.mark.parametrize("net", NETS)
+def test_one_pass_over_all_sites_gives_what_a_pass_for_each_gives(explanations, small64, name, net):
+    for site, values in explanations[name, net].items():
+        assert torch.equal(attributed(name, small64[net], [site])[site], values)
+
+
+@pytest.mark.parametrize("name", attributions.names())
+@pytest.mark.parametrize("net", NETS)
+def test_images_are_explained_each_on_its_own_whatever_the_batch(explanations, small64, name, net):
+    whole = explanations[name, net]
+    parts = [attributed(name, small64[net], rows=rows) for rows in (slice(0, 5), slice(5, 6), slice(6, None))]
+    runs = [{site: torch.cat([part[site] for part in parts]) for site in whole}]
+    if "batch_size" in attributions[name].options:
+        runs += [attributed(name, small64[net], batch_size=size) for size in (1, 5, 40)]
+    for found in runs:
+        for site, values in whole.items():
+            torch.testing.assert_close(found[site], values, rtol=1e-9, atol=1e-11 * float(values.abs().max()))
+
+
 # Measures.
 
 
@@ -293,10 +381,10 @@ def test_a_measure_gives_one_number_an_image(small, name, net):
     assert method.facts["better"] in ("higher", "lower")
 
 
-# Both.
+# All.
 
 
-@pytest.mark.parametrize("method", [*criteria, *measures], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*criteria, *attributions, *measures], ids=lambda method: method.name)
 def test_a_method_says_in_a_line_what_it_gives_and_where_it_comes_from(method):
     assert 20 < len(method.summary) < 120
     assert method.summary.endswith((".", ":"))

@@ -1,13 +1,16 @@
 """Masks and recordings on networks small enough to check by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sukashi import hooks, sites
 from sukashi.architectures import CifarResNet, DigitsCNN, DigitsViT
 from sukashi.errors import ModelError, UsageError
-from sukashi.types import Mask
+from sukashi.types import Mask, Member, Site
 
 
 class Dense(nn.Module):
@@ -41,19 +44,15 @@ def test_a_zero_gate_makes_the_consumers_read_zero_and_nothing_else_changes(make
     site = found[0]
     keep = torch.ones(site.n_units, dtype=torch.bool)
     keep[1] = False
-    with torch.no_grad(), hooks.record(model, [site]) as dense:
+    first = replace(site, members=site.consumers[:1])  # what a later reader sees depends on the first
+    with torch.no_grad(), hooks.tapped(model, [first]) as dense:
         model(images())
-    before = {name: x.clone() for name, x in dense[site].items()}
-    with torch.no_grad(), hooks.masked(model, Mask({site: keep})), hooks.record(model, [site]) as seen:
+    with torch.no_grad(), hooks.masked(model, Mask({site: keep})), hooks.tapped(model, [first]) as seen:
         model(images())
-    assert set(seen[site]) == {member.module for member in site.consumers}
-    reader = site.consumers[0]
-    axis = hooks.channel_axis(model.get_submodule(reader.module))
-    per_unit = seen[site][reader.module].unflatten(axis, (site.n_units, -1)).movedim(axis - (axis < 0), 0)
-    per_unit_before = before[reader.module].unflatten(axis, (site.n_units, -1)).movedim(axis - (axis < 0), 0)
-    assert not per_unit[1].any()
-    assert per_unit_before[1].any()
-    assert torch.equal(per_unit[keep], per_unit_before[keep])
+    before, after = hooks.gather(first, dense[first]), hooks.gather(first, seen[first])
+    assert not after[:, 1].any()
+    assert before[:, 1].any()
+    assert torch.equal(after[:, keep], before[:, keep])
 
 
 @pytest.mark.parametrize("rows", [(), (2,)])
@@ -90,6 +89,110 @@ def test_a_row_of_gates_acts_on_its_own_image():
     assert (together[0] - together[1]).abs().max() > 1e-6
 
 
+class Inplace(nn.Module):
+    """What is written and what is read is overwritten right after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.overwrites = False
+        self.first = nn.Conv2d(1, 3, 3)
+        self.relu = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(3, 2, 3)
+        self.beside = nn.Conv2d(3, 2, 3)
+        self.head = nn.Linear(2 * 16, 3)
+
+    def forward(self, x):
+        x = F.gelu(self.first(x).add_(1))
+        out = self.second(x) + self.beside(x)
+        x = x.mul_(2) if self.overwrites else x * 2
+        return self.head((self.relu(out) + x.mean()).flatten(1))
+
+
+def members(name: str, n_units: int, side: str, n_positions: int = 1) -> Member:
+    return Member(name, side, tuple(tuple(range(u * n_positions, (u + 1) * n_positions)) for u in range(n_units)))
+
+
+READ = Site("first", "channel", 3, 1, tuple(members(name, 3, "in") for name in ("second", "beside")))
+FLAT = Site("second", "channel", 2, 1, (members("second", 2, "out"), members("head", 2, "in", 16)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_taps_keep_what_layers_that_work_in_place_overwrite_and_the_gradient_there(frozen):
+    torch.manual_seed(0)
+    model = Inplace().double().eval().requires_grad_(not frozen)
+    x = images().double()
+    written, pixels = sites.tap(model, "first"), sites.input_site(x)
+
+    def taken(*places):
+        """Values and slopes of the first logits at each site, as units."""
+        with hooks.tapped(model, places) as seen:
+            total = model(x)[:, 0].sum()
+        tensors = [tensor for site in places for tensor in seen[site]]
+        slopes = dict(zip(tensors, torch.autograd.grad(total, tensors), strict=True))
+        assert torch.equal(total, plain)
+        return [
+            (hooks.gather(site, seen[site]), hooks.gather(site, [slopes[t] for t in seen[site]])) for site in places
+        ]
+
+    # The same network in steps that overwrite nothing.
+    plain = model(x)[:, 0].sum()
+    given = x.clone().requires_grad_()
+    before = model.first(given)
+    a = F.gelu(before + 1)
+    one, two = a.clone(), a.clone()
+    sum_ = model.second(one) + model.beside(two)
+    out = sum_.relu() + 2 * a.mean()
+    values = [given, before, one, two, out]
+    slopes = torch.autograd.grad(model.head(out.flatten(1))[:, 0].sum(), values)
+
+    (output,) = taken(written)
+    reads, flat, input_ = taken(READ, FLAT, pixels)
+    model.overwrites = True
+    with pytest.raises(ModelError, match="what layer 'second' reads is overwritten"):
+        taken(READ)
+    for found, expected in [(output, (before, slopes[1])), (input_, (given, slopes[0]))]:
+        torch.testing.assert_close(found, expected)
+    for found, expected in zip(reads, [(one, two), slopes[2:4]], strict=True):
+        torch.testing.assert_close(found, torch.cat([part.flatten(2) for part in expected], 2))
+    for found, expected in zip(flat, [out, slopes[4]], strict=True):
+        torch.testing.assert_close(found, expected.flatten(2))
+    with pytest.raises(UsageError, match="'first' is given twice"), hooks.tapped(model, [written, READ]):
+        pass
+
+
+class Twice(nn.Module):
+    """A layer called twice, one that hooks never see, one that gives a pair, and one that folds images into rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        self.windows = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.again(self.again(x))
+        x = self.attention(x, x, x)[0]
+        return self.windows(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "words"),
+    [
+        (Site("again", "hidden", 4, -1), ModelError, "'again' is called 2 times in one pass"),
+        (Site("attention.out_proj", "hidden", 4, -1), ModelError, "'attention.out_proj' is called 0 times"),
+        (Site("attention", "hidden", 4, -1), ModelError, "'attention' holds a tuple"),
+        (Site("windows", "hidden", 4, -1), ModelError, "'windows' holds 6 rows for 2 images"),
+        (Site("again", "weight", 4, -1), UsageError, "kind 'weight', which holds no activations"),
+    ],
+)
+def test_what_a_tap_would_get_wrong_is_refused(site, error, words):
+    model, x = Twice().eval(), torch.randn(2, 3, 4)
+    with pytest.raises(error, match=words), hooks.tapped(model, [site]):
+        model(x)
+    assert n_hooks(model) == 0
+    model(x)
+
+
 def test_sites_that_share_a_consumer_act_together():
     torch.manual_seed(0)
     model = Dense().eval()
@@ -110,8 +213,8 @@ def test_hooks_go_even_when_something_fails():
     gate = {site: torch.ones(3)}
 
     def fail() -> None:
-        with hooks.masked(model, gate), hooks.record(model, [site]):
-            assert n_hooks(model) == 2
+        with hooks.masked(model, gate), hooks.tapped(model, [site]):
+            assert n_hooks(model) == 4
             raise KeyError
 
     with pytest.raises(KeyError):

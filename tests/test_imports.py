@@ -30,6 +30,8 @@ ORDER = [
     "data.downloads",
     "data.splits",
     "data",
+    "attributions",
+    "attributions.gradient",
     "criteria",
     "criteria.weights",
     "criteria.attributed",
@@ -51,7 +53,7 @@ ORDER = [
 ]
 
 # Registries are made in a package's __init__, which then imports the files that fill them.
-REGISTRIES = {"criteria", "measures"}
+REGISTRIES = {"attributions", "criteria", "measures"}
 
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
 

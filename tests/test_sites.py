@@ -273,3 +273,14 @@ def test_sites_that_claim_the_same_position_are_both_refused():
     assert sites._distinct([site("a", 0, 1), site("b", 1, 2), apart], refused) == [apart]
     assert set(refused) == {"a", "b"}
     assert "'reader'" in refused["a"]
+
+
+def test_the_input_and_the_outputs_of_layers_are_sites_too():
+    model = DigitsViT(10, 8, depth=1, n_heads=2)
+    assert sites.input_site(torch.zeros(2, 3, 8, 8)) == Site("", "pixel", 3)
+    assert sites.tap(model, "patches") == Site("patches", "channel", 8, 1)
+    assert sites.tap(model, "blocks.0.fc1") == Site("blocks.0.fc1", "hidden", 16, -1)
+    with pytest.raises(ModelError, match="'norm' is a LayerNorm: give the name of a convolution or linear layer"):
+        sites.tap(model, "norm")
+    with pytest.raises(ModelError, match="'nrom' does not exist"):
+        sites.tap(model, "nrom")

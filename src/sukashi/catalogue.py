@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sukashi import data, models
+from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.errors import UsageError
 from sukashi.measures import measures
@@ -10,8 +11,8 @@ from sukashi.registry import Registry, nearest
 
 
 def rows(what: str) -> list[dict[str, str]]:
-    """One dictionary a criterion, measure, model or dataset: its name, and for methods what it gives and its source."""
-    registries: dict[str, Registry] = {"criteria": criteria, "measures": measures}
+    """One dictionary a method, model or dataset: its name, and for methods what it gives and its source."""
+    registries: dict[str, Registry] = {"criteria": criteria, "attributions": attributions, "measures": measures}
     if what in registries:
         return [{"name": m.name, "summary": m.summary, "source": m.source} for m in registries[what]]
     names = {"models": models.names, "data": data.names}

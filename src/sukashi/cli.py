@@ -84,9 +84,10 @@ def demo(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="criteria, models, data or measures.")], as_json: JsonOption = False
+    what: Annotated[str, typer.Argument(help="criteria, attributions, models, data or measures.")],
+    as_json: JsonOption = False,
 ) -> None:
-    """List what there is: criteria, models, data or measures."""
+    """List what there is: criteria, attributions, models, data or measures."""
     with _working():
         from sukashi import catalogue
 

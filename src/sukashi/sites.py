@@ -23,6 +23,25 @@ from sukashi.types import Kind, Mask, Member, Site
 TOLERANCE = 1e-4
 
 
+def input_site(x: Tensor) -> Site:
+    """The pixels of images x (B, C, H, W) as a site, whose units are the C channels: where a saliency map is taken."""
+    return Site("", "pixel", x.shape[1])
+
+
+def tap(model: nn.Module, layer: str) -> Site:
+    """The site of the outputs of a convolution or linear layer: a place to look at, where nothing can be cut.
+
+    Raises ModelError where there is no such layer.
+    """
+    module = dict(model.named_modules()).get(layer)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return Site(layer, "channel", module.out_channels)
+    if isinstance(module, nn.Linear):
+        return Site(layer, "hidden", module.out_features, -1)
+    what = f"is a {type(module).__name__}" if module is not None else "does not exist"
+    raise ModelError(f"layer {layer!r} {what}: give the name of a convolution or linear layer")
+
+
 @dataclass(frozen=True)
 class Found:
     """A model's sites in execution order of their last producer, and {layer: why its units are no site}."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from sukashi import hooks
+from sukashi import hooks, progress
+from sukashi.attributions import attributions
 from sukashi.criteria import criteria
+from sukashi.errors import UsageError
+from sukashi.registry import Method
 from sukashi.types import Batch, Scores, Site
 
 
@@ -33,3 +39,106 @@ def taylor(
         for site, gradient in zip(gates, gradients, strict=True):
             total[site] += gradient.detach().double().abs().sum(0).cpu()
     return Scores({site: value / len(data) for site, value in total.items()}, len(data), "taylor")
+
+
+_TINY = torch.finfo(torch.float64).tiny
+Reduce = Literal["abs_sum", "sum_abs", "sum"]
+
+_AGGREGATION = """
+
+As a criterion: A_u(x, p), the attribution of unit u at position p for image x, becomes the score s_u.
+
+`reduce` over positions, then the mean over images:
+    abs_sum  mean_x |sum_p A|   what a unit does to each image, in either direction
+    sum_abs  mean_x sum_p |A|   how much it does at all, also where positions cancel
+    sum      mean_x sum_p A     signed: a unit that speaks against the target is the least important
+(An attribution that is never negative has no such option: all three are the same.)
+`classes`: `true` explains the image's own target; `each` explains every class's logit, and s_u is the mean over classes
+of the absolute values.
+`normalise`: `none` compares units of all layers as they are; `layer` divides a site's scores by their L2 norm
+(Molchanov et al. 2017, sec. 2.2).
+
+The papers: Bauvin et al. 2025, table 1, rank by captum's attributions of the target and do not say how they aggregate;
+the defaults stand for it. Sankarapu et al. 2025 (the medical study) add relevances into one score a neuron, over ten
+images a class, and cut the lowest: `reduce=sum`.
+
+`batch_size` bounds the rows in one pass; results do not depend on it.
+"""
+
+
+def _criterion(attribution: Method) -> Callable[..., Scores]:
+    """The criterion of an attribution, with the attribution's options beside its own."""
+
+    def criterion(
+        model: nn.Module,
+        sites: Sequence[Site],
+        data: Batch,
+        *,
+        generator: torch.Generator,
+        reduce: Reduce = "abs_sum",
+        classes: Literal["true", "each"] = "true",
+        normalise: Literal["none", "layer"] = "none",
+        batch_size: Annotated[int, Field(ge=1)] = 64,
+        **options: Any,
+    ) -> Scores:
+        for site in sites:
+            if site.kind not in ("channel", "hidden", "head"):
+                raise UsageError(
+                    f"site {site.layer!r} is of kind {site.kind!r}, which {attribution.name} cannot score: give "
+                    "channels, hidden units or attention heads"
+                )
+        attribution.check_options(options)
+        if "batch_size" in attribution.options:
+            options["batch_size"] = batch_size
+        device = next(model.parameters()).device
+        explained: Sequence[int | None] = [None]
+        if classes == "each":
+            with torch.no_grad():
+                explained = range(model(data.x[:1].to(device)).shape[-1])
+        total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
+        with progress.task(attribution.name, len(data) * len(explained)) as shown:
+            for batch in data.split(batch_size):
+                x = batch.x.to(device)
+                for k in explained:
+                    target = batch.target if k is None else torch.full_like(batch.target, k)
+                    found = attribution(model, x, target.to(device), sites, **options)
+                    for site in sites:
+                        scores = _reduced(found.pop(site), reduce)
+                        total[site] += (scores if k is None else scores.abs()).sum(0).cpu()
+                    shown.advance(len(batch))
+        scale = 1 / (len(data) * len(explained))
+        values = {site: value * scale for site, value in total.items()}
+        if normalise == "layer":
+            values = {site: F.normalize(value, dim=0, eps=_TINY) for site, value in values.items()}
+        return Scores(values, len(data), attribution.name)
+
+    own = inspect.signature(criterion, eval_str=True)
+    kept = [
+        p
+        for p in own.parameters.values()
+        if p.kind is not p.VAR_KEYWORD and (p.name != "reduce" or attribution.facts.get("signed", True))
+    ]
+    hints = get_type_hints(attribution.fn, include_extras=True)
+    passed = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in attribution.options.items()
+        if name != "batch_size"
+    ]
+    criterion.__signature__ = own.replace(parameters=[*kept, *passed])  # type: ignore[attr-defined]
+    criterion.__annotations__ = {p.name: p.annotation for p in [*kept, *passed]} | {"return": Scores}
+    criterion.__name__ = criterion.__qualname__ = attribution.name
+    criterion.__doc__ = (inspect.getdoc(attribution.fn) or "") + _AGGREGATION
+    return criterion
+
+
+def _reduced(values: Tensor, reduce: Reduce) -> Tensor:
+    """(B, U) in float64 out of (B, U, positions...)."""
+    flat = values.reshape(*values.shape[:2], -1)
+    if reduce == "sum_abs":
+        flat = flat.abs()
+    total = flat.sum(2, dtype=torch.float64)
+    return total.abs() if reduce == "abs_sum" else total
+
+
+for _attribution in attributions:
+    criteria.register(_attribution.name, source=_attribution.source, **_attribution.facts)(_criterion(_attribution))

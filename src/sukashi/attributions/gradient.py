@@ -1,0 +1,252 @@
+"""Attributions made of gradients: at one point, or along the straight line from a baseline to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sukashi import hooks
+from sukashi.attributions import attributions
+from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.types import Site
+
+Held = dict[Site, list[Tensor]]
+Count = Annotated[int, Field(ge=1)]
+Baseline = float | Tensor
+
+
+@attributions.register("saliency", source="Simonyan et al. 2014, sec. 3", signed=False)
+def saliency(
+    model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], *, batch_size: Count = 64
+) -> dict[Site, Tensor]:
+    """Absolute slope of the target's logit: |dF / da| at every position a of a unit.
+
+    Simonyan et al. take the largest of the input's channels; we leave the channels apart. At a site that several layers
+    read, each read has its own slope. `batch_size` bounds the rows in one pass.
+    """
+    _check(model, x, target)
+    parts = []
+    for rows in _rows(len(x), batch_size):
+        _, slopes = _slopes(model, x[rows], target[rows], sites)
+        parts.append({site: hooks.gather(site, slopes.pop(site)).abs() for site in sites})
+    return _joined(parts)
+
+
+@attributions.register("gradient_x_activation", source="Molchanov et al. 2017, eq. 8, of the logit")
+def gradient_x_activation(
+    model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], *, batch_size: Count = 64
+) -> dict[Site, Tensor]:
+    """First-order share of the target's logit: a dF / da, with its sign.
+
+    Summed over the positions of a unit it is the logit's derivative by a gate on the unit. Molchanov et al. take the
+    loss (criterion `taylor`). `batch_size` bounds the rows in one pass.
+    """
+    _check(model, x, target)
+    parts = []
+    for rows in _rows(len(x), batch_size):
+        held, slopes = _slopes(model, x[rows], target[rows], sites)
+        parts.append({site: _gathered(site, held, slopes) for site in sites})
+    return _joined(parts)
+
+
+@attributions.register("internal_influence", source="Leino et al. 2018, eq. 1, uniform on a line")
+def internal_influence(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    *,
+    steps: Count = 16,
+    baseline: Baseline = 0.0,
+    batch_size: Count = 64,
+) -> dict[Site, Tensor]:
+    """Mean slope of the target's logit along the path of inputs: the integral of dF / da over s in [0, 1].
+
+    Slopes are those at the inputs b + s (x - b), s in [0, 1]. Leino et al. average over any distribution of interest;
+    ours is uniform between the baseline b and the image, as in captum. Gauss-Legendre quadrature in `steps` points:
+    exact where the slope is a polynomial in s of a degree below 2 * steps, and free of the ends, where a zero baseline
+    sits on the kinks of a ReLU network. `baseline` is a number or a tensor that broadcasts to x, in preprocessed units:
+    0 is the mean colour. `batch_size` bounds the rows (images times steps) in one pass.
+    """
+    _check(model, x, target)
+    start = _start(x, baseline)
+    parts = []
+    for rows in _rows(len(x), batch_size // steps):
+        mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
+        parts.append({site: hooks.gather(site, mean.pop(site)) for site in sites})
+    return _joined(parts)
+
+
+@attributions.register("integrated_gradients", source="Sundararajan et al. 2017, eq. 1; Bauvin et al. 2025, table 1")
+def integrated_gradients(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    *,
+    steps: Count = 16,
+    baseline: Baseline = 0.0,
+    batch_size: Count = 64,
+) -> dict[Site, Tensor]:
+    """Change of a unit from the baseline, times the mean slope along the path: (a(x) - a(b)) * internal influence.
+
+    At the input site it is integrated gradients to the letter. Inside the network it is what table 1 of Bauvin et al.
+    says, gradients averaged from a baseline to the actual input: the path is that of the inputs, one for all sites. It
+    equals integrated gradients of the rest of the network (captum's LayerIntegratedGradients, one pass a layer) where
+    a is linear in the input, and differs elsewhere: there a does not move on a straight line, and only `conductance`
+    is complete. Quadrature, `baseline` and `batch_size` as for `internal_influence`.
+    """
+    _check(model, x, target)
+    start = _start(x, baseline)
+    parts = []
+    for rows in _rows(len(x), batch_size // steps):
+        mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
+        with torch.no_grad(), hooks.tapped(model, sites) as ends:
+            model(torch.cat([x[rows], start[rows]]))
+        change = {site: [torch.sub(*tensor.chunk(2)) for tensor in ends.pop(site)] for site in sites}
+        parts.append({site: _gathered(site, change, mean) for site in sites})
+    return _joined(parts)
+
+
+@attributions.register("conductance", source="Dhamdhere et al. 2019, total conductance")
+def conductance(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    *,
+    steps: Count = 16,
+    baseline: Baseline = 0.0,
+    batch_size: Count = 64,
+) -> dict[Site, Tensor]:
+    """Integrated gradients of all inputs that flow through a unit: the integral of dF / da da along the path of inputs.
+
+    Trapezoids over `steps` equal intervals of the path from the baseline to the image: the sum over them of the change
+    of a times the mean of dF / da at both ends. Exact for linear networks (captum takes the slope at the first end, and
+    its default points leave the ends of the path out); the error of smooth ones falls with the square of `steps`. The
+    sum over a layer that cuts the network is F(x) - F(b). `baseline` is a number or a tensor that broadcasts to x, in
+    preprocessed units. `batch_size` bounds the rows (images times steps + 1) in one pass, two at least.
+    """
+    _check(model, x, target)
+    start = _start(x, baseline)
+    n_points = steps + 1
+    points = torch.linspace(0, 1, n_points, dtype=torch.float64)
+    # Parts of a path that is longer than a pass share the point between them.
+    size = max(2, min(batch_size, n_points))
+    parts = []
+    for rows in _rows(len(x), batch_size // n_points):
+        total: Held = {}
+        for first in range(0, steps, size - 1):
+            held, slopes = _along(model, x[rows], start[rows], target[rows], sites, points[first : first + size])
+            for site in sites:
+                flows = [
+                    # Twice the trapezoid; differences first, for they are what is small.
+                    (a[1:] - a[:-1]).mul_(g[1:] + g[:-1]).sum(0)
+                    for a, g in zip(held.pop(site), slopes.pop(site), strict=True)
+                ]
+                total[site] = [a + b for a, b in zip(total[site], flows, strict=True)] if first else flows
+        parts.append({site: hooks.gather(site, total.pop(site)) / 2 for site in sites})
+    return _joined(parts)
+
+
+def explained(logits: Any, target: Tensor) -> Tensor:
+    """The number an attribution explains: the target's logit (B,), out of logits (B, K).
+
+    Raises ModelError where the model does not give one row of logits an image, DataError where a target is no class.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(target):
+        shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
+        raise ModelError(
+            f"the model's output for {len(target)} images has {shape}, and attributions explain one logit an image: "
+            "give a classifier, whose output is (images, classes)"
+        )
+    wrong = target[(target < 0) | (target >= logits.shape[1])]
+    if len(wrong):
+        raise DataError(
+            f"target {int(wrong[0])} is no class of a model with {logits.shape[1]} logits: classes count from 0"
+        )
+    return logits.gather(1, target[:, None])[:, 0]
+
+
+def _check(model: nn.Module, x: Tensor, target: Tensor) -> None:
+    """Refuse what could only be explained wrongly."""
+    if target.shape != x.shape[:1]:
+        raise DataError(
+            f"target has shape {tuple(target.shape)} for {len(x)} images: attributions explain a classifier, with one "
+            "class number an image"
+        )
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            raise ModelError(f"layer {name!r} is in training mode, where images change each other: call model.eval()")
+
+
+def _start(x: Tensor, baseline: Baseline) -> Tensor:
+    """The baseline of each image, shaped like x."""
+    value = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).detach()
+    try:
+        return value.expand_as(x)
+    except RuntimeError:
+        raise UsageError(
+            f"baseline has shape {tuple(value.shape)}, which does not broadcast to images {tuple(x.shape)}: give a "
+            f"number or {tuple(x.shape[1:])}"
+        ) from None
+
+
+def _rows(n_images: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` images, at least one."""
+    for first in range(0, n_images, max(1, size)):
+        yield slice(first, first + max(1, size))
+
+
+def _slopes(model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site]) -> tuple[Held, Held]:
+    """What sites hold, and the slope of each row's logit there, as `hooks.tapped` shapes them; detached."""
+    with torch.enable_grad(), hooks.tapped(model, sites) as seen:
+        # Rows do not meet in eval mode: the gradient of their sum is each one's own.
+        total = explained(model(x.detach()), target).sum()
+        tensors = [tensor for site in sites for tensor in seen[site]]
+        gradients = iter(torch.autograd.grad(total, tensors, materialize_grads=True))
+    held = {site: [tensor.detach() for tensor in seen[site]] for site in sites}
+    return held, {site: [next(gradients) for _ in seen[site]] for site in sites}
+
+
+def _along(
+    model: nn.Module, x: Tensor, start: Tensor, target: Tensor, sites: Sequence[Site], points: Tensor
+) -> tuple[Held, Held]:
+    """What sites hold and the slopes there, (S, B, N, positions...), at S points of the path from `start` to x."""
+    s = points.to(x).view(-1, *[1] * x.dim())
+    path = start + s * (x - start)
+    split = (len(points), len(x))
+    found = _slopes(model, path.flatten(0, 1), target.repeat(len(points)), sites)
+    held, slopes = ({site: [t.unflatten(0, split) for t in tensors[site]] for site in sites} for tensors in found)
+    return held, slopes
+
+
+def _mean_slopes(
+    model: nn.Module, x: Tensor, start: Tensor, target: Tensor, sites: Sequence[Site], steps: int, batch_size: int
+) -> Held:
+    """The integral over s in [0, 1] of the slopes at start + s (x - start), by Gauss and Legendre."""
+    nodes, weights = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(steps))
+    mean: Held = {}
+    for s, w in zip(((nodes + 1) / 2).split(batch_size), (weights / 2).split(batch_size), strict=True):
+        _, slopes = _along(model, x, start, target, sites, s)
+        for site in sites:
+            sums = [torch.tensordot(w.to(g), g, 1) for g in slopes.pop(site)]
+            mean[site] = [a + b for a, b in zip(mean[site], sums, strict=True)] if site in mean else sums
+    return mean
+
+
+def _gathered(site: Site, one: Held, other: Held) -> Tensor:
+    """The product of two tensors a read, as units; both are let go, so that a pass does not hold everything twice."""
+    return hooks.gather(site, [a * b for a, b in zip(one.pop(site), other.pop(site), strict=True)])
+
+
+def _joined(parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
+    """Consecutive images side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    return {site: torch.cat([part.pop(site) for part in parts]) for site in list(parts[0])}
