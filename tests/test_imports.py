@@ -21,6 +21,7 @@ ORDER = [
     "layers",
     "hooks",
     "surgery",
+    "canonical",
     "sites",
     "architectures",
     "models",
@@ -30,6 +31,11 @@ ORDER = [
     "data.downloads",
     "data.splits",
     "data",
+    "attributions",
+    "attributions.rules",
+    "attributions.deeplift",
+    "attributions.lrp",
+    "attributions.backtrace",
     "criteria",
     "criteria.weights",
     "criteria.attributed",
@@ -51,7 +57,7 @@ ORDER = [
 ]
 
 # Registries are made in a package's __init__, which then imports the files that fill them.
-REGISTRIES = {"criteria", "measures"}
+REGISTRIES = {"attributions", "criteria", "measures"}
 
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
 

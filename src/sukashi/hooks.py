@@ -65,6 +65,68 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, dict[
         yield seen
 
 
+@contextmanager
+def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[Tensor]]]:
+    """What is read at each site in the latest forward pass: {site: tensors}, each with the units on axis 1.
+
+    One tensor a consumer, in their order: a clone, which the consumer then reads, so that a gradient with respect to it
+    leaves the other readers out. An attention core stands for its projection too, as in `masked`. A site without
+    consumers is a tap, one tensor a producer: its output. The input site is what the model reads. The tensors stay
+    attached to the graph; a backward pass with respect to them all serves every site.
+    """
+    seen: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(_readings(site)) for site in sites}
+    reads: dict[str, list[tuple[Site, int]]] = defaultdict(list)
+    outputs: dict[str, list[tuple[Site, int]]] = defaultdict(list)
+    for site in sites:
+        for number, (name, side) in enumerate(_readings(site)):
+            (reads if side == "in" else outputs)[name].append((site, number))
+
+    def keep(places: list[tuple[Site, int]], axis: int, x: Tensor) -> Tensor:
+        kept: Tensor = x.clone().movedim(axis, 1)
+        for site, number in places:
+            seen[site][number] = kept
+        return kept.movedim(1, axis)
+
+    def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (keep(reads[name], channel_axis(module), args[0]), *args[1:])
+
+    def written(name: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return keep(outputs[name], channel_axis(module), out)
+
+    with (
+        _pre_hooks(model, {name: partial(read, name) for name in reads}),
+        _forward_hooks(model, {name: partial(written, name) for name in outputs}),
+    ):
+        yield seen
+
+
+def gather(site: Site, tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors shaped like those `tapped` gives for a site, by unit: (B, U, ...).
+
+    (B, U, H, W), (B, U, T) or (B, U) for a site of one reader in which a unit has one position; otherwise all positions
+    of a unit in all readers, side by side: (B, U, P). The input site gives (B, C, H, W).
+    """
+    if not site.layer:
+        return tensors[0]
+    members = [m for m in site.members if (m.module, m.side) in _readings(site)]
+    parts: list[Tensor] = []
+    for member, tensor in zip(members, tensors, strict=True):
+        index = torch.tensor(member.index, device=tensor.device)
+        parts.append(tensor.index_select(1, index.flatten()).unflatten(1, tuple(index.shape)))
+    if len(parts) == 1 and parts[0].shape[2] == 1:
+        return parts[0].squeeze(2)
+    return torch.cat([part.flatten(2) for part in parts], 2)
+
+
+def _readings(site: Site) -> list[tuple[str, str]]:
+    """Name and side of each layer at which `tapped` takes a site."""
+    if not site.layer:
+        return [("", "in")]
+    # The first consumer of an attention's inner dimensions is its core; what comes after follows from it.
+    consumers = site.consumers[:1] if site.kind == "head" else site.consumers
+    return [(member.module, member.side) for member in consumers or site.producers]
+
+
 def calls(model: nn.Module, x: Tensor) -> list[str]:
     """The names of all layers in the order a forward pass calls them, as often as it does."""
     order: list[str] = []
@@ -84,11 +146,23 @@ def channel_axis(module: nn.Module) -> int:
 
 @contextmanager
 def _pre_hooks(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
+    with _removed() as handles:
+        handles.extend(model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items())
+        yield
+
+
+@contextmanager
+def _forward_hooks(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
+    with _removed() as handles:
+        handles.extend(model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items())
+        yield
+
+
+@contextmanager
+def _removed() -> Iterator[list[RemovableHandle]]:
     handles: list[RemovableHandle] = []
     try:
-        for name, hook in hooks.items():
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        yield
+        yield handles
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,11 @@
+"""Attributions: how much each position of each unit had to do with a logit, for all sites of a model in one pass.
+
+`attribution(model, x, target, sites, **options)` gives {site: (B, U, positions...)}, detached, in the axes of
+`hooks.gather`.
+"""
+
+from sukashi.registry import Registry
+
+attributions = Registry("attribution", "attributions")
+
+from sukashi.attributions import backtrace, deeplift, lrp  # noqa: E402, F401
