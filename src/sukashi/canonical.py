@@ -96,8 +96,8 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
         if not isinstance(expected, Tensor):
             raise ModelError(f"{name} gives a {type(expected).__name__}: it must give one tensor of logits; wrap it")
         _Activity(fx.GraphModule(root, graph)).run(x[:1])
-        _modules(graph, root)
         _single(graph, root)
+        _modules(graph, root)
         _fold(graph, root)
         form = fx.GraphModule(root, graph, class_name=name)
         form.recompile()
@@ -201,7 +201,7 @@ _PAIRS: Mapping[Any, type[nn.Module]] = {
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), Mul),
     **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"), MatMul),
 }
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 def _modules(graph: fx.Graph, root: nn.Module) -> None:
@@ -266,7 +266,8 @@ def _layer_norm(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[A
                 return None
             setattr(norm, name, operator.attrgetter(str(source.target))(root))
     owner = _owner(node)
-    own = isinstance(root.get_submodule(owner), nn.LayerNorm)
+    taken = any(other.op == "call_module" and other.target == owner for other in node.graph.nodes)
+    own = isinstance(root.get_submodule(owner), nn.LayerNorm) and not taken
     return norm, owner if own else _vacant(root, node, norm), (given["input"],)
 
 
