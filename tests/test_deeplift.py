@@ -188,7 +188,7 @@ def test_a_max_pool_gives_its_difference_to_the_larger_maximum():
 def captum_deeplift(model, x, base, target=TARGET):
     captum = pytest.importorskip("captum.attr")
     with pytest.warns(UserWarning, match="hooks"):
-        return captum.DeepLift(model).attribute(x.clone(), base, target=target).detach()
+        return captum.DeepLift(model).attribute(x.clone().requires_grad_(), base, target=target).detach()
 
 
 def test_it_agrees_with_captum_where_captum_is_right():
