@@ -116,12 +116,12 @@ def _shift(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, z: Tensor) -> 
 
 
 def _passed(module: nn.Module, x: Tensor, *constants: Tensor) -> Tensor:
-    return carry(x, plain(module, x, *constants), torch.ones_like(x))
+    return carry(x, plain(module, x, *constants), x.new_ones(()).expand_as(x))
 
 
 def _product(module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     half = (a + b) / 2
-    return carry(half, a * b, torch.ones_like(half))
+    return carry(half, a * b, half.new_ones(()).expand_as(half))
 
 
 def _max_pool(module: nn.Module, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def deeplift(
             base = {site: hooks.gather(site, taps[site]) for site in sites}
         reads, multipliers = carried(form, x[rows], sites, lambda logits: ones(chosen(logits, target[rows])))
         return {
-            site: hooks.gather(site, multipliers[site]) * (hooks.gather(site, reads[site]) - base[site])
+            site: hooks.gather(site, multipliers.pop(site)) * (hooks.gather(site, reads.pop(site)) - base.pop(site))
             for site in sites
         }
 

@@ -84,7 +84,8 @@ def lrp(
     linear, convolution = ("epsilon", "alpha1beta0") if rule == "epsilon_plus" else (rule, rule)
     rules: dict[type[nn.Module], Rule] = {
         **MOVES,
-        **dict.fromkeys((Add, Scale, nn.MaxPool2d, *AVERAGES)),
+        # The slope of a ReLU is y / x.
+        **dict.fromkeys((Add, Scale, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, *AVERAGES)),
         **dict.fromkeys(_ACTIVATIONS, _activation),
         **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), layers[convolution]),
         nn.Linear: layers[linear],
@@ -96,7 +97,8 @@ def lrp(
     def explain(rows: slice) -> dict[Site, Tensor]:
         reads, ratios = carried(form, x[rows], sites, lambda logits: ones(chosen(logits, target[rows])))
         return {
-            site: hooks.gather(site, [r * m for r, m in zip(reads[site], ratios[site], strict=True)]) for site in sites
+            site: hooks.gather(site, [r * m for r, m in zip(reads.pop(site), ratios.pop(site), strict=True)])
+            for site in sites
         }
 
     return in_parts(explain, len(x), batch_size)
@@ -139,8 +141,9 @@ def _raised(w: Tensor, gamma: float) -> Tensor:
 
 def _contributions(module: nn.Module, x: Tensor, positive: Tensor, negative: Tensor, bias: Tensor | None) -> Tensor:
     """Positive inputs through one set of weights, negative ones through the other."""
-    out = weighted(module, x.clamp(min=0), positive, bias)
-    return out + weighted(module, x.clamp(max=0), negative) if (x < 0).any() else out
+    if not (x < 0).any():
+        return weighted(module, x, positive, bias)
+    return weighted(module, x.clamp(min=0), positive, bias) + weighted(module, x.clamp(max=0), negative)
 
 
 def _activation(module: nn.Module, x: Tensor) -> Tensor:
@@ -171,4 +174,4 @@ def _halved(product: Tensor) -> Tensor:
     return (product + product.detach()) / 2
 
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish)
+_ACTIVATIONS = (nn.ReLU6, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish)
