@@ -1,7 +1,7 @@
 """Attributions: how much each position of each unit had to do with a logit, for all sites of a model in one pass.
 
 `attribution(model, x, target, sites, **options)` gives {site: (B, U, positions...)}, detached, in the axes of
-`hooks.gather`.
+`hooks.gather`. Facts of an attribution: `refuses` (("attention",) where a method has no rules for it).
 """
 
 from sukashi.registry import Registry

@@ -30,7 +30,9 @@ from sukashi.errors import ModelError
 from sukashi.types import Site
 
 
-@attributions.register("backtrace", source="Sankarapu et al. 2025 (DL-Backtrace), default and contrastive", signed=True)
+@attributions.register(
+    "backtrace", source="Sankarapu et al. 2025 (DL-Backtrace), default and contrastive", refuses=("attention",)
+)
 def backtrace(
     model: nn.Module,
     x: Tensor,

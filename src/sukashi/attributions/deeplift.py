@@ -34,7 +34,7 @@ from sukashi.types import Site
 Baseline = float | Literal["mean", "blur"] | Tensor
 
 
-@attributions.register("deeplift", source="Shrikumar et al. 2017, eq. 1-3, sec. 3.5.2 (rescale)", signed=True)
+@attributions.register("deeplift", source="Shrikumar et al. 2017, eq. 1-3, sec. 3.5.2 (rescale)")
 def deeplift(
     model: nn.Module,
     x: Tensor,

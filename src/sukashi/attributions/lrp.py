@@ -31,7 +31,7 @@ from sukashi.layers import AttentionCore
 from sukashi.types import Site
 
 
-@attributions.register("lrp", source="Bach et al. 2015, eq. 58 and 60; Achtibat et al. 2024, sec. 3", signed=True)
+@attributions.register("lrp", source="Bach et al. 2015, eq. 58 and 60; Achtibat et al. 2024, sec. 3")
 def lrp(
     model: nn.Module,
     x: Tensor,
