@@ -238,18 +238,23 @@ def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
     method = criteria[name]
     method.check_options(method.options)
     assert_same_bits(run(name, small["cnn"], **method.options), outcomes[name, "cnn"])
-    for option, kind in get_type_hints(method.fn).items():
-        if option not in method.options or get_origin(kind) is not Literal:
-            continue
-        assert method.options[option] in get_args(kind)
-        for choice in get_args(kind):
-            method.check_options({option: choice})
-            outcome = run(name, small["cnn"], **{option: choice})
-            same = all(
-                np.array_equal(getattr(as_plan(outcome), field), getattr(as_plan(outcomes[name, "cnn"]), field))
-                for field in ("unit", "effect")
-            )
-            assert same == (choice == method.options[option]), f"{option}={choice} changes nothing, or the default does"
+    kinds = {option: kind for option, kind in get_type_hints(method.fn).items() if option in method.options}
+    choices = {option: get_args(kind) for option, kind in kinds.items() if get_origin(kind) is Literal}
+
+    def changes(choice, beside):
+        one, other = (as_plan(run(name, small["cnn"], **options)) for options in ({**beside, **choice}, beside))
+        return not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("unit", "effect"))
+
+    for option, values in choices.items():
+        assert method.options[option] in values
+        # An option may matter beside one choice of another only.
+        besides = [{}, *({other: value} for other in choices if other != option for value in choices[other])]
+        for value in values:
+            method.check_options({option: value})
+            if value == method.options[option]:
+                assert not changes({option: value}, {}), f"{option} has another default"
+            else:
+                assert any(changes({option: value}, beside) for beside in besides), f"{option}={value} changes nothing"
 
 
 @pytest.mark.parametrize("name", JOURNALED)
