@@ -1,6 +1,6 @@
 """What attributions of a complete cut sum to, method by model, in float64: conservation or completeness error.
 
-    python benchmarks/conservation.py [--markdown docs/conservation.md] [--only NAME]
+    python benchmarks/conservation.py [--markdown docs/conservation.md] [--only NAME ...]
 
 Networks have random weights and BatchNorm statistics near those of noise, each off by its own share; images are noise,
 64 pixels wide where the architecture allows, 2 of them. The cuts are the pixels and what the last linear layer reads.
@@ -34,6 +34,9 @@ MODELS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "vit_b_16", "deit3_sm
 DIFFERENCE = ("integrated_gradients", "conductance", "deeplift")
 LOGIT = ("lrp", "backtrace")
 VARIANTS = {
+    # More steps for networks with kinks only: smooth ones are done with the default.
+    "integrated_gradients": ({}, {"steps": 128}),
+    "conductance": ({}, {"steps": 128}),
     "lrp": (
         *({"rule": rule} for rule in ("epsilon_plus", "epsilon", "gamma", "alpha1beta0")),
         *({"rule": rule, "attention": "cp"} for rule in ("epsilon", "gamma")),
@@ -172,8 +175,8 @@ def main() -> None:
             if method.name not in (*DIFFERENCE, *LOGIT):
                 table[title][name] = "no law"
                 continue
-            if name in CNNS and "attention" in options:
-                table[title][name] = "no attention"
+            if ("attention" if name in CNNS else "steps") in options:
+                table[title][name] = "no attention" if name in CNNS else "no kinks"
                 continue
             values[title][name], text = cell(method, options, model, bare, shape)
             if text.startswith("refused: "):
