@@ -16,11 +16,16 @@ from sukashi import sites as finder
 from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
+from sukashi.errors import ModelError
 from sukashi.layers import AttentionCore
 from sukashi.measures import measures
 from sukashi.types import CATEGORIES, Plan, Scores, rank
 
 NETS = ("cnn", "vit")
+# A method without rules for attention says so, and refuses it.
+REFUSED = [(method.name, "vit") for method in criteria if "attention" in method.facts.get("refuses", ())]
+CASES = [(name, net) for name in criteria.names() for net in NETS if (name, net) not in REFUSED]
+EXPLAINED = [(name, net) for name, net in CASES if name in attributions]
 JOURNALED = [method.name for method in criteria if method.keeps_journal]
 FIELDS = ("site", "unit", "category", "effect", "p_values")
 
@@ -54,14 +59,13 @@ def assert_same_bits(one, other):
 @pytest.fixture(scope="module")
 def outcomes(small):
     """Every criterion on both networks with seed 0, as the other tests compare with it."""
-    return {(name, net): run(name, small[net]) for name in criteria.names() for net in NETS}
+    return {(name, net): run(name, small[net]) for name, net in CASES}
 
 
 # Criteria.
 
 
-@pytest.mark.parametrize("name", criteria.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), CASES)
 def test_a_criterion_speaks_of_every_unit_of_the_given_sites(outcomes, small, name, net):
     case, outcome = small[net], outcomes[name, net]
     assert outcome.method == name
@@ -87,7 +91,13 @@ def test_a_criterion_speaks_of_every_unit_of_the_given_sites(outcomes, small, na
     assert sorted(pairs(as_plan(outcome))) == everything
 
 
-@pytest.mark.parametrize("name", criteria.names())
+@pytest.mark.parametrize(("name", "net"), REFUSED)
+def test_a_criterion_that_has_no_rule_for_a_network_refuses_it_by_name(small, name, net):
+    with pytest.raises(ModelError, match=f"{name} has no rule for"):
+        run(name, small[net])
+
+
+@pytest.mark.parametrize("name", [name for name, net in CASES if net == "vit"])
 def test_a_criterion_speaks_of_the_given_sites_only(small, name):
     case = copy.copy(small["vit"])
     case.sites = case.sites[1:4:2]
@@ -96,8 +106,7 @@ def test_a_criterion_speaks_of_the_given_sites_only(small, name):
     assert as_plan(outcome).n_units == 32
 
 
-@pytest.mark.parametrize("name", criteria.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), CASES)
 def test_a_criterion_says_how_many_images_it_used(outcomes, small, name, net):
     case = small[net]
     with torch.no_grad():
@@ -111,8 +120,7 @@ def test_a_criterion_says_how_many_images_it_used(outcomes, small, name, net):
         assert outcomes[name, net].n_images == len(case.data)
 
 
-@pytest.mark.parametrize("name", criteria.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), CASES)
 def test_the_same_seed_gives_the_same_bits_and_no_other_randomness_is_used(outcomes, small, name, net):
     torch.manual_seed(12345)
     np.random.seed(12345)
@@ -123,8 +131,7 @@ def test_the_same_seed_gives_the_same_bits_and_no_other_randomness_is_used(outco
     assert np.random.get_state()[1].tolist() == np.random.RandomState(12345).get_state()[1].tolist()
 
 
-@pytest.mark.parametrize("name", criteria.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), CASES)
 def test_a_criterion_leaves_model_and_images_as_found(outcomes, small, name, net):
     case = copy.copy(small[net])
     model = case.model = copy.deepcopy(case.model)
@@ -176,8 +183,7 @@ def _equal(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@pytest.mark.parametrize("name", criteria.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), CASES)
 def test_chunks_and_budgets_do_not_matter(small64, monkeypatch, name, net):
     case = small64[net]
     whole = run(name, case)
@@ -198,8 +204,7 @@ def assert_close(one, other, renamed=None):
         assert category == expected_category
 
 
-@pytest.mark.parametrize("name", [name for name in criteria.names() if name != "random"])
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), [case for case in CASES if case[0] != "random"])
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31))
 def test_permuting_units_permutes_what_is_found_out_about_them(small64, name, net, seed):
@@ -237,18 +242,23 @@ def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
     method = criteria[name]
     method.check_options(method.options)
     assert_same_bits(run(name, small["cnn"], **method.options), outcomes[name, "cnn"])
-    for option, kind in get_type_hints(method.fn).items():
-        if option not in method.options or get_origin(kind) is not Literal:
-            continue
-        assert method.options[option] in get_args(kind)
-        for choice in get_args(kind):
-            method.check_options({option: choice})
-            outcome = run(name, small["cnn"], **{option: choice})
-            same = all(
-                np.array_equal(getattr(as_plan(outcome), field), getattr(as_plan(outcomes[name, "cnn"]), field))
-                for field in ("unit", "effect")
-            )
-            assert same == (choice == method.options[option]), f"{option}={choice} changes nothing, or the default does"
+    kinds = {option: kind for option, kind in get_type_hints(method.fn).items() if option in method.options}
+    choices = {option: get_args(kind) for option, kind in kinds.items() if get_origin(kind) is Literal}
+
+    def changes(choice, beside):
+        one, other = (as_plan(run(name, small["cnn"], **options)) for options in ({**beside, **choice}, beside))
+        return not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("unit", "effect"))
+
+    for option, values in choices.items():
+        assert method.options[option] in values
+        # An option may matter beside one choice of another only.
+        besides = [{}, *({other: value} for other in choices if other != option for value in choices[other])]
+        for value in values:
+            method.check_options({option: value})
+            if value == method.options[option]:
+                assert not changes({option: value}, {}), f"{option} has another default"
+            else:
+                assert any(changes({option: value}, beside) for beside in besides), f"{option}={value} changes nothing"
 
 
 @pytest.mark.parametrize("name", JOURNALED)
@@ -282,15 +292,14 @@ def attributed(name, case, sites=None, rows=slice(None), **options):
 @pytest.fixture(scope="module")
 def explanations(small64):
     """Every attribution on both networks, as the other tests compare with it."""
-    return {(name, net): attributed(name, small64[net]) for name in attributions.names() for net in NETS}
+    return {(name, net): attributed(name, small64[net]) for name, net in EXPLAINED}
 
 
 def test_every_attribution_is_a_criterion():
     assert set(attributions.names()) <= set(criteria.names())
 
 
-@pytest.mark.parametrize("name", attributions.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_an_attribution_says_something_about_every_position_of_every_unit(explanations, small64, name, net):
     case, found = small64[net], explanations[name, net]
     x = case.data.x[::7]
@@ -308,8 +317,7 @@ def test_an_attribution_says_something_about_every_position_of_every_unit(explan
     assert signed == attributions[name].facts.get("signed", True)
 
 
-@pytest.mark.parametrize("name", attributions.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_an_attribution_leaves_model_and_images_as_found_and_gives_the_same_bits(explanations, small64, name, net):
     case = copy.copy(small64[net])
     case.model = copy.deepcopy(case.model)
@@ -334,15 +342,13 @@ def test_an_attribution_leaves_model_and_images_as_found_and_gives_the_same_bits
         assert torch.equal(found[site], values)
 
 
-@pytest.mark.parametrize("name", attributions.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_one_pass_over_all_sites_gives_what_a_pass_for_each_gives(explanations, small64, name, net):
     for site, values in explanations[name, net].items():
         assert torch.equal(attributed(name, small64[net], [site])[site], values)
 
 
-@pytest.mark.parametrize("name", attributions.names())
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_images_are_explained_each_on_its_own_whatever_the_batch(explanations, small64, name, net):
     whole = explanations[name, net]
     parts = [attributed(name, small64[net], rows=rows) for rows in (slice(0, 5), slice(5, 6), slice(6, None))]

@@ -21,6 +21,7 @@ ORDER = [
     "layers",
     "hooks",
     "surgery",
+    "canonical",
     "sites",
     "architectures",
     "models",
@@ -32,6 +33,10 @@ ORDER = [
     "data",
     "attributions",
     "attributions.gradient",
+    "attributions.rules",
+    "attributions.deeplift",
+    "attributions.lrp",
+    "attributions.backtrace",
     "criteria",
     "criteria.weights",
     "criteria.attributed",
@@ -50,6 +55,7 @@ ORDER = [
     "demo",
     "catalogue",
     "cli",
+    "__main__",
 ]
 
 # Registries are made in a package's __init__, which then imports the files that fill them.

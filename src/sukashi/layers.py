@@ -66,6 +66,11 @@ class AttentionCore(nn.Module):
         self.scale = scale
 
     def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = self.split(qkv)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (B, heads, T, widest head) of the heads that are left."""
         n_images, n_tokens, width = qkv.shape
         alive = [w for w in self.widths if w]
         widest = max(alive)
@@ -75,9 +80,14 @@ class AttentionCore(nn.Module):
             parts = qkv.view(n_images, n_tokens, 3, width // 3).split(alive, dim=3)
             padded = torch.stack([F.pad(part, (0, widest - part.shape[3])) for part in parts], dim=3)
             q, k, v = padded.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
-        if all(w == widest for w in alive):
-            return out.reshape(n_images, n_tokens, width // 3)
+        return q, k, v
+
+    def merge(self, out: Tensor) -> Tensor:
+        """The heads (B, heads, T, widest head) side by side, without padding: (B, T, D)."""
+        alive = [w for w in self.widths if w]
+        out = out.transpose(1, 2)
+        if all(w == max(alive) for w in alive):
+            return out.flatten(2)
         return torch.cat([out[:, :, head, :w] for head, w in enumerate(alive)], dim=2)
 
     def cut_inputs(self, keep: Tensor) -> None:

@@ -29,7 +29,7 @@ def saliency(
     Simonyan et al. take the largest of the input's channels; we leave the channels apart. At a site that several layers
     read, each read has its own slope. `batch_size` bounds the rows in one pass.
     """
-    _check(model, x, target)
+    check(model, x, target)
     parts = []
     for rows in _rows(len(x), batch_size):
         _, slopes = _slopes(model, x[rows], target[rows], sites)
@@ -46,7 +46,7 @@ def gradient_x_activation(
     Summed over the positions of a unit it is the logit's derivative by a gate on the unit. Molchanov et al. take the
     loss (criterion `taylor`). `batch_size` bounds the rows in one pass.
     """
-    _check(model, x, target)
+    check(model, x, target)
     parts = []
     for rows in _rows(len(x), batch_size):
         held, slopes = _slopes(model, x[rows], target[rows], sites)
@@ -73,7 +73,7 @@ def internal_influence(
     sits on the kinks of a ReLU network. `baseline` is a number or a tensor that broadcasts to x, in preprocessed units:
     0 is the mean colour. `batch_size` bounds the rows (images times steps) in one pass.
     """
-    _check(model, x, target)
+    check(model, x, target)
     start = _start(x, baseline)
     parts = []
     for rows in _rows(len(x), batch_size // steps):
@@ -101,7 +101,7 @@ def integrated_gradients(
     a is linear in the input, and differs elsewhere: there a does not move on a straight line, and only `conductance`
     is complete. Quadrature, `baseline` and `batch_size` as for `internal_influence`.
     """
-    _check(model, x, target)
+    check(model, x, target)
     start = _start(x, baseline)
     parts = []
     for rows in _rows(len(x), batch_size // steps):
@@ -132,7 +132,7 @@ def conductance(
     sum over a layer that cuts the network is F(x) - F(b). `baseline` is a number or a tensor that broadcasts to x, in
     preprocessed units. `batch_size` bounds the rows (images times steps + 1) in one pass, two at least.
     """
-    _check(model, x, target)
+    check(model, x, target)
     start = _start(x, baseline)
     n_points = steps + 1
     points = torch.linspace(0, 1, n_points, dtype=torch.float64)
@@ -173,8 +173,8 @@ def explained(logits: Any, target: Tensor) -> Tensor:
     return logits.gather(1, target[:, None])[:, 0]
 
 
-def _check(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """Refuse what could only be explained wrongly."""
+def check(model: nn.Module, x: Tensor, target: Tensor) -> None:
+    """Refuse what could only be explained wrongly: DataError for targets, ModelError for layers in training mode."""
     if target.shape != x.shape[:1]:
         raise DataError(
             f"target has shape {tuple(target.shape)} for {len(x)} images: attributions explain a classifier, with one "

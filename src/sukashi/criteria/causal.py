@@ -141,9 +141,9 @@ def cswap(
 
     Definition 1 compares with the original network; algorithm 1 can be read as comparing with the present one:
     `baseline` says which, and the present one ranks better (benchmarks/defaults.py, training images only: SAUCE 45.7
-    against 41.9 on ResNet-20, 62.7 against 62.6 on ResNet-18). Definition 1's xi, the mean of d / sigma (`effect="ratio"`), is ruled by the few images on which sigma
-    is near zero; `mean` is mean(d) / mean(sigma), and `samples="correct"` leaves misclassified images out. The last
-    unit of a site is never removed.
+    against 41.9 on ResNet-20, 62.7 against 62.6 on ResNet-18). Definition 1's xi, the mean of d / sigma
+    (`effect="ratio"`), is ruled by the few images on which sigma is near zero; `mean` is mean(d) / mean(sigma), and
+    `samples="correct"` leaves misclassified images out. The last unit of a site is never removed.
     """
     data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)

@@ -1,0 +1,178 @@
+"""Layer-wise relevance propagation, on convolutional networks and vision transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sukashi import hooks
+from sukashi.attributions import attributions
+from sukashi.attributions.gradient import check, explained
+from sukashi.attributions.rules import (
+    AVERAGES,
+    MOVES,
+    Rule,
+    carried,
+    carry,
+    in_parts,
+    ones,
+    plain,
+    ruled,
+    weighted,
+)
+from sukashi.canonical import Add, Scale, canonical
+from sukashi.errors import UsageError
+from sukashi.layers import AttentionCore
+from sukashi.types import Site
+
+
+@attributions.register("lrp", source="Bach et al. 2015, eq. 58 and 60; Achtibat et al. 2024, sec. 3")
+def lrp(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    *,
+    rule: Literal["epsilon_plus", "epsilon", "gamma", "alpha1beta0"] = "epsilon_plus",
+    attention: Annotated[str, Field(pattern="^(attn|cp)$")] = "attn",
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6,
+    gamma: Annotated[float, Field(gt=0)] = 0.25,
+    bias: bool = True,
+    batch_size: Annotated[int, Field(ge=1)] = 64,
+) -> dict[Site, Tensor]:
+    """Relevance of each position of a unit: the target's logit, shared out backward from layer to layer.
+
+    The seed is the logit's own value. A layer z_j = sum_i x_i w_ij + b_j hands on R_i = sum_j c_ij / (sum_i c_ij + ..)
+    R_j, by `rule`:
+
+    - `epsilon`: c_ij = x_i w_ij, and z_j + epsilon sign(z_j) below the line (Bach et al. 2015, eq. 58);
+    - `gamma`: c_ij = x_i (w_ij + gamma w_ij^+) where z_j > 0 and x_i >= 0, with w_ij^- where one of both is negative
+      (Montavon et al. 2019; for inputs of any sign Andeol et al. 2021);
+    - `alpha1beta0`: the positive c_ij only (eq. 60 with alpha = 1, beta = 0);
+    - `epsilon_plus`: alpha1beta0 in convolutions, epsilon in linear layers (zennit's composite of that name).
+
+    Biases stand below the line (their positive part in alpha1beta0), so their share of relevance is lost; `bias=False`
+    leaves them out, which alpha1beta0 alone can bear: the others would divide by what may be zero. `epsilon` also
+    keeps the other rules from dividing by zero, as zennit's stabiliser does. Sums, means and average pools share in
+    proportion to what they add, activations and LayerScale pass relevance on, a max-pool passes it to the maximum.
+
+    Transformers (Achtibat et al. 2024): the deviation that LayerNorm divides by is a constant; `attention` is `attn`
+    (AttnLRP: softmax by its slope, the two factors of a matrix product half each) or `cp` (CP-LRP, Ali et al. 2022:
+    attention weights are constants, so q and k get nothing). CP-LRP conserves relevance but for biases; AttnLRP does
+    not in sum.
+
+    In the implementation a gradient carries R / x, so that most of the rules are autograd's own; relevance is read as
+    that gradient times the activation. `batch_size` bounds the images in the one pass that serves all sites.
+
+    Raises ModelError for a model without canonical form or with an operation that has no rule (products of two
+    activations among them), UsageError for `bias=False` with another rule than alpha1beta0, DataError for a target that
+    is no class number an image.
+    """
+    if not bias and rule != "alpha1beta0":
+        raise UsageError(f"bias=False with rule {rule!r} divides by what may be zero: use rule 'alpha1beta0'")
+    check(model, x, target)
+    form = canonical(model, x)
+    layers: dict[str, Rule] = {
+        "epsilon": partial(_epsilon, epsilon),
+        "gamma": partial(_gamma, gamma, epsilon),
+        "alpha1beta0": partial(_alpha1beta0, bias, epsilon),
+    }
+    linear, convolution = ("epsilon", "alpha1beta0") if rule == "epsilon_plus" else (rule, rule)
+    rules: dict[type[nn.Module], Rule] = {
+        **MOVES,
+        # The slope of a ReLU is y / x.
+        **dict.fromkeys((Add, Scale, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, *AVERAGES)),
+        **dict.fromkeys(_ACTIVATIONS, _activation),
+        **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), layers[convolution]),
+        nn.Linear: layers[linear],
+        nn.LayerNorm: _layer_norm,
+        AttentionCore: partial(_attention, attention == "cp"),
+    }
+    ruled(form, rules, "lrp")
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
+        reads, ratios = carried(form, x[rows], sites, lambda logits: ones(explained(logits, target[rows])))
+        return {
+            site: hooks.gather(site, [r * m for r, m in zip(reads.pop(site), ratios.pop(site), strict=True)])
+            for site in sites
+        }
+
+    return in_parts(explain, len(x), batch_size)
+
+
+def _stable(z: Tensor, epsilon: float) -> Tensor:
+    """z, further from zero by epsilon."""
+    return z + torch.where(z < 0, -epsilon, epsilon)
+
+
+def _epsilon(epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
+    z = plain(module, x)
+    return carry(z, z, z / _stable(z, epsilon))
+
+
+def _alpha1beta0(bias: bool, epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    shift = module.bias.clamp(min=0) if bias and module.bias is not None else None
+    positive = _contributions(module, x, module.weight.clamp(min=0), module.weight.clamp(max=0), shift)
+    with torch.no_grad():
+        z = plain(module, x)
+    return carry(positive, z, z / _stable(positive, epsilon))
+
+
+def _gamma(gamma: float, epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    up, down = (_raised(module.weight, gamma), _raised(module.weight, -gamma))
+    rise, fall = (None, None) if module.bias is None else (_raised(module.bias, gamma), _raised(module.bias, -gamma))
+    above, below = _contributions(module, x, up, down, rise), _contributions(module, x, down, up, fall)
+    with torch.no_grad():
+        z = plain(module, x)
+    out = carry(above, z, z.clamp(min=0) / _stable(above, epsilon))
+    return out + carry(below, torch.zeros_like(z), z.clamp(max=0) / _stable(below, epsilon))
+
+
+def _raised(w: Tensor, gamma: float) -> Tensor:
+    """w with its positive part raised by gamma, or its negative part for a negative gamma."""
+    return w + gamma * w.clamp(min=0) if gamma > 0 else w - gamma * w.clamp(max=0)
+
+
+def _contributions(module: nn.Module, x: Tensor, positive: Tensor, negative: Tensor, bias: Tensor | None) -> Tensor:
+    """Positive inputs through one set of weights, negative ones through the other."""
+    if not (x < 0).any():
+        return weighted(module, x, positive, bias)
+    return weighted(module, x.clamp(min=0), positive, bias) + weighted(module, x.clamp(max=0), negative)
+
+
+def _activation(module: nn.Module, x: Tensor) -> Tensor:
+    y = plain(module, x)
+    return carry(x, y, torch.where(x == 0, 0, y / torch.where(x == 0, 1, x)))
+
+
+def _layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm)
+    axes = tuple(range(-len(module.normalized_shape), 0))
+    centred = x - x.mean(axes, keepdim=True)
+    out = centred * ((centred**2).mean(axes, keepdim=True) + module.eps).rsqrt().detach()
+    out = out if module.weight is None else out * module.weight
+    return out if module.bias is None else out + module.bias
+
+
+def _attention(cp: bool, module: nn.Module, qkv: Tensor) -> Tensor:
+    assert isinstance(module, AttentionCore)
+    q, k, v = module.split(qkv)
+    scores = q @ k.transpose(2, 3) * module.scale
+    if cp:
+        return module.merge(scores.softmax(-1).detach() @ v)
+    return module.merge(_halved(_halved(scores).softmax(-1) @ v))
+
+
+def _halved(product: Tensor) -> Tensor:
+    """A product whose two factors get half the relevance each."""
+    return (product + product.detach()) / 2
+
+
+_ACTIVATIONS = (nn.ReLU6, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish)

@@ -1,0 +1,205 @@
+"""DL-Backtrace against its rules written out unit by unit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sukashi.architectures import CifarResNet
+from sukashi.attributions.backtrace import backtrace
+from sukashi.errors import ModelError
+from sukashi.types import Member, Site
+
+PIXELS = Site("", "pixel", 3)
+TARGET = torch.tensor([0, 2, 1])
+MODES = ("default", "contrastive")
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relevance(model, x, target=TARGET, site=PIXELS, **options):
+    return backtrace(model, x, target, [site], **options)[site]
+
+
+def logit(model, x, target=TARGET):
+    with torch.no_grad():
+        return model(x).gather(1, target[:, None])[:, 0]
+
+
+def tap(layer, width):
+    return Site(layer, "channel", width, 1, (Member(layer, "out", tuple((u,) for u in range(width))),))
+
+
+def dense(layer, shape):
+    """A linear layer over inputs of a shape as a matrix (inputs, outputs) and a shift."""
+    n = torch.Size(shape).numel()
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, *shape, dtype=torch.float64))
+        weight = layer(torch.eye(n, dtype=torch.float64).view(n, *shape)) - bias
+    return weight.flatten(1), bias.flatten()
+
+
+def by_size(x, weight, bias, r):
+    """R_i = sum_j R_j |x_i w_ij| / (sum_i |x_i w_ij| + |b_j|)."""
+    c = (x[:, None] * weight).abs()
+    return (c / (c.sum(0) + bias.abs())).nan_to_num() @ r
+
+
+def contrastive(x, weight, bias, r_p, r_n):
+    """Both streams at the inputs of a layer, unit by unit."""
+    found_p, found_n = torch.zeros_like(x), torch.zeros_like(x)
+    for j in range(weight.shape[1]):
+        c = x * weight[:, j]
+        up, down = c.clamp(min=0), -c.clamp(max=0)
+        up = up / (up.sum() + max(bias[j], 0)) if up.any() else up
+        down = down / (down.sum() + max(-bias[j], 0)) if down.any() else down
+        same = (c.sum() + bias[j] > 0) == (r_p[j] >= r_n[j])
+        found_p += r_p[j] * (up if same else down)
+        found_n += r_n[j] * (down if same else up)
+    return found_p, found_n
+
+
+def pooled(before, layer, r):
+    """Equal shares among the maxima of each window."""
+    found = torch.zeros_like(before)
+    channels, height, width = before.shape
+    k, stride, pad = layer.kernel_size, layer.stride, layer.padding
+    for c in range(channels):
+        for i in range(r.shape[1]):
+            for j in range(r.shape[2]):
+                rows = range(max(0, stride * i - pad), min(height, stride * i - pad + k))
+                window = [
+                    (a, b) for a in rows for b in range(max(0, stride * j - pad), min(width, stride * j - pad + k))
+                ]
+                top = max(before[c, *place] for place in window)
+                best = [place for place in window if before[c, *place] == top]
+                for place in best:
+                    found[c, *place] += r[c, i, j] / len(best)
+    return found
+
+
+def written_out(mode, model, x, target):
+    """Relevance at the input of each layer of a sequence, for one image."""
+    values = [x[None]]
+    with torch.no_grad():
+        for layer in model:
+            values.append(layer(values[-1]))
+    logits = values[-1][0]
+    own = F.one_hot(target, len(logits))
+    streams = (
+        (own * logits,) if mode == "default" else (own * logits.abs(), (1 - own) * logits.abs() / (len(logits) - 1))
+    )
+    found = []
+    for layer, before in reversed(list(zip(model, values, strict=False))):
+        shape = before.shape[1:]
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            weight, bias = dense(layer, shape)
+            rs = [r.flatten() for r in streams]
+            if mode == "default":
+                streams = (by_size(before.flatten(), weight, bias, *rs),)
+            else:
+                streams = contrastive(before.flatten(), weight, bias, *rs)
+        elif isinstance(layer, nn.AvgPool2d):
+            streams = [by_size(before.flatten(), *dense(layer, shape), r.flatten()) for r in streams]
+        elif isinstance(layer, nn.MaxPool2d):
+            streams = [pooled(before[0], layer, r) for r in streams]
+        streams = [r.view(shape) for r in streams]
+        found.append(streams[0] if mode == "default" else streams[0] - streams[1])
+    return found[::-1]
+
+
+def network():
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3, stride=2, groups=2))
+    return nn.Sequential(*body, nn.ReLU6(), nn.AvgPool2d(2, 1), nn.Flatten(), nn.Linear(4, 3)).double().eval()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_relevance_is_the_rules_unit_by_unit(mode):
+    model, x = network(), noise(3, 3, 10, 10)
+    with torch.no_grad():
+        model[7].bias[1] = -9.0  # a negative logit too
+    x[0, :, :4, :4] = x[0, :, :1, :1]  # equal maxima
+    sites = (PIXELS, tap("0", 4), tap("2", 4), tap("4", 4))
+    found = backtrace(model, x, TARGET, sites, mode=mode)
+    for row in range(3):
+        expected = written_out(mode, model, x[row], TARGET[row])
+        for site in sites:
+            torch.testing.assert_close(found[site][row], expected[int(site.layer or -1) + 1], rtol=1e-10, atol=1e-13)
+
+
+def test_a_layer_loses_the_share_of_its_bias_and_nothing_else():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    x = noise(3, 3, 2, 2)
+    hidden = Site("1", "hidden", 7, -1, (Member("1", "out", tuple((u,) for u in range(7))),))
+    found = backtrace(model, x, TARGET, [PIXELS, hidden])
+    z = (x.flatten(1)[:, :, None] * model[1].weight.T).abs().sum(1)
+    kept = 1 - model[1].bias.abs() / (z + model[1].bias.abs())
+    torch.testing.assert_close(found[PIXELS].flatten(1).sum(1), (found[hidden] * kept).sum(1), rtol=1e-12, atol=1e-14)
+
+
+def test_without_biases_all_of_the_logit_comes_out_with_its_sign():
+    torch.manual_seed(0)
+    model = CifarResNet(20, 3).double().eval()
+    nn.init.zeros_(model.linear.bias)
+    x = noise(3, 3, 32, 32)
+    found = relevance(model, x)
+    torch.testing.assert_close(found.flatten(1).sum(1), logit(model, x), rtol=1e-10, atol=0)
+    assert (found * logit(model, x)[:, None, None, None] >= 0).all()
+
+
+class Branches(nn.Module):
+    """A sum with a constant, a product and a scale of two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.rand(3, 2, 2))
+        self.gamma = nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, x):
+        kept = x + self.shift
+        return (kept * F.adaptive_avg_pool2d(torch.sigmoid(x), 1) + self.gamma * x).mean((2, 3))
+
+
+def test_sums_share_by_size_products_by_halves_and_factors_pass():
+    torch.manual_seed(0)
+    model = Branches().double().eval()
+    x = noise(3, 3, 2, 2)
+    found = relevance(model, x)
+    with torch.no_grad():
+        kept, gate, side = x + model.shift, torch.sigmoid(x), model.gamma * x
+        product = kept * gate.mean((2, 3), keepdim=True)
+        total = product + side
+        r = torch.zeros_like(x)
+        for row in range(3):
+            c = TARGET[row]
+            r[row, c] = total[row, c].abs() / total[row, c].abs().sum() * total[row, c].mean()
+        r_product = r * product.abs() / (product.abs() + side.abs())
+        expected = r - r_product
+        expected += r_product / 2 * x.abs() / (x.abs() + model.shift.abs())
+        expected += r_product.sum((2, 3), keepdim=True) / 2 * gate / gate.sum((2, 3), keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_pass_gives_what_one_pass_a_site_gives_and_batches_do_not_matter(small64, mode):
+    case = small64["cnn"]
+    x, target = case.data.x[:5], case.data.target[:5]
+    together = backtrace(case.model, x, target, case.sites, mode=mode)
+    parts = backtrace(case.model, x, target, case.sites, mode=mode, batch_size=2)
+    for site in case.sites:
+        assert torch.equal(relevance(case.model, x, target, site, mode=mode), together[site])
+        assert together[site].shape[:2] == (5, site.n_units)
+        torch.testing.assert_close(parts[site], together[site], rtol=1e-10, atol=1e-13)
+
+
+def test_what_it_cannot_do_is_refused(small64):
+    case = small64["vit"]
+    with pytest.raises(ModelError, match="backtrace has no rule for LayerNorm"):
+        backtrace(case.model, case.data.x[:2], case.data.target[:2], case.sites)
+    model = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(12, 3)).double()
+    with pytest.raises(ModelError, match="ceil_mode"):
+        relevance(model, noise(3, 3, 3, 3))

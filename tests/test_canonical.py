@@ -1,0 +1,205 @@
+"""The canonical form gives the model's own output, and is what the attribution methods take it for."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from sukashi import models
+from sukashi.canonical import _FUNCTIONS, active, canonical, performs
+from sukashi.errors import ModelError
+from sukashi.layers import explicit_attention
+
+VISION = ("resnet18", "resnet50", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121", "efficientnet_b0", "vit_b_16")
+SPECS = (
+    *(f"torchvision:{name}" for name in VISION),
+    *("timm:deit3_small_patch16_224", "timm:vit_tiny_patch16_224"),
+    *("sukashi:cifar_resnet20", "sukashi:cifar_resnet18", "sukashi:digits_cnn", "sukashi:digits_vit"),
+)
+
+
+def built(spec):
+    """A network as models.load gives it, at 64 pixels or its own few, without 120 million weights in its head."""
+    source, _, name = spec.partition(":")
+    torch.manual_seed(0)
+    if source == "sukashi":
+        loaded = models.load(spec)
+        return loaded.model, (loaded.preprocess.channels, loaded.preprocess.height, loaded.preprocess.width)
+    if source == "timm":
+        model = timm.create_model(name, img_size=64)
+    else:
+        model = torchvision.models.get_model(name, **({"image_size": 64} if name.startswith("vit") else {}))
+    if name.startswith("vgg"):
+        model.classifier[0], model.classifier[3] = nn.Linear(25088, 8), nn.Linear(8, 8)
+        model.classifier[6] = nn.Linear(8, 10)
+    explicit_attention(model)
+    return model.eval(), (3, 64, 64)
+
+
+def noise(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def called(form):
+    return [node.target for node in form.graph.nodes if node.op == "call_module"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_form_is_the_model_with_one_plain_module_a_call(spec, randomised):
+    model, shape = built(spec)
+    model = randomised(model.double())
+    x = noise(2, *shape)
+    form = canonical(model, x)
+    with torch.no_grad():
+        expected, found = model(x), form(x)
+    assert expected.abs().max() > 1e-3
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    names = called(form)
+    assert len(set(names)) == len(names)
+    assert not any(getattr(module, "inplace", False) for module in form.modules())
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in form.modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert name in names
+    others = [node for node in form.graph.nodes if node.op != "call_module" and active(node)]
+    functions = {str(getattr(node.target, "__name__", node.target)) for node in others}
+    moves = {"x", "flatten", "transpose", "cat", "reshape", "permute", "getitem", "output"}
+    assert functions <= moves, "only what moves values stays a function"
+
+
+class Functional(nn.Module):
+    """Everything written as a function, and one ReLU for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.LayerNorm(4)
+        self.gamma = nn.Parameter(torch.rand(4))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.relu(self.bn(self.conv(x)))
+        y = self.relu(self.second(x))
+        y += x
+        x = F.relu(torch.add(y, x), inplace=True)
+        x = F.max_pool2d(x, 2) * torch.sigmoid(F.adaptive_avg_pool2d(x, 1))
+        x = F.dropout(F.avg_pool2d(F.silu(x), 2), 0.1, training=self.training)
+        x = F.layer_norm(x.flatten(2).transpose(1, 2), (4,), self.gamma)
+        x = F.gelu(self.norm(x), approximate="tanh") * self.gamma
+        x = (x @ x.transpose(1, 2)).softmax(-1) @ x
+        return self.head(x.mean(1))
+
+
+def test_functions_become_modules_and_a_layer_called_twice_two(randomised):
+    torch.manual_seed(0)
+    model = randomised(Functional().double().eval())
+    x = noise(2, 3, 14, 14)
+    form = canonical(model, x)
+    torch.testing.assert_close(form(x), model(x), rtol=1e-12, atol=1e-12)
+    names = called(form)
+    expected = {"conv", "bn", "relu_0", "relu_1", "second", "add", "add_1", "relu_2", "maxpool2d", "sigmoid"}
+    expected |= {"adaptiveavgpool2d", "mul", "silu", "avgpool2d", "layernorm", "norm", "gelu", "scale", "softmax"}
+    expected |= {"matmul", "matmul_1", "mean", "head"}
+    assert set(names) == expected, set(names) ^ expected
+    assert isinstance(form.get_submodule("bn"), nn.Identity)
+    assert form.get_submodule("gelu").approximate == "tanh"
+
+
+def test_the_model_is_left_as_found_and_its_weights_are_not_copied():
+    torch.manual_seed(0)
+    model = Functional()
+    model.head.training = False
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    form = canonical(model.train(), noise(2, 3, 14, 14, dtype=torch.float32))
+    assert model.training
+    assert model.relu.inplace
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in form.parameters())
+    assert form.head.weight.data_ptr() == model.head.weight.data_ptr()
+    assert form.conv.weight.data_ptr() != model.conv.weight.data_ptr()
+
+
+class Twice(nn.Module):
+    """A convolution that a BatchNorm reads, and the sum after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.BatchNorm2d(2)
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.bn = nn.BatchNorm2d(2, affine=False)
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return (x + self.bn(x)).flatten(1)
+
+
+def test_a_batchnorm_that_cannot_be_folded_is_a_depthwise_convolution(randomised):
+    model = randomised(Twice().double().eval())
+    x = noise(2, 2, 3, 3)
+    form = canonical(model, x)
+    torch.testing.assert_close(form(x), model(x), rtol=1e-12, atol=1e-12)
+    assert [type(form.get_submodule(name)) for name in ("first", "conv", "bn")] == [nn.Conv2d] * 3
+    assert form.first.groups == form.bn.groups == 2
+
+
+class Model(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def written_into(x):
+    y = x + 1
+    z = F.relu(y, inplace=True)
+    return (z + y).flatten(1)
+
+
+def assigned(x):
+    y = x * 2
+    y[:, 0] = 0
+    return y.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x if x.sum() > 0 else -x, "cannot trace this Model"),
+        (lambda x: (x.flatten(1), x), "gives a tuple"),
+        (written_into, "changed in place and read again"),
+        (assigned, "does not support item assignment"),
+        (lambda x: x.sin().exp_().flatten(1), "in place with exp_"),
+    ],
+)
+def test_what_has_no_canonical_form_is_refused_by_name(function, words):
+    with pytest.raises(ModelError, match=words):
+        canonical(Model(function), noise(2, 3, 4, 4))
+
+
+def test_a_form_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setitem(_FUNCTIONS, "relu", lambda: nn.ReLU6())
+    model = Model(lambda x: (7 * x.abs()).relu().flatten(1))
+    with pytest.raises(ModelError, match="gives other logits"):
+        canonical(model, 5 * noise(2, 1, 4, 4))
+
+
+def test_a_subclass_performs_only_what_it_leaves_alone():
+    class Same(nn.Linear):
+        pass
+
+    class Other(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    assert performs(Same(1, 1), nn.Linear)
+    assert not performs(Other(1, 1), nn.Linear)
+    assert not performs(nn.ReLU(), nn.Linear)
+    assert performs(nn.ReLU6(), nn.ReLU6)
