@@ -97,7 +97,8 @@ def _inverse(total: Tensor) -> Tensor:
 
 def _sized(x: Tensor) -> Tensor:
     """|x|, and relevance that is multiplied by it on the way back."""
-    return carry(x, x.abs(), x.abs())
+    size = x.abs() if (x < 0).any() else x
+    return carry(x, size, size)
 
 
 def _shared(module: nn.Module, *inputs: Tensor) -> Tensor:
