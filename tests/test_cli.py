@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one sentence on stderr, JSON on stdout, nothing half-written."""
 
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -22,6 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from sukashi import cli, demo, models, progress, study
+from sukashi.errors import ResourceError, UsageError
+from sukashi.source import Source
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
@@ -177,6 +180,12 @@ def test_help_names_every_command(sukashi, args):
         assert f"  {command} " in found.out
 
 
+def test_version(sukashi):
+    found = sukashi("--version")
+    assert (found.code, found.err) == (0, "")
+    assert found.out == f"sukashi {importlib.metadata.version('sukashi')}\n"
+
+
 # Refusals: usage.
 
 
@@ -288,7 +297,7 @@ def test_an_extra_that_is_missing_is_missed_before_work(refused, idle, tmp_path,
 
 
 def test_an_option_that_cannot_be_kept_is_refused_from_python(tmp_path):
-    with pytest.raises(study.UsageError, match=r"options of cswap .* must be JSON"):
+    with pytest.raises(UsageError, match=r"options of cswap .* must be JSON"):
         study.compare(NET, "digits", ["cswap"], options={"cswap": {"scoring": min}}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -543,7 +552,7 @@ def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
 def test_a_cut_whose_page_cannot_be_written_leaves_nothing(refused, tmp_path, monkeypatch):
     def write(folder):
         assert Path(folder).is_dir()
-        raise study.ResourceError("no space left; make room")
+        raise ResourceError("no space left; make room")
 
     monkeypatch.setattr("sukashi.report.write", write)
     args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
@@ -739,7 +748,7 @@ def test_random_weights_are_the_same_in_every_run():
     with torch.random.fork_rng():
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found.append(study.prepare(NET, "digits", width=8).loaded.weights_sha256)
+            found.append(Source(NET, "digits", width=8).open().loaded.weights_sha256)
             assert torch.initial_seed() == seed
     assert found[0] == found[1]
 

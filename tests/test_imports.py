@@ -30,6 +30,7 @@ ORDER = [
     "data.downloads",
     "data.splits",
     "data",
+    "source",
     "criteria",
     "criteria.weights",
     "criteria.attributed",

@@ -249,9 +249,9 @@ def test_check_says_what_would_happen(weights, tmp_path, monkeypatch, digits_spl
     assert found["class_names"] == list("0123456789")
     assert found["class_counts"] == {s.name: s.counts.tolist() for s in (digits_split.train, digits_split.test)}
     assert found["notes"] == list(digits_split.notes)
-    # Every criterion has an estimate: a new one must be given its number of visits.
+    # Every criterion has an estimate: one that asks about single units must be given its number of visits.
     assert set(found["estimated_seconds"]) == set(criteria.names())
-    assert found["unmeasured"] == []
+    assert (found["unmeasured"], found["cannot"]) == ([], {})
     assert all(seconds >= 0 for seconds in found["estimated_seconds"].values())
     assert list(tmp_path.iterdir()) == []
 

@@ -9,106 +9,27 @@ import shutil
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
-from sukashi import data as datasets
-from sukashi import models, progress, pruned, report, sites, stats
+from sukashi import progress, pruned, report, stats
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
-from sukashi.data import Data
-from sukashi.errors import DataError, ResourceError, UsageError
+from sukashi.errors import SukashiError, UsageError
 from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
-from sukashi.sites import Found
+from sukashi.source import Reading, Setting, Source
 from sukashi.store import Record, Store, Writer, plan_bytes
 from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
 
-CALIBRATION = 32
-TEST_IMAGES = 2000
 LATENCY_BATCH = 32
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
-# How often a criterion asks about a unit; progressive ones do so in a network that shrinks, so this bounds them.
-VISITS = {"cbp": 1.0, "amp": 1.0, "cswap": 1.0, "drift": 2.5}
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model and a dataset that fit each other, ready for criteria."""
-
-    loaded: Loaded
-    data: Data
-    found: Found
-    device: torch.device
-    workers: int
-
-    @property
-    def example(self) -> torch.Tensor:
-        """Two images of the training split, on the device."""
-        two = self.data.train.subset(range(min(2, len(self.data.train)))).whole(self.loaded.preprocess, 0)
-        return two.x.to(self.device)
-
-    def calibration(self, n_per_class: int, seed: int) -> Batch:
-        """`n_per_class` training images of each class, sorted by class."""
-        return self.data.train.calibration(n_per_class, seed).whole(self.loaded.preprocess, self.workers).by_class()
-
-    def test(self, n_images: int) -> Batch:
-        """At most `n_images` of the test split, the same whatever the seed."""
-        return self.data.test.limit(n_images).whole(self.loaded.preprocess, self.workers)
-
-
-def prepare(
-    model: str,
-    data: str,
-    *,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    calibration: int = CALIBRATION,
-    test_images: int = TEST_IMAGES,
-    device: str = "auto",
-    workers: int = 0,
-) -> Setting:
-    """Load a model and a dataset, and refuse whatever does not fit before anything is computed."""
-    place = pick_device(device)
-    if calibration < 1:
-        raise UsageError(f"calibration must be at least 1, got {calibration}: it is the number of images a class")
-    if workers < 0:
-        raise UsageError(f"workers must be at least 0, got {workers}: 0 decodes without threads")
-    images = datasets.load(data, skip_bad=skip_bad, class_map=class_map, max_pixels=max_pixels)
-    if images.train.has_masks:
-        raise DataError(f"{data} has a map of classes an image: give data with one class an image")
-    if test_images < images.n_classes:
-        raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {test_images}")
-    images.train.calibration(calibration, 0)
-    if n_classes is None and weights is None and not pretrained and models.takes_classes(model):
-        n_classes = images.n_classes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a model without weights of its own is the same one in every run
-        loaded = models.load(
-            model, weights=weights, n_classes=n_classes, width=width, pretrained=pretrained, output=output
-        )
-    if weights is None and not pretrained and models.takes_classes(model):
-        random_weights = f"{model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
-        warnings.warn(random_weights, stacklevel=3)
-        images = replace(images, notes=(random_weights, *images.notes))
-    datasets.check_classes(None if class_map else loaded.class_names, images.class_names, loaded.n_classes)
-    loaded.model.to(place)
-    setting = Setting(loaded, images, Found((), {}), place, workers)
-    models.probe(loaded, setting.example)
-    return replace(setting, found=sites.find(loaded.model, setting.example))
 
 
 def check_options(criterion: str, options: Mapping[str, Any]) -> None:
@@ -123,21 +44,11 @@ def check_options(criterion: str, options: Mapping[str, Any]) -> None:
         ) from None
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu or cuda, got {name!r}: auto takes a GPU where there is one")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("device cuda was asked for and this machine has none: use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def plan_for(
     setting: Setting,
     criterion: str,
     seed: int,
     *,
-    calibration: int = CALIBRATION,
     options: Mapping[str, Any] | None = None,
     journal: Any = None,
 ) -> Plan:
@@ -145,7 +56,7 @@ def plan_for(
     method = registry[criterion]
     chosen = dict(options or {})
     check_options(criterion, chosen)
-    batch = setting.calibration(calibration, seed)
+    batch = setting.calibration(seed)
     if method.keeps_journal:
         chosen["_journal"] = journal
     generator = torch.Generator().manual_seed(seed)
@@ -161,20 +72,9 @@ def compare(
     out: str | Path,
     ratios: Sequence[float] = RATIOS,
     seeds: int = 3,
-    calibration: int = CALIBRATION,
-    test_images: int = TEST_IMAGES,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    device: str = "auto",
-    workers: int = 0,
     command: str | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """SAUCE with intervals, curves and passes of several criteria over seeds; also written to `out` with a report.
 
@@ -195,40 +95,23 @@ def compare(
         raise UsageError(f"seeds must be at least 1, got {seeds}: it is the number of seeds, counted from 0")
     for ratio in ratios:
         check_ratio(ratio)
-    source = {"model": model, "width": width, "n_classes": n_classes, "output": output, "pretrained": pretrained}
-    setting = prepare(
-        model,
-        data,
-        weights=weights,
-        width=width,
-        n_classes=n_classes,
-        pretrained=pretrained,
-        output=output,
-        skip_bad=skip_bad,
-        class_map=class_map,
-        max_pixels=max_pixels,
-        calibration=calibration,
-        test_images=test_images,
-        device=device,
-        workers=workers,
-    )
-    about_model = {"spec": source.pop("model"), **source, "weights_sha256": setting.loaded.weights_sha256}
-    about_data = {
-        "spec": data,
-        "sha256": setting.data.sha256,
-        "calibration": calibration,
-        "test_images": test_images,
-    }
+    setting = Source(model, data, **reading).open()
     ratios = sorted({0.0, *map(float, ratios)})
     trials = [
-        Trial(about_model, about_data, name, seed, {"ratios": ratios, **dict((options or {}).get(name, {}))})
+        Trial(
+            setting.about_model,
+            setting.about_data,
+            name,
+            seed,
+            {"ratios": ratios, **dict((options or {}).get(name, {}))},
+        )
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
         for seed in range(seeds)
         for name in criteria
     ]
     study = {
-        "model": about_model,
-        "data": about_data,
+        "model": setting.about_model,
+        "data": setting.about_data,
         "criteria": list(criteria),
         "seeds": seeds,
         "ratios": ratios,
@@ -240,7 +123,7 @@ def compare(
         store.log("run", command=command or "sukashi.compare(...)", versions=versions(), hardware=hardware(setting))
         missing = [trial for trial in trials if store.record(trial) is None]
         if missing:
-            test = setting.test(test_images)
+            test = setting.test()
             with progress.task("trials", len(missing)) as shown:
                 for trial in missing:
                     shown.advance(0, note=f"{trial.criterion}, seed {trial.seed}")
@@ -256,14 +139,7 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
     options = {name: value for name, value in trial.params.items() if name != "ratios"}
     plan = writer.plan(setting.found.sites)
     if plan is None:
-        plan = plan_for(
-            setting,
-            trial.criterion,
-            trial.seed,
-            calibration=trial.data["calibration"],
-            options=options,
-            journal=writer.journal,
-        )
+        plan = plan_for(setting, trial.criterion, trial.seed, options=options, journal=writer.journal)
         writer.save_plan(plan)
     curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test)
     writer.save_curve(curve)
@@ -365,21 +241,10 @@ def prune(
     out: str | Path,
     round_to: int = pruned.ROUND_TO,
     onnx: bool = False,
-    calibration: int = CALIBRATION,
-    test_images: int = TEST_IMAGES,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    device: str = "auto",
-    workers: int = 0,
     command: str | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """A model cut for real and saved to the new folder `out`, with its figures beside the dense model's.
 
@@ -395,28 +260,13 @@ def prune(
     pruned.check_free(Path(out))
     if onnx:
         pruned.check_onnx_installed()
-    setting = prepare(
-        model,
-        data,
-        weights=weights,
-        width=width,
-        n_classes=n_classes,
-        pretrained=pretrained,
-        output=output,
-        skip_bad=skip_bad,
-        class_map=class_map,
-        max_pixels=max_pixels,
-        calibration=calibration,
-        test_images=test_images,
-        device=device,
-        workers=workers,
-    )
-    plan = plan_for(setting, criterion, seed, calibration=calibration, options=options)
+    setting = Source(model, data, **reading).open()
+    plan = plan_for(setting, criterion, seed, options=options)
     mask = pruned.round_mask(plan, ratio, round_to)
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.class_names)
     small = pruned.cut(dense, mask)
-    test = setting.test(test_images)
+    test = setting.test()
     costs = cost.cost(dense.model, small.model, setting.example)
     figures = {}
     for name, loaded in (("dense", dense), ("cut", small)):
@@ -434,12 +284,7 @@ def prune(
         "ratio": figures["cut"]["ratio"],
         "round_to": round_to,
         "seed": seed,
-        "data": {
-            "spec": data,
-            "sha256": setting.data.sha256,
-            "calibration": calibration,
-            "test_images": len(test),
-        },
+        "data": {**setting.about_data, "test_images": len(test)},
         "dense_weights_sha256": dense.weights_sha256,
         "latency": {name: costs[name] for name in ("batch_size", "repeats", "device", "threads")},
         "flop_counter": costs["flop_counter"],
@@ -498,65 +343,51 @@ def check(
     model: str,
     data: str,
     *,
-    calibration: int = CALIBRATION,
     limit: float = 60.0,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    device: str = "auto",
-    workers: int = 0,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
 
     Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
-    cannot be estimated within `limit` seconds is listed as unmeasured. Nothing is written.
+    cannot be estimated within `limit` seconds is listed as unmeasured, a criterion that refuses the model under
+    `cannot` with its reason. Nothing is written.
     """
     start = time.perf_counter()
-    setting = prepare(
-        model,
-        data,
-        weights=weights,
-        width=width,
-        n_classes=n_classes,
-        pretrained=pretrained,
-        output=output,
-        skip_bad=skip_bad,
-        class_map=class_map,
-        max_pixels=max_pixels,
-        calibration=calibration,
-        device=device,
-        workers=workers,
-    )
+    setting = Source(model, data, **reading).open()
     found, train = setting.found, setting.data.train
     n_units = sum(site.n_units for site in found.sites)
     seconds = {method.name: 0.0 for method in registry if not method.facts.get("needs_data", True)}
-    unmeasured = [method.name for method in registry if method.name not in seconds]
+    cannot: dict[str, str] = {}
     if time.perf_counter() - start < limit:
-        batch = setting.calibration(calibration, 0)
+        batch = setting.calibration(0)
         part = batch[slice(0, None, -(-len(batch) // 64))]
         scale = len(batch) / len(part)
-        begun = time.perf_counter()
-        registry["taylor"](setting.loaded.model, found.sites, part, generator=torch.Generator())
-        seconds["taylor"] = (time.perf_counter() - begun) * scale
-        engine = Engine(setting.loaded.model, found.sites, part)
-        a_unit = []
-        for site in (found.sites[0], found.sites[len(found.sites) // 2], found.sites[-1]):
-            if time.perf_counter() - start > limit:
-                break
-            with engine.open(site) as suffix:
-                begun = time.perf_counter()
-                suffix.without(0)
-                suffix.without(min(1, site.n_units - 1))
-                a_unit.append((time.perf_counter() - begun) / 2)
-        if len(a_unit) == 3:
-            once = float(np.mean(a_unit)) * scale * n_units
-            seconds |= {name: once * visits for name, visits in VISITS.items()}
-        unmeasured = [method.name for method in registry if method.name not in seconds]
+        for method in registry:
+            if method.name in seconds or "visits" in method.facts or time.perf_counter() - start > limit:
+                continue
+            begun = time.perf_counter()
+            try:
+                method(setting.loaded.model, found.sites, part, generator=torch.Generator())
+                seconds[method.name] = (time.perf_counter() - begun) * scale
+            except SukashiError as error:
+                cannot[method.name] = str(error)
+        visiting = {method.name: method.facts["visits"] for method in registry if "visits" in method.facts}
+        try:
+            engine = Engine(setting.loaded.model, found.sites, part)
+            a_unit = []
+            for site in (found.sites[0], found.sites[len(found.sites) // 2], found.sites[-1]):
+                if time.perf_counter() - start > limit:
+                    break
+                with engine.open(site) as suffix:
+                    begun = time.perf_counter()
+                    suffix.without(0)
+                    suffix.without(min(1, site.n_units - 1))
+                    a_unit.append((time.perf_counter() - begun) / 2)
+            if len(a_unit) == 3:
+                once = float(np.mean(a_unit)) * scale * n_units
+                seconds |= {name: once * visits for name, visits in visiting.items()}
+        except SukashiError as error:
+            cannot |= dict.fromkeys(visiting, str(error))
     return {
         "model": model,
         "parameters": sum(p.numel() for p in setting.loaded.model.parameters()),
@@ -567,5 +398,6 @@ def check(
         "class_counts": {split.name: split.counts.tolist() for split in (train, setting.data.test)},
         "notes": list(setting.data.notes),
         "estimated_seconds": seconds,
-        "unmeasured": unmeasured,
+        "cannot": cannot,
+        "unmeasured": [name for name in registry.names() if name not in seconds and name not in cannot],
     }
