@@ -241,6 +241,11 @@ def test_usage(refused, args, words):
         (2, ["--workers", "-1"], ["workers must be at least 0, got -1"]),
         (2, ["--device", "gpu"], ["device must be auto, cpu or cuda, got 'gpu'"]),
         (2, ["--max-pixels", "0"], ["max_pixels must be in [1, ", "got 0"]),
+        (2, ["--sampling", "cluster"], ["unknown sampling 'cluster'", "did you mean 'clustering'?"]),
+        (2, ["--sampling", "random,random"], ["sampling must be different names"]),
+        (2, ["--mode", "mask"], ["mode must be cut or zero, got 'mask'"]),
+        (2, ["--margin", "0"], ["margin must be in (0, 1), got 0.0"]),
+        (2, ["--margin", "5"], ["margin must be in (0, 1), got 5.0"]),
         (2, ["--set", "cswap.alhpa=0.1"], ["no option 'alhpa'", "did you mean 'alpha'?"]),
         (2, ["--set", "cswap.alpha=high"], ["alpha of cswap must be a valid number, got 'high'", "0.05"]),
         (2, ["--set", "cswap.alpha=NaN"], ["alpha of cswap must be a finite number, got nan"]),
@@ -268,6 +273,9 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
     [
         (2, ["--ratio", "1"], ["ratio must be in [0, 1), got 1.0"]),
         (2, ["--ratio", "half"], ["--ratio", "valid number"]),
+        (2, ["--mode", "zero", "--round-to", "8"], ["round_to is for widths", "leave it out"]),
+        (2, ["--mode", "null"], ["mode must be cut or zero, got 'null'"]),
+        (2, ["--sampling", "confident"], ["unknown sampling 'confident'", "did you mean 'confidence'?"]),
         (2, ["--round-to", "0"], ["round_to must be at least 1, got 0"]),
         (2, ["--criterion", "drfit"], ["did you mean 'drift'?"]),
         (2, ["--set", "cswap.alpha=0.1"], ["'cswap'", "not among random"]),
@@ -692,6 +700,27 @@ def test_compare_and_report(sukashi, tmp_path, weights):
     page.unlink()
     assert strict(sukashi("report", tmp_path / "out", "--json").out) == {"report": str(page)}
     assert page.exists()
+
+
+def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
+    args = ["compare", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--test-images", 150]
+    args += ["--ratios", "0,0.02,0.5", "--seeds", 1, "--criteria", "taylor", "--sampling", "random,confidence"]
+    args += ["--mode", "zero", "--margin", "0.1", "--out", tmp_path / "out"]
+    result = strict(sukashi(*args, "--json").out)
+    assert list(result["sauce"]) == ["taylor", "taylor/confidence"]
+    free = result["lossless"]["taylor/confidence"]
+    assert free["margin"] == 0.1
+    assert free["fraction"]["low"] <= free["fraction"]["mean"] == 3 / 128, "of 128 units"
+    assert list(result["accuracy_at"]["taylor"]) == ["0.15", "0.3", "0.5", "0.7"]
+    assert result["accuracy_at"]["taylor"]["0.7"] is None
+    shown = sukashi(*args)
+    assert "lossless (10 points)" in shown.out
+    assert "2.3%" in shown.out
+    page = sukashi("report", tmp_path / "out", "--margin", "0.02")
+    assert page.code == 0
+    assert "at most 2 points of accuracy" in " ".join((tmp_path / "out" / "report.html").read_text().split())
+    few = sukashi(*args[:-2], "--margin", 0.001, "--out", tmp_path / "few")
+    assert "note: 150 test images cannot show that accuracy is at most 0.1 points lower" in few.out
 
 
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):

@@ -16,6 +16,7 @@ SOURCE = Path(sukashi.__file__).parent
 ORDER = [
     "errors",
     "types",
+    "stats",
     "registry",
     "progress",
     "layers",
@@ -30,6 +31,7 @@ ORDER = [
     "data.downloads",
     "data.splits",
     "data",
+    "sampling",
     "source",
     "criteria",
     "criteria.weights",
@@ -42,7 +44,6 @@ ORDER = [
     "measures",
     "measures.accuracy",
     "measures.cost",
-    "stats",
     "store",
     "report",
     "study",

@@ -41,6 +41,10 @@ log = Console(stderr=True)
 FIRST_LINE, LINE = 10.0, 30.0
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
+ModeOption = Annotated[
+    str, typer.Option(help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units.")
+]
+MarginOption = Annotated[float, typer.Option(help="Accuracy may be this much lower and count as lossless.")]
 OptionsOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of a criterion: NAME=VALUE, or CRITERION.NAME=VALUE. Repeatable."),
@@ -187,9 +191,13 @@ def prune(
     criterion: Annotated[str, typer.Option(help="See `sukashi list criteria`.")],
     ratio: Annotated[float, typer.Option(help="Fraction of units to remove, in [0, 1).")],
     out: Annotated[Path, typer.Option(help="Folder for the cut model; must not exist.")],
-    round_to: Annotated[int, typer.Option(help="Keep a multiple of this many units a site; 1 = exact ratio.")] = 8,
+    mode: ModeOption = "cut",
+    round_to: Annotated[
+        int | None, typer.Option(help="Keep a multiple of this many units a site; 1 = exact ratio; default 8.")
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked in onnxruntime.")] = False,
     seed: Annotated[int, typer.Option(help="Draws calibration images and random scores.")] = 0,
+    sampling: Annotated[str, typer.Option(help="Calibration images: random, confidence or clustering.")] = "random",
     options: OptionsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -201,9 +209,11 @@ def prune(
             criterion=criterion,
             ratio=ratio,
             out=out,
+            mode=mode,
             round_to=round_to,
             onnx=onnx,
             seed=seed,
+            sampling=sampling,
             options=_options(options, [criterion]).get(criterion, {}),
             command=_command(),
             **reading,
@@ -230,6 +240,11 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for results; an interrupted comparison is resumed.")],
     ratios: Annotated[str, typer.Option(help="Fractions of units removed: START:STOP:STEP or a,b,c.")] = "0:0.95:0.05",
     seeds: Annotated[int, typer.Option(help="Number of seeds, counted from 0.")] = 3,
+    sampling: Annotated[
+        str, typer.Option(help="Calibration images: random, confidence, clustering; several joined by commas.")
+    ] = "random",
+    mode: ModeOption = "cut",
+    margin: MarginOption = 0.01,
     options: OptionsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -237,12 +252,15 @@ def compare(
     with _working():
         from sukashi import study
 
-        names = [name.strip() for name in criteria.split(",") if name.strip()]
+        names = _names(criteria)
         result = study.compare(
             criteria=names,
             out=out,
             ratios=_ratios(ratios),
             seeds=seeds,
+            sampling=_names(sampling),
+            mode=mode,
+            margin=margin,
             options=_options(options, names),
             command=_command(),
             **reading,
@@ -254,13 +272,17 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The --out of a compare or a prune.")], as_json: JsonOption = False
+    folder: Annotated[Path, typer.Argument(help="The --out of a compare or a prune.")],
+    margin: Annotated[
+        float | None, typer.Option(help="Accuracy may be this much lower and count as lossless; default as compared.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the report of a folder again."""
     with _working():
         from sukashi import report as reports
 
-        path = reports.write(folder)
+        path = reports.write(folder, margin)
     if as_json:
         _print_json({"report": str(path)})
     else:
@@ -271,16 +293,37 @@ def _print_comparison(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
+    margin = next(iter(result["lossless"].values()))["margin"]
     table = Table(
-        "criterion", "SAUCE", "95 % interval", "after each pass: removed -> accuracy", box=None, pad_edge=False
+        *("criterion", "SAUCE", "95 % interval", f"lossless ({100 * margin:g} points)", "95 % interval"),
+        "after each pass: removed -> accuracy",
+        box=None,
+        pad_edge=False,
     )
     for name, sauce in sorted(result["sauce"].items(), key=lambda item: -item[1]["mean"]):
         interval = "one seed" if sauce["low"] is None else f"{sauce['low']:.1f} to {sauce['high']:.1f}"
+        free = result["lossless"][name]["fraction"]
         passes = result["passes"][name][0]
         said = ", ".join(f"{p['fraction']:.2f} -> {p['accuracy']:.3f}" for p in passes[:4])
-        table.add_row(name, f"{sauce['mean']:.1f}", interval, said + (", ..." if len(passes) > 4 else ""))
+        table.add_row(
+            *(
+                name,
+                f"{sauce['mean']:.1f}",
+                interval,
+                f"{free['mean']:.1%}",
+                f"{free['low']:.1%} to {free['high']:.1%}",
+            ),
+            said + (", ..." if len(passes) > 4 else ""),
+        )
     _to_stdout(table)
     print(f"\ndense accuracy {result['dense_accuracy']:.3f}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+
+
+def _names(text: str) -> list[str]:
+    """Names joined by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _ratios(text: str) -> list[float]:

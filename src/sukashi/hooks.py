@@ -65,6 +65,18 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, dict[
         yield seen
 
 
+@contextmanager
+def read_by(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """What a layer reads: a list that holds its input in the latest call."""
+    read: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        read[:] = [args[0].detach()]
+
+    with _pre_hooks(model, {layer: keep}):
+        yield read
+
+
 def calls(model: nn.Module, x: Tensor) -> list[str]:
     """The names of all layers in the order a forward pass calls them, as often as it does."""
     order: list[str] = []

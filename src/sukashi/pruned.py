@@ -54,13 +54,13 @@ def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
     return Mask(keep)
 
 
-def cut(loaded: Loaded, mask: Mask) -> Loaded:
-    """A copy of the model with a mask's units physically removed; the given one is left alone.
+def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
+    """A copy of the model with a mask's units removed, in one of surgery.MODES; the given one is left alone.
 
     Raises UsageError where the mask would leave a site without units.
     """
     model = copy.deepcopy(loaded.model)
-    table = surgery.cut(model, mask)
+    table = surgery.MODES[mode](model, mask)
     return replace(loaded, model=model, cuts=(*loaded.cuts, table), weights_sha256=models.digest(model))
 
 

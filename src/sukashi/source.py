@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
 from sukashi import data as datasets
-from sukashi import models, sites
+from sukashi import models, sampling, sites
 from sukashi.data import Data
 from sukashi.errors import DataError, ResourceError, UsageError
 from sukashi.models import Loaded
+from sukashi.sampling import View
 from sukashi.sites import Found
 from sukashi.types import Batch
 
@@ -140,9 +142,22 @@ class Setting:
         two = self.data.train.subset(range(min(2, len(self.data.train)))).whole(self.loaded.preprocess, 0)
         return two.x.to(self.device)
 
-    def calibration(self, seed: int) -> Batch:
-        """Training images, `source.calibration` of each class, sorted by class."""
-        chosen = self.data.train.calibration(self.source.calibration, seed)
+    @cached_property
+    def view(self) -> View:
+        """What the dense model makes of the training split."""
+        return sampling.view(self.loaded, self.data.train, self.source.workers)
+
+    def calibration(self, seed: int, how: str = "random") -> Batch:
+        """Training images, `source.calibration` of each class as one of `sampling.SAMPLINGS` says, sorted by class."""
+        train, n_per_class = self.data.train, self.source.calibration
+        match how:
+            case "confidence":
+                chosen = sampling.by_confidence(train, self.view, n_per_class)
+            case "clustering":
+                chosen = train.central(self.view.features, n_per_class, seed)
+            case _:
+                sampling.check_sampling(how)
+                chosen = train.calibration(n_per_class, seed)
         return chosen.whole(self.loaded.preprocess, self.source.workers).by_class()
 
     def test(self) -> Batch:

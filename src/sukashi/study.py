@@ -17,18 +17,21 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from sukashi import progress, pruned, report, stats
+from sukashi import progress, pruned, report, stats, surgery
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
 from sukashi.errors import SukashiError, UsageError
 from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
+from sukashi.sampling import SAMPLINGS, check_sampling
 from sukashi.source import Reading, Setting, Source
+from sukashi.stats import Interval
 from sukashi.store import Record, Store, Writer, plan_bytes
 from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
 
 LATENCY_BATCH = 32
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
+MODE = "removal mode"  # among a trial's params beside options of its criterion, none of which has a space in its name
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
 
 
@@ -49,6 +52,7 @@ def plan_for(
     criterion: str,
     seed: int,
     *,
+    sampling: str = "random",
     options: Mapping[str, Any] | None = None,
     journal: Any = None,
 ) -> Plan:
@@ -56,7 +60,7 @@ def plan_for(
     method = registry[criterion]
     chosen = dict(options or {})
     check_options(criterion, chosen)
-    batch = setting.calibration(seed)
+    batch = setting.calibration(seed, sampling)
     if method.keeps_journal:
         chosen["_journal"] = journal
     generator = torch.Generator().manual_seed(seed)
@@ -72,18 +76,28 @@ def compare(
     out: str | Path,
     ratios: Sequence[float] = RATIOS,
     seeds: int = 3,
+    sampling: str | Sequence[str] = "random",
+    mode: str = "cut",
+    margin: float = accuracy.MARGIN,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     command: str | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """SAUCE with intervals, curves and passes of several criteria over seeds; also written to `out` with a report.
 
-    Each (criterion, seed) is a trial: its plan comes from `calibration` training images a class, its curve from
-    physically cut networks (no rounding) on at most `test_images` test images. Finished trials are kept; an interrupted
-    call is resumed by giving it again, with the same result to the byte. `options` holds options by criterion.
+    Each (criterion, sampling, seed) is a trial: its plan comes from `calibration` training images a class, sampled in
+    one of `sampling.SAMPLINGS` (or in several), its curve from physically cut networks (no rounding) on at most
+    `test_images` test images. With `mode="zero"` units are silenced in a network that keeps its shape, and curves are
+    over the share of units, not of parameters. Finished trials are kept; an interrupted call is resumed by giving it
+    again, with the same result to the byte. `options` holds options by criterion.
 
-    Returns {"sauce": {criterion: {"mean", "low", "high"}}, "dense_accuracy", "curves", "passes", "out"}.
+    Returns {"sauce": {contender: {"mean", "low", "high"}}, "lossless", "accuracy_at", "dense_accuracy", "curves",
+    "passes", "notes", "out"}, where a contender is a criterion, followed by "/" and the sampling where that is not
+    random. `lossless` holds the largest "fraction" and "ratio" (of units) at which accuracy is shown to be at most
+    `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and so
+    on, None where no trial went that far.
     """
+    samplings = [sampling] if isinstance(sampling, str) else list(sampling)
     for name in criteria:
         check_options(name, (options or {}).get(name, {}))
     for name in options or {}:
@@ -91,57 +105,86 @@ def compare(
             raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {list(criteria)}")
     if not criteria or len(set(criteria)) != len(criteria):
         raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {list(criteria)}")
+    for how in samplings:
+        check_sampling(how)
+    if not samplings or len(set(samplings)) != len(samplings):
+        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
+    surgery.check_mode(mode)
+    stats.check_margin(margin)
     if seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {seeds}: it is the number of seeds, counted from 0")
     for ratio in ratios:
         check_ratio(ratio)
     setting = Source(model, data, **reading).open()
     ratios = sorted({0.0, *map(float, ratios)})
+    params: dict[str, Any] = {"ratios": ratios} | ({} if mode == "cut" else {MODE: mode})
     trials = [
-        Trial(
-            setting.about_model,
-            setting.about_data,
-            name,
-            seed,
-            {"ratios": ratios, **dict((options or {}).get(name, {}))},
-        )
+        Trial(setting.about_model, about_data, name, seed, {**dict((options or {}).get(name, {})), **params})
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
         for seed in range(seeds)
         for name in criteria
+        for about_data in _sampled(setting, name, samplings)
     ]
-    study = {
+    study: dict[str, Any] = {
         "model": setting.about_model,
         "data": setting.about_data,
         "criteria": list(criteria),
         "seeds": seeds,
         "ratios": ratios,
         "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
-        "mode": "cut",
+        "mode": mode,
     }
+    if samplings != ["random"]:  # what an older version kept stays what it was
+        study |= {"sampling": samplings, "contenders": [trial.contender for trial in trials if trial.seed == 0]}
     store = Store(out)
     with store.writing(study):
-        store.log("run", command=command or "sukashi.compare(...)", versions=versions(), hardware=hardware(setting))
+        store.log(
+            "run",
+            command=command or "sukashi.compare(...)",
+            versions=versions(),
+            hardware=hardware(setting),
+            margin=margin,
+        )
         missing = [trial for trial in trials if store.record(trial) is None]
         if missing:
             test = setting.test()
             with progress.task("trials", len(missing)) as shown:
                 for trial in missing:
-                    shown.advance(0, note=f"{trial.criterion}, seed {trial.seed}")
+                    shown.advance(0, note=f"{trial.contender}, seed {trial.seed}")
                     with store.run(trial) as writer:
                         _run(setting, trial, writer, test)
                     shown.advance()
-        _time(setting, store, trials)
+        if mode == "cut":
+            _time(setting, store, trials)
         report.write(store.folder)
-    return summary(store)
+    return summary(store, margin)
+
+
+def _sampled(setting: Setting, criterion: str, samplings: Sequence[str]) -> list[dict[str, Any]]:
+    """What decides the images of a criterion's trials, sampling by sampling; one that looks at no image has one.
+
+    Random sampling goes without saying, in a trial's hash too.
+    """
+    if not registry[criterion].facts.get("needs_data", True):
+        return [setting.about_data]
+    return [setting.about_data | ({} if how == "random" else {"sampling": how}) for how in samplings]
 
 
 def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
-    options = {name: value for name, value in trial.params.items() if name != "ratios"}
+    options = {name: value for name, value in trial.params.items() if name not in ("ratios", MODE)}
+    mode = trial.params.get(MODE, "cut")
     plan = writer.plan(setting.found.sites)
     if plan is None:
-        plan = plan_for(setting, trial.criterion, trial.seed, options=options, journal=writer.journal)
+        plan = plan_for(
+            setting,
+            trial.criterion,
+            trial.seed,
+            sampling=trial.data.get("sampling", "random"),
+            options=options,
+            journal=writer.journal,
+        )
         writer.save_plan(plan)
-    curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test)
+    curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test, mode=mode)
     writer.save_curve(curve)
     chance = 1 / setting.loaded.n_classes
     area = accuracy.sauce(curve.fraction, curve.accuracy, chance)
@@ -155,7 +198,8 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
             "class_names": list(setting.data.class_names),
             "class_counts": torch.bincount(test.target, minlength=setting.loaded.n_classes).tolist(),
             "class_accuracy": [_by_class(row, test, setting.loaded.n_classes) for row in curve.correct],
-            "cost": _cost(setting, plan),
+            # A network with silent units costs what the dense one does.
+            **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "notes": list(setting.data.notes),
         }
     )
@@ -192,27 +236,57 @@ def _time(setting: Setting, store: Store, trials: Sequence[Trial]) -> None:
                 dense={"latency_ms": statistics.median(dense)},
                 cut={"latency_ms": statistics.median(cut)},
             )
-            shown.advance(note=trial.criterion)
+            shown.advance(note=trial.contender)
 
 
-def summary(store: Store) -> dict[str, Any]:
+def summary(store: Store, margin: float) -> dict[str, Any]:
     """The figures of a finished comparison, as `compare --json` prints them."""
     records: dict[str, list[Record]] = {}
     for record in store.finished():
-        records.setdefault(record.trial.criterion, []).append(record)
-    ordered = {name: records[name] for name in store.study["criteria"] if name in records}
-    sauce = {}
-    for name, found in ordered.items():
-        interval = stats.interval([record.result["sauce"] for record in found])
-        sauce[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    first = next(iter(ordered.values()))[0]
+        records.setdefault(record.trial.contender, []).append(record)
+    ordered = {name: records[name] for name in store.study.get("contenders", store.study["criteria"])}
+    curves = {name: [record.curve() for record in found] for name, found in ordered.items()}
+    first = next(iter(ordered))
     return {
-        "sauce": sauce,
-        "dense_accuracy": first.result["dense_accuracy"],
-        "curves": {name: [_points(record.curve(), False) for record in found] for name, found in ordered.items()},
-        "passes": {name: [_points(record.curve(), True) for record in found] for name, found in ordered.items()},
+        "sauce": {
+            name: _bounds(stats.interval([record.result["sauce"] for record in found]))
+            for name, found in ordered.items()
+        },
+        "lossless": {name: _lossless(found, curves[name], margin) for name, found in ordered.items()},
+        "accuracy_at": {
+            name: {
+                f"{fraction:g}": found and _bounds(found)
+                for fraction, found in zip(
+                    accuracy.THRESHOLDS,
+                    accuracy.at(of_name, accuracy.THRESHOLDS, generator=np.random.default_rng(0)),
+                    strict=True,
+                )
+            }
+            for name, of_name in curves.items()
+        },
+        "dense_accuracy": ordered[first][0].result["dense_accuracy"],
+        "curves": {name: [_points(curve, False) for curve in of_name] for name, of_name in curves.items()},
+        "passes": {name: [_points(curve, True) for curve in of_name] for name, of_name in curves.items()},
+        "notes": list(accuracy.cautions(len(curves[first][0].image_ids), margin)),
         "out": str(store.folder),
     }
+
+
+def _lossless(records: Sequence[Record], curves: Sequence[Curve], margin: float) -> dict[str, Any]:
+    """What `accuracy.lossless` finds, as a fraction on the curves' axis and as a ratio of units."""
+    plan = records[0].plan()
+    assert plan is not None, "a finished trial has a plan"
+    found = accuracy.lossless(curves, margin, generator=np.random.default_rng(0))
+    bounds = {"mean": found.mean, "low": found.low, "high": found.high}
+    return {
+        "margin": margin,
+        "fraction": {name: float(value[0]) for name, value in bounds.items()},
+        "ratio": {name: float(value[1]) / plan.n_units for name, value in bounds.items()},
+    }
+
+
+def _bounds(found: Interval) -> dict[str, float | None]:
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 def _points(curve: Curve, passes: bool) -> list[dict[str, float]]:
@@ -239,9 +313,11 @@ def prune(
     ratio: float,
     *,
     out: str | Path,
-    round_to: int = pruned.ROUND_TO,
+    mode: str = "cut",
+    round_to: int | None = None,
     onnx: bool = False,
     seed: int = 0,
+    sampling: str = "random",
     options: Mapping[str, Any] | None = None,
     command: str | None = None,
     **reading: Unpack[Reading],
@@ -249,23 +325,29 @@ def prune(
     """A model cut for real and saved to the new folder `out`, with its figures beside the dense model's.
 
     Removes round(ratio * units) units in the order of `criterion`, less what rounding each site to a multiple of
-    `round_to` gives back. `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too,
-    checked in onnxruntime.
+    `round_to` (default pruned.ROUND_TO) gives back. With `mode="zero"` the network keeps its shape and the units are
+    silent: logits are those of the cut network, size and speed those of the dense one, and nothing is rounded.
+    `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too, checked in onnxruntime.
 
     Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed.
     """
     check_ratio(ratio)
     check_options(criterion, options or {})
+    check_sampling(sampling)
+    surgery.check_mode(mode)
+    if mode == "zero" and round_to not in (None, 1):
+        raise UsageError(f"round_to is for widths, and mode zero changes none, got {round_to}: leave it out")
+    round_to = (pruned.ROUND_TO if mode == "cut" else 1) if round_to is None else round_to
     pruned.check_round_to(round_to)
     pruned.check_free(Path(out))
     if onnx:
         pruned.check_onnx_installed()
     setting = Source(model, data, **reading).open()
-    plan = plan_for(setting, criterion, seed, options=options)
+    plan = plan_for(setting, criterion, seed, sampling=sampling, options=options)
     mask = pruned.round_mask(plan, ratio, round_to)
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.class_names)
-    small = pruned.cut(dense, mask)
+    small = pruned.cut(dense, mask, mode)
     test = setting.test()
     costs = cost.cost(dense.model, small.model, setting.example)
     figures = {}
@@ -275,11 +357,13 @@ def prune(
         figures[name] = {"accuracy": float(correct.mean()), **costs[name], "class_accuracy": by_class}
     figures["cut"]["ratio"] = mask.n_removed / mask.n_units
     figures["cut"]["fraction"] = 1 - costs["cut"]["parameters"] / costs["dense"]["parameters"]
-    cautions = _cautions(ratio, figures, round_to)
+    cautions = _cautions(ratio, figures, round_to, mode)
     provenance = {
         "command": command or "sukashi.prune(...)",
         "criterion": criterion,
         "options": dict(options or {}),
+        "sampling": sampling,
+        "mode": mode,
         "ratio_asked": ratio,
         "ratio": figures["cut"]["ratio"],
         "round_to": round_to,
@@ -328,13 +412,13 @@ def _correct(setting: Setting, loaded: Loaded, test: Batch) -> np.ndarray:
     return torch.cat(found).cpu().numpy()
 
 
-def _cautions(asked: float, figures: Mapping[str, Any], round_to: int) -> list[str]:
+def _cautions(asked: float, figures: Mapping[str, Any], round_to: int, mode: str) -> list[str]:
     found = []
     dense, cut = figures["dense"], figures["cut"]
     if abs(cut["ratio"] - asked) > 0.02:
         why = f"widths are rounded up to multiples of {round_to}" if round_to > 1 else "one unit of each layer stays"
         found.append(f"{cut['ratio']:.1%} of the units were removed, {asked:.1%} were asked for: {why}")
-    if cut["latency_ms"] > dense["latency_ms"]:
+    if mode == "cut" and cut["latency_ms"] > dense["latency_ms"]:
         found.append("the cut model is slower than the dense one here: try another --round-to")
     return found
 
