@@ -176,7 +176,7 @@ def test_help_does_not_wait_for_torch():
 def test_help_names_every_command(sukashi, args):
     found = sukashi(*args)
     assert (found.code, found.err) == (0, "")
-    for command in ("demo", "list", "check", "prune", "compare", "report"):
+    for command in ("demo", "list", "check", "prune", "compare", "study", "report"):
         assert f"  {command} " in found.out
 
 
@@ -721,6 +721,26 @@ def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
     assert "at most 2 points of accuracy" in " ".join((tmp_path / "out" / "report.html").read_text().split())
     few = sukashi(*args[:-2], "--margin", 0.001, "--out", tmp_path / "few")
     assert "note: 150 test images cannot show that accuracy is at most 0.1 points lower" in few.out
+
+
+def test_a_study_file(sukashi, refused, tmp_path):
+    file = tmp_path / "study.toml"
+    file.write_text(
+        'out = "out"\ndata = "digits"\ncriteria = ["random", "taylor"]\nratios = [0.0, 0.8]\nseeds = 1\n'
+        'calibration = 4\ntest_images = 60\nmargin = 0.3\npairs = [["taylor", "random"]]\n'
+        '[models.cnn]\nspec = "sukashi:digits_cnn"\nwidth = 8\n'
+    )
+    result = strict(sukashi("study", file, "--json").out)
+    assert list(result["models"]["cnn"]["sauce"]) == ["random", "taylor"]
+    shown = sukashi("study", file)
+    assert shown.code == 0
+    assert "cnn: taylor minus random: " in shown.out
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in shown.out
+    log = (tmp_path / "out" / "cnn" / "log.jsonl").read_text()
+    assert f"sukashi study {file}" in log
+    refused(2, ["cannot read", "nowhere.toml"], "study", tmp_path / "nowhere.toml")
+    file.write_text("criteria = 3")
+    refused(2, ["study.toml", "out: Field required"], "study", file)
 
 
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):

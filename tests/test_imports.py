@@ -47,6 +47,7 @@ ORDER = [
     "store",
     "report",
     "study",
+    "grid",
     "demo",
     "catalogue",
     "cli",

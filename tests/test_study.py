@@ -116,7 +116,7 @@ def test_what_a_comparison_returns_is_what_was_measured(undisturbed, small):
     result, _ = undisturbed
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     parts = ("sauce", "lossless", "accuracy_at", "curves", "passes")
-    assert set(result) == {*parts, "dense_accuracy", "notes", "out"}
+    assert set(result) == {*parts, "dense_accuracy", "notes", "refused", "out"}
     assert all(list(result[part]) == COMPARED for part in parts)
     assert result["notes"] == [
         "100 test images cannot show that accuracy is at most 1 points lower, not even with equal answers: that takes "
@@ -345,6 +345,13 @@ def test_samplings_compete_and_what_looks_at_no_image_runs_once(weights, tmp_pat
     assert (tmp_path / "cut" / "plan.npz").read_bytes() == (kept["taylor/clustering"].folder / "plan.npz").read_bytes()
     page = (out / "report.html").read_text()
     assert "taylor/clustering" in page
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_a_class_without_correct_images_is_refused_before_the_first_trial(tmp_path):
+    with pytest.raises(DataError, match="no image in train that the model classifies correctly"):
+        study.compare(SPEC, "digits", ["magnitude", "taylor"], sampling="confidence", out=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
 
 
 CUT = {"calibration": 8, "test_images": 50, "width": 8}

@@ -3,6 +3,7 @@
 sukashi.check(model, data)                                  what would happen
 sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and save
 sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
+sukashi.grid.run("study.toml")                              a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
 sukashi.report.write(folder)                                the page of a folder, again
 """

@@ -40,6 +40,8 @@ log = Console(stderr=True)
 # Seconds: where progress is not drawn, a line says first after FIRST_LINE and then every LINE how far the work is.
 FIRST_LINE, LINE = 10.0, 30.0
 
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+WorkersOption = Annotated[int, typer.Option(help="Threads that decode images.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
 ModeOption = Annotated[
     str, typer.Option(help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units.")
@@ -89,8 +91,8 @@ def _reading(
     max_pixels: Annotated[int, typer.Option(help="Pixels an image may have.")] = 64_000_000,
     calibration: Annotated[int, typer.Option(help="Calibration images a class, from the training split.")] = 32,
     test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 2000,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    workers: Annotated[int, typer.Option(help="Threads that decode images.")] = 0,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
 ) -> None:
     """The options that check, compare and prune share, named as the keywords of their functions: a signature only."""
 
@@ -159,9 +161,9 @@ def check(
 ) -> None:
     """Preflight: sites, what can't be cut and why, class counts, and the estimated cost of each criterion."""
     with _working():
-        from sukashi import study
+        from sukashi import study as studies
 
-        result = study.check(limit=limit, **reading)
+        result = studies.check(limit=limit, **reading)
     if as_json:
         _print_json(result)
         return
@@ -176,6 +178,8 @@ def check(
         print(f"{split}: {sum(counts)} images, {min(counts)} to {max(counts)} a class")
     for note in result["notes"]:
         print(f"note: {note}")
+    for name, reason in result["refused"].items():
+        print(f"refused: {name}: {reason}")
     for name, seconds in result["estimated_seconds"].items():
         print(f"{name:12s} about {_duration(seconds)}")
     for name, reason in result["cannot"].items():
@@ -203,9 +207,9 @@ def prune(
 ) -> None:
     """Cut a model for real and save it as a folder that `sukashi.load` rebuilds."""
     with _working():
-        from sukashi import study
+        from sukashi import study as studies
 
-        result = study.prune(
+        result = studies.prune(
             criterion=criterion,
             ratio=ratio,
             out=out,
@@ -250,10 +254,10 @@ def compare(
 ) -> None:
     """Compare criteria: accuracy against the fraction of parameters removed, over seeds, with SAUCE and a report."""
     with _working():
-        from sukashi import study
+        from sukashi import study as studies
 
         names = _names(criteria)
-        result = study.compare(
+        result = studies.compare(
             criteria=names,
             out=out,
             ratios=_ratios(ratios),
@@ -268,6 +272,39 @@ def compare(
     _print_comparison(result, as_json)
     if not as_json:
         print(f"\nReport: {Path(result['out']) / 'report.html'}")
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file (TOML): models, data, criteria, samplings, seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results instead of the file's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data instead of the file's.")] = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study file: a comparison for each of its models, resumed where it was, and one page about all of them."""
+    with _working():
+        from sukashi import grid
+
+        result = grid.run(file, out=out, data=data, device=device, workers=workers, command=_command())
+    if as_json:
+        _print_json(result)
+        return
+    for name, found in result["models"].items():
+        print(f"{name}\n")
+        _print_comparison(found, as_json)
+        print()
+    for pair in result["pairs"]:
+        said = (
+            "not measured that far"
+            if pair["mean"] is None
+            else (
+                f"{100 * pair['mean']:+.1f} points, 95 % interval {100 * pair['low']:.1f} to {100 * pair['high']:.1f}"
+            )
+        )
+        print(f"{pair['model']}: {pair['first']} minus {pair['second']}: {said}")
+    print(f"\nReport: {result['report']}")
 
 
 @app.command()
@@ -319,6 +356,8 @@ def _print_comparison(result: dict[str, Any], as_json: bool) -> None:
     print(f"\ndense accuracy {result['dense_accuracy']:.3f}")
     for note in result["notes"]:
         print(f"note: {note}")
+    for name, reason in result["refused"].items():
+        print(f"refused: {name}: {reason}")
 
 
 def _names(text: str) -> list[str]:

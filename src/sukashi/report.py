@@ -138,6 +138,42 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
     (folder / "figures").mkdir(exist_ok=True)
     for name, png in figures.items():
         store.write(folder / "figures" / f"{name}.png", png)
+    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
+    return _rendered("report.html.j2", folder, figures=inlined, **page)
+
+
+def write_grid(
+    folder: Path,
+    *,
+    title: str,
+    results: Mapping[str, Mapping[str, Any]],
+    pairs: Sequence[Mapping[str, Any]],
+    mode: str,
+    command: str,
+) -> Path:
+    """The path of the page of a study file: what `compare` found for each model, with links to their own pages.
+
+    `pairs` are differences of two contenders' mean accuracy for a model: `first`, `second`, `model`, `mean`, `low`,
+    `high`, None where not both were measured that far.
+    """
+    return _rendered(
+        "grid.html.j2",
+        folder,
+        title=title,
+        results=results,
+        best={
+            name: sorted(found["sauce"], key=lambda contender: -found["sauce"][contender]["mean"])
+            for name, found in results.items()
+        },
+        fractions=[f"{fraction:g}" for fraction in THRESHOLDS],
+        pairs=pairs,
+        removed=REMOVED[mode],
+        mode=MODES[mode],
+        command=command,
+    )
+
+
+def _rendered(template: str, folder: Path, **page: Any) -> Path:
     environment = Environment(
         loader=PackageLoader("sukashi"),
         autoescape=True,
@@ -146,8 +182,7 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "p_value": _p_value}
-    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
-    html = environment.get_template("report.html.j2").render(**page, figures=inlined)
+    html = environment.get_template(template).render(**page)
     store.write(folder / "report.html", html.encode())
     return folder / "report.html"
 
@@ -342,11 +377,14 @@ def _warnings(study: Store, groups: Sequence[_Group]) -> list[str]:
     criteria, seeds = study.study.get("contenders", study.study.get("criteria")), study.study.get("seeds")
     if criteria and seeds:
         n_asked = len(criteria) * (seeds if isinstance(seeds, int) else len(seeds))
+        refused = study.refused()
         n_finished = sum(len(group.records) for group in groups)
+        n_asked -= len(refused) * (seeds if isinstance(seeds, int) else len(seeds))
         if n_finished < n_asked:
             found.append(
                 f"{n_finished} of {n_asked} trials are finished: give the same command again to go on with the others."
             )
+        found += [f"{name} is left out, it refused the model: {reason}" for name, reason in refused.items()]
     for group in groups:
         reach = [float(curve.fraction.max()) for curve in group.curves]
         if min(reach) < 0.8:

@@ -252,6 +252,12 @@ class Store:
                 continue  # torn by a kill
         return [entry for entry in entries if entry["event"] == event]
 
+    def refused(self) -> dict[str, str]:
+        """Why contenders have no finished trial, of those that refused the model."""
+        finished = {record.trial.contender for record in self.finished()}
+        entries = self.logged("refused")
+        return {entry["contender"]: entry["reason"] for entry in entries if entry["contender"] not in finished}
+
     def _refuse_foreign(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file: --out needs a folder")

@@ -20,7 +20,7 @@ import torch
 from sukashi import progress, pruned, report, stats, surgery
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
-from sukashi.errors import SukashiError, UsageError
+from sukashi.errors import ModelError, SukashiError, UsageError
 from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
 from sukashi.sampling import SAMPLINGS, check_sampling
@@ -80,6 +80,7 @@ def compare(
     mode: str = "cut",
     margin: float = accuracy.MARGIN,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    skip_refused: bool = False,
     command: str | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
@@ -89,13 +90,14 @@ def compare(
     one of `sampling.SAMPLINGS` (or in several), its curve from physically cut networks (no rounding) on at most
     `test_images` test images. With `mode="zero"` units are silenced in a network that keeps its shape, and curves are
     over the share of units, not of parameters. Finished trials are kept; an interrupted call is resumed by giving it
-    again, with the same result to the byte. `options` holds options by criterion.
+    again, with the same result to the byte. `options` holds options by criterion. A criterion that refuses the model
+    (ModelError) stops everything, or with `skip_refused` is left out, with its reason under `refused`.
 
     Returns {"sauce": {contender: {"mean", "low", "high"}}, "lossless", "accuracy_at", "dense_accuracy", "curves",
-    "passes", "notes", "out"}, where a contender is a criterion, followed by "/" and the sampling where that is not
-    random. `lossless` holds the largest "fraction" and "ratio" (of units) at which accuracy is shown to be at most
-    `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and so
-    on, None where no trial went that far.
+    "passes", "notes", "refused", "out"}, where a contender is a criterion, followed by "/" and the sampling where that
+    is not random. `lossless` holds the largest "fraction" and "ratio" (of units) at which accuracy is shown to be at
+    most `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and
+    so on, None where no trial went that far.
     """
     samplings = [sampling] if isinstance(sampling, str) else list(sampling)
     for name in criteria:
@@ -119,11 +121,18 @@ def compare(
     ratios = sorted({0.0, *map(float, ratios)})
     params: dict[str, Any] = {"ratios": ratios} | ({} if mode == "cut" else {MODE: mode})
     trials = [
-        Trial(setting.about_model, about_data, name, seed, {**dict((options or {}).get(name, {})), **params})
+        Trial(
+            setting.about_model,
+            # Random sampling goes without saying, in a hash too.
+            setting.about_data | ({} if how == "random" else {"sampling": how}),
+            name,
+            seed,
+            {**dict((options or {}).get(name, {})), **params},
+        )
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
         for seed in range(seeds)
         for name in criteria
-        for about_data in _sampled(setting, name, samplings)
+        for how in samplings_of(name, samplings)
     ]
     study: dict[str, Any] = {
         "model": setting.about_model,
@@ -147,27 +156,33 @@ def compare(
         )
         missing = [trial for trial in trials if store.record(trial) is None]
         if missing:
+            for how in {trial.data.get("sampling", "random") for trial in missing}:
+                setting.calibration(0, how)  # what can't be sampled is refused before the first trial
             test = setting.test()
             with progress.task("trials", len(missing)) as shown:
                 for trial in missing:
                     shown.advance(0, note=f"{trial.contender}, seed {trial.seed}")
-                    with store.run(trial) as writer:
-                        _run(setting, trial, writer, test)
+                    try:
+                        with store.run(trial) as writer:
+                            _run(setting, trial, writer, test)
+                    except ModelError as error:
+                        if not skip_refused:
+                            raise
+                        store.log("refused", contender=trial.contender, reason=str(error))
                     shown.advance()
+            if not store.finished():
+                raise ModelError(
+                    f"{model} is refused by every criterion; first: {store.logged('refused')[0]['reason']}"
+                )
         if mode == "cut":
-            _time(setting, store, trials)
+            _time(setting, store, [trial for trial in trials if store.record(trial) is not None])
         report.write(store.folder)
     return summary(store, margin)
 
 
-def _sampled(setting: Setting, criterion: str, samplings: Sequence[str]) -> list[dict[str, Any]]:
-    """What decides the images of a criterion's trials, sampling by sampling; one that looks at no image has one.
-
-    Random sampling goes without saying, in a trial's hash too.
-    """
-    if not registry[criterion].facts.get("needs_data", True):
-        return [setting.about_data]
-    return [setting.about_data | ({} if how == "random" else {"sampling": how}) for how in samplings]
+def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
+    """Those of the samplings with which a criterion competes: one that looks at no image has no use for several."""
+    return list(samplings) if registry[criterion].facts.get("needs_data", True) else ["random"]
 
 
 def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
@@ -244,7 +259,8 @@ def summary(store: Store, margin: float) -> dict[str, Any]:
     records: dict[str, list[Record]] = {}
     for record in store.finished():
         records.setdefault(record.trial.contender, []).append(record)
-    ordered = {name: records[name] for name in store.study.get("contenders", store.study["criteria"])}
+    names = store.study.get("contenders", store.study["criteria"])
+    ordered = {name: records[name] for name in names if name in records}
     curves = {name: [record.curve() for record in found] for name, found in ordered.items()}
     first = next(iter(ordered))
     return {
@@ -268,6 +284,7 @@ def summary(store: Store, margin: float) -> dict[str, Any]:
         "curves": {name: [_points(curve, False) for curve in of_name] for name, of_name in curves.items()},
         "passes": {name: [_points(curve, True) for curve in of_name] for name, of_name in curves.items()},
         "notes": list(accuracy.cautions(len(curves[first][0].image_ids), margin)),
+        "refused": store.refused(),
         "out": str(store.folder),
     }
 

@@ -133,14 +133,31 @@ def at(curves: Sequence[Curve], fractions: Sequence[float], *, generator: np.ran
     reached = [fraction for fraction in fractions if fraction <= reach]
     if not reached:
         return [None] * len(fractions)
-    of_seeds = []
-    for curve in curves:
-        order = np.argsort(curve.n_removed, kind="stable")
-        weights = [np.interp(reached, curve.fraction[order], point) for point in np.eye(len(order))]
-        of_seeds.append(curve.correct[order].T @ np.array(weights))
-    found = stats.crossed(of_seeds, generator=generator)
+    found = stats.crossed([_answers(curve, reached) for curve in curves], generator=generator)
     cells = iter(Interval(*bounds, found.n) for bounds in zip(found.mean, found.low, found.high, strict=True))
     return [next(cells) if fraction <= reach else None for fraction in fractions]
+
+
+def difference(
+    first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float], *, generator: np.random.Generator
+) -> Interval | None:
+    """Mean accuracy at these fractions, `first` minus `second`, paired by seed and image.
+
+    None where one was not measured that far. As in `at`; both have curves of the same seeds, in the same order, over
+    the same images. Where the interval holds 0, new seeds and images might turn the order round.
+    """
+    if not first or min(float(curve.fraction.max()) for curve in (*first, *second)) < max(fractions):
+        return None
+    pairs = zip(first, second, strict=True)
+    change = [(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs]
+    return stats.crossed(change, generator=generator)
+
+
+def _answers(curve: Curve, fractions: Sequence[float]) -> NDArray[np.float64]:
+    """(B, F) how right each image is at these fractions, on straight lines between the measured points."""
+    order = np.argsort(curve.n_removed, kind="stable")
+    weights = [np.interp(fractions, curve.fraction[order], point) for point in np.eye(len(order))]
+    return np.asarray(curve.correct[order].T @ np.array(weights))
 
 
 def lossless(
