@@ -153,15 +153,15 @@ def _read(path: Path) -> _File:
             raise UsageError(
                 f"{path}: a model's name becomes a folder, so it must be letters, digits, _ or -: {name!r}"
             )
-    known = {
+    compared = {
         name if how == "random" else f"{name}/{how}"
         for name in file.criteria
         for how in study.samplings_of(name, file.sampling)
     }
     for contender in itertools.chain.from_iterable(file.pairs):
-        if contender not in known:
+        if contender not in compared:
             raise UsageError(
-                f"{path} pairs {contender!r}, which it does not compare{nearest(contender, sorted(known))}"
+                f"{path} pairs {contender!r}, which it does not compare{nearest(contender, sorted(compared))}"
             )
     return file
 
