@@ -212,6 +212,25 @@ def test_accuracy_at_fractions_lies_on_lines_and_never_beyond_what_was_measured(
     assert [cell.mean for cell in found[1:]] == pytest.approx([(0.8 + 1 - 0.2 / 3) / 2, (0.6 + 1 - 0.4 / 3) / 2])
     assert all(cell.low < cell.mean < cell.high for cell in found[1:])
     assert accuracy.at(curves, [0.9], generator=np.random.default_rng(0)) == [None]
+    (almost,) = accuracy.at(curves, [0.404], generator=np.random.default_rng(0))
+    assert almost.mean == pytest.approx((0.6 + 1 - 0.404 / 3) / 2), "a ratio becomes a whole number of units"
+
+
+def test_a_difference_is_paired_by_seed_and_image():
+    """The second answers as the first but for 20 of 200 images that it loses at 0.4: 0.05 at 0.2, 0.1 at 0.4."""
+    rng = np.random.default_rng(5)
+    first, second = [], []
+    for _ in range(2):
+        dense, cut = rng.random(200) < 0.9, rng.random(200) < 0.5
+        worse = cut.copy()
+        worse[np.flatnonzero(cut)[:20]] = False
+        first.append(_curve([dense, cut], [0, 0.4]))
+        second.append(_curve([dense, worse], [0, 0.4]))
+    found = accuracy.difference(first, second, [0.2, 0.4], generator=rng)
+    assert found.mean == pytest.approx((0.05 + 0.1) / 2)
+    assert 0.03 < found.low < found.high < 0.12, "what pairs share is no noise: unpaired it would reach below 0"
+    assert accuracy.difference(first, second, [0.2, 0.5], generator=rng) is None
+    assert accuracy.difference([], [], [0.2], generator=rng) is None
 
 
 def test_curve_refuses_images_that_change(scene):

@@ -24,6 +24,8 @@ CHUNK = 250
 # Fractions removed at which Sankarapu et al. 2025 (sec. 4.2) measure.
 THRESHOLDS = (0.15, 0.3, 0.5, 0.7)
 MARGIN = 0.01
+# A ratio becomes a whole number of units, so the point asked for as 0.7 may lie at 0.699: still measured at 0.7.
+REACH = 0.005
 
 
 @measures.register("accuracy", source="share of images whose largest logit is that of their target", better="higher")
@@ -129,7 +131,7 @@ def at(curves: Sequence[Curve], fractions: Sequence[float], *, generator: np.ran
     Between measured points an image counts by straight lines between its two answers, so accuracy lies on the straight
     line between theirs. Intervals are those of `stats.crossed`: seeds and images both resampled.
     """
-    reach = min(float(curve.fraction.max()) for curve in curves)
+    reach = _reach(curves)
     reached = [fraction for fraction in fractions if fraction <= reach]
     if not reached:
         return [None] * len(fractions)
@@ -146,11 +148,15 @@ def difference(
     None where one was not measured that far. As in `at`; both have curves of the same seeds, in the same order, over
     the same images. Where the interval holds 0, new seeds and images might turn the order round.
     """
-    if not first or min(float(curve.fraction.max()) for curve in (*first, *second)) < max(fractions):
+    if not first or _reach((*first, *second)) < max(fractions):
         return None
     pairs = zip(first, second, strict=True)
     change = [(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs]
     return stats.crossed(change, generator=generator)
+
+
+def _reach(curves: Sequence[Curve]) -> float:
+    return min(float(curve.fraction.max()) for curve in curves) + REACH
 
 
 def _answers(curve: Curve, fractions: Sequence[float]) -> NDArray[np.float64]:
