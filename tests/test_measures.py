@@ -226,11 +226,11 @@ def test_a_difference_is_paired_by_seed_and_image():
         worse[np.flatnonzero(cut)[:20]] = False
         first.append(_curve([dense, cut], [0, 0.4]))
         second.append(_curve([dense, worse], [0, 0.4]))
-    found = accuracy.difference(first, second, [0.2, 0.4], generator=rng)
+    found = accuracy.difference(first, second, [0.2, 0.4])
     assert found.mean == pytest.approx((0.05 + 0.1) / 2)
     assert 0.03 < found.low < found.high < 0.12, "what pairs share is no noise: unpaired it would reach below 0"
-    assert accuracy.difference(first, second, [0.2, 0.5], generator=rng) is None
-    assert accuracy.difference([], [], [0.2], generator=rng) is None
+    assert accuracy.difference(first, second, [0.2, 0.5]) is None
+    assert accuracy.difference([], [], [0.2]) is None
 
 
 def test_curve_refuses_images_that_change(scene):

@@ -217,6 +217,7 @@ def test_the_table_has_one_row_for_each_point(tmp_path: Path) -> None:
         "model": "sukashi:digits_cnn",
         "data": "digits",
         "criterion": "cswap",
+        "sampling": "random",
         "seed": 1,
         "kind": "pass",
         "ratio": None,

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 import sukashi
-from sukashi import hooks, models, progress, pruned, report, study
+from sukashi import grid, hooks, models, progress, pruned, report, study
 from sukashi import sites as finder
 from sukashi.criteria import criteria
 from sukashi.errors import DataError, UsageError
@@ -300,6 +300,7 @@ def test_public_names_are_those_of_their_files():
     assert sukashi.check is study.check
     assert sukashi.load is models.load
     assert sukashi.report is report
+    assert sukashi.grid is grid
     with pytest.raises(AttributeError, match="module 'sukashi' has no attribute 'prunes'"):
         _ = sukashi.prunes
 

@@ -26,7 +26,6 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sukashi import progress, report, store, study
@@ -202,7 +201,6 @@ def _pair(model: str, kept: Store, first: str, second: str) -> dict[str, Any]:
         [curves[first][seed] for seed in seeds],
         [curves[second][seed] for seed in seeds],
         accuracy.THRESHOLDS,
-        generator=np.random.default_rng(0),
     )
     if found is None:
         return {**about, "mean": None, "low": None, "high": None}

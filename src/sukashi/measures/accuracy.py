@@ -140,19 +140,19 @@ def at(curves: Sequence[Curve], fractions: Sequence[float], *, generator: np.ran
     return [next(cells) if fraction <= reach else None for fraction in fractions]
 
 
-def difference(
-    first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float], *, generator: np.random.Generator
-) -> Interval | None:
+def difference(first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float]) -> Interval | None:
     """Mean accuracy at these fractions, `first` minus `second`, paired by seed and image.
 
-    None where one was not measured that far. As in `at`; both have curves of the same seeds, in the same order, over
-    the same images. Where the interval holds 0, new seeds and images might turn the order round.
+    None where one was not measured that far. Between points as in `at`; both have curves of the same seeds, in the same
+    order, over the same images. The interval is `stats.crossed_t`: where it holds 0, new seeds and images might turn
+    the order round.
     """
     if not first or _reach((*first, *second)) < max(fractions):
         return None
     pairs = zip(first, second, strict=True)
-    change = [(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs]
-    return stats.crossed(change, generator=generator)
+    return stats.crossed_t(
+        [(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs]
+    )
 
 
 def _reach(curves: Sequence[Curve]) -> float:
