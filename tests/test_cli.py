@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one sentence on stderr, JSON on stdout, nothing half-written."""
 
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -22,6 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from sukashi import cli, demo, models, progress, study
+from sukashi.errors import ResourceError, UsageError
+from sukashi.source import Source
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
@@ -173,8 +176,14 @@ def test_help_does_not_wait_for_torch():
 def test_help_names_every_command(sukashi, args):
     found = sukashi(*args)
     assert (found.code, found.err) == (0, "")
-    for command in ("demo", "list", "check", "prune", "compare", "report"):
+    for command in ("demo", "list", "check", "prune", "compare", "study", "report"):
         assert f"  {command} " in found.out
+
+
+def test_version(sukashi):
+    found = sukashi("--version")
+    assert (found.code, found.err) == (0, "")
+    assert found.out == f"sukashi {importlib.metadata.version('sukashi')}\n"
 
 
 # Refusals: usage.
@@ -232,6 +241,11 @@ def test_usage(refused, args, words):
         (2, ["--workers", "-1"], ["workers must be at least 0, got -1"]),
         (2, ["--device", "gpu"], ["device must be auto, cpu or cuda, got 'gpu'"]),
         (2, ["--max-pixels", "0"], ["max_pixels must be in [1, ", "got 0"]),
+        (2, ["--sampling", "cluster"], ["unknown sampling 'cluster'", "did you mean 'clustering'?"]),
+        (2, ["--sampling", "random,random"], ["sampling must be different names"]),
+        (2, ["--mode", "mask"], ["mode must be cut or zero, got 'mask'"]),
+        (2, ["--margin", "0"], ["margin must be in (0, 1), got 0.0"]),
+        (2, ["--margin", "5"], ["margin must be in (0, 1), got 5.0"]),
         (2, ["--set", "cswap.alhpa=0.1"], ["no option 'alhpa'", "did you mean 'alpha'?"]),
         (2, ["--set", "cswap.alpha=high"], ["alpha of cswap must be a valid number, got 'high'", "0.05"]),
         (2, ["--set", "cswap.alpha=NaN"], ["alpha of cswap must be a finite number, got nan"]),
@@ -259,6 +273,9 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
     [
         (2, ["--ratio", "1"], ["ratio must be in [0, 1), got 1.0"]),
         (2, ["--ratio", "half"], ["--ratio", "valid number"]),
+        (2, ["--mode", "zero", "--round-to", "8"], ["round_to is for widths", "leave it out"]),
+        (2, ["--mode", "null"], ["mode must be cut or zero, got 'null'"]),
+        (2, ["--sampling", "confident"], ["unknown sampling 'confident'", "did you mean 'confidence'?"]),
         (2, ["--round-to", "0"], ["round_to must be at least 1, got 0"]),
         (2, ["--criterion", "drfit"], ["did you mean 'drift'?"]),
         (2, ["--set", "cswap.alpha=0.1"], ["'cswap'", "not among random"]),
@@ -288,7 +305,7 @@ def test_an_extra_that_is_missing_is_missed_before_work(refused, idle, tmp_path,
 
 
 def test_an_option_that_cannot_be_kept_is_refused_from_python(tmp_path):
-    with pytest.raises(study.UsageError, match=r"options of cswap .* must be JSON"):
+    with pytest.raises(UsageError, match=r"options of cswap .* must be JSON"):
         study.compare(NET, "digits", ["cswap"], options={"cswap": {"scoring": min}}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -543,7 +560,7 @@ def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
 def test_a_cut_whose_page_cannot_be_written_leaves_nothing(refused, tmp_path, monkeypatch):
     def write(folder):
         assert Path(folder).is_dir()
-        raise study.ResourceError("no space left; make room")
+        raise ResourceError("no space left; make room")
 
     monkeypatch.setattr("sukashi.report.write", write)
     args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
@@ -685,6 +702,47 @@ def test_compare_and_report(sukashi, tmp_path, weights):
     assert page.exists()
 
 
+def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
+    args = ["compare", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--test-images", 150]
+    args += ["--ratios", "0,0.02,0.5", "--seeds", 1, "--criteria", "taylor", "--sampling", "random,confidence"]
+    args += ["--mode", "zero", "--margin", "0.1", "--out", tmp_path / "out"]
+    result = strict(sukashi(*args, "--json").out)
+    assert list(result["sauce"]) == ["taylor", "taylor/confidence"]
+    free = result["lossless"]["taylor/confidence"]
+    assert free["margin"] == 0.1
+    assert free["fraction"]["low"] <= free["fraction"]["mean"] == 3 / 128, "of 128 units"
+    assert list(result["accuracy_at"]["taylor"]) == ["0.15", "0.3", "0.5", "0.7"]
+    assert result["accuracy_at"]["taylor"]["0.7"] is None
+    shown = sukashi(*args)
+    assert "lossless (10 points)" in shown.out
+    assert "2.3%" in shown.out
+    page = sukashi("report", tmp_path / "out", "--margin", "0.02")
+    assert page.code == 0
+    assert "at most 2 points of accuracy" in " ".join((tmp_path / "out" / "report.html").read_text().split())
+    few = sukashi(*args[:-2], "--margin", 0.001, "--out", tmp_path / "few")
+    assert "note: 150 test images cannot show that accuracy is at most 0.1 points lower" in few.out
+
+
+def test_a_study_file(sukashi, refused, tmp_path):
+    file = tmp_path / "study.toml"
+    file.write_text(
+        'out = "out"\ndata = "digits"\ncriteria = ["random", "taylor"]\nratios = [0.0, 0.8]\nseeds = 1\n'
+        'calibration = 4\ntest_images = 60\nmargin = 0.3\npairs = [["taylor", "random"]]\n'
+        '[models.cnn]\nspec = "sukashi:digits_cnn"\nwidth = 8\n'
+    )
+    result = strict(sukashi("study", file, "--json").out)
+    assert list(result["models"]["cnn"]["sauce"]) == ["random", "taylor"]
+    shown = sukashi("study", file)
+    assert shown.code == 0
+    assert "cnn: taylor minus random: " in shown.out
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in shown.out
+    log = (tmp_path / "out" / "cnn" / "log.jsonl").read_text()
+    assert f"sukashi study {file}" in log
+    refused(2, ["cannot read", "nowhere.toml"], "study", tmp_path / "nowhere.toml")
+    file.write_text("criteria = 3")
+    refused(2, ["study.toml", "out: Field required"], "study", file)
+
+
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
     args = ["prune", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--criterion", "magnitude"]
     found = strict(sukashi(*args, "--ratio", 0.99, "--round-to", 1, "--out", tmp_path / "most", "--json").out)
@@ -739,7 +797,7 @@ def test_random_weights_are_the_same_in_every_run():
     with torch.random.fork_rng():
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found.append(study.prepare(NET, "digits", width=8).loaded.weights_sha256)
+            found.append(Source(NET, "digits", width=8).open().loaded.weights_sha256)
             assert torch.initial_seed() == seed
     assert found[0] == found[1]
 

@@ -128,6 +128,52 @@ def test_calibration_follows_its_seed(digit_data):
     assert digit_data.train.calibration(5, 0).image_ids != digit_data.train.calibration(5, 1).image_ids
 
 
+def test_highest_takes_each_class_s_own(digit_data):
+    train = digit_data.train
+    values = torch.rand(len(train), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[3] = values[4] = 2.0
+    sample = train.highest(values, 4)
+    chosen = {image_id: float(values[i]) for i, image_id in enumerate(train.image_ids)}
+    for number in range(10):
+        of_class = [float(v) for v, t in zip(values, train.targets, strict=True) if int(t) == number]
+        found = [chosen[i] for i, t in zip(sample.image_ids, sample.targets, strict=True) if int(t) == number]
+        assert sorted(found) == sorted(of_class)[-4:]
+    backwards = range(len(train) - 1, -1, -1)
+    again = train.subset(backwards).highest(values.flip(0), 4)
+    assert set(again.image_ids) == set(sample.image_ids)
+    tied = train.highest(torch.zeros(len(train)), 2)
+    assert set(tied.image_ids) == set(train.subset(backwards).highest(torch.zeros(len(train)), 2).image_ids)
+
+
+def test_central_takes_the_image_nearest_to_each_centre(digit_data):
+    """Three blobs a class, far apart: one image of each, the one nearest to the blob's mean."""
+    train = digit_data.train
+    generator = torch.Generator().manual_seed(1)
+    blob = torch.arange(len(train)) % 3
+    features = 100.0 * torch.nn.functional.one_hot(blob, 3) + torch.randn(len(train), 3, generator=generator)
+    sample = train.central(features, 3, seed=5)
+    row = {image_id: i for i, image_id in enumerate(train.image_ids)}
+    expected = set()
+    for number in range(10):
+        for b in range(3):
+            rows = ((train.targets == number) & (blob == b)).nonzero()[:, 0]
+            distance = (features[rows] - features[rows].mean(0)).square().sum(1)
+            expected.add(int(rows[distance.argmin()]))
+    assert {row[i] for i in sample.image_ids} == expected
+    backwards, spread = train.subset(range(len(train) - 1, -1, -1)), torch.randn(len(train), 3, generator=generator)
+    assert set(backwards.central(spread.flip(0), 3, 5).image_ids) == set(train.central(spread, 3, 5).image_ids)
+    assert train.central(spread, 3, 5).image_ids == train.central(spread, 3, 5).image_ids
+    assert train.central(spread, 3, 5).image_ids != train.central(spread, 3, 6).image_ids
+
+
+def test_central_takes_as_many_images_as_asked_where_features_coincide(digit_data):
+    train = digit_data.train
+    sample = train.central(torch.zeros(len(train), 2), 4, seed=0)
+    assert sample.counts.tolist() == [4] * 10
+    with pytest.raises(DataError, match="a calibration set needs 500"):
+        train.central(torch.zeros(len(train), 2), 500, seed=0)
+
+
 def test_calibration_keeps_ids_targets_and_pixels_together(digit_data):
     whole = digit_data.train.whole(plain(8, 1))
     sample = digit_data.train.calibration(3, 7).whole(plain(8, 1))

@@ -12,7 +12,7 @@ from torch import nn
 from sukashi import hooks, models, pruned, sites, surgery
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.measures import accuracy, cost, measures
-from sukashi.types import Batch, Mask, Plan, Scores, rank
+from sukashi.types import Batch, Curve, Mask, Plan, Scores, rank
 
 
 @pytest.fixture(scope="module", params=["sukashi:digits_cnn", "sukashi:digits_vit"])
@@ -118,14 +118,119 @@ def test_curve_does_not_depend_on_batches_or_order(scene):
 def test_curve_evaluates_a_cut_once_and_leaves_the_model(scene, monkeypatch):
     loaded, found, plan, batch = scene
     cuts = []
-    true_cut = surgery.cut
-    monkeypatch.setattr(surgery, "cut", lambda model, mask: cuts.append(mask.n_removed) or true_cut(model, mask))
+    counted = lambda model, mask: cuts.append(mask.n_removed) or surgery.cut(model, mask)  # noqa: E731
+    monkeypatch.setitem(surgery.MODES, "cut", counted)
     before = copy.deepcopy(loaded.model.state_dict())
     curve = accuracy.curve(loaded.model, found, plan, [0.0, 10 / plan.n_units, 0.99, 0.995], batch)
     assert cuts == [0, 10, 40, plan.n_removable]
     assert curve.n_removed.tolist() == [0, 10, 10, 40, plan.n_removable, plan.n_removable]
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
+def test_a_curve_of_zeroed_units_has_the_accuracy_of_the_cut_over_the_share_of_units(scene):
+    loaded, found, plan, batch = scene
+    cut = accuracy.curve(loaded.model, found, plan, [0.0, 0.3, 0.6], batch)
+    zero = accuracy.curve(loaded.model, found, plan, [0.0, 0.3, 0.6], batch, mode="zero")
+    np.testing.assert_array_equal(zero.correct, cut.correct)
+    np.testing.assert_allclose(zero.fraction, cut.n_removed / plan.n_units)
+
+
+# What may go without loss.
+
+
+def _curve(correct, fraction=None):
+    """A curve over rows of answers, dense first."""
+    correct = np.asarray(correct, dtype=bool)
+    n_removed = np.arange(len(correct))
+    fraction = n_removed / 10 if fraction is None else np.array(fraction)
+    return Curve(n_removed / 10, n_removed, fraction, correct, tuple(map(str, range(correct.shape[1]))))
+
+
+def _answers(n, *n_lost):
+    """Rows of n answers, all right but for the last `n_lost`."""
+    return [np.arange(n) < n - lost for lost in (0, *n_lost)]
+
+
+def _lossless(curves, margin, **options):
+    return accuracy.lossless(curves, margin, generator=np.random.default_rng(0), **options)
+
+
+def test_lossless_is_the_last_cut_before_the_first_that_is_not_shown():
+    found = _lossless([_curve(_answers(1000, 0, 5, 200, 0))], 0.02)
+    assert found.mean.tolist() == [0.2, 2.0], "the fourth cut passes again, after one that failed"
+    assert (found.low[0], found.high[0]) == (0.2, 0.2)
+    assert _lossless([_curve(_answers(1000, 15))], 0.02).mean[0] == 0.0, "15 of 1,000 lost is not shown to be under 20"
+    assert _lossless([_curve(_answers(100, 0))], 0.01).mean[0] == 0.0, "100 images can't show a margin of 1 %"
+    assert "100 test images" in accuracy.cautions(100, 0.01)[0]
+    assert accuracy.cautions(381, 0.01) == []
+
+
+def test_lossless_takes_the_mean_over_seeds_and_their_spread_into_its_interval():
+    one, two = _curve(_answers(1000, 0, 200)), _curve(_answers(1000, 0, 0, 0, 200), [0, 0.2, 0.4, 0.6, 0.8])
+    found = _lossless([one, two], 0.02)
+    np.testing.assert_allclose(found.mean, [(0.1 + 0.6) / 2, 2])
+    np.testing.assert_allclose([found.low[0], found.high[0]], [0.1, 0.6])
+    assert found.n == 2
+
+
+def test_lossless_does_not_name_a_cut_that_loses_more_than_the_margin():
+    """400 studies whose true loss grows by one point a cut; the margin is reached at the fifth: at most 2.5 % pass it.
+
+    Three standard errors of 2.5 % over 400 studies are 2.3 %.
+    """
+    rng = np.random.default_rng(3)
+    beyond = []
+    for _ in range(400):
+        dense = rng.random(400) < 0.9
+        rows = [dense]
+        for loss in 0.01 * np.arange(1, 9):
+            p_lost = (loss + 0.01) / 0.9  # another point is won back where the dense network errs
+            rows.append(np.where(dense, rng.random(400) >= p_lost, rng.random(400) < 0.1))
+        beyond.append(_lossless([_curve(rows)], 0.05, n_resamples=1).mean[0] >= 0.5)
+    assert np.mean(beyond) <= 0.025 + 0.023
+
+
+def test_the_interval_of_lossless_covers_what_it_is_about():
+    """The mean lossless point of many studies lies in at least 90 % of 200 intervals of 95 %: steps are coarse."""
+    rng = np.random.default_rng(4)
+
+    def study():
+        dense = rng.random(500) < 0.9
+        worse = rng.random(500)
+        return _curve([dense, *(dense & (worse >= loss) for loss in 0.006 * np.arange(1, 13))])
+
+    expected = np.mean([_lossless([study()], 0.05, n_resamples=1).mean[0] for _ in range(1000)])
+    intervals = [_lossless([study()], 0.05, n_resamples=300) for _ in range(200)]
+    assert np.mean([i.low[0] <= expected <= i.high[0] for i in intervals]) >= 0.9
+
+
+def test_accuracy_at_fractions_lies_on_lines_and_never_beyond_what_was_measured():
+    curves = [_curve(_answers(100, 40), [0, 0.4]), _curve(_answers(100, 20), [0, 0.6])]
+    found = accuracy.at(curves, [0.5, 0.2, 0.4], generator=np.random.default_rng(0))
+    assert found[0] is None, "one seed ends at 0.4"
+    assert [cell.mean for cell in found[1:]] == pytest.approx([(0.8 + 1 - 0.2 / 3) / 2, (0.6 + 1 - 0.4 / 3) / 2])
+    assert all(cell.low < cell.mean < cell.high for cell in found[1:])
+    assert accuracy.at(curves, [0.9], generator=np.random.default_rng(0)) == [None]
+    (almost,) = accuracy.at(curves, [0.404], generator=np.random.default_rng(0))
+    assert almost.mean == pytest.approx((0.6 + 1 - 0.404 / 3) / 2), "a ratio becomes a whole number of units"
+
+
+def test_a_difference_is_paired_by_seed_and_image():
+    """The second answers as the first but for 20 of 200 images that it loses at 0.4: 0.05 at 0.2, 0.1 at 0.4."""
+    rng = np.random.default_rng(5)
+    first, second = [], []
+    for _ in range(2):
+        dense, cut = rng.random(200) < 0.9, rng.random(200) < 0.5
+        worse = cut.copy()
+        worse[np.flatnonzero(cut)[:20]] = False
+        first.append(_curve([dense, cut], [0, 0.4]))
+        second.append(_curve([dense, worse], [0, 0.4]))
+    found = accuracy.difference(first, second, [0.2, 0.4])
+    assert found.mean == pytest.approx((0.05 + 0.1) / 2)
+    assert 0.03 < found.low < found.high < 0.12, "what pairs share is no noise: unpaired it would reach below 0"
+    assert accuracy.difference(first, second, [0.2, 0.5]) is None
+    assert accuracy.difference([], [], [0.2]) is None
 
 
 def test_curve_refuses_images_that_change(scene):

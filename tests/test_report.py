@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_the_sauce_table(page: str) -> None:
 
 
 def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: Path) -> None:
-    """One criterion whose two points are known: 90 % dense, 50 % at 40 % removed, so 70 % at 20 %."""
+    """One criterion whose two points are known: 90 % dense, 50 % at 40 % removed, so 75 % at 15 %."""
     correct = np.zeros((2, 100), dtype=bool)
     correct[0, :90] = correct[1, :50] = True
     curve = Curve(np.array([0, 0.5]), np.array([0, 9]), np.array([0, 0.4]), correct, tuple(map(str, range(100))))
@@ -215,11 +216,23 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
         writer.finish(a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
     page = report.write(tmp_path).read_text()
     row = cells(page, "Accuracy by what is gone")["cswap"]
-    assert [cell.split()[0] for cell in row] == ["80.0", "70.0", "60.0", "–", "–"]
-    low, high = map(float, re.findall(r"[\d.]+", row[1])[1:])
-    spread = np.array([1.0] * 50 + [0.5] * 40 + [0.0] * 10).std() / 10  # of an image's mean, half way
+    assert [cell.split()[0] for cell in row] == ["75.0", "60.0", "–", "–", "0.0"]
+    low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
+    spread = np.array([1.0] * 50 + [0.625] * 40 + [0.0] * 10).std() / 10  # of an image's mean at 15 of 40 %
     assert (high - low) / (2 * 1.96) == pytest.approx(100 * spread, rel=0.15)
-    assert "cswap was measured up to 40.0% of the parameters only" in _Reader(page).words
+    assert "cswap was measured up to 40.0% only" in _Reader(page).words
+
+
+def test_the_margin_is_that_of_the_run_unless_another_is_given(studied: Path, tmp_path: Path) -> None:
+    shutil.copytree(studied, tmp_path / "study")
+    with Store(tmp_path / "study").writing(Store(studied).study) as store:
+        store.log("run", command=COMMAND, margin=0.05)
+    rows = {}
+    for margin in (None, 0.3):
+        page = report.write(tmp_path / "study", margin).read_text()
+        assert f"at most {100 * (margin or 0.05):g} points" in _Reader(page).words
+        rows[margin] = float(cells(page, "Accuracy by what is gone")["drift"][-1].split()[0])
+    assert 0 < rows[None] < rows[0.3]
 
 
 def test_passes_are_listed_in_order(page: str) -> None:

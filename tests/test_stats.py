@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sukashi.errors import UsageError
-from sukashi.stats import bootstrap, crossed, holm, interval, mcnemar, paired, share
+from sukashi.stats import bootstrap, crossed, crossed_t, holm, interval, least_images, mcnemar, not_lower, paired, share
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -92,6 +92,30 @@ def test_crossed_interval_of_independent_noise() -> None:
     assert (got.high - got.low) / (2 * 1.96) == pytest.approx(math.sqrt(variance), rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("n_seeds", "of_seeds", "of_images"), [(3, 0.04, 0.5), (3, 0.0, 0.5), (5, 0.2, 0.1), (1, 0.0, 0.5)]
+)
+def test_crossed_t_covers_as_often_as_it_says_with_few_seeds(n_seeds: int, of_seeds: float, of_images: float) -> None:
+    """1500 studies of 150 images: 95 % less 3 standard errors (0.56 % each); noise of both makes it wider."""
+    generator = rng(13)
+    covered = 0
+    for _ in range(1500):
+        values = generator.normal(0, of_seeds, (n_seeds, 1)) + generator.normal(0, of_images, (1, 150))
+        got = crossed_t(values + generator.normal(0, 0.2, (n_seeds, 150)))
+        covered += got.low <= 0 <= got.high
+    assert 0.95 - 3 * 0.0056 < covered / 1500 < 0.999
+
+
+def test_crossed_t_by_hand() -> None:
+    got = crossed_t([[1.0, 2.0, 3.0, 6.0]])
+    theirs = scipy_stats.ttest_1samp([1.0, 2.0, 3.0, 6.0], 0).confidence_interval(0.95)
+    assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high)), "one seed: the t interval over images"
+    same = crossed_t(np.full((3, 4), 0.5))
+    assert (same.mean, same.low, same.high) == (0.5, 0.5, 0.5)
+    with pytest.raises(UsageError, match="at least 2"):
+        crossed_t(np.ones((3, 1)))
+
+
 def test_crossed_takes_several_quantities_at_once() -> None:
     values = rng().random((4, 50, 3))
     got = crossed(values, generator=rng(1))
@@ -134,6 +158,39 @@ def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int) -> None:
     assert mcnemar(a, b) == pytest.approx(expected)
 
 
+def _likeliest(b: int, c: int, n: int, margin: float) -> float:
+    """p_c that maximises the likelihood of b, c and n - b - c under p_b = p_c - margin, by search."""
+    grid = np.linspace(margin + 1e-9, (1 + margin) / 2 - 1e-9, 2_000_001)
+    log_l = c * np.log(grid) + (n - b - c) * np.log1p(margin - 2 * grid) + (b * np.log(grid - margin) if b else 0)
+    return float(grid[np.argmax(log_l)])
+
+
+@pytest.mark.parametrize(("b", "c", "n", "margin"), [(3, 9, 200, 0.05), (0, 4, 900, 0.02), (30, 41, 500, 0.01)])
+def test_not_lower_is_the_score_test_at_the_likeliest_share(b: int, c: int, n: int, margin: float) -> None:
+    q = _likeliest(b, c, n, margin)
+    score = (b - c + n * margin) / math.sqrt(n * (2 * q - margin * (1 + margin)))
+    level = float(scipy_stats.norm.cdf(score))
+    assert not_lower(b, c, n, margin, level=level - 1e-4)
+    assert not not_lower(b, c, n, margin, level=level + 1e-4)
+
+
+def test_equal_answers_on_few_images_show_nothing() -> None:
+    assert least_images(0.01) == 381
+    assert not_lower(0, 0, 381, 0.01)
+    assert not not_lower(0, 0, 380, 0.01)
+
+
+@pytest.mark.parametrize(("n", "margin", "disagree"), [(200, 0.05, 0.1), (225, 0.05, 0.15), (1000, 0.02, 0.1)])
+def test_not_lower_errs_as_often_as_it_says(n: int, margin: float, disagree: float) -> None:
+    """Networks that truly lose `margin`: 2.5 % of 40,000 pass, less by up to 1 % for counts are whole numbers."""
+    shares = [(disagree - margin) / 2, (disagree + margin) / 2, 1 - disagree]
+    counts = rng(11).multinomial(n, shares, size=40_000)
+    passed = not_lower(counts[:, 0], counts[:, 1], n, margin)
+    assert 0.015 < passed.mean() < 0.025 + 3 * math.sqrt(0.025 * 0.975 / 40_000)
+    better = rng(12).multinomial(n, [disagree / 2, disagree / 2, 1 - disagree], size=40_000)
+    assert not_lower(better[:, 0], better[:, 1], n, margin).mean() > 5 * passed.mean()
+
+
 @pytest.mark.parametrize(("n_right", "n"), [(0, 10), (10, 10), (851, 1000)])
 def test_share_is_scipys_wilson_interval(n_right: int, n: int) -> None:
     theirs = scipy_stats.binomtest(n_right, n).proportion_ci(0.9, "wilson")
@@ -161,6 +218,11 @@ def test_bad_arguments_are_refused() -> None:
         paired([1, 2], [1, 2, 3], generator=rng())
     with pytest.raises(UsageError, match="got 2 and 3"):
         mcnemar([True, False], [True, False, True])
+    for margin in (0.0, 1.0, -0.1, math.nan):
+        with pytest.raises(UsageError, match=r"margin must be in \(0, 1\), got"):
+            not_lower(1, 1, 10, margin)
+    with pytest.raises(UsageError, match=r"counts that n = 10 holds, got 6\.0 and 5\.0"):
+        not_lower(6, 5, 10, 0.1)
     with pytest.raises(UsageError, match="got 11 of 10"):
         share(11, 10)
     with pytest.raises(UsageError, match="at least 2"):

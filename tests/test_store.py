@@ -217,6 +217,7 @@ def test_the_table_has_one_row_for_each_point(tmp_path: Path) -> None:
         "model": "sukashi:digits_cnn",
         "data": "digits",
         "criterion": "cswap",
+        "sampling": "random",
         "seed": 1,
         "kind": "pass",
         "ratio": None,
@@ -336,7 +337,7 @@ def test_a_full_disk_leaves_the_previous_state(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ResourceError, match=r"can't write .*result.json: no space left"):
+    with pytest.raises(ResourceError, match=r"cannot write .*result.json: no space left"):
         write(tmp_path / "result.json", b"after")
     assert content(tmp_path) == {"result.json": b"before"}
 

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 import sukashi
-from sukashi import hooks, models, progress, pruned, report, study
+from sukashi import grid, hooks, models, progress, pruned, report, study
 from sukashi import sites as finder
 from sukashi.criteria import criteria
 from sukashi.errors import DataError, UsageError
@@ -115,8 +115,13 @@ def test_a_finished_comparison_computes_nothing_again(undisturbed, weights, monk
 def test_what_a_comparison_returns_is_what_was_measured(undisturbed, small):
     result, _ = undisturbed
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert set(result) == {"sauce", "dense_accuracy", "curves", "passes", "out"}
-    assert list(result["sauce"]) == list(result["curves"]) == list(result["passes"]) == COMPARED
+    parts = ("sauce", "lossless", "accuracy_at", "curves", "passes")
+    assert set(result) == {*parts, "dense_accuracy", "notes", "refused", "out"}
+    assert all(list(result[part]) == COMPARED for part in parts)
+    assert result["notes"] == [
+        "100 test images cannot show that accuracy is at most 1 points lower, not even with equal answers: that takes "
+        "381 images or a larger --margin"
+    ]
     store = Store(result["out"])
     case = small["cnn"]
     test = _test_images(case)
@@ -249,9 +254,9 @@ def test_check_says_what_would_happen(weights, tmp_path, monkeypatch, digits_spl
     assert found["class_names"] == list("0123456789")
     assert found["class_counts"] == {s.name: s.counts.tolist() for s in (digits_split.train, digits_split.test)}
     assert found["notes"] == list(digits_split.notes)
-    # Every criterion has an estimate: a new one must be given its number of visits.
+    # Every criterion has an estimate: one that asks about single units must be given its number of visits.
     assert set(found["estimated_seconds"]) == set(criteria.names())
-    assert found["unmeasured"] == []
+    assert (found["unmeasured"], found["cannot"]) == ([], {})
     assert all(seconds >= 0 for seconds in found["estimated_seconds"].values())
     assert list(tmp_path.iterdir()) == []
 
@@ -273,6 +278,11 @@ def test_check_keeps_its_limit(weights):
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"ratios": [0.5, 1.0]}, r"ratio must be in \[0, 1\), got 1.0"),
         ({"calibration": 1000}, "calibration"),
+        ({"sampling": "randm"}, "unknown sampling 'randm': did you mean 'random'"),
+        ({"sampling": []}, "sampling must be different names"),
+        ({"sampling": ["random", "random"]}, "sampling must be different names"),
+        ({"mode": "mask"}, "mode must be cut or zero, got 'mask'"),
+        ({"margin": 0.0}, r"margin must be in \(0, 1\), got 0.0"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
     ],
     ids=lambda value: str(value)[:40],
@@ -290,6 +300,7 @@ def test_public_names_are_those_of_their_files():
     assert sukashi.check is study.check
     assert sukashi.load is models.load
     assert sukashi.report is report
+    assert sukashi.grid is grid
     with pytest.raises(AttributeError, match="module 'sukashi' has no attribute 'prunes'"):
         _ = sukashi.prunes
 
@@ -316,3 +327,68 @@ def test_a_trained_network_on_real_images(real_data, real_weights, tmp_path):
     assert plan.n_units == 448
     model = models.load("sukashi:cifar_resnet20", weights=real_weights / "resnet20-cifar10.safetensors").model
     assert len(finder.find(model, torch.randn(2, 3, 32, 32)).sites) == 12
+
+
+def test_samplings_compete_and_what_looks_at_no_image_runs_once(weights, tmp_path):
+    out, few = tmp_path / "sampled", {**SETTINGS, "seeds": 1, "ratios": [0.3]}
+    result = study.compare(
+        SPEC, "digits", ["taylor", "magnitude"], sampling=["random", "clustering"], out=out, weights=weights, **few
+    )
+    assert list(result["sauce"]) == ["taylor", "taylor/clustering", "magnitude"]
+    plain = study.compare(SPEC, "digits", ["taylor"], out=tmp_path / "plain", weights=weights, **few)
+    assert result["sauce"]["taylor"] == plain["sauce"]["taylor"]
+    kept = {record.trial.contender: record for record in Store(out).finished()}
+    (alone,) = Store(plain["out"]).finished()
+    assert kept["taylor"].trial.key == alone.trial.key, "random sampling is in no hash: older results keep their names"
+    drawn = [kept[name].plan().unit.tolist() for name in ("taylor", "taylor/clustering")]
+    assert drawn[0] != drawn[1]
+    study.prune(SPEC, "digits", "taylor", 0.3, sampling="clustering", out=tmp_path / "cut", weights=weights, **CUT)
+    assert (tmp_path / "cut" / "plan.npz").read_bytes() == (kept["taylor/clustering"].folder / "plan.npz").read_bytes()
+    page = (out / "report.html").read_text()
+    assert "taylor/clustering" in page
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_a_class_without_correct_images_is_refused_before_the_first_trial(tmp_path):
+    with pytest.raises(DataError, match="no image in train that the model classifies correctly"):
+        study.compare(SPEC, "digits", ["magnitude", "taylor"], sampling="confidence", out=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+CUT = {"calibration": 8, "test_images": 50, "width": 8}
+
+
+def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(small, weights, tmp_path):
+    few = {**SETTINGS, "seeds": 1, "ratios": [0.3, 0.6]}
+    cut = study.compare(SPEC, "digits", ["taylor"], out=tmp_path / "cut", weights=weights, **few)
+    zero = study.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "zero", weights=weights, **few)
+    (of_cut,), (of_zero,) = cut["curves"]["taylor"], zero["curves"]["taylor"]
+    assert [p["accuracy"] for p in of_zero] == [p["accuracy"] for p in of_cut]
+    assert [p["fraction"] for p in of_zero] == [0, 10 / 32, 19 / 32]
+    assert zero["lossless"]["taylor"]["fraction"] == zero["lossless"]["taylor"]["ratio"]
+    (record,) = Store(zero["out"]).finished()
+    assert "cost" not in record.result
+    pages = {name: (tmp_path / name / "report.html").read_text() for name in ("cut", "zero")}
+    assert "Units were zeroed" in pages["zero"]
+    assert "parameters removed" not in pages["zero"]
+    assert "units zeroed" not in pages["cut"]
+    with pytest.raises(UsageError, match=r"mode was \"cut\", now \"zero\""):
+        study.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "cut", weights=weights, **few)
+
+
+def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, weights, tmp_path):
+    case, out = small["cnn"], tmp_path / "zeroed"
+    result = sukashi.prune(SPEC, "digits", "taylor", 0.4, mode="zero", out=out, weights=weights, **CUT)
+    back = models.load(str(out))
+    mask = read_plan(out / "plan.npz", case.sites).mask(0.4)
+    with torch.no_grad(), hooks.masked(case.model, mask):
+        expected = case.model(case.data.x)
+    with torch.no_grad():
+        found = back.model(case.data.x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert [p.shape for p in back.model.parameters()] == [p.shape for p in case.model.parameters()]
+    assert result["ratio"] == mask.n_removed / 32 == 13 / 32, "nothing is rounded"
+    assert (result["cut"]["parameters"], result["cut"]["fraction"]) == (3506, 0)
+    assert "Units were zeroed" in (out / "report.html").read_text()
+    with pytest.raises(UsageError, match="round_to is for widths, and mode zero changes none, got 8"):
+        sukashi.prune(SPEC, "digits", "taylor", 0.4, mode="zero", round_to=8, out=tmp_path / "no", weights=weights)

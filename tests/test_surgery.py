@@ -104,6 +104,25 @@ def test_any_mask_that_empties_no_site_is_exact_in_float64(name, small, data):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_zeroed_units_are_read_by_nothing_in_a_network_of_the_same_shape(name, small):
+    model, x, found = small[name]
+    mask = random_mask(found, 0.4, torch.Generator().manual_seed(6))
+    silent = copy.deepcopy(model)
+    table = surgery.zero(silent, mask)
+    replayed = copy.deepcopy(model)
+    surgery.replay(replayed, json.loads(json.dumps(table)))
+    with torch.no_grad(), hooks.masked(model, mask):
+        masked = model(x)
+    with torch.no_grad():
+        assert (silent(x) - masked).abs().max() < 1e-11 * masked.abs().max()
+        assert torch.equal(replayed(x), silent(x))
+    assert [p.shape for p in silent.parameters()] == [p.shape for p in model.parameters()]
+    surgery.cut(silent, mask)
+    with torch.no_grad():
+        assert (silent(x) - masked).abs().max() < 1e-11 * masked.abs().max(), "what is cut afterwards was silent"
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_table_in_json_replays_the_cut_and_renumbered_sites_are_those_found_anew(name, small):
     model, x, found = small[name]
     generator = torch.Generator().manual_seed(5)
@@ -176,6 +195,9 @@ def test_emptying_a_site_is_refused_and_nothing_is_cut(small):
     keep = {found[0]: torch.arange(found[0].n_units) > 2, found[1]: torch.zeros(found[1].n_units, dtype=torch.bool)}
     with pytest.raises(UsageError, match=repr(found[1].layer)):
         surgery.cut(cut, Mask(keep))
+    with pytest.raises(UsageError, match=repr(found[1].layer)):
+        surgery.zero(cut, Mask(keep))
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), model.parameters(), strict=True))
     assert [p.shape for p in cut.parameters()] == [p.shape for p in model.parameters()]
 
 
@@ -186,6 +208,9 @@ def test_emptying_a_site_is_refused_and_nothing_is_cut(small):
         ("norm", {"out": [0]}, "LayerNorm"),
         ("blocks.0.fc1", {"up": [0]}, "'up'"),
         ("blocks.0.attn.core", {"out": [0]}, "'out'"),
+        ("blocks.0.attn.core", {"zero in": [0, 16, 32]}, "'zero in'"),
+        ("blocks.0.fc1", {"zero up": [0]}, "'zero up'"),
+        ("blocks.0.fc1", {"zero out": [32]}, "do not fit"),
         ("blocks.0.fc1", {"out": []}, "do not fit"),
         ("blocks.0.fc1", {"out": [-1, 2]}, "do not fit"),
         ("blocks.0.fc1", {"out": [0, 32]}, "do not fit"),

@@ -253,3 +253,8 @@ def test_every_field_is_in_the_key(change):
 def test_a_trial_of_nan_has_no_key(value):
     with pytest.raises(ValueError, match="not JSON compliant"):
         _ = dataclasses.replace(TRIAL, params={"alpha": value}).key
+
+
+def test_a_contender_is_a_criterion_and_a_sampling_that_is_not_random():
+    assert Trial({}, {"spec": "digits"}, "taylor", 0).contender == "taylor"
+    assert Trial({}, {"spec": "digits", "sampling": "clustering"}, "taylor", 0).contender == "taylor/clustering"

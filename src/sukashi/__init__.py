@@ -3,6 +3,7 @@
 sukashi.check(model, data)                                  what would happen
 sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and save
 sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
+sukashi.grid.run("study.toml")                              a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
 sukashi.report.write(folder)                                the page of a folder, again
 """
@@ -13,11 +14,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sukashi import report
+    from sukashi import grid, report
     from sukashi.models import load
     from sukashi.study import check, compare, prune
 
-__all__ = ["check", "compare", "load", "prune", "report"]
+__all__ = ["check", "compare", "grid", "load", "prune", "report"]
 
 # torch takes seconds to import and the command line must not wait for it.
 _HOMES = {
@@ -29,8 +30,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "report":
-        return importlib.import_module("sukashi.report")
+    if name in ("grid", "report"):
+        return importlib.import_module(f"sukashi.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'sukashi' has no attribute {name!r}")
     module, attribute = _HOMES[name]

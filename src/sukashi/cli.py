@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import json
 import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="sukashi",
-    help="Prunes vision networks with explanations, and measures what the cut did to them.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,30 +40,81 @@ log = Console(stderr=True)
 # Seconds: where progress is not drawn, a line says first after FIRST_LINE and then every LINE how far the work is.
 FIRST_LINE, LINE = 10.0, 30.0
 
-ModelArgument = Annotated[
-    str, typer.Argument(help="sukashi:NAME, timm:NAME, torchvision:NAME, package.module:callable or a pruned folder.")
-]
-DataOption = Annotated[str, typer.Option("--data", help="digits, shapes, torchvision:NAME, or a folder of images.")]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth holding tensors only.")]
-WidthOption = Annotated[int | None, typer.Option(help="Base width, for our own models.")]
-ClassesOption = Annotated[
-    int | None, typer.Option("--classes", help="Class count; by default that of the weights or of the data.")
-]
-PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Download pretrained weights.")]
-OutputOption = Annotated[str | None, typer.Option("--output", help="Which of a model's outputs holds the logits.")]
-SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and say so.")]
-ClassMapOption = Annotated[
-    Path | None, typer.Option(help='JSON file {"class of the data": its number in the model}, where the two differ.')
-]
-MaxPixelsOption = Annotated[int, typer.Option(help="Pixels an image may have.")]
-CalibrationOption = Annotated[int, typer.Option(help="Calibration images a class, from the training split.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 WorkersOption = Annotated[int, typer.Option(help="Threads that decode images.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
+ModeOption = Annotated[
+    str, typer.Option(help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units.")
+]
+MarginOption = Annotated[float, typer.Option(help="Accuracy may be this much lower and count as lossless.")]
 OptionsOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of a criterion: NAME=VALUE, or CRITERION.NAME=VALUE. Repeatable."),
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sukashi {importlib.metadata.version('sukashi')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Prunes vision networks with explanations, and measures what the cut did to them."""
+
+
+def _reading(
+    model: Annotated[
+        str,
+        typer.Argument(help="sukashi:NAME, timm:NAME, torchvision:NAME, package.module:callable or a pruned folder."),
+    ],
+    data: Annotated[str, typer.Option("--data", help="digits, shapes, torchvision:NAME, or a folder of images.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth holding tensors only.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Base width, for our own models.")] = None,
+    n_classes: Annotated[
+        int | None, typer.Option("--classes", help="Class count; by default that of the weights or of the data.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download pretrained weights.")] = False,
+    output: Annotated[str | None, typer.Option("--output", help="Which of a model's outputs holds the logits.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and say so.")] = False,
+    class_map: Annotated[
+        Path | None,
+        typer.Option(help='JSON file {"class of the data": its number in the model}, where the two differ.'),
+    ] = None,
+    max_pixels: Annotated[int, typer.Option(help="Pixels an image may have.")] = 64_000_000,
+    calibration: Annotated[int, typer.Option(help="Calibration images a class, from the training split.")] = 32,
+    test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 2000,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+) -> None:
+    """The options that check, compare and prune share, named as the keywords of their functions: a signature only."""
+
+
+def _reads(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `_reading` beside its own; it gets them as one dictionary, `reading`."""
+    shared = inspect.signature(_reading, eval_str=True).parameters
+    signature = inspect.signature(command, eval_str=True)
+    own = {name: p for name, p in signature.parameters.items() if name != "reading"}
+
+    def run(**given: Any) -> None:
+        with _working():
+            reading = {name: given.pop(name) for name in shared}
+            reading["class_map"] = _class_map(reading["class_map"])
+        command(reading, **given)
+
+    # typer reads what a command takes from its signature and annotations.
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
 
 
 @app.command()
@@ -102,43 +154,17 @@ def list_(
 
 
 @app.command()
+@_reads
 def check(
-    model: ModelArgument,
-    data: DataOption,
-    weights: WeightsOption = None,
-    width: WidthOption = None,
-    classes: ClassesOption = None,
-    pretrained: PretrainedOption = False,
-    output: OutputOption = None,
-    skip_bad: SkipOption = False,
-    class_map: ClassMapOption = None,
-    max_pixels: MaxPixelsOption = 64_000_000,
-    calibration: CalibrationOption = 32,
+    reading: dict[str, Any],
     limit: Annotated[float, typer.Option(help="Seconds the check may take.")] = 60,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Preflight: sites, what can't be cut and why, class counts, and the estimated cost of each criterion."""
     with _working():
-        from sukashi import study
+        from sukashi import study as studies
 
-        result = study.check(
-            model,
-            data,
-            weights=weights,
-            width=width,
-            n_classes=classes,
-            pretrained=pretrained,
-            output=output,
-            skip_bad=skip_bad,
-            class_map=_class_map(class_map),
-            max_pixels=max_pixels,
-            calibration=calibration,
-            limit=limit,
-            device=device,
-            workers=workers,
-        )
+        result = studies.check(limit=limit, **reading)
     if as_json:
         _print_json(result)
         return
@@ -153,62 +179,49 @@ def check(
         print(f"{split}: {sum(counts)} images, {min(counts)} to {max(counts)} a class")
     for note in result["notes"]:
         print(f"note: {note}")
+    for name, reason in result["refused"].items():
+        print(f"refused: {name}: {reason}")
     for name, seconds in result["estimated_seconds"].items():
         print(f"{name:12s} about {_duration(seconds)}")
+    for name, reason in result["cannot"].items():
+        print(f"{name}: {reason}")
     for name in result["unmeasured"]:
         print(f"{name}: not estimated within {limit:g} s; give --limit more")
 
 
 @app.command()
+@_reads
 def prune(
-    model: ModelArgument,
-    data: DataOption,
+    reading: dict[str, Any],
     criterion: Annotated[str, typer.Option(help="See `sukashi list criteria`.")],
     ratio: Annotated[float, typer.Option(help="Fraction of units to remove, in [0, 1).")],
     out: Annotated[Path, typer.Option(help="Folder for the cut model; must not exist.")],
-    round_to: Annotated[int, typer.Option(help="Keep a multiple of this many units a site; 1 = exact ratio.")] = 8,
+    mode: ModeOption = "cut",
+    round_to: Annotated[
+        int | None, typer.Option(help="Keep a multiple of this many units a site; 1 = exact ratio; default 8.")
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked in onnxruntime.")] = False,
-    weights: WeightsOption = None,
-    width: WidthOption = None,
-    classes: ClassesOption = None,
-    pretrained: PretrainedOption = False,
-    output: OutputOption = None,
-    skip_bad: SkipOption = False,
-    class_map: ClassMapOption = None,
-    max_pixels: MaxPixelsOption = 64_000_000,
-    calibration: CalibrationOption = 32,
     seed: Annotated[int, typer.Option(help="Draws calibration images and random scores.")] = 0,
+    sampling: Annotated[str, typer.Option(help="Calibration images: random, confidence or clustering.")] = "random",
     options: OptionsOption = None,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Cut a model for real and save it as a folder that `sukashi.load` rebuilds."""
     with _working():
-        from sukashi import study
+        from sukashi import study as studies
 
-        result = study.prune(
-            model,
-            data,
-            criterion,
-            ratio,
+        result = studies.prune(
+            criterion=criterion,
+            ratio=ratio,
             out=out,
+            mode=mode,
             round_to=round_to,
             onnx=onnx,
-            weights=weights,
-            width=width,
-            n_classes=classes,
-            pretrained=pretrained,
-            output=output,
-            skip_bad=skip_bad,
-            class_map=_class_map(class_map),
-            max_pixels=max_pixels,
-            calibration=calibration,
             seed=seed,
+            sampling=sampling,
             options=_options(options, [criterion]).get(criterion, {}),
-            device=device,
-            workers=workers,
             command=_command(),
+            **reading,
         )
     if as_json:
         _print_json(result)
@@ -225,54 +238,37 @@ def prune(
 
 
 @app.command()
+@_reads
 def compare(
-    model: ModelArgument,
-    data: DataOption,
+    reading: dict[str, Any],
     criteria: Annotated[str, typer.Option(help="Names joined by commas; see `sukashi list criteria`.")],
     out: Annotated[Path, typer.Option(help="Folder for results; an interrupted comparison is resumed.")],
     ratios: Annotated[str, typer.Option(help="Fractions of units removed: START:STOP:STEP or a,b,c.")] = "0:0.95:0.05",
     seeds: Annotated[int, typer.Option(help="Number of seeds, counted from 0.")] = 3,
-    weights: WeightsOption = None,
-    width: WidthOption = None,
-    classes: ClassesOption = None,
-    pretrained: PretrainedOption = False,
-    output: OutputOption = None,
-    skip_bad: SkipOption = False,
-    class_map: ClassMapOption = None,
-    max_pixels: MaxPixelsOption = 64_000_000,
-    calibration: CalibrationOption = 32,
-    test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 2000,
+    sampling: Annotated[
+        str, typer.Option(help="Calibration images: random, confidence, clustering; several joined by commas.")
+    ] = "random",
+    mode: ModeOption = "cut",
+    margin: MarginOption = 0.01,
     options: OptionsOption = None,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Compare criteria: accuracy against the fraction of parameters removed, over seeds, with SAUCE and a report."""
     with _working():
-        from sukashi import study
+        from sukashi import study as studies
 
-        names = [name.strip() for name in criteria.split(",") if name.strip()]
-        result = study.compare(
-            model,
-            data,
-            names,
+        names = _names(criteria)
+        result = studies.compare(
+            criteria=names,
             out=out,
             ratios=_ratios(ratios),
             seeds=seeds,
-            calibration=calibration,
-            test_images=test_images,
+            sampling=_names(sampling),
+            mode=mode,
+            margin=margin,
             options=_options(options, names),
-            weights=weights,
-            width=width,
-            n_classes=classes,
-            pretrained=pretrained,
-            output=output,
-            skip_bad=skip_bad,
-            class_map=_class_map(class_map),
-            max_pixels=max_pixels,
-            device=device,
-            workers=workers,
             command=_command(),
+            **reading,
         )
     _print_comparison(result, as_json)
     if not as_json:
@@ -280,14 +276,51 @@ def compare(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file (TOML): models, data, criteria, samplings, seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results instead of the file's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data instead of the file's.")] = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study file: a comparison for each of its models, resumed where it was, and one page about all of them."""
+    with _working():
+        from sukashi import grid
+
+        result = grid.run(file, out=out, data=data, device=device, workers=workers, command=_command())
+    if as_json:
+        _print_json(result)
+        return
+    for name, found in result["models"].items():
+        print(f"{name}\n")
+        _print_comparison(found, as_json)
+        print()
+    for pair in result["pairs"]:
+        said = (
+            "not measured that far"
+            if pair["mean"] is None
+            else (
+                f"{100 * pair['mean']:+.1f} points, 95 % interval {100 * pair['low']:.1f} to {100 * pair['high']:.1f}"
+            )
+        )
+        print(f"{pair['model']}: {pair['first']} minus {pair['second']}: {said}")
+    print(f"\nReport: {result['report']}")
+
+
+@app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The --out of a compare or a prune.")], as_json: JsonOption = False
+    folder: Annotated[Path, typer.Argument(help="The --out of a compare or a prune.")],
+    margin: Annotated[
+        float | None, typer.Option(help="Accuracy may be this much lower and count as lossless; default as compared.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the report of a folder again."""
     with _working():
         from sukashi import report as reports
 
-        path = reports.write(folder)
+        path = reports.write(folder, margin)
     if as_json:
         _print_json({"report": str(path)})
     else:
@@ -298,16 +331,39 @@ def _print_comparison(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
+    margin = next(iter(result["lossless"].values()))["margin"]
     table = Table(
-        "criterion", "SAUCE", "95 % interval", "after each pass: removed -> accuracy", box=None, pad_edge=False
+        *("criterion", "SAUCE", "95 % interval", f"lossless ({100 * margin:g} points)", "95 % interval"),
+        "after each pass: removed -> accuracy",
+        box=None,
+        pad_edge=False,
     )
     for name, sauce in sorted(result["sauce"].items(), key=lambda item: -item[1]["mean"]):
         interval = "one seed" if sauce["low"] is None else f"{sauce['low']:.1f} to {sauce['high']:.1f}"
+        free = result["lossless"][name]["fraction"]
         passes = result["passes"][name][0]
         said = ", ".join(f"{p['fraction']:.2f} -> {p['accuracy']:.3f}" for p in passes[:4])
-        table.add_row(name, f"{sauce['mean']:.1f}", interval, said + (", ..." if len(passes) > 4 else ""))
+        table.add_row(
+            *(
+                name,
+                f"{sauce['mean']:.1f}",
+                interval,
+                f"{free['mean']:.1%}",
+                f"{free['low']:.1%} to {free['high']:.1%}",
+            ),
+            said + (", ..." if len(passes) > 4 else ""),
+        )
     _to_stdout(table)
     print(f"\ndense accuracy {result['dense_accuracy']:.3f}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    for name, reason in result["refused"].items():
+        print(f"refused: {name}: {reason}")
+
+
+def _names(text: str) -> list[str]:
+    """Names joined by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _ratios(text: str) -> list[float]:

@@ -1,5 +1,12 @@
 """Errors a user can cause: one sentence each (value, rule, remedy), and the exit code the command line gives them."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class SukashiError(ValueError):
     """A case that cannot be done right; the message names the value, the rule and the remedy."""
@@ -29,3 +36,16 @@ class ResourceError(SukashiError):
     """No memory, no disk, or a folder another process holds."""
 
     exit_code = 5
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an OSError becomes a ResourceError that says what stands in the way of writing `path`."""
+    try:
+        yield
+    except OSError as error:
+        what = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise ResourceError(
+            f"cannot write {path}: {what}; put that right or give another place, and run the same command again: "
+            "what is finished is kept"
+        ) from error

@@ -155,6 +155,18 @@ def gather(site: Site, tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(len(part), site.n_units, -1) for part in parts], 2)
 
 
+@contextmanager
+def read_by(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """What a layer reads: a list that holds its input in the latest call."""
+    read: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        read[:] = [args[0].detach()]
+
+    with _pre_hooks(model, {layer: keep}):
+        yield read
+
+
 def calls(model: nn.Module, x: Tensor) -> list[str]:
     """The names of all layers in the order a forward pass calls them, as often as it does."""
     order: list[str] = []

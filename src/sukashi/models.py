@@ -54,8 +54,8 @@ class Loaded:
     """A network ready to be looked at, and what rebuilds it.
 
     `model` is in eval mode, in fp32, with explicit attention, and nobody else's. `spec` and `options` rebuild its
-    architecture, `cuts` what was then removed, cut after cut. `class_names` is None where they are not known;
-    `weights_sha256` is the hash of the weights file, or of the tensors where there was none.
+    architecture, `cuts` what was then removed or silenced, cut after cut. `class_names` is None where they are not
+    known; `weights_sha256` is the hash of the weights file, or of the tensors where there was none.
     """
 
     model: nn.Module

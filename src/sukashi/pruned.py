@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import hashlib
 import importlib.util
 import json
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 
 from sukashi import models, surgery
-from sukashi.errors import ModelError, ResourceError, UsageError
+from sukashi.errors import ModelError, ResourceError, UsageError, writing
 from sukashi.models import RECIPE, WEIGHTS, Loaded, Recipe
 from sukashi.types import Mask, Plan
 
@@ -55,13 +54,13 @@ def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
     return Mask(keep)
 
 
-def cut(loaded: Loaded, mask: Mask) -> Loaded:
-    """A copy of the model with a mask's units physically removed; the given one is left alone.
+def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
+    """A copy of the model with a mask's units removed, in one of surgery.MODES; the given one is left alone.
 
     Raises UsageError where the mask would leave a site without units.
     """
     model = copy.deepcopy(loaded.model)
-    table = surgery.cut(model, mask)
+    table = surgery.MODES[mode](model, mask)
     return replace(loaded, model=model, cuts=(*loaded.cuts, table), weights_sha256=models.digest(model))
 
 
@@ -120,7 +119,7 @@ def save(
         figures=dict(figures),
     )
     contents = {WEIGHTS: weights, RECIPE: json.dumps(recipe.model_dump(), allow_nan=False).encode(), **(files or {})}
-    with _writing(folder):
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _beside(folder) as draft:
             draft.mkdir()
@@ -150,7 +149,7 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
         raise ModelError(f"the model has {n_bytes:,} bytes of weights: one ONNX file holds less than {_ONNX_CAP:,}")
     shape = (loaded.preprocess.channels, loaded.preprocess.height, loaded.preprocess.width)
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _beside(path) as draft:
             try:
@@ -197,17 +196,6 @@ def _check_onnx(model: torch.nn.Module, path: Path, images: torch.Tensor) -> Non
 
 
 # Writing.
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise ResourceError(
-            f"cannot write {path} ({what}): nothing was changed; make room or give another place"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for 
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
 shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut`, each with any of FIGURES and
-`class_accuracy`; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode` is "cut"
-(the default) or "masked".
+`class_accuracy`; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that
+of a provenance, is "cut" (the default) or "zero".
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 
 from sukashi import store
 from sukashi.errors import DataError, UsageError
-from sukashi.stats import Interval, Paired, crossed, holm, interval, paired, share
+from sukashi.measures.accuracy import MARGIN, THRESHOLDS, at, cautions, lossless
+from sukashi.stats import Interval, Paired, holm, interval, paired, share
 from sukashi.store import Record, Store, read_plan
 from sukashi.types import Curve, Plan
 
 Array = NDArray[np.float64]
 
-FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7)
 N_WORST = 5
 # Okabe and Ito's palette, told apart with any colour vision; a criterion keeps its colour in every report.
 COLOURS = {
@@ -46,8 +46,17 @@ COLOURS = {
     "taylor": "#E69F00",
     "magnitude": "#CC79A7",
     "random": "#8A8A8A",
+    "integrated_gradients": "#332288",
+    "internal_influence": "#882255",
+    "conductance": "#999933",
+    "deeplift": "#44AA99",
+    "lrp": "#661100",
+    "backtrace": "#117733",
+    "saliency": "#AA4499",
+    "gradient_x_activation": "#8C6D1F",
 }
-OTHERS = ("#332288", "#882255", "#999933", "#44AA99", "#661100", "#117733")
+OTHERS = ("#6699CC", "#888800", "#004488", "#BB5566", "#225555", "#EE8866")
+DASHES = {"random": "-", "confidence": ":", "clustering": "--"}
 CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": "#D55E00", "": "#EEF0F2"}
 # Each figure of a network: what the page calls it, and how it is printed.
 FIGURES = {
@@ -62,17 +71,21 @@ FIGURES = {
 }
 MODES = {
     "cut": "Units were removed physically: every accuracy is that of a network with smaller layers.",
-    "masked": "Accuracies are of the masked network, whose logits are those of the physically cut one.",
+    "zero": "Units were zeroed, not cut out: nothing reads them any more, while shape, size and speed stay those of "
+    "the dense network. Logits are those of a physical cut.",
 }
+# What the fraction on the axis is of.
+REMOVED = {"cut": "parameters removed", "zero": "units zeroed"}
 INK, FAINT = "#1F2933", "#D9DEE4"
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The finished trials of one criterion, by seed."""
+    """The finished trials of one contender (a criterion with a sampling), by seed."""
 
     criterion: str
     colour: str
+    dashes: str
     records: list[Record]
     curves: list[Curve]
     plans: list[Plan]
@@ -108,14 +121,16 @@ class _Pair:
     p: float | None
 
 
-def write(folder: Path | str) -> Path:
+def write(folder: Path | str, margin: float | None = None) -> Path:
     """The path of `report.html`, written with `figures/*.png` into a folder that `compare` or `prune` filled.
+
+    `margin` is that of the lossless point, by default the one of the last run.
 
     Raises: UsageError where the folder holds neither or nothing is finished, DataError where a file is broken.
     """
     folder = Path(folder)
     if (folder / "study.json").exists():
-        page, figures = _compared(Store(folder))
+        page, figures = _compared(Store(folder), margin)
     elif (folder / "recipe.json").exists():
         page, figures = _pruned(folder)
     else:
@@ -123,6 +138,42 @@ def write(folder: Path | str) -> Path:
     (folder / "figures").mkdir(exist_ok=True)
     for name, png in figures.items():
         store.write(folder / "figures" / f"{name}.png", png)
+    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
+    return _rendered("report.html.j2", folder, figures=inlined, **page)
+
+
+def write_grid(
+    folder: Path,
+    *,
+    title: str,
+    results: Mapping[str, Mapping[str, Any]],
+    pairs: Sequence[Mapping[str, Any]],
+    mode: str,
+    command: str,
+) -> Path:
+    """The path of the page of a study file: what `compare` found for each model, with links to their own pages.
+
+    `pairs` are differences of two contenders' mean accuracy for a model: `first`, `second`, `model`, `mean`, `low`,
+    `high`, None where not both were measured that far.
+    """
+    return _rendered(
+        "grid.html.j2",
+        folder,
+        title=title,
+        results=results,
+        best={
+            name: sorted(found["sauce"], key=lambda contender: -found["sauce"][contender]["mean"])
+            for name, found in results.items()
+        },
+        fractions=[f"{fraction:g}" for fraction in THRESHOLDS],
+        pairs=pairs,
+        removed=REMOVED[mode],
+        mode=MODES[mode],
+        command=command,
+    )
+
+
+def _rendered(template: str, folder: Path, **page: Any) -> Path:
     environment = Environment(
         loader=PackageLoader("sukashi"),
         autoescape=True,
@@ -131,13 +182,12 @@ def write(folder: Path | str) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "p_value": _p_value}
-    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
-    html = environment.get_template("report.html.j2").render(**page, figures=inlined)
+    html = environment.get_template(template).render(**page)
     store.write(folder / "report.html", html.encode())
     return folder / "report.html"
 
 
-def _compared(study: Store) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     groups = _groups(study.finished())
     if not groups:
         raise UsageError(
@@ -146,6 +196,8 @@ def _compared(study: Store) -> tuple[dict[str, Any], dict[str, bytes]]:
     leader, first = groups[0], groups[0].records[0]
     pairs = _pairs(groups)
     run = (study.logged("run") or [{}])[-1]
+    margin = run.get("margin", MARGIN) if margin is None else margin
+    mode = study.study.get("mode", "cut")
     costs = _costs(groups, study.logged("cost"))
     with_categories = {group.criterion: group.plans for group in groups if _has_categories(group.plans)}
     verdict, rule = _verdict(groups, pairs)
@@ -155,14 +207,17 @@ def _compared(study: Store) -> tuple[dict[str, Any], dict[str, bytes]]:
         "title": f"{first.trial.model.get('spec', 'model')} on {first.trial.data.get('spec', 'data')}",
         "verdict": verdict,
         "rule": rule,
-        "warnings": [*_warnings(study, groups), *_slower(costs)],
+        "warnings": [*_warnings(study, groups), *cautions(n_images, margin), *_slower(costs)],
         "groups": groups,
         "differences": [
             _from(leader.criterion, pair) for pair in pairs if leader.criterion in (pair.first, pair.second)
         ],
         "n_pairs": len(pairs),
-        "fractions": FRACTIONS,
-        "accuracy": [_accuracy_at(FRACTIONS, group) for group in groups],
+        "removed": REMOVED[mode],
+        "fractions": THRESHOLDS,
+        "accuracy": [at(group.curves, THRESHOLDS, generator=np.random.default_rng(0)) for group in groups],
+        "margin": f"{100 * margin:g}",
+        "lossless": [_lossless(group, margin) for group in groups],
         "passes": {group.criterion: passes for group in groups if (passes := _passes(group))},
         "categories": list(with_categories),
         "costs": _cost_table(costs),
@@ -174,10 +229,10 @@ def _compared(study: Store) -> tuple[dict[str, Any], dict[str, bytes]]:
             "dense accuracy": _percent(first.result["dense_accuracy"]),
             "chance": _percent(first.result["chance"]),
         },
-        "mode": MODES[study.study.get("mode", "cut")],
+        "mode": MODES[mode],
         "run": run,
     }
-    figures = {"curves": _draw_curves(groups)}
+    figures = {"curves": _draw_curves(groups, REMOVED[mode])}
     if with_categories:
         figures["categories"] = _draw_categories(with_categories)
     return page, figures
@@ -191,6 +246,7 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     about, run = {"class_names": recipe.get("class_names"), **recipe.get("figures", {})}, recipe.get("provenance", {})
     shown_above = ("dense", "cut", "notes", "class_names", "class_counts", "command", "versions")
     dense, cut = about.get("dense", {}), about.get("cut", {})
+    mode = run.get("mode", "cut")
     costs = {"dense": dense, "cut": cut}
     plans = [read_plan(folder / "plan.npz")] if (folder / "plan.npz").exists() else []
     with_categories = {plans[0].method: plans} if _has_categories(plans) else {}
@@ -199,14 +255,15 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         "title": f"{recipe.get('model', {}).get('spec', 'model')}, pruned",
         "verdict": verdict,
         "rule": rule,
-        "warnings": [*about.get("notes", []), *_slower(costs)],
+        "warnings": [*about.get("notes", []), *(_slower(costs) if mode == "cut" else [])],
         "groups": [],
         "passes": {},
         "categories": list(with_categories),
         "costs": _cost_table(costs),
         "worst": _worst_of_cut(about),
         "settings": dict(_flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
-        "mode": MODES["cut"],
+        "mode": MODES[mode],
+        "removed": REMOVED[mode],
         "run": run,
     }
     return page, {"categories": _draw_categories(with_categories)} if with_categories else {}
@@ -217,14 +274,16 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def _groups(records: Sequence[Record]) -> list[_Group]:
     """Best mean SAUCE first."""
-    names = sorted({record.trial.criterion for record in records})
+    names = sorted({(record.trial.criterion, record.trial.contender) for record in records})
     others = itertools.cycle(OTHERS)
-    colours = {name: COLOURS.get(name) or next(others) for name in names}
+    colours = {name: COLOURS.get(name) or next(others) for name, _ in dict(names).items()}
     groups = []
-    for name in names:
-        of_name = sorted((r for r in records if r.trial.criterion == name), key=lambda r: r.trial.seed)
+    for criterion, name in names:
+        of_name = sorted((r for r in records if r.trial.contender == name), key=lambda r: r.trial.seed)
         plans = [plan for record in of_name if (plan := record.plan()) is not None]
-        groups.append(_Group(name, colours[name], of_name, [r.curve() for r in of_name], plans))
+        dashes = DASHES[of_name[0].trial.data.get("sampling", "random")]
+        curves = [record.curve() for record in of_name]
+        groups.append(_Group(name, colours[criterion], dashes, of_name, curves, plans))
     if len({curve.image_ids for group in groups for curve in group.curves}) > 1:
         raise DataError("the trials of this study were tested on different images: run it again into another folder")
     return sorted(groups, key=lambda group: -group.sauce.mean)
@@ -315,38 +374,31 @@ def _verdict_of_cut(dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: 
 
 def _warnings(study: Store, groups: Sequence[_Group]) -> list[str]:
     found = []
-    criteria, seeds = study.study.get("criteria"), study.study.get("seeds")
+    criteria, seeds = study.study.get("contenders", study.study.get("criteria")), study.study.get("seeds")
     if criteria and seeds:
         n_asked = len(criteria) * (seeds if isinstance(seeds, int) else len(seeds))
+        refused = study.refused()
         n_finished = sum(len(group.records) for group in groups)
+        n_asked -= len(refused) * (seeds if isinstance(seeds, int) else len(seeds))
         if n_finished < n_asked:
             found.append(
                 f"{n_finished} of {n_asked} trials are finished: give the same command again to go on with the others."
             )
+        found += [f"{name} is left out, it refused the model: {reason}" for name, reason in refused.items()]
     for group in groups:
         reach = [float(curve.fraction.max()) for curve in group.curves]
         if min(reach) < 0.8:
             found.append(
-                f"{group.criterion} was measured up to {_percent(min(reach))} of the parameters only; "
+                f"{group.criterion} was measured up to {_percent(min(reach))} only; "
                 "SAUCE draws a straight line from there to chance."
             )
         found += [note for record in group.records for note in record.result.get("notes", [])]
     return list(dict.fromkeys(found))
 
 
-def _accuracy_at(fractions: Sequence[float], group: _Group) -> list[Interval | None]:
-    """Over seeds and images, on straight lines between measured points; None past what every seed measured."""
-    reached = [fraction for fraction in fractions if fraction <= group.reach]
-    if not reached:
-        return [None] * len(fractions)
-    of_seeds = []
-    for curve in group.curves:
-        order = np.argsort(curve.n_removed, kind="stable")
-        weights = [np.interp(reached, curve.fraction[order], point) for point in np.eye(len(order))]
-        of_seeds.append(curve.correct[order].T @ np.array(weights))
-    found = crossed(of_seeds, generator=np.random.default_rng(0))
-    cells = [Interval(*bounds, found.n) for bounds in zip(found.mean, found.low, found.high, strict=True)]
-    return [*cells, *[None] * (len(fractions) - len(cells))]
+def _lossless(group: _Group, margin: float) -> Interval:
+    found = lossless(group.curves, margin, generator=np.random.default_rng(0))
+    return Interval(found.mean[0], found.low[0], found.high[0], found.n)
 
 
 def _passes(group: _Group) -> list[dict[str, Any]]:
@@ -448,7 +500,7 @@ def _worst(about: Mapping[str, Any], dense: Array, cut: Array) -> list[dict[str,
 # --- figures
 
 
-def _draw_curves(groups: Sequence[_Group]) -> bytes:
+def _draw_curves(groups: Sequence[_Group], removed: str) -> bytes:
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     axes = figure.subplots()
     result = groups[0].records[0].result
@@ -458,7 +510,14 @@ def _draw_curves(groups: Sequence[_Group]) -> bytes:
         fractions = np.linspace(0, group.reach, 101)
         line = group.at(fractions)
         mean = group.sauce.mean
-        axes.plot(fractions, line.mean, color=group.colour, linewidth=1.8, label=f"{group.criterion}  {mean:.1f}")
+        axes.plot(
+            fractions,
+            line.mean,
+            color=group.colour,
+            linestyle=group.dashes,
+            linewidth=1.8,
+            label=f"{group.criterion}  {mean:.1f}",
+        )
         if line.low is not None:
             axes.fill_between(
                 fractions,
@@ -481,7 +540,7 @@ def _draw_curves(groups: Sequence[_Group]) -> bytes:
                 markeredgecolor="white",
                 markeredgewidth=0.6,
             )
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="fraction of parameters removed", ylabel="accuracy")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"fraction of {removed}", ylabel="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     handles, labels = axes.get_legend_handles_labels()

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError
+from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError, writing
 from sukashi.types import Curve, Plan, Site, Trial
 
 _TABLE = pa.schema(
@@ -42,6 +42,7 @@ _TABLE = pa.schema(
         ("model", pa.string()),
         ("data", pa.string()),
         ("criterion", pa.string()),
+        ("sampling", pa.string()),
         ("seed", pa.int64()),
         ("kind", pa.string()),
         ("ratio", pa.float64()),
@@ -85,7 +86,7 @@ class Journal(MutableMapping[str, Any]):
         """Raises ResourceError where the disk is full; the journal is then as before."""
         line = json.dumps([key, value], separators=(",", ":")).encode() + b"\n"
         try:
-            with _writing(self._path):
+            with writing(self._path):
                 _append(self._path, line)
         except ResourceError:
             self._drop_rest()
@@ -191,7 +192,7 @@ class Store:
         holds it or nothing can be written.
         """
         self._refuse_foreign()
-        with _writing(self.folder):
+        with writing(self.folder):
             (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         with _lock(self.folder):
             asked = json.loads(canonical(study))
@@ -218,7 +219,7 @@ class Store:
         """Work on a trial that is not finished; what an interrupted run left of it is there to go on from."""
         assert self.folder.resolve() in _held, "a trial is run inside `writing`"
         writer = Writer(self.folder / "trials" / trial.key)
-        with _writing(writer.folder):
+        with writing(writer.folder):
             writer.folder.mkdir(exist_ok=True)
         write(writer.folder / "trial.json", trial.json.encode() + b"\n")
         yield writer
@@ -238,7 +239,7 @@ class Store:
         """Add a line about this very run (command, machine, speed): kept apart from the results."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = canonical({"time": stamp, "event": event, **facts})
-        with _writing(self.folder):
+        with writing(self.folder):
             _append(self.folder / "log.jsonl", b"\n" + line + b"\n")  # the first ends a line a kill has torn
 
     def logged(self, event: str) -> list[dict[str, Any]]:
@@ -251,6 +252,12 @@ class Store:
             except ValueError:
                 continue  # torn by a kill
         return [entry for entry in entries if entry["event"] == event]
+
+    def refused(self) -> dict[str, str]:
+        """Why contenders have no finished trial, of those that refused the model."""
+        finished = {record.trial.contender for record in self.finished()}
+        entries = self.logged("refused")
+        return {entry["contender"]: entry["reason"] for entry in entries if entry["contender"] not in finished}
 
     def _refuse_foreign(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -290,6 +297,7 @@ class Store:
                         "model": _name(trial.model),
                         "data": _name(trial.data),
                         "criterion": trial.criterion,
+                        "sampling": trial.data.get("sampling", "random"),
                         "seed": trial.seed,
                         "kind": "pass" if passed else "ratio",
                         "ratio": None if passed else float(curve.ratio[point]),
@@ -312,7 +320,7 @@ def write(path: Path, content: bytes) -> None:
     Raises ResourceError where it can't be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(path):
+    with writing(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -444,23 +452,12 @@ def _append(path: Path, line: bytes) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise ResourceError(
-            f"can't write {path}: {what}; put that right and run the same command again, what is finished is kept"
-        ) from error
-
-
-@contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock`, whose content names the owner; the kernel lets go of it when the process dies."""
     home = folder.resolve()
     if home in _held:
         raise ResourceError(f"{folder} is in use by this very process: one run at a time")
-    with _writing(folder):
+    with writing(folder):
         file = open(folder / ".lock", "a+")  # noqa: SIM115
     with file:
         file.seek(0)
@@ -473,7 +470,7 @@ def _lock(folder: Path) -> Iterator[None]:
             ) from error
         _held.add(home)
         try:
-            with _writing(folder):
+            with writing(folder):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()

@@ -9,106 +9,30 @@ import shutil
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
-from sukashi import data as datasets
-from sukashi import models, progress, pruned, report, sites, stats
+from sukashi import progress, pruned, report, stats, surgery
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
-from sukashi.data import Data
-from sukashi.errors import DataError, ResourceError, UsageError
+from sukashi.errors import ModelError, SukashiError, UsageError
 from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
-from sukashi.sites import Found
+from sukashi.sampling import SAMPLINGS, check_sampling
+from sukashi.source import Reading, Setting, Source
+from sukashi.stats import Interval
 from sukashi.store import Record, Store, Writer, plan_bytes
 from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
 
-CALIBRATION = 32
-TEST_IMAGES = 2000
 LATENCY_BATCH = 32
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
-# How often a criterion asks about a unit; progressive ones do so in a network that shrinks, so this bounds them.
-VISITS = {"cbp": 1.0, "amp": 1.0, "cswap": 1.0, "drift": 2.5}
+MODE = "removal mode"  # among a trial's params beside options of its criterion, none of which has a space in its name
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model and a dataset that fit each other, ready for criteria."""
-
-    loaded: Loaded
-    data: Data
-    found: Found
-    device: torch.device
-    workers: int
-
-    @property
-    def example(self) -> torch.Tensor:
-        """Two images of the training split, on the device."""
-        two = self.data.train.subset(range(min(2, len(self.data.train)))).whole(self.loaded.preprocess, 0)
-        return two.x.to(self.device)
-
-    def calibration(self, n_per_class: int, seed: int) -> Batch:
-        """`n_per_class` training images of each class, sorted by class."""
-        return self.data.train.calibration(n_per_class, seed).whole(self.loaded.preprocess, self.workers).by_class()
-
-    def test(self, n_images: int) -> Batch:
-        """At most `n_images` of the test split, the same whatever the seed."""
-        return self.data.test.limit(n_images).whole(self.loaded.preprocess, self.workers)
-
-
-def prepare(
-    model: str,
-    data: str,
-    *,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    calibration: int = CALIBRATION,
-    test_images: int = TEST_IMAGES,
-    device: str = "auto",
-    workers: int = 0,
-) -> Setting:
-    """Load a model and a dataset, and refuse whatever does not fit before anything is computed."""
-    place = pick_device(device)
-    if calibration < 1:
-        raise UsageError(f"calibration must be at least 1, got {calibration}: it is the number of images a class")
-    if workers < 0:
-        raise UsageError(f"workers must be at least 0, got {workers}: 0 decodes without threads")
-    images = datasets.load(data, skip_bad=skip_bad, class_map=class_map, max_pixels=max_pixels)
-    if images.train.has_masks:
-        raise DataError(f"{data} has a map of classes an image: give data with one class an image")
-    if test_images < images.n_classes:
-        raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {test_images}")
-    images.train.calibration(calibration, 0)
-    if n_classes is None and weights is None and not pretrained and models.takes_classes(model):
-        n_classes = images.n_classes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a model without weights of its own is the same one in every run
-        loaded = models.load(
-            model, weights=weights, n_classes=n_classes, width=width, pretrained=pretrained, output=output
-        )
-    if weights is None and not pretrained and models.takes_classes(model):
-        random_weights = f"{model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
-        warnings.warn(random_weights, stacklevel=3)
-        images = replace(images, notes=(random_weights, *images.notes))
-    datasets.check_classes(None if class_map else loaded.class_names, images.class_names, loaded.n_classes)
-    loaded.model.to(place)
-    setting = Setting(loaded, images, Found((), {}), place, workers)
-    models.probe(loaded, setting.example)
-    return replace(setting, found=sites.find(loaded.model, setting.example))
 
 
 def check_options(criterion: str, options: Mapping[str, Any]) -> None:
@@ -123,21 +47,12 @@ def check_options(criterion: str, options: Mapping[str, Any]) -> None:
         ) from None
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu or cuda, got {name!r}: auto takes a GPU where there is one")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("device cuda was asked for and this machine has none: use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def plan_for(
     setting: Setting,
     criterion: str,
     seed: int,
     *,
-    calibration: int = CALIBRATION,
+    sampling: str = "random",
     options: Mapping[str, Any] | None = None,
     journal: Any = None,
 ) -> Plan:
@@ -145,7 +60,7 @@ def plan_for(
     method = registry[criterion]
     chosen = dict(options or {})
     check_options(criterion, chosen)
-    batch = setting.calibration(calibration, seed)
+    batch = setting.calibration(seed, sampling)
     if method.keeps_journal:
         chosen["_journal"] = journal
     generator = torch.Generator().manual_seed(seed)
@@ -161,29 +76,30 @@ def compare(
     out: str | Path,
     ratios: Sequence[float] = RATIOS,
     seeds: int = 3,
-    calibration: int = CALIBRATION,
-    test_images: int = TEST_IMAGES,
+    sampling: str | Sequence[str] = "random",
+    mode: str = "cut",
+    margin: float = accuracy.MARGIN,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    device: str = "auto",
-    workers: int = 0,
+    skip_refused: bool = False,
     command: str | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """SAUCE with intervals, curves and passes of several criteria over seeds; also written to `out` with a report.
 
-    Each (criterion, seed) is a trial: its plan comes from `calibration` training images a class, its curve from
-    physically cut networks (no rounding) on at most `test_images` test images. Finished trials are kept; an interrupted
-    call is resumed by giving it again, with the same result to the byte. `options` holds options by criterion.
+    Each (criterion, sampling, seed) is a trial: its plan comes from `calibration` training images a class, sampled in
+    one of `sampling.SAMPLINGS` (or in several), its curve from physically cut networks (no rounding) on at most
+    `test_images` test images. With `mode="zero"` units are silenced in a network that keeps its shape, and curves are
+    over the share of units, not of parameters. Finished trials are kept; an interrupted call is resumed by giving it
+    again, with the same result to the byte. `options` holds options by criterion. A criterion that refuses the model
+    (ModelError) stops everything, or with `skip_refused` is left out, with its reason under `refused`.
 
-    Returns {"sauce": {criterion: {"mean", "low", "high"}}, "dense_accuracy", "curves", "passes", "out"}.
+    Returns {"sauce": {contender: {"mean", "low", "high"}}, "lossless", "accuracy_at", "dense_accuracy", "curves",
+    "passes", "notes", "refused", "out"}, where a contender is a criterion, followed by "/" and the sampling where that
+    is not random. `lossless` holds the largest "fraction" and "ratio" (of units) at which accuracy is shown to be at
+    most `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and
+    so on, None where no trial went that far.
     """
+    samplings = [sampling] if isinstance(sampling, str) else list(sampling)
     for name in criteria:
         check_options(name, (options or {}).get(name, {}))
     for name in options or {}:
@@ -191,81 +107,99 @@ def compare(
             raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {list(criteria)}")
     if not criteria or len(set(criteria)) != len(criteria):
         raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {list(criteria)}")
+    for how in samplings:
+        check_sampling(how)
+    if not samplings or len(set(samplings)) != len(samplings):
+        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
+    surgery.check_mode(mode)
+    stats.check_margin(margin)
     if seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {seeds}: it is the number of seeds, counted from 0")
     for ratio in ratios:
         check_ratio(ratio)
-    source = {"model": model, "width": width, "n_classes": n_classes, "output": output, "pretrained": pretrained}
-    setting = prepare(
-        model,
-        data,
-        weights=weights,
-        width=width,
-        n_classes=n_classes,
-        pretrained=pretrained,
-        output=output,
-        skip_bad=skip_bad,
-        class_map=class_map,
-        max_pixels=max_pixels,
-        calibration=calibration,
-        test_images=test_images,
-        device=device,
-        workers=workers,
-    )
-    about_model = {"spec": source.pop("model"), **source, "weights_sha256": setting.loaded.weights_sha256}
-    about_data = {
-        "spec": data,
-        "sha256": setting.data.sha256,
-        "calibration": calibration,
-        "test_images": test_images,
-    }
+    setting = Source(model, data, **reading).open()
     ratios = sorted({0.0, *map(float, ratios)})
+    params: dict[str, Any] = {"ratios": ratios} | ({} if mode == "cut" else {MODE: mode})
     trials = [
-        Trial(about_model, about_data, name, seed, {"ratios": ratios, **dict((options or {}).get(name, {}))})
+        Trial(
+            setting.about_model,
+            # Random sampling goes without saying, in a hash too.
+            setting.about_data | ({} if how == "random" else {"sampling": how}),
+            name,
+            seed,
+            {**dict((options or {}).get(name, {})), **params},
+        )
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
         for seed in range(seeds)
         for name in criteria
+        for how in samplings_of(name, samplings)
     ]
-    study = {
-        "model": about_model,
-        "data": about_data,
+    study: dict[str, Any] = {
+        "model": setting.about_model,
+        "data": setting.about_data,
         "criteria": list(criteria),
         "seeds": seeds,
         "ratios": ratios,
         "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
-        "mode": "cut",
+        "mode": mode,
     }
+    if samplings != ["random"]:  # what an older version kept stays what it was
+        study |= {"sampling": samplings, "contenders": [trial.contender for trial in trials if trial.seed == 0]}
     store = Store(out)
     with store.writing(study):
-        store.log("run", command=command or "sukashi.compare(...)", versions=versions(), hardware=hardware(setting))
+        store.log(
+            "run",
+            command=command or "sukashi.compare(...)",
+            versions=versions(),
+            hardware=hardware(setting),
+            margin=margin,
+        )
         missing = [trial for trial in trials if store.record(trial) is None]
         if missing:
-            test = setting.test(test_images)
+            for how in {trial.data.get("sampling", "random") for trial in missing}:
+                setting.calibration(0, how)  # what can't be sampled is refused before the first trial
+            test = setting.test()
             with progress.task("trials", len(missing)) as shown:
                 for trial in missing:
-                    shown.advance(0, note=f"{trial.criterion}, seed {trial.seed}")
-                    with store.run(trial) as writer:
-                        _run(setting, trial, writer, test)
+                    shown.advance(0, note=f"{trial.contender}, seed {trial.seed}")
+                    try:
+                        with store.run(trial) as writer:
+                            _run(setting, trial, writer, test)
+                    except ModelError as error:
+                        if not skip_refused:
+                            raise
+                        store.log("refused", contender=trial.contender, reason=str(error))
                     shown.advance()
-        _time(setting, store, trials)
+            if not store.finished():
+                raise ModelError(
+                    f"{model} is refused by every criterion; first: {store.logged('refused')[0]['reason']}"
+                )
+        if mode == "cut":
+            _time(setting, store, [trial for trial in trials if store.record(trial) is not None])
         report.write(store.folder)
-    return summary(store)
+    return summary(store, margin)
+
+
+def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
+    """Those of the samplings with which a criterion competes: one that looks at no image has no use for several."""
+    return list(samplings) if registry[criterion].facts.get("needs_data", True) else ["random"]
 
 
 def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
-    options = {name: value for name, value in trial.params.items() if name != "ratios"}
+    options = {name: value for name, value in trial.params.items() if name not in ("ratios", MODE)}
+    mode = trial.params.get(MODE, "cut")
     plan = writer.plan(setting.found.sites)
     if plan is None:
         plan = plan_for(
             setting,
             trial.criterion,
             trial.seed,
-            calibration=trial.data["calibration"],
+            sampling=trial.data.get("sampling", "random"),
             options=options,
             journal=writer.journal,
         )
         writer.save_plan(plan)
-    curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test)
+    curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test, mode=mode)
     writer.save_curve(curve)
     chance = 1 / setting.loaded.n_classes
     area = accuracy.sauce(curve.fraction, curve.accuracy, chance)
@@ -279,7 +213,8 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
             "class_names": list(setting.data.class_names),
             "class_counts": torch.bincount(test.target, minlength=setting.loaded.n_classes).tolist(),
             "class_accuracy": [_by_class(row, test, setting.loaded.n_classes) for row in curve.correct],
-            "cost": _cost(setting, plan),
+            # A network with silent units costs what the dense one does.
+            **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "notes": list(setting.data.notes),
         }
     )
@@ -316,27 +251,59 @@ def _time(setting: Setting, store: Store, trials: Sequence[Trial]) -> None:
                 dense={"latency_ms": statistics.median(dense)},
                 cut={"latency_ms": statistics.median(cut)},
             )
-            shown.advance(note=trial.criterion)
+            shown.advance(note=trial.contender)
 
 
-def summary(store: Store) -> dict[str, Any]:
+def summary(store: Store, margin: float) -> dict[str, Any]:
     """The figures of a finished comparison, as `compare --json` prints them."""
     records: dict[str, list[Record]] = {}
     for record in store.finished():
-        records.setdefault(record.trial.criterion, []).append(record)
-    ordered = {name: records[name] for name in store.study["criteria"] if name in records}
-    sauce = {}
-    for name, found in ordered.items():
-        interval = stats.interval([record.result["sauce"] for record in found])
-        sauce[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    first = next(iter(ordered.values()))[0]
+        records.setdefault(record.trial.contender, []).append(record)
+    names = store.study.get("contenders", store.study["criteria"])
+    ordered = {name: records[name] for name in names if name in records}
+    curves = {name: [record.curve() for record in found] for name, found in ordered.items()}
+    first = next(iter(ordered))
     return {
-        "sauce": sauce,
-        "dense_accuracy": first.result["dense_accuracy"],
-        "curves": {name: [_points(record.curve(), False) for record in found] for name, found in ordered.items()},
-        "passes": {name: [_points(record.curve(), True) for record in found] for name, found in ordered.items()},
+        "sauce": {
+            name: _bounds(stats.interval([record.result["sauce"] for record in found]))
+            for name, found in ordered.items()
+        },
+        "lossless": {name: _lossless(found, curves[name], margin) for name, found in ordered.items()},
+        "accuracy_at": {
+            name: {
+                f"{fraction:g}": found and _bounds(found)
+                for fraction, found in zip(
+                    accuracy.THRESHOLDS,
+                    accuracy.at(of_name, accuracy.THRESHOLDS, generator=np.random.default_rng(0)),
+                    strict=True,
+                )
+            }
+            for name, of_name in curves.items()
+        },
+        "dense_accuracy": ordered[first][0].result["dense_accuracy"],
+        "curves": {name: [_points(curve, False) for curve in of_name] for name, of_name in curves.items()},
+        "passes": {name: [_points(curve, True) for curve in of_name] for name, of_name in curves.items()},
+        "notes": list(accuracy.cautions(len(curves[first][0].image_ids), margin)),
+        "refused": store.refused(),
         "out": str(store.folder),
     }
+
+
+def _lossless(records: Sequence[Record], curves: Sequence[Curve], margin: float) -> dict[str, Any]:
+    """What `accuracy.lossless` finds, as a fraction on the curves' axis and as a ratio of units."""
+    plan = records[0].plan()
+    assert plan is not None, "a finished trial has a plan"
+    found = accuracy.lossless(curves, margin, generator=np.random.default_rng(0))
+    bounds = {"mean": found.mean, "low": found.low, "high": found.high}
+    return {
+        "margin": margin,
+        "fraction": {name: float(value[0]) for name, value in bounds.items()},
+        "ratio": {name: float(value[1]) / plan.n_units for name, value in bounds.items()},
+    }
+
+
+def _bounds(found: Interval) -> dict[str, float | None]:
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 def _points(curve: Curve, passes: bool) -> list[dict[str, float]]:
@@ -363,60 +330,42 @@ def prune(
     ratio: float,
     *,
     out: str | Path,
-    round_to: int = pruned.ROUND_TO,
+    mode: str = "cut",
+    round_to: int | None = None,
     onnx: bool = False,
-    calibration: int = CALIBRATION,
-    test_images: int = TEST_IMAGES,
     seed: int = 0,
+    sampling: str = "random",
     options: Mapping[str, Any] | None = None,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    device: str = "auto",
-    workers: int = 0,
     command: str | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """A model cut for real and saved to the new folder `out`, with its figures beside the dense model's.
 
     Removes round(ratio * units) units in the order of `criterion`, less what rounding each site to a multiple of
-    `round_to` gives back. `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too,
-    checked in onnxruntime.
+    `round_to` (default pruned.ROUND_TO) gives back. With `mode="zero"` the network keeps its shape and the units are
+    silent: logits are those of the cut network, size and speed those of the dense one, and nothing is rounded.
+    `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too, checked in onnxruntime.
 
     Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed.
     """
     check_ratio(ratio)
     check_options(criterion, options or {})
+    check_sampling(sampling)
+    surgery.check_mode(mode)
+    if mode == "zero" and round_to not in (None, 1):
+        raise UsageError(f"round_to is for widths, and mode zero changes none, got {round_to}: leave it out")
+    round_to = (pruned.ROUND_TO if mode == "cut" else 1) if round_to is None else round_to
     pruned.check_round_to(round_to)
     pruned.check_free(Path(out))
     if onnx:
         pruned.check_onnx_installed()
-    setting = prepare(
-        model,
-        data,
-        weights=weights,
-        width=width,
-        n_classes=n_classes,
-        pretrained=pretrained,
-        output=output,
-        skip_bad=skip_bad,
-        class_map=class_map,
-        max_pixels=max_pixels,
-        calibration=calibration,
-        test_images=test_images,
-        device=device,
-        workers=workers,
-    )
-    plan = plan_for(setting, criterion, seed, calibration=calibration, options=options)
+    setting = Source(model, data, **reading).open()
+    plan = plan_for(setting, criterion, seed, sampling=sampling, options=options)
     mask = pruned.round_mask(plan, ratio, round_to)
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.class_names)
-    small = pruned.cut(dense, mask)
-    test = setting.test(test_images)
+    small = pruned.cut(dense, mask, mode)
+    test = setting.test()
     costs = cost.cost(dense.model, small.model, setting.example)
     figures = {}
     for name, loaded in (("dense", dense), ("cut", small)):
@@ -425,21 +374,18 @@ def prune(
         figures[name] = {"accuracy": float(correct.mean()), **costs[name], "class_accuracy": by_class}
     figures["cut"]["ratio"] = mask.n_removed / mask.n_units
     figures["cut"]["fraction"] = 1 - costs["cut"]["parameters"] / costs["dense"]["parameters"]
-    cautions = _cautions(ratio, figures, round_to)
+    cautions = _cautions(ratio, figures, round_to, mode)
     provenance = {
         "command": command or "sukashi.prune(...)",
         "criterion": criterion,
         "options": dict(options or {}),
+        "sampling": sampling,
+        "mode": mode,
         "ratio_asked": ratio,
         "ratio": figures["cut"]["ratio"],
         "round_to": round_to,
         "seed": seed,
-        "data": {
-            "spec": data,
-            "sha256": setting.data.sha256,
-            "calibration": calibration,
-            "test_images": len(test),
-        },
+        "data": {**setting.about_data, "test_images": len(test)},
         "dense_weights_sha256": dense.weights_sha256,
         "latency": {name: costs[name] for name in ("batch_size", "repeats", "device", "threads")},
         "flop_counter": costs["flop_counter"],
@@ -483,13 +429,13 @@ def _correct(setting: Setting, loaded: Loaded, test: Batch) -> np.ndarray:
     return torch.cat(found).cpu().numpy()
 
 
-def _cautions(asked: float, figures: Mapping[str, Any], round_to: int) -> list[str]:
+def _cautions(asked: float, figures: Mapping[str, Any], round_to: int, mode: str) -> list[str]:
     found = []
     dense, cut = figures["dense"], figures["cut"]
     if abs(cut["ratio"] - asked) > 0.02:
         why = f"widths are rounded up to multiples of {round_to}" if round_to > 1 else "one unit of each layer stays"
         found.append(f"{cut['ratio']:.1%} of the units were removed, {asked:.1%} were asked for: {why}")
-    if cut["latency_ms"] > dense["latency_ms"]:
+    if mode == "cut" and cut["latency_ms"] > dense["latency_ms"]:
         found.append("the cut model is slower than the dense one here: try another --round-to")
     return found
 
@@ -498,68 +444,52 @@ def check(
     model: str,
     data: str,
     *,
-    calibration: int = CALIBRATION,
     limit: float = 60.0,
-    weights: str | Path | None = None,
-    width: int | None = None,
-    n_classes: int | None = None,
-    pretrained: bool = False,
-    output: str | None = None,
-    skip_bad: bool = False,
-    class_map: Mapping[str, int] | None = None,
-    max_pixels: int = datasets.MAX_PIXELS,
-    device: str = "auto",
-    workers: int = 0,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
 
     Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
-    cannot be estimated within `limit` seconds is listed as unmeasured. Nothing is written.
+    cannot be estimated within `limit` seconds is listed as unmeasured, a criterion that refuses the model under
+    `cannot` with its reason. Nothing is written.
     """
     start = time.perf_counter()
-    setting = prepare(
-        model,
-        data,
-        weights=weights,
-        width=width,
-        n_classes=n_classes,
-        pretrained=pretrained,
-        output=output,
-        skip_bad=skip_bad,
-        class_map=class_map,
-        max_pixels=max_pixels,
-        calibration=calibration,
-        device=device,
-        workers=workers,
-    )
+    setting = Source(model, data, **reading).open()
     found, train = setting.found, setting.data.train
     n_units = sum(site.n_units for site in found.sites)
     seconds = {method.name: 0.0 for method in registry if not method.facts.get("needs_data", True)}
-    unmeasured = [method.name for method in registry if method.name not in seconds]
+    cannot: dict[str, str] = {}
     if time.perf_counter() - start < limit:
-        batch = setting.calibration(calibration, 0)
+        batch = setting.calibration(0)
         part = batch[slice(0, None, -(-len(batch) // 64))]
+        few = part[slice(0, None, -(-len(part) // 8))]
         scale = len(batch) / len(part)
         for method in registry:
-            if method.name in seconds or method.name in VISITS or time.perf_counter() - start > limit:
+            if method.name in seconds or "visits" in method.facts or time.perf_counter() - start > limit:
                 continue
             begun = time.perf_counter()
-            method(setting.loaded.model, found.sites, part, generator=torch.Generator())
-            seconds[method.name] = (time.perf_counter() - begun) * scale
-        engine = Engine(setting.loaded.model, found.sites, part)
-        a_unit = []
-        for site in (found.sites[0], found.sites[len(found.sites) // 2], found.sites[-1]):
-            if time.perf_counter() - start > limit:
-                break
-            with engine.open(site) as suffix:
-                begun = time.perf_counter()
-                suffix.without(0)
-                suffix.without(min(1, site.n_units - 1))
-                a_unit.append((time.perf_counter() - begun) / 2)
-        if len(a_unit) == 3:
-            once = float(np.mean(a_unit)) * scale * n_units
-            seconds |= {name: once * visits for name, visits in VISITS.items()}
-        unmeasured = [method.name for method in registry if method.name not in seconds]
+            try:
+                method(setting.loaded.model, found.sites, few, generator=torch.Generator())
+                seconds[method.name] = (time.perf_counter() - begun) * len(batch) / len(few)
+            except SukashiError as error:
+                cannot[method.name] = str(error)
+        visiting = {method.name: method.facts["visits"] for method in registry if "visits" in method.facts}
+        try:
+            engine = Engine(setting.loaded.model, found.sites, part)
+            a_unit = []
+            for site in (found.sites[0], found.sites[len(found.sites) // 2], found.sites[-1]):
+                if time.perf_counter() - start > limit:
+                    break
+                with engine.open(site) as suffix:
+                    begun = time.perf_counter()
+                    suffix.without(0)
+                    suffix.without(min(1, site.n_units - 1))
+                    a_unit.append((time.perf_counter() - begun) / 2)
+            if len(a_unit) == 3:
+                once = float(np.mean(a_unit)) * scale * n_units
+                seconds |= {name: once * visits for name, visits in visiting.items()}
+        except SukashiError as error:
+            cannot |= dict.fromkeys(visiting, str(error))
     return {
         "model": model,
         "parameters": sum(p.numel() for p in setting.loaded.model.parameters()),
@@ -570,5 +500,6 @@ def check(
         "class_counts": {split.name: split.counts.tolist() for split in (train, setting.data.test)},
         "notes": list(setting.data.notes),
         "estimated_seconds": seconds,
-        "unmeasured": unmeasured,
+        "cannot": cannot,
+        "unmeasured": [name for name in registry.names() if name not in seconds and name not in cannot],
     }

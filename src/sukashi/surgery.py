@@ -1,10 +1,10 @@
-"""Physical removal of units: slices the members of a site out of their layers, needing no trace of the model."""
+"""Removal of units, physical or by zeroing, from the members of their sites: needs no trace of the model."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from sukashi.errors import ModelError, UsageError
 from sukashi.layers import AttentionCore, PadShortcut
 from sukashi.types import Mask, Site
 
+# {layer: {side: positions}}: those that stay on side "in" or "out", those silenced on "zero in" or "zero out".
 Table = dict[str, dict[str, list[int]]]
 
 
@@ -25,9 +26,7 @@ def cut(model: nn.Module, mask: Mask) -> Table:
 
     Raises UsageError where a mask would leave a site without units.
     """
-    for site, keep in mask.keep.items():
-        if not keep.any():
-            raise UsageError(f"the mask removes all {site.n_units} units of site {site.layer!r}: keep at least one")
+    _refuse_empty(mask)
     table: Table = {}
     for (name, side), gone in _gone(mask).items():
         size = sizes(model.get_submodule(name))[side]
@@ -36,8 +35,43 @@ def cut(model: nn.Module, mask: Mask) -> Table:
     return table
 
 
+def zero(model: nn.Module, mask: Mask) -> Table:
+    """{layer: {"zero in" or "zero out": positions}} of every layer in which units were silenced, in place.
+
+    The network keeps its shape and gives the masked logits: what reads a unit reads nothing of it. In a linear layer or
+    convolution its input weights become zero, which no BatchNorm or activation on the way undoes; a PadShortcut places
+    zeros instead; AttentionCore has no weights, so the rows of the layer before it that make q, k and v become zero.
+
+    Raises UsageError where a mask would leave a site without units.
+    """
+    _refuse_empty(mask)
+    table: Table = {}
+    for site, keep in mask.keep.items():
+        lost = torch.nonzero(~keep.bool()).flatten().tolist()
+        attended = any(isinstance(model.get_submodule(m.module), AttentionCore) for m in site.consumers)
+        for member in (site.producers if attended else site.consumers) if lost else ():
+            positions = table.setdefault(member.module, {}).setdefault(f"zero {member.side}", [])
+            positions += (p for unit in lost for p in member.index[unit])
+    for sides in table.values():
+        for side, positions in sides.items():
+            sides[side] = sorted(set(positions))
+    replay(model, table)
+    return table
+
+
+MODES: dict[str, Callable[[nn.Module, Mask], Table]] = {"cut": cut, "zero": zero}
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode of removal that there is not."""
+    if mode not in MODES:
+        raise UsageError(
+            f"mode must be {' or '.join(MODES)}, got {mode!r}: cut makes layers smaller, zero silences units"
+        )
+
+
 def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-    """Make the cut that `table` describes, in place; all of the table is checked before the first layer is touched.
+    """Remove what `table` says, in place; all of the table is checked before the first layer is touched.
 
     Raises ModelError where the table does not fit the model.
     """
@@ -46,10 +80,11 @@ def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -
         if name not in layers:
             raise ModelError(f"the recipe cuts layer {name!r}, which this model lacks: it was made for another model")
         widths = sizes(layers[name])
-        for side, kept in sides.items():
-            if side not in widths:
+        for wanted, kept in sides.items():
+            side = wanted.removeprefix("zero ")
+            if side not in widths or (wanted != side and isinstance(layers[name], AttentionCore)):
                 raise ModelError(
-                    f"the recipe cuts {name!r} on side {side!r}, which a {type(layers[name]).__name__} lacks"
+                    f"the recipe cuts {name!r} on side {wanted!r}, which a {type(layers[name]).__name__} lacks"
                 )
             ascending = all(a < b for a, b in pairwise([-1, *kept, widths[side]]))
             inner = widths[side] // 3
@@ -63,7 +98,8 @@ def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -
                 )
     for name, sides in table.items():
         for side, kept in sides.items():
-            _slice(layers[name], side, torch.tensor(kept))
+            remove = _zero if side.startswith("zero ") else _slice
+            remove(layers[name], side.removeprefix("zero "), torch.tensor(kept))
 
 
 def renumber(sites: Sequence[Site], mask: Mask) -> tuple[Site, ...]:
@@ -80,6 +116,12 @@ def renumber(sites: Sequence[Site], mask: Mask) -> tuple[Site, ...]:
             members.append(replace(member, index=index))
         found.append(replace(site, n_units=len(kept), members=tuple(members)))
     return tuple(found)
+
+
+def _refuse_empty(mask: Mask) -> None:
+    for site, keep in mask.keep.items():
+        if not keep.any():
+            raise UsageError(f"the mask removes all {site.n_units} units of site {site.layer!r}: keep at least one")
 
 
 def _gone(mask: Mask) -> dict[tuple[str, str], set[int]]:
@@ -141,3 +183,16 @@ def _slice(module: nn.Module, side: str, keep: Tensor) -> None:
             continue
         sliced = tensor.detach().index_select(axis, keep.to(tensor.device))
         setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if name in module._parameters else sliced)
+
+
+@torch.no_grad()
+def _zero(module: nn.Module, side: str, gone: Tensor) -> None:
+    if isinstance(module, PadShortcut):
+        gone = gone.to(module.source.device)
+        lost = torch.isin(module.source if side == "in" else torch.arange(module.out_channels).to(gone), gone)
+        module.source = module.source.masked_fill(lost, -1)
+        return
+    axis = int(side == "in")
+    for parameter in module.parameters(recurse=False):
+        if parameter.dim() > axis:  # a bias has no input axis
+            parameter.index_fill_(axis, gone.to(parameter.device), 0.0)

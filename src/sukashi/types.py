@@ -295,6 +295,12 @@ class Trial:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @property
+    def contender(self) -> str:
+        """What it stands for in a comparison: its criterion, and how images were sampled where not at random."""
+        sampling = self.data.get("sampling")
+        return f"{self.criterion}/{sampling}" if sampling else self.criterion
+
+    @property
     def key(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
 

@@ -115,7 +115,7 @@ class CausalTest:
         return Verdict(category != "critical", category, xi, p_values)
 
 
-@criteria.register("cswap", source="Bauvin et al. 2025, algorithm 1", progressive=True)
+@criteria.register("cswap", source="Bauvin et al. 2025, algorithm 1", progressive=True, visits=1.0)
 def cswap(
     model: nn.Module,
     sites: Sequence[Site],
@@ -159,7 +159,7 @@ def cswap(
     return plan_of(sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data))
 
 
-@criteria.register("cbp", source="Bauvin et al. 2025, algorithm 4")
+@criteria.register("cbp", source="Bauvin et al. 2025, algorithm 4", visits=1.0)
 def cbp(
     model: nn.Module,
     sites: Sequence[Site],
@@ -199,7 +199,9 @@ def cbp(
     return plan_of(sites, sorted(rows, key=rank), "cbp", n_images=len(data))
 
 
-@criteria.register("amp", source="Bauvin et al. 2025, algorithm 3; after Conmy et al. 2023", progressive=True)
+@criteria.register(
+    "amp", source="Bauvin et al. 2025, algorithm 3; after Conmy et al. 2023", progressive=True, visits=1.0
+)
 def amp(
     model: nn.Module,
     sites: Sequence[Site],

@@ -17,7 +17,7 @@ from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep
 from sukashi.types import Batch, Plan, Site
 
 
-@criteria.register("drift", source="ours: growing budget of drift, per parameter", progressive=True)
+@criteria.register("drift", source="ours: growing budget of drift, per parameter", progressive=True, visits=2.5)
 def drift(
     model: nn.Module,
     sites: Sequence[Site],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +77,49 @@ class Split:
 
         Raises UsageError for a split with masks, DataError where a class has too few images.
         """
+        self._check_calibration(n_per_class)
+        rank = self.rank_in_class("calibration", seed)
+        return self.subset(np.flatnonzero(rank < n_per_class))
+
+    def highest(self, values: Tensor, n_per_class: int) -> Split:
+        """The `n_per_class` images of every class with the highest of `values` (N,); equal ones by id.
+
+        Raises as `calibration` does.
+        """
+        self._check_calibration(n_per_class)
+        value, target = values.tolist(), self.targets.tolist()
+        order = sorted(range(len(self)), key=lambda i: (target[i], -value[i], self.image_ids[i]))
+        starts = np.concatenate([[0], self.counts.cumsum(0).numpy()[:-1]])
+        return self.subset(sorted(order[start + i] for start in starts for i in range(n_per_class)))
+
+    def central(self, features: Tensor, n_per_class: int, seed: int) -> Split:
+        """`n_per_class` images of every class that stand for it: k-means of its `features` (N, D), k = n_per_class.
+
+        Each centre in turn takes the image nearest to it (Euclidean) that no other has taken. The start is drawn by
+        seed (k-means++); images are met in an order by the hash of their ids, so theirs in the split plays no part.
+
+        Raises as `calibration` does.
+        """
+        from sklearn.cluster import KMeans  # a second of import that no other sample needs
+
+        self._check_calibration(n_per_class)
+        rank, target = self.rank_in_class("clustering", seed), self.targets.numpy()
+        points = features.double().numpy()
+        chosen: list[int] = []
+        for number in range(len(self.class_names)):
+            rows = np.flatnonzero(target == number)
+            rows = rows[np.argsort(rank[rows])]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # fewer distinct images than centres: some centres coincide
+                centres = KMeans(n_per_class, n_init=1, random_state=seed).fit(points[rows]).cluster_centers_
+            for centre in centres:
+                distance = np.square(points[rows] - centre).sum(axis=1)
+                nearest = int(distance.argmin())
+                chosen.append(int(rows[nearest]))
+                rows = np.delete(rows, nearest)
+        return self.subset(sorted(chosen))
+
+    def _check_calibration(self, n_per_class: int) -> None:
         if n_per_class < 1:
             raise UsageError(f"n_per_class must be at least 1, got {n_per_class}: it is the number of images a class")
         if self._targets is None:
@@ -86,8 +130,6 @@ class Split:
                     f"class {self.class_names[number]!r} has {count} images in {self.name}, a calibration set needs "
                     f"{n_per_class} of every class: ask for at most {int(self.counts.min())} or add images"
                 )
-        rank = self.rank_in_class("calibration", seed)
-        return self.subset(np.flatnonzero(rank < n_per_class))
 
     def limit(self, n: int, seed: int = 0) -> Split:
         """At most `n` images, as evenly over the classes as they allow; a smaller one is part of a larger one."""

@@ -1,0 +1,207 @@
+"""Study files: one comparison for each model of a TOML file, and one page about all of them.
+
+    out = "../runs/mine"             where results go; a folder for each model in it
+    data = "$SUKASHI_DATA/cifar10"   a dataset's name or folder
+    criteria = ["magnitude", "lrp"]
+    sampling = ["random", "clustering"]    and ratios, seeds, calibration, test_images, mode, margin as in `compare`
+    pairs = [["lrp", "magnitude"]]   contenders whose difference the page tells, first minus second
+
+    [models.resnet]                  keywords of `models.load`, and `spec`
+    spec = "sukashi:cifar_resnet20"
+    weights = "$SUKASHI_WEIGHTS/resnet20-cifar10.safetensors"
+
+    [options.lrp]                    options of a criterion
+    [environment]                    what a $VARIABLE is where the environment does not set it
+    SUKASHI_DATA = "../../shared/data"
+
+Paths are relative to the file. A criterion that refuses a model (ModelError) is left out for it and the page says why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sukashi import progress, report, store, study
+from sukashi.errors import UsageError
+from sukashi.measures import accuracy
+from sukashi.registry import nearest
+from sukashi.source import CALIBRATION, TEST_IMAGES
+from sukashi.store import Store
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Model(_Strict):
+    spec: str
+    weights: str | None = None
+    width: int | None = None
+    n_classes: int | None = None
+    pretrained: bool = False
+    output: str | None = None
+
+
+class _File(_Strict):
+    out: str
+    data: str
+    criteria: list[str]
+    models: dict[str, _Model]
+    title: str = ""
+    sampling: list[str] = ["random"]
+    ratios: list[float] = list(study.RATIOS)
+    seeds: int = 3
+    calibration: int = CALIBRATION
+    test_images: int = TEST_IMAGES
+    mode: str = "cut"
+    margin: float = accuracy.MARGIN
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+    options: dict[str, dict[str, Any]] = {}
+    environment: dict[str, str] = {}
+
+
+def run(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    data: str | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """What `compare` returns for each model of a study file, and differences of pairs; with one page in `out`.
+
+    `out` and `data` replace the file's. Finished trials are kept: an interrupted study goes on when it is run again.
+
+    Returns {"models": {name: what compare returns}, "pairs": [{"model", "first", "second", "mean", "low", "high"}],
+    "out", "report"}; a pair's numbers are of its mean accuracy at accuracy.THRESHOLDS, first minus second.
+
+    Raises UsageError for a file that breaks a rule, and whatever `compare` raises.
+    """
+    path = Path(path)
+    file = _read(path)
+    place = _Places(path, file.environment)
+    folder = place.path(file.out) if out is None else Path(out)
+    results: dict[str, Any] = {}
+    with progress.task("models", len(file.models)) as shown:
+        for name, model in file.models.items():
+            shown.advance(0, note=name)
+            given = model.model_dump(exclude={"spec", "weights"})
+            results[name] = study.compare(
+                model.spec,
+                place.data(file.data) if data is None else data,
+                file.criteria,
+                out=folder / name,
+                ratios=file.ratios,
+                seeds=file.seeds,
+                sampling=file.sampling,
+                mode=file.mode,
+                margin=file.margin,
+                options=file.options,
+                skip_refused=True,
+                weights=None if model.weights is None else place.path(model.weights),
+                calibration=file.calibration,
+                test_images=file.test_images,
+                device=device,
+                workers=workers,
+                command=command or f"sukashi study {path}",
+                **given,
+            )
+            shown.advance()
+    pairs = [
+        _pair(name, Store(results[name]["out"]), first, second) for name in results for first, second in file.pairs
+    ]
+    page = report.write_grid(
+        folder,
+        title=file.title or path.stem,
+        results=results,
+        pairs=pairs,
+        mode=file.mode,
+        command=command or f"sukashi study {path}",
+    )
+    result = {"models": results, "pairs": pairs, "out": str(folder), "report": str(page)}
+    store.write(folder / "results.json", store.canonical(result, indent=1) + b"\n")
+    return result
+
+
+def _read(path: Path) -> _File:
+    try:
+        file = _File.model_validate(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = (_Model if first["loc"][0] == "models" else _File).model_fields
+            raise UsageError(f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known)}") from None
+        raise UsageError(f"{path}: {where}: {first['msg']}") from None
+    if not file.models:
+        raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
+    for name in file.models:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UsageError(
+                f"{path}: a model's name becomes a folder, so it must be letters, digits, _ or -: {name!r}"
+            )
+    compared = {
+        name if how == "random" else f"{name}/{how}"
+        for name in file.criteria
+        for how in study.samplings_of(name, file.sampling)
+    }
+    for contender in itertools.chain.from_iterable(file.pairs):
+        if contender not in compared:
+            raise UsageError(
+                f"{path} pairs {contender!r}, which it does not compare{nearest(contender, sorted(compared))}"
+            )
+    return file
+
+
+class _Places:
+    """Paths of a study file: variables filled in, then relative to the file."""
+
+    def __init__(self, path: Path, defaults: dict[str, str]) -> None:
+        self.file = path
+        self.defaults = defaults
+
+    def path(self, text: str) -> Path:
+        # Absolute: trials are found again wherever the study is run from.
+        return (self.file.parent / Path(re.sub(r"\$(\w+)", self._value, text)).expanduser()).resolve()
+
+    def data(self, text: str) -> str:
+        """A dataset's folder where there is one, else its name."""
+        folder = self.path(text)
+        return str(folder) if folder.exists() or "$" in text else text
+
+    def _value(self, variable: re.Match[str]) -> str:
+        name = variable[1]
+        if name in os.environ:
+            return str(Path(os.environ[name]).absolute())
+        if name in self.defaults:
+            return str((self.file.parent / self.defaults[name]).absolute())
+        raise UsageError(f"{self.file} uses ${name}, which is not set: set it, or give it under [environment]")
+
+
+def _pair(model: str, kept: Store, first: str, second: str) -> dict[str, Any]:
+    curves = {
+        name: {r.trial.seed: r.curve() for r in kept.finished() if r.trial.contender == name}
+        for name in (first, second)
+    }
+    seeds = sorted(set(curves[first]) & set(curves[second]))
+    about = {"model": model, "first": first, "second": second}
+    found = accuracy.difference(
+        [curves[first][seed] for seed in seeds],
+        [curves[second][seed] for seed in seeds],
+        accuracy.THRESHOLDS,
+    )
+    if found is None:
+        return {**about, "mean": None, "low": None, "high": None}
+    return {**about, "mean": found.mean, "low": found.low, "high": found.high}

@@ -1,0 +1,174 @@
+"""What a study works on: a model and a dataset as they were named, and the two of them loaded and found to fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from sukashi import data as datasets
+from sukashi import models, sampling, sites
+from sukashi.data import Data
+from sukashi.errors import DataError, ResourceError, UsageError
+from sukashi.models import Loaded
+from sukashi.sampling import View
+from sukashi.sites import Found
+from sukashi.types import Batch
+
+CALIBRATION = 32
+TEST_IMAGES = 2000
+
+
+class Reading(TypedDict, total=False):
+    """How a model and a dataset are read: the keywords of a `Source`, which `check`, `compare` and `prune` take too."""
+
+    weights: str | Path | None
+    width: int | None
+    n_classes: int | None
+    pretrained: bool
+    output: str | None
+    skip_bad: bool
+    class_map: Mapping[str, int] | None
+    max_pixels: int
+    calibration: int
+    test_images: int
+    device: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and a dataset by name, and how they are read; nothing is loaded before `open`.
+
+    `calibration` counts training images a class, `test_images` those of the test split at most. The rest is as in
+    `models.load` and `data.load`.
+    """
+
+    model: str
+    data: str
+    weights: str | Path | None = None
+    width: int | None = None
+    n_classes: int | None = None
+    pretrained: bool = False
+    output: str | None = None
+    skip_bad: bool = False
+    class_map: Mapping[str, int] | None = None
+    max_pixels: int = datasets.MAX_PIXELS
+    calibration: int = CALIBRATION
+    test_images: int = TEST_IMAGES
+    device: str = "auto"
+    workers: int = 0
+
+    def open(self) -> Setting:
+        """The model and the data, loaded; whatever does not fit is refused before anything is computed."""
+        place = pick_device(self.device)
+        if self.calibration < 1:
+            raise UsageError(
+                f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
+            )
+        if self.workers < 0:
+            raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
+        images = datasets.load(self.data, skip_bad=self.skip_bad, class_map=self.class_map, max_pixels=self.max_pixels)
+        if images.train.has_masks:
+            raise DataError(f"{self.data} has a map of classes an image: give data with one class an image")
+        if self.test_images < images.n_classes:
+            raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {self.test_images}")
+        images.train.calibration(self.calibration, 0)
+        untrained = self.weights is None and not self.pretrained and models.takes_classes(self.model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a model without weights of its own is the same one in every run
+            loaded = models.load(
+                self.model,
+                weights=self.weights,
+                n_classes=images.n_classes if self.n_classes is None and untrained else self.n_classes,
+                width=self.width,
+                pretrained=self.pretrained,
+                output=self.output,
+            )
+        if untrained:
+            random_weights = (
+                f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
+            )
+            warnings.warn(random_weights, stacklevel=3)
+            images = replace(images, notes=(random_weights, *images.notes))
+        datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)
+        loaded.model.to(place)
+        setting = Setting(self, loaded, images, Found((), {}), place)
+        models.probe(loaded, setting.example)
+        return replace(setting, found=sites.find(loaded.model, setting.example))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and a dataset that fit each other, ready for criteria."""
+
+    source: Source
+    loaded: Loaded
+    data: Data
+    found: Found
+    device: torch.device
+
+    @property
+    def about_model(self) -> dict[str, Any]:
+        """What decides the model: part of a trial's hash."""
+        source = self.source
+        return {
+            "spec": source.model,
+            "width": source.width,
+            "n_classes": source.n_classes,
+            "output": source.output,
+            "pretrained": source.pretrained,
+            "weights_sha256": self.loaded.weights_sha256,
+        }
+
+    @property
+    def about_data(self) -> dict[str, Any]:
+        """What decides the images: part of a trial's hash."""
+        return {
+            "spec": self.source.data,
+            "sha256": self.data.sha256,
+            "calibration": self.source.calibration,
+            "test_images": self.source.test_images,
+        }
+
+    @property
+    def example(self) -> torch.Tensor:
+        """Two images of the training split, on the device."""
+        two = self.data.train.subset(range(min(2, len(self.data.train)))).whole(self.loaded.preprocess, 0)
+        return two.x.to(self.device)
+
+    @cached_property
+    def view(self) -> View:
+        """What the dense model makes of the training split."""
+        return sampling.view(self.loaded, self.data.train, self.source.workers)
+
+    def calibration(self, seed: int, how: str = "random") -> Batch:
+        """Training images, `source.calibration` of each class as one of `sampling.SAMPLINGS` says, sorted by class."""
+        train, n_per_class = self.data.train, self.source.calibration
+        match how:
+            case "confidence":
+                chosen = sampling.by_confidence(train, self.view, n_per_class)
+            case "clustering":
+                chosen = train.central(self.view.features, n_per_class, seed)
+            case _:
+                sampling.check_sampling(how)
+                chosen = train.calibration(n_per_class, seed)
+        return chosen.whole(self.loaded.preprocess, self.source.workers).by_class()
+
+    def test(self) -> Batch:
+        """At most `source.test_images` of the test split, the same whatever the seed."""
+        return self.data.test.limit(self.source.test_images).whole(self.loaded.preprocess, self.source.workers)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu or cuda, got {name!r}: auto takes a GPU where there is one")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("device cuda was asked for and this machine has none: use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,22 @@
+"""What an operating system says of a file becomes one sentence."""
+
+import errno
+import os
+
+import pytest
+
+from sukashi.errors import ResourceError, writing
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EACCES, "Permission denied")],
+)
+def test_what_stands_in_the_way_of_writing_is_named(tmp_path, number, words):
+    with pytest.raises(ResourceError, match=f"cannot write {tmp_path}: {words}; "), writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+
+def test_other_errors_pass():
+    with pytest.raises(KeyError), writing("x"):
+        raise KeyError("x")

@@ -1,0 +1,198 @@
+"""Study files: read strictly, run model by model, resumed, and told on one page."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from sukashi import grid, study
+from sukashi.criteria import criteria
+from sukashi.errors import ModelError, UsageError
+from sukashi.store import Store
+
+STUDY = """
+title = "Two networks"
+out = "results"
+data = "digits"
+criteria = ["magnitude", "taylor"]
+sampling = ["random", "confidence"]
+ratios = [0.0, 0.3, 0.8]
+seeds = 2
+calibration = 4
+test_images = 60
+mode = "zero"
+margin = 0.2
+pairs = [["taylor", "magnitude"], ["taylor/confidence", "taylor"]]
+
+[models.cnn]
+spec = "sukashi:digits_cnn"
+weights = "$WEIGHTS/cnn.safetensors"
+width = 8
+
+[models.vit]
+spec = "sukashi:digits_vit"
+weights = "$WEIGHTS/vit.safetensors"
+width = 8
+
+[options.taylor]
+batch_size = 32
+
+[environment]
+WEIGHTS = "weights"
+"""
+
+
+@pytest.fixture(scope="module")
+def home(small, tmp_path_factory):
+    """A folder with a study file and the weights it names."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "weights").mkdir()
+    for name in ("cnn", "vit"):
+        safetensors.torch.save_file(small[name].model.state_dict(), folder / "weights" / f"{name}.safetensors")
+    (folder / "study.toml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(home):
+    return grid.run(home / "study.toml")
+
+
+def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
+    assert json.loads((home / "results" / "results.json").read_text()) == done
+    assert list(done["models"]) == ["cnn", "vit"]
+    alone = study.compare(
+        "sukashi:digits_cnn",
+        "digits",
+        ["magnitude", "taylor"],
+        sampling=["random", "confidence"],
+        ratios=[0.0, 0.3, 0.8],
+        seeds=2,
+        calibration=4,
+        test_images=60,
+        mode="zero",
+        margin=0.2,
+        options={"taylor": {"batch_size": 32}},
+        weights=home / "weights" / "cnn.safetensors",
+        width=8,
+        out=tmp_path / "alone",
+    )
+    assert {**done["models"]["cnn"], "out": ""} == {**alone, "out": ""}
+
+
+def test_a_pair_is_the_difference_of_mean_accuracies(done):
+    pairs = [(pair["model"], pair["first"], pair["second"]) for pair in done["pairs"]]
+    assert pairs == [
+        (model, *pair)
+        for model in ("cnn", "vit")
+        for pair in (("taylor", "magnitude"), ("taylor/confidence", "taylor"))
+    ]
+    found = done["models"]["cnn"]["accuracy_at"]
+    mean = {name: sum(cell["mean"] for cell in cells.values()) / 4 for name, cells in found.items()}
+    assert done["pairs"][0]["mean"] == pytest.approx(mean["taylor"] - mean["magnitude"])
+    assert all(pair["low"] <= pair["mean"] <= pair["high"] for pair in done["pairs"])
+
+
+def test_the_page_shows_every_model_and_leads_to_its_own(home, done):
+    page = Path(done["report"]).read_text()
+    assert Path(done["report"]) == home / "results" / "report.html"
+    for words in (
+        "Two networks",
+        "taylor/confidence",
+        "units zeroed",
+        'href="cnn/report.html"',
+        'href="vit/report.html"',
+    ):
+        assert words in page
+    assert (home / "results" / "cnn" / "report.html").exists()
+    assert "http" not in page
+
+
+def test_a_finished_study_computes_nothing_again_from_wherever_it_is_run(home, done, monkeypatch):
+    monkeypatch.setattr(study, "plan_for", None)
+    monkeypatch.chdir(home)
+    assert grid.run("study.toml") == done
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_path, monkeypatch):
+    @functools.wraps(criteria["taylor"].fn)
+    def refuse(*args, **options):
+        raise ModelError("GELU is not handled: choose another")
+
+    monkeypatch.setitem(criteria._methods, "taylor", replace(criteria["taylor"], fn=refuse))
+    found = grid.run(home / "study.toml", out=tmp_path / "out")
+    for model in found["models"].values():
+        assert list(model["sauce"]) == ["magnitude"]
+        reason = "GELU is not handled: choose another"
+        assert model["refused"] == {"taylor": reason, "taylor/confidence": reason}
+    assert all(pair["mean"] is None for pair in found["pairs"])
+    assert "refused: GELU is not handled" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "cnn" / "report.html").read_text()
+    assert "taylor is left out, it refused the model: GELU" in page
+    assert "trials are finished" not in page
+    with pytest.raises(ModelError, match="GELU"):
+        study.compare("sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "strict")
+    with pytest.raises(ModelError, match="refused by every criterion; first: GELU"):
+        study.compare(
+            "sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "none", skip_refused=True
+        )
+    assert not (tmp_path / "none").exists()
+
+
+def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(tmp_path))
+    for name in ("cnn", "vit"):
+        state = {
+            key: 1.01 * value for key, value in small[name].model.state_dict().items() if value.is_floating_point()
+        }
+        safetensors.torch.save_file({**small[name].model.state_dict(), **state}, tmp_path / f"{name}.safetensors")
+    grid.run(home / "study.toml", out=tmp_path / "out", data="digits")
+    here, there = (Store(folder / "cnn").study["model"] for folder in (tmp_path / "out", home / "results"))
+    assert here["weights_sha256"] != there["weights_sha256"]
+    assert {**here, "weights_sha256": ""} == {**there, "weights_sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = 2", "sedes = 2", "unknown key 'sedes': did you mean 'seeds'?"),
+        ("width = 8", "wdith = 8", "unknown key 'models.cnn.wdith': did you mean 'width'?"),
+        ("seeds = 2", "seeds = 'two'", "seeds: Input should be a valid integer"),
+        ("seeds = 2", "seeds = ", "is no TOML"),
+        ("[models.cnn]", '[models."../cnn"]', "letters, digits, _ or -: '../cnn'"),
+        ('["taylor", "magnitude"]]', '["taylor", "drift"]]', "pairs 'drift', which it does not compare"),
+        ('["taylor", "magnitude"],', '["taylor", "magnitude/confidence"],', "pairs 'magnitude/confidence'"),
+        ('criteria = ["magnitude", "taylor"]', 'criteria = ["magnitude", "tailor"]', "unknown criterion 'tailor'"),
+        ('WEIGHTS = "weights"', "", r"uses \$WEIGHTS, which is not set"),
+        ("margin = 0.2", "margin = 2", "margin must be in"),
+    ],
+)
+def test_a_file_that_breaks_a_rule_is_refused(tmp_path, old, new, words):
+    text = STUDY.replace('["taylor/confidence", "taylor"]]', '["taylor", "magnitude"]]')
+    assert old in text
+    (tmp_path / "study.toml").write_text(text.replace(old, new, 1))
+    with pytest.raises(UsageError, match=words):
+        grid.run(tmp_path / "study.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_files_that_are_not_there_or_hold_no_model(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere.toml \(No such file"):
+        grid.run(tmp_path / "nowhere.toml")
+    (tmp_path / "empty.toml").write_text('out = "o"\ndata = "digits"\ncriteria = ["random"]\n[models]\n')
+    with pytest.raises(UsageError, match="has no model"):
+        grid.run(tmp_path / "empty.toml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "studies").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_the_studies_that_come_along_keep_the_rules(path):
+    unknown = [name for name in grid.tomllib.loads(path.read_text())["criteria"] if name not in criteria]
+    if unknown:
+        pytest.skip(f"no criterion {', '.join(unknown)} yet")
+    assert grid._read(path).models
