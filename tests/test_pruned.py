@@ -99,6 +99,23 @@ def test_round_mask_leaves_the_exact_mask_alone():
 # Cut, save, load.
 
 
+def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_further(scene, tmp_path):
+    loaded, plan, x = scene
+    mask = plan.mask(0.4)
+    silent = pruned.cut(loaded, mask, "zero")
+    pruned.save(tmp_path / "silent", silent, provenance={}, figures={})
+    back = models.load(str(tmp_path / "silent"))
+    with hooks.masked(loaded.model, mask):
+        expected = _logits(loaded.model, x)
+    assert (_logits(back.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(_logits(back.model, x), _logits(silent.model, x))
+    assert [p.shape for p in back.model.parameters()] == [p.shape for p in loaded.model.parameters()]
+    pruned.save(tmp_path / "cut", pruned.cut(back, mask), provenance={}, figures={})
+    both = models.load(str(tmp_path / "cut"))
+    assert (_logits(both.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert sum(p.numel() for p in both.model.parameters()) < sum(p.numel() for p in back.model.parameters())
+
+
 @pytest.mark.parametrize("ratio", [0.3, 0.7])
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
