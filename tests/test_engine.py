@@ -9,7 +9,7 @@ from sukashi.criteria import engine
 from sukashi.criteria.engine import Engine
 from sukashi.errors import ModelError
 from sukashi.types import Batch, Mask
-from zoo import ZOO, build
+from supported import ZOO, build
 
 
 @pytest.fixture(scope="module")

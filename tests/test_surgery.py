@@ -14,7 +14,7 @@ from sukashi import hooks, sites, surgery
 from sukashi.architectures import CifarResNet, DigitsCNN, DigitsViT, cifar_resnet18
 from sukashi.errors import ModelError, UsageError
 from sukashi.types import Mask
-from zoo import ZOO, build, randomised
+from supported import ZOO, build, randomised
 
 
 def random_mask(found: tuple, ratio: float, generator: torch.Generator) -> Mask:
