@@ -1,6 +1,6 @@
 """What attributions of a complete cut sum to, method by model, in float64: conservation or completeness error.
 
-    python benchmarks/conservation.py [--markdown docs/conservation.md] [--only NAME ...]
+    python benchmarks/conservation.py [--markdown docs/conservation.md] [--only MODEL ...] [--methods NAME ...]
 
 Networks have random weights and BatchNorm statistics near those of noise, each off by its own share; images are noise,
 64 pixels wide where the architecture allows, 2 of them. The cuts are the pixels and what the last linear layer reads.
@@ -158,8 +158,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="these models only")
+    parser.add_argument("--methods", nargs="+", default=attributions.names(), help="these methods only")
     given = parser.parse_args()
-    rows = [(method, options) for method in attributions for options in VARIANTS.get(method.name, ({},))]
+    rows = [
+        (method, options)
+        for method in map(attributions.__getitem__, given.methods)
+        for options in VARIANTS.get(method.name, ({},))
+    ]
     titles = [
         f"{method.name} {', '.join(f'{key}={value}' for key, value in options.items())}".strip()
         for method, options in rows
