@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from sukashi import progress, stats, surgery
-from sukashi.criteria.engine import exact
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.measures import measures
+from sukashi.precision import exact
 from sukashi.stats import Interval
 from sukashi.types import Batch, Curve, Mask, Plan, Site
 
