@@ -44,7 +44,9 @@ def ruled(form: fx.GraphModule, rules: Mapping[type[nn.Module], Rule], method: s
             continue
         if node.op == "call_module":
             module = form.get_submodule(node.target)
-            found = [rule for cls, rule in rules.items() if performs(module, cls)]
+            # (A pool that gives indices too gives two tensors, a rule one.)
+            alone = not getattr(module, "return_indices", False)
+            found = [rule for cls, rule in rules.items() if alone and performs(module, cls)]
             what = f"{type(module).__name__} (layer {node.target!r})"
             if found and found[0] is not None:
                 module.forward = partial(found[0], module)

@@ -89,6 +89,12 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
                     "channels, hidden units or attention heads"
                 )
         attribution.check_options(options)
+        baseline = options.get("baseline")
+        if isinstance(baseline, Tensor) and baseline.dim() == data.x.dim() and len(baseline) > 1:
+            raise UsageError(
+                f"baseline has {len(baseline)} rows, and a criterion meets images batch by batch: give one for all of "
+                f"them, {tuple(data.x.shape[1:])}"
+            )
         if "batch_size" in attribution.options:
             options["batch_size"] = batch_size
         device = next(model.parameters()).device
