@@ -31,6 +31,9 @@ def saliency(
 
     Simonyan et al. take the largest of the input's channels; we leave the channels apart. At a site that several layers
     read, each read has its own slope. `batch_size` bounds the rows in one pass.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K).
     """
     check(model, x, target)
 
@@ -49,6 +52,9 @@ def gradient_x_activation(
 
     Summed over the positions of a unit it is the logit's derivative by a gate on the unit. Molchanov et al. take the
     loss (criterion `taylor`). `batch_size` bounds the rows in one pass.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K).
     """
     check(model, x, target)
 
@@ -77,6 +83,10 @@ def internal_influence(
     exact where the slope is a polynomial in s of a degree below 2 * steps, and free of the ends, where a zero baseline
     sits on the kinks of a ReLU network. `baseline` is a number or a tensor that broadcasts to x, in preprocessed units:
     0 is the mean colour. `batch_size` bounds the rows (images times steps) in one pass.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
+    of another shape.
     """
     check(model, x, target)
     start = start_of(x, baseline)
@@ -106,6 +116,10 @@ def integrated_gradients(
     equals integrated gradients of the rest of the network (captum's LayerIntegratedGradients, one pass a layer) where
     a is linear in the input, and differs elsewhere: there a does not move on a straight line, and only `conductance`
     is complete. Quadrature, `baseline` and `batch_size` as for `internal_influence`.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
+    of another shape.
     """
     check(model, x, target)
     start = start_of(x, baseline)
@@ -138,6 +152,10 @@ def conductance(
     its default points leave the ends of the path out); the error of smooth ones falls with the square of `steps`. The
     sum over a layer that cuts the network is F(x) - F(b). `baseline` is a number or a tensor that broadcasts to x, in
     preprocessed units. `batch_size` bounds the rows (images times steps + 1) in one pass, two at least.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
+    of another shape.
     """
     check(model, x, target)
     start = start_of(x, baseline)
