@@ -157,6 +157,7 @@ def test_what_an_attribution_cannot_score_is_refused(case):
     refuse(UsageError, "site '' is of kind 'pixel', which conductance", sites=[finder.input_site(data.x)])
     segmented = Batch(data.x, torch.zeros(len(data), 8, 8, dtype=torch.long), data.image_id)
     refuse(DataError, r"target has shape \(\d+, 8, 8\)", data=segmented)
+    refuse(UsageError, "baseline has 2 rows", baseline=torch.zeros(2, *data.x.shape[1:], dtype=data.x.dtype))
     refuse(UsageError, "conductance has no option 'stpes': did you mean 'steps'", stpes=3)
     refuse(UsageError, "reduce of conductance must be 'abs_sum', 'sum_abs' or 'sum', got 'max'", reduce="max")
     refuse(UsageError, "steps of conductance must be greater than or equal to 1, got 0", steps=0)

@@ -184,6 +184,33 @@ def test_what_has_no_canonical_form_is_refused_by_name(function, words):
         canonical(Model(function), noise(2, 3, 4, 4))
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.flatten(input=self.norm(input=self.conv(x)), start_dim=1)
+
+
+def test_a_layer_called_by_keyword_is_refused_and_a_function_is_not():
+    x = noise(2, 3, 4, 4)
+    with pytest.raises(ModelError, match="layer 'norm' is called by keyword"):
+        canonical(ByKeyword().double().eval(), x)
+    model = Model(lambda x: torch.flatten(input=x.relu(), start_dim=1))
+    torch.testing.assert_close(canonical(model, x)(x), model(x))
+
+
+def test_images_are_left_alone_where_the_network_writes_into_them():
+    x = noise(2, 3, 4, 4)
+    kept = x.clone()
+    form = canonical(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()).eval(), x)
+    torch.testing.assert_close(form(x), kept.relu().flatten(1))
+    with pytest.raises(ModelError, match="in place with sub_"):
+        canonical(Model(lambda x: x.sub_(1).flatten(1)), x)
+    assert torch.equal(x, kept)
+
+
 def test_a_form_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setitem(_FUNCTIONS, "relu", lambda: nn.ReLU6())
     model = Model(lambda x: (7 * x.abs()).relu().flatten(1))

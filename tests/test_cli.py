@@ -664,6 +664,7 @@ def test_check(sukashi):
     assert set(found["estimated_seconds"]) == {row["name"] for row in criteria}
     shown = sukashi("check", *DIGITS, "--limit", 0)
     assert "3 sites, 32 units" in shown.out
+    assert shown.out.count("fc2: ") == 1
     assert "not cut: fc2: " in shown.out
     assert "cswap: not estimated within 0 s" in shown.out
 

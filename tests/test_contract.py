@@ -360,6 +360,24 @@ def test_images_are_explained_each_on_its_own_whatever_the_batch(explanations, s
             torch.testing.assert_close(found[site], values, rtol=1e-9, atol=1e-11 * float(values.abs().max()))
 
 
+# Methods.
+
+
+@pytest.mark.parametrize(("name", "net"), CASES)
+def test_no_method_lets_a_gpu_round_float32(small, name, net):
+    case = copy.copy(small[net])
+    case.model, seen = copy.deepcopy(case.model), []
+    before = torch.backends.cudnn.allow_tf32
+    assert before, "torch allows it unless told otherwise"
+    list(case.model.modules())[-1].register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    )
+    run(name, case)
+    assert not any(seen)
+    assert bool(seen) == criteria[name].facts.get("needs_data", True)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 # Measures.
 
 

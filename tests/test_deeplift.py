@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sukashi import sites
 from sukashi.architectures import DigitsCNN, DigitsViT
+from sukashi.attributions import attributions
 from sukashi.attributions.deeplift import deeplift
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.layers import AttentionCore
@@ -291,3 +293,19 @@ class Function(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+class FirstOfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, x):
+        return self.pool(x)[0].flatten(1)
+
+
+@pytest.mark.parametrize("name", ["deeplift", "lrp", "backtrace"])
+def test_a_pool_that_gives_two_tensors_has_no_rule(name):
+    x = noise(2, 1, 4, 4)
+    with pytest.raises(ModelError, match=f"{name} has no rule for MaxPool2d"):
+        attributions[name](FirstOfTwo().eval(), x, torch.tensor([0, 1]), [sites.input_site(x)])

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from sukashi import hooks, sites
 from sukashi.attributions import attributions
@@ -276,6 +278,28 @@ def test_what_cannot_be_explained_is_refused(small64):
         attributions["saliency"](nn.Conv2d(1, 4, 3).double(), x, target, [sites.input_site(x)])
     with pytest.raises(ModelError, match="'1' is in training mode"):
         attributions["saliency"](nn.Sequential(nn.Flatten(), nn.Dropout()), x, target, [sites.input_site(x)])
+    refuse(DataError, "dtype torch.float32", target=torch.zeros(2))
+    with pytest.raises(DataError, match="no image to explain"):
+        attributions["saliency"](case.model, x[:0], target[:0], case.sites)
+    for layer in (StochasticDepth(0.5, "row"), DropPath(0.5)):
+        with pytest.raises(ModelError, match="'0' is in training mode"):
+            attributions["saliency"](nn.Sequential(layer, nn.Flatten()), x, target, [sites.input_site(x)])
+    norm = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, track_running_stats=False)).double().eval()
+    with pytest.raises(ModelError, match="'1' keeps no running statistics"):
+        attributions["saliency"](norm, x, target, [sites.input_site(x)])
+
+
+@pytest.mark.parametrize("name", attributions.names())
+@pytest.mark.parametrize("tapped", ["", "2"])
+def test_a_network_that_works_in_place_on_its_input_is_explained_and_the_images_stay(name, tapped):
+    x, target = vectors(3, 6).view(3, 1, 2, 3), torch.tensor([0, 3, 1])
+    kept, found = x.clone(), []
+    for inplace in (True, False):
+        model = nn.Sequential(nn.ReLU(inplace), nn.Flatten(), *linear(6, 4)).eval()
+        site = sites.tap(model, tapped) if tapped else sites.input_site(x)
+        found.append(attributions[name](model, x, target, [site])[site])
+        assert torch.equal(x, kept)
+    torch.testing.assert_close(*found)
 
 
 def test_frozen_networks_and_callers_without_gradients_get_the_same(small64):

@@ -10,7 +10,7 @@ import safetensors.torch
 
 from sukashi import grid, study
 from sukashi.criteria import criteria
-from sukashi.errors import ModelError, UsageError
+from sukashi.errors import ModelError, SukashiError, UsageError
 from sukashi.store import Store
 
 STUDY = """
@@ -171,11 +171,21 @@ def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home,
         ("margin = 0.2", "margin = 2", "margin must be in"),
     ],
 )
-def test_a_file_that_breaks_a_rule_is_refused(tmp_path, old, new, words):
+def test_a_file_that_breaks_a_rule_is_refused(home, tmp_path, old, new, words):
     text = STUDY.replace('["taylor/confidence", "taylor"]]', '["taylor", "magnitude"]]')
     assert old in text
-    (tmp_path / "study.toml").write_text(text.replace(old, new, 1))
+    text = text.replace(old, new, 1).replace('WEIGHTS = "weights"', f'WEIGHTS = "{home / "weights"}"')
+    (tmp_path / "study.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
+        grid.run(tmp_path / "study.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_a_later_model_that_cannot_be_loaded_is_refused_before_the_first_is_compared(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "compare", None)
+    (tmp_path / "study.toml").write_text(STUDY.replace("$WEIGHTS/vit", "$WEIGHTS/gone"))
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    with pytest.raises(SukashiError, match=r"gone\.safetensors"):
         grid.run(tmp_path / "study.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 

@@ -193,6 +193,26 @@ def test_what_a_tap_would_get_wrong_is_refused(site, error, words):
     model(x)
 
 
+def test_a_tap_of_a_layer_that_is_not_there_or_is_called_by_keyword_is_refused():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    model = ByKeyword()
+    with (
+        pytest.raises(ModelError, match="'conv' is called by keyword"),
+        hooks.tapped(model, [sites.tap(model, "conv")]),
+    ):
+        model(images())
+    with pytest.raises(ModelError, match="no layer 'gone'"), hooks.tapped(model, [Site("gone", "channel", 2)]):
+        pass
+    assert n_hooks(model) == 0
+
+
 def test_sites_that_share_a_consumer_act_together():
     torch.manual_seed(0)
     model = Dense().eval()

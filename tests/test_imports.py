@@ -19,6 +19,7 @@ ORDER = [
     "stats",
     "registry",
     "progress",
+    "precision",
     "layers",
     "hooks",
     "surgery",

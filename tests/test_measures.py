@@ -207,12 +207,14 @@ def test_the_interval_of_lossless_covers_what_it_is_about():
 
 def test_accuracy_at_fractions_lies_on_lines_and_never_beyond_what_was_measured():
     curves = [_curve(_answers(100, 40), [0, 0.4]), _curve(_answers(100, 20), [0, 0.6])]
-    found = accuracy.at(curves, [0.5, 0.2, 0.4], generator=np.random.default_rng(0))
+    found = accuracy.at(curves, [0.5, 0.2, 0.4])
     assert found[0] is None, "one seed ends at 0.4"
     assert [cell.mean for cell in found[1:]] == pytest.approx([(0.8 + 1 - 0.2 / 3) / 2, (0.6 + 1 - 0.4 / 3) / 2])
     assert all(cell.low < cell.mean < cell.high for cell in found[1:])
-    assert accuracy.at(curves, [0.9], generator=np.random.default_rng(0)) == [None]
-    (almost,) = accuracy.at(curves, [0.404], generator=np.random.default_rng(0))
+    assert accuracy.at(curves, [0.9]) == [None]
+    (edge,) = accuracy.at([_curve(_answers(30, 1), [0, 0.4])], [0.4])
+    assert 0.8 < edge.low < edge.mean < edge.high == 1.0, "no accuracy is above 1"
+    (almost,) = accuracy.at(curves, [0.404])
     assert almost.mean == pytest.approx((0.6 + 1 - 0.404 / 3) / 2), "a ratio becomes a whole number of units"
 
 

@@ -17,6 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from sukashi.errors import ModelError
 from sukashi.layers import AttentionCore, PadShortcut
+from sukashi.precision import exact
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -84,18 +85,22 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
             module.inplace = False  # type: ignore[assignment]
     name = type(model).__name__
     try:
-        graph = _Tracer().trace(root)
+        graph = Tracer().trace(root)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"torch.fx cannot trace this {name} ({type(error).__name__}: {reason}): rewrite branches on data in its "
             "forward(), or use a method that needs no canonical form"
         ) from error
-    with torch.no_grad():
-        expected = _output(model, x[:2])
+    for node in graph.nodes:
+        if node.op == "call_module" and not node.args:
+            raise ModelError(f"layer {node.target!r} is called by keyword: call it as layer(x)")
+    with exact():
+        # Copies, for the model may write into what it is given.
+        expected = _output(model, x[:2].clone())
         if not isinstance(expected, Tensor):
             raise ModelError(f"{name} gives a {type(expected).__name__}: it must give one tensor of logits; wrap it")
-        _Activity(fx.GraphModule(root, graph)).run(x[:1])
+        _Activity(fx.GraphModule(root, graph)).run(x[:1].clone())
         _single(graph, root)
         _modules(graph, root)
         _fold(graph, root)
@@ -121,17 +126,17 @@ def share(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-_LEAVES = (
+# Subclasses too, wherever they are defined: their weights are what a cut edits.
+LEAVES = (
     AttentionCore,
     PadShortcut,
-    StochasticDepth,
     nn.Linear,
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._BatchNorm,
 )
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Layers with a rule stay whole, and the images are the only input: other arguments keep their defaults."""
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -141,7 +146,7 @@ class _Tracer(fx.Tracer):
         return fn, args[:2]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*LEAVES, StochasticDepth)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Activity(fx.Interpreter):
@@ -220,7 +225,7 @@ def _modules(graph: fx.Graph, root: nn.Module) -> None:
             root.set_submodule(name, module.eval())
         elif _writes(node):
             raise ModelError(
-                f"{_owner(node) or 'the model'} changes an activation in place with {called(node)}: an attribution "
+                f"{owner(node) or 'the model'} changes an activation in place with {called(node)}: an attribution "
                 "would see the changed values; write it without"
             )
     for node in list(graph.nodes):
@@ -230,6 +235,8 @@ def _modules(graph: fx.Graph, root: nn.Module) -> None:
 
 def _module(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[Any, ...]] | None:
     """The module that does what a function or method does, a name for it and its inputs; None for what has none."""
+    if not node.args:  # all by keyword: some functions of torch take that
+        return None
     first, *rest = node.args
     if node.target is F.layer_norm:
         return _layer_norm(node, root)
@@ -265,15 +272,15 @@ def _layer_norm(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[A
             if source.op != "get_attr":
                 return None
             setattr(norm, name, operator.attrgetter(str(source.target))(root))
-    owner = _owner(node)
-    taken = any(other.op == "call_module" and other.target == owner for other in node.graph.nodes)
-    own = isinstance(root.get_submodule(owner), nn.LayerNorm) and not taken
-    return norm, owner if own else _vacant(root, node, norm), (given["input"],)
+    name = owner(node)
+    taken = any(other.op == "call_module" and other.target == name for other in node.graph.nodes)
+    own = isinstance(root.get_submodule(name), nn.LayerNorm) and not taken
+    return norm, name if own else _vacant(root, node, norm), (given["input"],)
 
 
 def _vacant(root: nn.Module, node: fx.Node, module: nn.Module) -> str:
     """A name for a function made a module: its caller's, and what it is; with _1, _2, ... where that is taken."""
-    name = f"{_owner(node)}.{type(module).__name__.lower()}".lstrip(".")
+    name = f"{owner(node)}.{type(module).__name__.lower()}".lstrip(".")
     return next(f"{name}{end}" for end in _endings() if not _has(root, f"{name}{end}"))
 
 
@@ -333,7 +340,7 @@ def _diagonal(norm: nn.BatchNorm2d) -> nn.Conv2d:
     return conv.eval()
 
 
-def _owner(node: fx.Node) -> str:
+def owner(node: fx.Node) -> str:
     """Dotted name of the module whose forward makes a call."""
     return next(reversed(node.meta.get("nn_module_stack", {"": ""})), "")
 

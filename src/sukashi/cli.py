@@ -179,8 +179,6 @@ def check(
         print(f"{split}: {sum(counts)} images, {min(counts)} to {max(counts)} a class")
     for note in result["notes"]:
         print(f"note: {note}")
-    for name, reason in result["refused"].items():
-        print(f"refused: {name}: {reason}")
     for name, seconds in result["estimated_seconds"].items():
         print(f"{name:12s} about {_duration(seconds)}")
     for name, reason in result["cannot"].items():

@@ -23,6 +23,7 @@ import itertools
 import os
 import re
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ from sukashi import progress, report, store, study
 from sukashi.errors import UsageError
 from sukashi.measures import accuracy
 from sukashi.registry import nearest
-from sukashi.source import CALIBRATION, TEST_IMAGES
+from sukashi.source import CALIBRATION, TEST_IMAGES, Reading, Source
 from sukashi.store import Store
 
 
@@ -83,20 +84,40 @@ def run(
     Returns {"models": {name: what compare returns}, "pairs": [{"model", "first", "second", "mean", "low", "high"}],
     "out", "report"}; a pair's numbers are of its mean accuracy at accuracy.THRESHOLDS, first minus second.
 
-    Raises UsageError for a file that breaks a rule, and whatever `compare` raises.
+    Raises UsageError for a file that breaks a rule, and whatever `compare` raises; a model that cannot be loaded, or
+    does not fit the data, is refused before the first one is compared.
     """
     path = Path(path)
     file = _read(path)
     place = _Places(path, file.environment)
     folder = place.path(file.out) if out is None else Path(out)
+    data = place.data(file.data) if data is None else data
+    readings: dict[str, Reading] = {
+        name: {
+            "weights": None if model.weights is None else place.path(model.weights),
+            "width": model.width,
+            "n_classes": model.n_classes,
+            "pretrained": model.pretrained,
+            "output": model.output,
+            "calibration": file.calibration,
+            "test_images": file.test_images,
+            "device": device,
+            "workers": workers,
+        }
+        for name, model in file.models.items()
+    }
+    # The first is opened right away; what is wrong with a later one is not to show after hours of work.
+    for name in list(readings)[1:]:
+        if not (folder / name).exists():
+            with warnings.catch_warnings(action="ignore"):  # it is said when the model's turn comes
+                Source(file.models[name].spec, data, **readings[name]).open()
     results: dict[str, Any] = {}
     with progress.task("models", len(file.models)) as shown:
         for name, model in file.models.items():
             shown.advance(0, note=name)
-            given = model.model_dump(exclude={"spec", "weights"})
             results[name] = study.compare(
                 model.spec,
-                place.data(file.data) if data is None else data,
+                data,
                 file.criteria,
                 out=folder / name,
                 ratios=file.ratios,
@@ -106,13 +127,8 @@ def run(
                 margin=file.margin,
                 options=file.options,
                 skip_refused=True,
-                weights=None if model.weights is None else place.path(model.weights),
-                calibration=file.calibration,
-                test_images=file.test_images,
-                device=device,
-                workers=workers,
                 command=command or f"sukashi study {path}",
-                **given,
+                **readings[name],
             )
             shown.advance()
     pairs = [

@@ -98,12 +98,13 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[
         # A view is a node of its own in the graph and takes no memory; `finish` sees whether it was overwritten.
         kept = keep((name, "in"), channel_axis(module), x.view_as(x))
         versions[name] = (kept, kept._version)
-        return kept, *args[1:]
+        # The images are small, and a first layer that works in place may do so on a copy.
+        return kept if name else kept.clone(), *args[1:]
 
     def write(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         check(name, output)
         # The next layer gets a copy, for it may work in place; so may others on an input that is given on.
-        if output.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
+        if output.untyped_storage().data_ptr() == _read(name, args).untyped_storage().data_ptr():
             output = output.clone()
         return keep((name, "out"), holders[name, "out"][0][0].axis, output).clone()
 
@@ -125,7 +126,7 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[
     handles = [model.register_forward_pre_hook(start)]
     try:
         for name, side in holders:
-            module = model.get_submodule(name)
+            module = _layer(model, name)
             if side == "in":
                 handles.append(module.register_forward_pre_hook(partial(read, name)))
             else:
@@ -203,6 +204,14 @@ def _read(name: str, args: tuple[Any, ...]) -> Tensor:
             f"layer {name!r} is called by keyword: call it as layer(x), so that what it reads can be masked"
         )
     return cast(Tensor, args[0])
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """A layer by name; a canonical form has none of those that the model never calls, or more than once."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"no layer {name!r} is called exactly once in a pass: leave its site out") from None
 
 
 def _readers(site: Site) -> tuple[Member, ...]:

@@ -215,7 +215,7 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
         "n_pairs": len(pairs),
         "removed": REMOVED[mode],
         "fractions": THRESHOLDS,
-        "accuracy": [at(group.curves, THRESHOLDS, generator=np.random.default_rng(0)) for group in groups],
+        "accuracy": [at(group.curves, THRESHOLDS) for group in groups],
         "margin": f"{100 * margin:g}",
         "lossless": [_lossless(group, margin) for group in groups],
         "passes": {group.criterion: passes for group in groups if (passes := _passes(group))},

@@ -18,6 +18,7 @@ from sukashi import hooks, progress
 from sukashi.data import Split
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.models import Loaded
+from sukashi.precision import exact
 from sukashi.registry import nearest
 
 SAMPLINGS = ("random", "confidence", "clustering")
@@ -37,7 +38,7 @@ class View:
     correct: Tensor
 
 
-@torch.no_grad()
+@exact()
 def view(loaded: Loaded, split: Split, workers: int = 0) -> View:
     """The model's view of a split, from one pass over it.
 

@@ -89,38 +89,14 @@ def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
     return Interval(n_right / n, float(middle - half), float(middle + half), n)
 
 
-def crossed(
-    values: ArrayLike, *, generator: np.random.Generator, level: float = 0.95, n_resamples: int = 1_000
-) -> Interval:
-    """Mean over the first two axes of `values` (S, B, ...), with an interval for new seeds *and* new images; `n` is S.
-
-    Rows (seeds) and columns (images) are resampled independently (the pigeonhole bootstrap, Owen 2007), for each seed
-    saw the same images: m* = sum_s sum_b w_s v_b x_sb / (S B) with multinomial w and v. Its variance is about the true
-    one or larger. With one row the bounds speak of new images alone.
-
-    Raises: as `interval`, and UsageError for one image.
-    """
-    x = _checked(values, level)
-    n_seeds, n_images, *rest = x.shape
-    if n_images < 2:
-        raise UsageError("an interval over images needs at least 2 of them, got 1")
-    by_image = x.swapaxes(0, 1).reshape(n_images, -1)
-    means = []
-    for of_seeds, counts in resamples(n_seeds, n_images, n_resamples, generator):
-        of_images = (counts @ by_image).reshape(len(counts), n_seeds, *rest)
-        means.append(np.einsum("rs,rs...->r...", of_seeds, of_images) / (n_seeds * n_images))
-    low, high = _quantiles(np.concatenate(means), level)
-    return Interval(_plain(x.mean(axis=(0, 1))), low, high, n_seeds)
-
-
-def crossed_t(values: ArrayLike, *, level: float = 0.95) -> Interval:
+def crossed(values: ArrayLike, *, level: float = 0.95) -> Interval:
     """Mean of `values` (S, B) with a t interval for new seeds *and* new images, which holds for few seeds; `n` is S.
 
         m +- t_{df, (1+level)/2} sqrt(a + b),   a = var(means of seeds) / S,   b = var(means of images) / B
 
     with Satterthwaite's df = (a + b)^2 / (a^2 / (S - 1) + b^2 / (B - 1)). Noise of seed and image together is in both
-    variances, so the interval is a little wide, where a bootstrap of three seeds (`crossed`) is much too narrow. With
-    one seed a = 0 and it speaks of new images alone.
+    variances, so the interval is a little wide; a percentile bootstrap of three seeds is much too narrow (of its 95 %
+    intervals 80 to 90 % were found to cover). With one seed a = 0 and it speaks of new images alone.
 
     Raises: as `interval`, and UsageError for one image.
     """

@@ -274,7 +274,7 @@ def summary(store: Store, margin: float) -> dict[str, Any]:
                 f"{fraction:g}": found and _bounds(found)
                 for fraction, found in zip(
                     accuracy.THRESHOLDS,
-                    accuracy.at(of_name, accuracy.THRESHOLDS, generator=np.random.default_rng(0)),
+                    accuracy.at(of_name, accuracy.THRESHOLDS),
                     strict=True,
                 )
             }

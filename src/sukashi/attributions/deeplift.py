@@ -13,21 +13,19 @@ from torch import Tensor, nn
 
 from sukashi import hooks
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, explained
+from sukashi.attributions.gradient import check, explained, in_parts, start_of
 from sukashi.attributions.rules import (
     AVERAGES,
     MOVES,
     Rule,
     carried,
     carry,
-    in_parts,
     ones,
     plain,
     replaced,
     ruled,
 )
 from sukashi.canonical import Add, MatMul, Mul, Scale, canonical
-from sukashi.errors import UsageError
 from sukashi.layers import AttentionCore
 from sukashi.types import Site
 
@@ -87,15 +85,8 @@ def _start(x: Tensor, baseline: Baseline) -> Tensor:
         return x.mean((2, 3), keepdim=True).expand_as(x)
     if baseline == "blur":
         return _spread(x.shape[2], x) @ x @ _spread(x.shape[3], x).T
-    value = torch.as_tensor(baseline).detach().to(x)
-    try:
-        rows = value.expand_as(x)
-    except RuntimeError:
-        raise UsageError(
-            f"baseline has shape {tuple(value.shape)}, which does not broadcast to images {tuple(x.shape)}: give a "
-            f"number or {tuple(x.shape[1:])}"
-        ) from None
-    return rows if value.dim() == x.dim() and len(value) > 1 else rows[:1]
+    rows = start_of(x, baseline)
+    return rows[:1] if rows.stride(0) == 0 else rows
 
 
 def _spread(side: int, like: Tensor) -> Tensor:

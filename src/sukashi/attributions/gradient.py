@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from sukashi import hooks
 from sukashi.attributions import attributions
 from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.precision import without_tf32
 from sukashi.types import Site
 
 Held = dict[Site, list[Tensor]]
@@ -28,13 +31,17 @@ def saliency(
 
     Simonyan et al. take the largest of the input's channels; we leave the channels apart. At a site that several layers
     read, each read has its own slope. `batch_size` bounds the rows in one pass.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K).
     """
     check(model, x, target)
-    parts = []
-    for rows in _rows(len(x), batch_size):
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
         _, slopes = _slopes(model, x[rows], target[rows], sites)
-        parts.append({site: hooks.gather(site, slopes.pop(site)).abs() for site in sites})
-    return _joined(parts)
+        return {site: hooks.gather(site, slopes.pop(site)).abs() for site in sites}
+
+    return in_parts(explain, len(x), batch_size)
 
 
 @attributions.register("gradient_x_activation", source="Molchanov et al. 2017, eq. 8, of the logit")
@@ -45,13 +52,17 @@ def gradient_x_activation(
 
     Summed over the positions of a unit it is the logit's derivative by a gate on the unit. Molchanov et al. take the
     loss (criterion `taylor`). `batch_size` bounds the rows in one pass.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K).
     """
     check(model, x, target)
-    parts = []
-    for rows in _rows(len(x), batch_size):
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
         held, slopes = _slopes(model, x[rows], target[rows], sites)
-        parts.append({site: _gathered(site, held, slopes) for site in sites})
-    return _joined(parts)
+        return {site: _gathered(site, held, slopes) for site in sites}
+
+    return in_parts(explain, len(x), batch_size)
 
 
 @attributions.register("internal_influence", source="Leino et al. 2018, eq. 1, uniform on a line")
@@ -72,14 +83,19 @@ def internal_influence(
     exact where the slope is a polynomial in s of a degree below 2 * steps, and free of the ends, where a zero baseline
     sits on the kinks of a ReLU network. `baseline` is a number or a tensor that broadcasts to x, in preprocessed units:
     0 is the mean colour. `batch_size` bounds the rows (images times steps) in one pass.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
+    of another shape.
     """
     check(model, x, target)
-    start = _start(x, baseline)
-    parts = []
-    for rows in _rows(len(x), batch_size // steps):
+    start = start_of(x, baseline)
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
         mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
-        parts.append({site: hooks.gather(site, mean.pop(site)) for site in sites})
-    return _joined(parts)
+        return {site: hooks.gather(site, mean.pop(site)) for site in sites}
+
+    return in_parts(explain, len(x), batch_size // steps)
 
 
 @attributions.register("integrated_gradients", source="Sundararajan et al. 2017, eq. 1; Bauvin et al. 2025, table 1")
@@ -100,17 +116,22 @@ def integrated_gradients(
     equals integrated gradients of the rest of the network (captum's LayerIntegratedGradients, one pass a layer) where
     a is linear in the input, and differs elsewhere: there a does not move on a straight line, and only `conductance`
     is complete. Quadrature, `baseline` and `batch_size` as for `internal_influence`.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
+    of another shape.
     """
     check(model, x, target)
-    start = _start(x, baseline)
-    parts = []
-    for rows in _rows(len(x), batch_size // steps):
+    start = start_of(x, baseline)
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
         mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
         with torch.no_grad(), hooks.tapped(model, sites) as ends:
             model(torch.cat([x[rows], start[rows]]))
         change = {site: [torch.sub(*tensor.chunk(2)) for tensor in ends.pop(site)] for site in sites}
-        parts.append({site: _gathered(site, change, mean) for site in sites})
-    return _joined(parts)
+        return {site: _gathered(site, change, mean) for site in sites}
+
+    return in_parts(explain, len(x), batch_size // steps)
 
 
 @attributions.register("conductance", source="Dhamdhere et al. 2019, total conductance")
@@ -131,15 +152,19 @@ def conductance(
     its default points leave the ends of the path out); the error of smooth ones falls with the square of `steps`. The
     sum over a layer that cuts the network is F(x) - F(b). `baseline` is a number or a tensor that broadcasts to x, in
     preprocessed units. `batch_size` bounds the rows (images times steps + 1) in one pass, two at least.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
+    training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
+    of another shape.
     """
     check(model, x, target)
-    start = _start(x, baseline)
+    start = start_of(x, baseline)
     n_points = steps + 1
     points = torch.linspace(0, 1, n_points, dtype=torch.float64)
     # Parts of a path that is longer than a pass share the point between them.
     size = max(2, min(batch_size, n_points))
-    parts = []
-    for rows in _rows(len(x), batch_size // n_points):
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
         total: Held = {}
         for first in range(0, steps, size - 1):
             held, slopes = _along(model, x[rows], start[rows], target[rows], sites, points[first : first + size])
@@ -150,8 +175,9 @@ def conductance(
                     for a, g in zip(held.pop(site), slopes.pop(site), strict=True)
                 ]
                 total[site] = [a + b for a, b in zip(total[site], flows, strict=True)] if first else flows
-        parts.append({site: hooks.gather(site, total.pop(site)) / 2 for site in sites})
-    return _joined(parts)
+        return {site: hooks.gather(site, total.pop(site)) / 2 for site in sites}
+
+    return in_parts(explain, len(x), batch_size // n_points)
 
 
 def explained(logits: Any, target: Tensor) -> Tensor:
@@ -174,19 +200,41 @@ def explained(logits: Any, target: Tensor) -> Tensor:
 
 
 def check(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """Refuse what could only be explained wrongly: DataError for targets, ModelError for layers in training mode."""
+    """Refuse what could only be explained wrongly.
+
+    Raises DataError for no images and for targets that are not one class number an image, ModelError for layers that
+    make an image's answer depend on chance or on other images.
+    """
     if target.shape != x.shape[:1]:
         raise DataError(
             f"target has shape {tuple(target.shape)} for {len(x)} images: attributions explain a classifier, with one "
             "class number an image"
         )
+    if target.dtype != torch.int64:
+        raise DataError(f"target is of dtype {target.dtype}: give class numbers, torch.int64")
+    if not len(x):
+        raise DataError("there is no image to explain: give one at least")
     for name, module in model.named_modules():
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-            raise ModelError(f"layer {name!r} is in training mode, where images change each other: call model.eval()")
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.training and (norm or isinstance(module, _RANDOM)):
+            raise ModelError(
+                f"layer {name!r} is in training mode, where other images or chance change an answer: call model.eval()"
+            )
+        if norm and module.running_mean is None:
+            raise ModelError(
+                f"layer {name!r} keeps no running statistics, so that images change each other: use BatchNorm with "
+                "track_running_stats=True"
+            )
 
 
-def _start(x: Tensor, baseline: Baseline) -> Tensor:
-    """The baseline of each image, shaped like x."""
+_RANDOM = (nn.modules.dropout._DropoutNd, StochasticDepth, DropPath)
+
+
+def start_of(x: Tensor, baseline: Baseline) -> Tensor:
+    """The baseline of each image, shaped like x.
+
+    Raises UsageError for a baseline that does not broadcast to x.
+    """
     value = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).detach()
     try:
         return value.expand_as(x)
@@ -197,17 +245,22 @@ def _start(x: Tensor, baseline: Baseline) -> Tensor:
         ) from None
 
 
-def _rows(n_images: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` images, at least one."""
-    for first in range(0, n_images, max(1, size)):
-        yield slice(first, first + max(1, size))
+def in_parts(explain: Callable[[slice], dict[Site, Tensor]], n_images: int, size: int) -> dict[Site, Tensor]:
+    """What `explain` gives for consecutive rows, at most `size` of them and at least one at a time, side by side."""
+    size = max(1, size)
+    with without_tf32():
+        parts = [explain(slice(first, first + size)) for first in range(0, n_images, size)]
+    if len(parts) == 1:
+        return parts[0]
+    return {site: torch.cat([part.pop(site) for part in parts]) for site in list(parts[0])}
 
 
 def _slopes(model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site]) -> tuple[Held, Held]:
     """What sites hold, and the slope of each row's logit there, as `hooks.tapped` shapes them; detached."""
     with torch.enable_grad(), hooks.tapped(model, sites) as seen:
-        # Rows do not meet in eval mode: the gradient of their sum is each one's own.
-        total = explained(model(x.detach()), target).sum()
+        # A copy, for the model may write into what it is given. Rows do not meet in eval mode: the gradient of their
+        # sum is each one's own.
+        total = explained(model(x.detach().clone()), target).sum()
         tensors = [tensor for site in sites for tensor in seen[site]]
         gradients = iter(torch.autograd.grad(total, tensors, materialize_grads=True))
     held = {site: [tensor.detach() for tensor in seen[site]] for site in sites}
@@ -243,10 +296,3 @@ def _mean_slopes(
 def _gathered(site: Site, one: Held, other: Held) -> Tensor:
     """The product of two tensors a read, as units; both are let go, so that a pass does not hold everything twice."""
     return hooks.gather(site, [a * b for a, b in zip(one.pop(site), other.pop(site), strict=True)])
-
-
-def _joined(parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
-    """Consecutive images side by side."""
-    if len(parts) == 1:
-        return parts[0]
-    return {site: torch.cat([part.pop(site) for part in parts]) for site in list(parts[0])}

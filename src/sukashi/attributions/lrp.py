@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from sukashi import hooks
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, explained
+from sukashi.attributions.gradient import check, explained, in_parts
 from sukashi.attributions.rules import (
     AVERAGES,
     MOVES,
     Rule,
     carried,
     carry,
-    in_parts,
     ones,
     plain,
     ruled,

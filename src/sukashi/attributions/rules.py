@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 from sukashi import hooks
-from sukashi.canonical import Mean, active, called, performs
+from sukashi.canonical import Mean, active, called, owner, performs
 from sukashi.errors import ModelError
 from sukashi.layers import PadShortcut
 from sukashi.types import Site
@@ -44,14 +44,15 @@ def ruled(form: fx.GraphModule, rules: Mapping[type[nn.Module], Rule], method: s
             continue
         if node.op == "call_module":
             module = form.get_submodule(node.target)
-            found = [rule for cls, rule in rules.items() if performs(module, cls)]
+            # (A pool that gives indices too gives two tensors, a rule one.)
+            alone = not getattr(module, "return_indices", False)
+            found = [rule for cls, rule in rules.items() if alone and performs(module, cls)]
             what = f"{type(module).__name__} (layer {node.target!r})"
             if found and found[0] is not None:
                 module.forward = partial(found[0], module)
         else:
             found = [None] if node.target in _MOVING_FUNCTIONS else []
-            owner = next(reversed(node.meta.get("nn_module_stack", {"": ""})), "")
-            what = f"the operation {called(node)!r} (in {owner or 'the forward of the model'!r})"
+            what = f"the operation {called(node)!r} (in {owner(node) or 'the forward of the model'!r})"
         if not found:
             raise ModelError(
                 f"{method} has no rule for {what}, and nothing is approximated: use an attribution made of gradients, "
@@ -114,9 +115,3 @@ def carried(
         {site: [tensor.detach() for tensor in tensors] for site, tensors in reads.items()},
         {site: [next(found) for _ in tensors] for site, tensors in reads.items()},
     )
-
-
-def in_parts(explain: Callable[[slice], dict[Site, Tensor]], n_images: int, batch_size: int) -> dict[Site, Tensor]:
-    """What `explain` gives for consecutive rows, put together."""
-    parts = [explain(slice(start, start + batch_size)) for start in range(0, n_images, batch_size)]
-    return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}

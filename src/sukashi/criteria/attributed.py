@@ -15,6 +15,7 @@ from sukashi import hooks, progress
 from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.errors import UsageError
+from sukashi.precision import without_tf32
 from sukashi.registry import Method
 from sukashi.types import Batch, Scores, Site
 
@@ -32,7 +33,7 @@ def taylor(
     total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
     for batch in data.split(batch_size):
         gates = {site: torch.ones(len(batch), site.n_units, device=device, requires_grad=True) for site in sites}
-        with torch.enable_grad(), hooks.masked(model, gates):
+        with without_tf32(), torch.enable_grad(), hooks.masked(model, gates):
             # The sum keeps every image's gradient its own, whatever the batch size.
             loss = F.cross_entropy(model(batch.x.to(device)), batch.target.to(device), reduction="sum")
             gradients: tuple[Tensor, ...] = torch.autograd.grad(loss, list(gates.values()))
@@ -88,6 +89,12 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
                     "channels, hidden units or attention heads"
                 )
         attribution.check_options(options)
+        baseline = options.get("baseline")
+        if isinstance(baseline, Tensor) and baseline.dim() == data.x.dim() and len(baseline) > 1:
+            raise UsageError(
+                f"baseline has {len(baseline)} rows, and a criterion meets images batch by batch: give one for all of "
+                f"them, {tuple(data.x.shape[1:])}"
+            )
         if "batch_size" in attribution.options:
             options["batch_size"] = batch_size
         device = next(model.parameters()).device

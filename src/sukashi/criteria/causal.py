@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.criteria import criteria
-from sukashi.criteria.engine import DEFAULT_BUDGET, Engine, exact
+from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
 from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep, unit_orders
 from sukashi.errors import DataError
+from sukashi.precision import exact
 from sukashi.types import Batch, Plan, Site
 
 Scoring = Callable[[Tensor, Tensor], Tensor]

@@ -31,7 +31,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sukashi import layers, surgery
+from sukashi.canonical import LEAVES, Tracer
 from sukashi.errors import ModelError
+from sukashi.precision import exact
 from sukashi.types import Batch, Mask, Site
 
 DEFAULT_BUDGET = 2 * 2**30
@@ -442,7 +444,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish, 
 
 def _makes_new(call: Callable[..., Any]) -> bool:
     """Whether the value of a call shares no memory with its inputs."""
-    return isinstance(call, (*_LEAVES, *_ACTIVATIONS)) or call in (*_RELU, *_ADD, _add_into)
+    return isinstance(call, (*LEAVES, *_ACTIVATIONS)) or call in (*_RELU, *_ADD, _add_into)
 
 
 def _in_place(
@@ -473,29 +475,6 @@ def _pick(x: Tensor, axis: int, index: Tensor) -> Tensor:
     return x.index_select(axis, index.to(x.device))
 
 
-# Subclasses too, wherever they are defined: their weights are what a cut edits.
-_LEAVES = (
-    layers.PadShortcut,
-    layers.AttentionCore,
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-)
-
-
-class _Tracer(fx.Tracer):
-    """Our own layers stay whole, and the images are the only input: other arguments keep their defaults."""
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for proxy in reversed(args[2:]):
-            self.graph.erase_node(proxy.node)
-        return fn, args[:2]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
     """Graph and a private copy of the modules, with every in-place operation made plain."""
     root = copy.deepcopy(model).eval().requires_grad_(False)
@@ -503,7 +482,7 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     try:
-        graph = _Tracer().trace(root)
+        graph = Tracer().trace(root)
     except Exception as error:
         raise ModelError(
             f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0]}): progressive "
@@ -537,15 +516,3 @@ def _fold(graph: fx.Graph, root: nn.Module) -> set[str]:
         modules = dict(root.named_modules())
         folded.add(name)
     return folded
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """No gradients, and float32 that is float32: TF32 changes decisions."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

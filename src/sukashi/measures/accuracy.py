@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from sukashi import progress, stats, surgery
-from sukashi.criteria.engine import exact
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.measures import measures
+from sukashi.precision import exact
 from sukashi.stats import Interval
 from sukashi.types import Batch, Curve, Mask, Plan, Site
 
@@ -125,34 +125,34 @@ def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative
     return 100 * area / (float(a[0]) if relative else 1.0)
 
 
-def at(curves: Sequence[Curve], fractions: Sequence[float], *, generator: np.random.Generator) -> list[Interval | None]:
+def at(curves: Sequence[Curve], fractions: Sequence[float]) -> list[Interval | None]:
     """Accuracy at these fractions removed, over the seeds' curves and their images; None past what every seed measured.
 
     Between measured points an image counts by straight lines between its two answers, so accuracy lies on the straight
-    line between theirs. Intervals are those of `stats.crossed`: seeds and images both resampled.
+    line between theirs. Intervals are those of `stats.crossed`, for new seeds and new images, within [0, 1].
     """
     reach = _reach(curves)
-    reached = [fraction for fraction in fractions if fraction <= reach]
-    if not reached:
-        return [None] * len(fractions)
-    found = stats.crossed([_answers(curve, reached) for curve in curves], generator=generator)
-    cells = iter(Interval(*bounds, found.n) for bounds in zip(found.mean, found.low, found.high, strict=True))
-    return [next(cells) if fraction <= reach else None for fraction in fractions]
+    cells: list[Interval | None] = []
+    for fraction in fractions:
+        if fraction > reach:
+            cells.append(None)
+            continue
+        found = stats.crossed([_answers(curve, [fraction])[:, 0] for curve in curves])
+        cells.append(Interval(found.mean, max(0.0, found.low), min(1.0, found.high), found.n))
+    return cells
 
 
 def difference(first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float]) -> Interval | None:
     """Mean accuracy at these fractions, `first` minus `second`, paired by seed and image.
 
     None where one was not measured that far. Between points as in `at`; both have curves of the same seeds, in the same
-    order, over the same images. The interval is `stats.crossed_t`: where it holds 0, new seeds and images might turn
+    order, over the same images. The interval is `stats.crossed`: where it holds 0, new seeds and images might turn
     the order round.
     """
     if not first or _reach((*first, *second)) < max(fractions):
         return None
     pairs = zip(first, second, strict=True)
-    return stats.crossed_t(
-        [(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs]
-    )
+    return stats.crossed([(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs])
 
 
 def _reach(curves: Sequence[Curve]) -> float:

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sukashi import surgery
-from sukashi.criteria.engine import exact
 from sukashi.errors import UsageError
 from sukashi.measures.accuracy import n_parameters
+from sukashi.precision import exact
 from sukashi.types import Mask
 
 FLOP_COUNTER = "torch.utils.flop_counter, one multiply-add = 2 FLOPs, convolutions, matrix products and attention only"
