@@ -21,7 +21,7 @@ def images(digits_split):
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_a_view_is_what_the_classifier_reads_and_the_probability_of_the_own_class(small, images, name, monkeypatch):
     loaded = small[name].loaded
-    monkeypatch.setattr(sampling, "CHUNK", 32)
+    monkeypatch.setattr(sampling, "pass_size", lambda x: 32)
     seen = sampling.view(loaded, images)
     batch, model = images.whole(loaded.preprocess), loaded.model
     with torch.no_grad():

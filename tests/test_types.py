@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sukashi.errors import UsageError
-from sukashi.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, check_ratio, rank
+from sukashi.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, check_ratio, pass_size, rank
 
 
 @st.composite
@@ -258,3 +258,10 @@ def test_a_trial_of_nan_has_no_key(value):
 def test_a_contender_is_a_criterion_and_a_sampling_that_is_not_random():
     assert Trial({}, {"spec": "digits"}, "taylor", 0).contender == "taylor"
     assert Trial({}, {"spec": "digits", "sampling": "clustering"}, "taylor", 0).contender == "taylor/clustering"
+
+
+def test_large_images_go_in_smaller_passes():
+    assert [pass_size(torch.zeros(2, 3, size, size)) for size in (8, 32, 224, 5000)] == [250, 250, 27, 1]
+    x = torch.zeros(500, 3, 32, 32)
+    batch = Batch(x, torch.zeros(500, dtype=torch.long), tuple(map(str, range(500))))
+    assert [len(part) for part in batch.in_passes()] == [250, 250]

@@ -20,9 +20,9 @@ from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.models import Loaded
 from sukashi.precision import exact
 from sukashi.registry import nearest
+from sukashi.types import pass_size
 
 SAMPLINGS = ("random", "confidence", "clustering")
-CHUNK = 250
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def view(loaded: Loaded, split: Split, workers: int = 0) -> View:
         raise ModelError("the model calls no linear layer or convolution, so it has no features to cluster: use random")
     axis = hooks.channel_axis(model.get_submodule(layers[-1]))
     features, confidence, correct = [], [], []
-    batches = split.batches(loaded.preprocess, CHUNK, workers)
+    batches = split.batches(loaded.preprocess, pass_size(two.x), workers)
     with progress.task("sampling", len(batches)) as shown, hooks.read_by(model, layers[-1]) as read:
         for batch in batches:
             logits = model(batch.x.to(device)).double().cpu()

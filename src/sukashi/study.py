@@ -464,15 +464,6 @@ def check(
         part = batch[slice(0, None, -(-len(batch) // 64))]
         few = part[slice(0, None, -(-len(part) // 8))]
         scale = len(batch) / len(part)
-        for method in registry:
-            if method.name in seconds or "visits" in method.facts or time.perf_counter() - start > limit:
-                continue
-            begun = time.perf_counter()
-            try:
-                method(setting.loaded.model, found.sites, few, generator=torch.Generator())
-                seconds[method.name] = (time.perf_counter() - begun) * len(batch) / len(few)
-            except SukashiError as error:
-                cannot[method.name] = str(error)
         visiting = {method.name: method.facts["visits"] for method in registry if "visits" in method.facts}
         try:
             engine = Engine(setting.loaded.model, found.sites, part)
@@ -490,6 +481,15 @@ def check(
                 seconds |= {name: once * visits for name, visits in visiting.items()}
         except SukashiError as error:
             cannot |= dict.fromkeys(visiting, str(error))
+        for method in registry:
+            if method.name in seconds or "visits" in method.facts or time.perf_counter() - start > limit:
+                continue
+            begun = time.perf_counter()
+            try:
+                method(setting.loaded.model, found.sites, few, generator=torch.Generator())
+                seconds[method.name] = (time.perf_counter() - begun) * len(batch) / len(few)
+            except SukashiError as error:
+                cannot[method.name] = str(error)
     return {
         "model": model,
         "parameters": sum(p.numel() for p in setting.loaded.model.parameters()),

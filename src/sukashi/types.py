@@ -96,10 +96,22 @@ class Batch:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
+    def in_passes(self) -> Iterator[Batch]:
+        """Consecutive batches of `pass_size` images."""
+        return self.split(pass_size(self.x))
+
     def by_class(self) -> Batch:
         """The same images, sorted by target and, within a class, by id: the order every criterion works in."""
         order = sorted(range(len(self)), key=lambda i: (int(self.target[i]), self.image_id[i]))
         return self[torch.tensor(order, dtype=torch.long)]
+
+
+def pass_size(x: Tensor) -> int:
+    """How many images like those of x (B, ...) go through a network at once, at most 250.
+
+    More small ones are no faster; of large ones 16 MiB, for activations take some hundred times the image.
+    """
+    return min(250, max(1, 2**24 // max(1, x[:1].numel() * x.element_size())))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,6 @@ from sukashi.precision import exact
 from sukashi.stats import Interval
 from sukashi.types import Batch, Curve, Mask, Plan, Site
 
-# Images in one pass; larger ones are no faster. With images laid out channels last a pass takes 0.7-0.9 of the time on
-# two ResNets; folding BatchNorm besides would save another tenth and is not done.
-CHUNK = 250
 # Fractions removed at which Sankarapu et al. 2025 (sec. 4.2) measure.
 THRESHOLDS = (0.15, 0.3, 0.5, 0.7)
 MARGIN = 0.01
@@ -223,7 +220,7 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """(B,) 1 where an image is right, and the images' ids (B,); on the model's device, in passes of CHUNK images.
+    """(B,) 1 where an image is right, and the images' ids (B,); on the model's device, in passes of `types.pass_size`.
 
     Raises DataError where there are no images, ModelError as `accuracy` does.
     """
@@ -231,7 +228,7 @@ def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray
     found: list[Tensor] = []
     ids: list[str] = []
     for batch in [images] if isinstance(images, Batch) else images:
-        for part in batch.split(CHUNK):
+        for part in batch.in_passes():
             x = part.x.to(device, memory_format=torch.channels_last)
             found.append(_correct(model, Batch(x, part.target.to(device), part.image_id)).cpu())
             ids += part.image_id
