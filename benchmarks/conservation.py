@@ -50,7 +50,8 @@ of the network's computation goes through: the pixels, and what the last linear 
 
 - *difference*: |sum of attributions / (F(x) - F(b)) - 1|, F the target's logit and b a baseline of noise. DeepLIFT is
   exact; path methods leave the error of their quadrature at their default number of steps, which is large where slopes
-  jump (ReLU networks with random weights) and vanishes with more steps.
+  jump (ReLU networks with random weights) and falls with more steps (conductance on cifar_resnet20: 1.9, 1.2 and 0.02
+  with 16, 128 and 1024).
 - *logit*: |sum of attributions / F(x) - 1| on a copy of the network without biases (BatchNorm shifts, position and
   class embeddings are biases too) and with epsilon = 1e-12, where nothing may be lost. In brackets the sum at the
   pixels as a share of the logit, in the network as it is and with the default epsilon: the rest is the biases' share,
