@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from sukashi import models
@@ -199,6 +200,22 @@ def test_half_precision_becomes_float32(digits, tmp_path):
     loaded = models.load("sukashi:digits_cnn", weights=tmp_path / "half.safetensors")
     assert loaded.model.fc1.weight.dtype == torch.float32
     assert torch.equal(loaded.model.fc1.weight, state["fc1.weight"].float())
+
+
+def small_vit(n_classes=3):
+    model = torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 16, num_classes=n_classes)
+    model.preprocess = Preprocess(8, 8, 3, (0.5,) * 3, (0.5,) * 3)
+    return model
+
+
+def test_weights_saved_with_attention_written_out_fit_again(tmp_path):
+    loaded = models.load("test_models:small_vit")
+    assert any(isinstance(module, Attention) for module in loaded.model.modules())
+    safetensors.torch.save_file(loaded.model.state_dict(), tmp_path / "vit.safetensors")
+    again = models.load("test_models:small_vit", weights=tmp_path / "vit.safetensors")
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again.model(x), loaded.model(x))
 
 
 def test_double_precision_becomes_float32():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -147,6 +147,17 @@ def explicit_attention(model: nn.Module) -> None:
                 written.append((parent, name, _from_torch(layer, child)))
     for parent, name, attention in written:
         setattr(parent, name, attention)
+
+
+def fused_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights saved from a model with attention written out, by the names its MultiheadAttention has before that."""
+    renamed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for kind in ("weight", "bias"):
+                renamed[f"{name}.qkv.{kind}"] = f"{name}.in_proj_{kind}"
+                renamed[f"{name}.proj.{kind}"] = f"{name}.out_proj.{kind}"
+    return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _from_timm(layer: str, old: TimmAttention) -> Attention:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sukashi import surgery
 from sukashi.architectures import OWN
 from sukashi.errors import ModelError, SukashiError, UsageError
-from sukashi.layers import explicit_attention
+from sukashi.layers import explicit_attention, fused_names
 from sukashi.registry import nearest
 from sukashi.surgery import Table
 from sukashi.types import Preprocess
@@ -180,7 +180,7 @@ def load(
     model, preprocess, class_names = _build(spec, options, pretrained)
     if file is not None:
         preprocess = _stated_preprocess(file, preprocess)
-        _fill(model, file.tensors, file.path)
+        _fill(model, fused_names(model, file.tensors), file.path)
     model = _prepare(model, options)
     logits = _logits(model, _noise(preprocess), spec)
     known = stated if stated is not None else n_classes
