@@ -218,6 +218,11 @@ def test_weights_saved_with_attention_written_out_fit_again(tmp_path):
         assert torch.equal(again.model(x), loaded.model(x))
 
 
+def test_a_model_itself_is_no_name():
+    with pytest.raises(UsageError, match=r"got a Linear: give package\.module:callable"):
+        models.load(nn.Linear(1, 1))
+
+
 def test_double_precision_becomes_float32():
     loaded = models.load("test_models:double")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}

@@ -155,6 +155,7 @@ def load(
     Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
     rule. No input is unpickled.
     """
+    _check_name(spec)
     folder = spec if Path(spec).is_dir() else weights
     if folder is not None and Path(folder).is_dir():
         own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
@@ -201,7 +202,16 @@ def load(
 
 def takes_classes(spec: str) -> bool:
     """Whether the class count of a spec's architecture is an option: not that of a saved folder or an import path."""
+    _check_name(spec)
     return spec.partition(":")[0] in _SOURCES
+
+
+def _check_name(spec: object) -> None:
+    if not isinstance(spec, str):
+        raise UsageError(
+            f"model must be a name, got a {type(spec).__name__}: give package.module:callable, a function without "
+            "arguments that returns it, so that a saved cut can be built again"
+        )
 
 
 def probe(loaded: Loaded, example: Tensor) -> Tensor:
