@@ -81,6 +81,24 @@ def digits_calibration(digits_split, trained_cnn):
 
 
 @pytest.fixture(scope="session")
+def digits(trained_cnn, digits_calibration):
+    """The trained CNN, its sites, calibration images."""
+    return _case(trained_cnn.model, digits_calibration)
+
+
+@pytest.fixture(scope="session")
+def vit(trained_vit, digits_calibration):
+    """The trained ViT, its sites, calibration images."""
+    return _case(trained_vit.model, digits_calibration)
+
+
+def _case(model, data):
+    from sukashi import sites
+
+    return model, sites.find(model, data.x[:2]).sites, data
+
+
+@pytest.fixture(scope="session")
 def small(digits_split):
     """Trained networks of 32 and 72 units, for oracles that ask about each in turn: {name: loaded, model, sites, data}.
 

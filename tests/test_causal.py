@@ -15,18 +15,6 @@ from sukashi.criteria.engine import Engine
 from sukashi.errors import DataError, ModelError
 
 
-@pytest.fixture(scope="module")
-def digits(trained_cnn, digits_calibration):
-    model = trained_cnn.model
-    return model, finder.find(model, digits_calibration.x[:2]).sites, digits_calibration
-
-
-@pytest.fixture(scope="module")
-def vit(trained_vit, digits_calibration):
-    model = trained_vit.model
-    return model, finder.find(model, digits_calibration.x[:2]).sites, digits_calibration
-
-
 def decisions(plan):
     """{pair: (gone in the pass, category)}; units kept back to save a layer count as gone by category."""
     n_pass = plan.passes[0] if plan.passes else 0

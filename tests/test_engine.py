@@ -12,18 +12,6 @@ from sukashi.types import Batch, Mask
 from supported import ZOO, build
 
 
-@pytest.fixture(scope="module")
-def digits(trained_cnn, digits_calibration):
-    model = trained_cnn.model
-    return model, finder.find(model, digits_calibration.x[:2]).sites, digits_calibration
-
-
-@pytest.fixture(scope="module")
-def vit(trained_vit, digits_calibration):
-    model = trained_vit.model
-    return model, finder.find(model, digits_calibration.x[:2]).sites, digits_calibration
-
-
 @pytest.mark.parametrize("which", ["digits", "vit"])
 @pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
 def test_engine_gives_the_masked_networks_logits(request, which, budget):
