@@ -23,6 +23,7 @@ ORDER = [
     "layers",
     "hooks",
     "surgery",
+    "sparsity",
     "canonical",
     "sites",
     "architectures",

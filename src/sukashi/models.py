@@ -32,7 +32,7 @@ from sukashi.errors import ModelError, SukashiError, UsageError
 from sukashi.layers import explicit_attention, fused_names
 from sukashi.registry import nearest
 from sukashi.surgery import Table
-from sukashi.types import Preprocess
+from sukashi.types import Mask, Preprocess
 
 # What masked = cut was tested on, beside everything in OWN.
 TESTED = (
@@ -54,8 +54,9 @@ class Loaded:
     """A network ready to be looked at, and what rebuilds it.
 
     `model` is in eval mode, in fp32, with explicit attention, and nobody else's. `spec` and `options` rebuild its
-    architecture, `cuts` what was then removed or silenced, cut after cut. `class_names` is None where they are not
-    known; `weights_sha256` is the hash of the weights file, or of the tensors where there was none.
+    architecture, `cuts` what was then removed or silenced, cut after cut, `mask` which of the weights that are left are
+    zero and stay so (None: nobody said). `class_names` is None where they are not known; `weights_sha256` is the hash
+    of the weights file, or of the tensors where there was none.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Loaded:
     class_names: tuple[str, ...] | None
     weights_sha256: str
     cuts: tuple[Table, ...] = ()
+    mask: Mask | None = None
 
 
 class _Strict(BaseModel):

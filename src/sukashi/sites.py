@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, cast
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sukashi import hooks, surgery
 from sukashi.errors import ModelError
 from sukashi.layers import Attention, AttentionCore, PadShortcut
+from sukashi.registry import nearest
 from sukashi.types import Kind, Mask, Member, Site
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
@@ -40,6 +41,23 @@ def tap(model: nn.Module, layer: str) -> Site:
         return Site(layer, "hidden", module.out_features, -1)
     what = f"is a {type(module).__name__}" if module is not None else "does not exist"
     raise ModelError(f"layer {layer!r} {what}: give the name of a convolution or linear layer")
+
+
+def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]:
+    """The sites of single weights: one for each convolution and linear layer, in the model's order, but `exclude`.
+
+    Biases and normalisation layers are left out, as Suwal et al. 2025, sec. 3.1, do.
+
+    Raises ModelError for a layer to exclude that there is not.
+    """
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    for name in exclude:
+        if name not in layers:
+            raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
+    return tuple(
+        Site(name, "weight", module.weight.numel(), 0) for name, module in layers.items() if name not in exclude
+    )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Site:
 
     `layer` is the dotted name of the first layer that produces the units ("" = the input), `axis` their axis in that
     layer's output, `members` every parameter slice that is cut together. `n_units` excludes what cannot be cut.
-    Equality and hash leave `members` out.
+    Equality and hash leave `members` out. The units of a site of kind weight are the entries of its layer's weight,
+    which it has no members for.
     """
 
     layer: str
@@ -116,7 +117,10 @@ def pass_size(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of each unit: **higher = more important, always**. `values[site]` has shape (U,)."""
+    """Importance of each unit: **higher = more important, always**.
+
+    `values[site]` has shape (U,), or that of the layer's weight for a site of kind weight.
+    """
 
     values: Mapping[Site, Tensor]
     n_images: int
@@ -126,7 +130,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Mask:
-    """What stays: `keep[site]` is a boolean tensor (U,)."""
+    """What stays: `keep[site]` is a boolean tensor (U,), or shaped like the weights of a site of kind weight."""
 
     keep: Mapping[Site, Tensor]
 
@@ -136,7 +140,7 @@ class Mask:
 
     @property
     def n_units(self) -> int:
-        return sum(len(keep) for keep in self.keep.values())
+        return sum(keep.numel() for keep in self.keep.values())
 
 
 CATEGORIES = ("", "detrimental", "neutral", "critical")
