@@ -487,7 +487,7 @@ def test_folders_that_exist_are_left_as_they_are(sukashi, refused, tmp_path):
     (foreign / "thesis.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused(2, ["cut exists", "nothing is overwritten"], *prune, cut)
-    refused(2, ["out is an existing output folder", "seeds was 1, now 2"], *compare, out, "--seeds", 2)
+    refused(2, ["out is an existing output folder", "mode was", "now"], *compare, out, "--mode", "zero")
     refused(2, ["data.calibration was 4, now 3"], *compare, out, "--calibration", 3)
     refused(2, ["foreign is not empty (thesis.txt)"], *compare, foreign)
     refused(2, ["thesis.txt is a file"], *compare, foreign / "thesis.txt")

@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -246,6 +247,32 @@ def test_another_study_is_refused_naming_what_differs(tmp_path: Path) -> None:
     assert content(tmp_path) == before
     with Store(tmp_path).writing(dict(reversed(STUDY.items()))):  # the order of keys is no difference
         pass
+
+
+@pytest.mark.parametrize(
+    ("change", "grows"),
+    [
+        ({"seeds": 3, "criteria": ["random", "drift", "cswap"]}, True),
+        ({"options": {"lrp": {"epsilon": 1e-3}}, "criteria": [*STUDY["criteria"], "lrp"]}, True),
+        ({"options": {"cswap": {"alpha": 0.1}}}, False),
+        ({"criteria": ["random"]}, False),
+        ({"criteria": ["random", "drift"], "seeds": 5}, False),
+        ({"seeds": 5, "ratios": [0.0, 0.7]}, False),
+        ({"seeds": 1}, False),
+    ],
+)
+def test_a_study_grows_by_criteria_and_seeds_only(tmp_path: Path, change: dict[str, Any], grows: bool) -> None:
+    with Store(tmp_path).writing({**STUDY, "options": {}}):
+        pass
+    before = content(tmp_path)
+    asked = {**STUDY, "options": {}, **change}
+    if grows:
+        with Store(tmp_path).writing(asked) as store:
+            assert store.study == asked
+    else:
+        with pytest.raises(UsageError, match="another trial"), Store(tmp_path).writing(asked):
+            pass
+        assert content(tmp_path) == before
 
 
 def test_a_folder_with_other_things_is_refused_untouched(tmp_path: Path) -> None:

@@ -112,6 +112,21 @@ def test_a_finished_comparison_computes_nothing_again(undisturbed, weights, monk
     assert [name for name in after if after[name] != before.get(name)] == ["log.jsonl"]
 
 
+def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_at_once(undisturbed, weights, tmp_path):
+    result, _ = undisturbed
+    out = tmp_path / "study"
+    study.compare(SPEC, "digits", ["random", "drift"], out=out, weights=weights, **{**SETTINGS, "seeds": 1})
+    kept = {name: content for name, content in contents(out).items() if name.startswith("trials/")}
+    assert kept
+    grown = study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
+    assert {**grown, "out": ""} == {**result, "out": ""}
+    found, expected = contents(out), contents(Path(result["out"]))
+    assert {name for name in expected if found.get(name) != expected[name]} <= {"log.jsonl", "report.html"}
+    assert {name: found[name] for name in kept} == kept
+    with pytest.raises(UsageError, match="seeds was 2, now 1"):
+        study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **{**SETTINGS, "seeds": 1})
+
+
 def test_what_a_comparison_returns_is_what_was_measured(undisturbed, small):
     result, _ = undisturbed
     assert json.loads(json.dumps(result, allow_nan=False)) == result

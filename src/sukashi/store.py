@@ -1,6 +1,6 @@
 """Results on disk: a study is a folder, a trial a folder in it, finished when its `result.json` exists.
 
-    study.json             what the study is; another study is refused
+    study.json             what the study is; it may grow by criteria and seeds, another study is refused
     trials/KEY/trial.json  the canonical JSON whose hash is KEY
                journal.jsonl  decisions so far, until the trial is finished
                plan.npz  curve.npz  result.json
@@ -185,6 +185,7 @@ class Store:
     def writing(self, study: Mapping[str, Any]) -> Iterator[Store]:
         """Hold the folder for this process; it is made, or resumed when it holds the same study.
 
+        A study may also have grown, by criteria or by seeds: trials that are finished stay.
         What a killed run left half-written is removed first. The lock goes with the process, however it ends. A new
         study that is refused (UsageError, DataError, ModelError) before a trial is finished leaves nothing behind.
 
@@ -197,7 +198,7 @@ class Store:
         with _lock(self.folder):
             asked = json.loads(canonical(study))
             resumed = (self.folder / "study.json").exists()
-            if resumed:
+            if resumed and not _grown(self.study, asked):
                 self._refuse_other(asked)
             else:
                 write(self.folder / "study.json", canonical(asked, indent=1) + b"\n")
@@ -427,6 +428,19 @@ def _order(record: Record) -> tuple[str, str, str, int, str]:
 def _name(about: Mapping[str, Any]) -> str:
     """What a table calls a model or a data set: its spec."""
     return str(about.get("spec", canonical(about).decode()))
+
+
+def _grown(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a study is another only by more criteria or seeds, so that every trial kept is one of its own."""
+    growing = ("criteria", "contenders", "seeds", "options")
+    if {key: kept[key] for key in kept if key not in growing} != {k: asked[k] for k in asked if k not in growing}:
+        return False
+    criteria = kept.get("criteria", [])
+    return (
+        all(set(kept.get(key, ())) <= set(asked.get(key, ())) for key in ("criteria", "contenders"))
+        and kept.get("seeds", 0) <= asked.get("seeds", 0)
+        and all(kept.get("options", {}).get(name) == asked.get("options", {}).get(name) for name in criteria)
+    )
 
 
 def _differences(path: str, kept: Any, asked: Any) -> Iterator[str]:
