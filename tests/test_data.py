@@ -821,6 +821,32 @@ def test_class_map_must_be_one_to_one(tmp_path, class_map):
         data.load(folder(tmp_path), class_map=class_map)
 
 
+def test_only_some_classes_are_numbered_as_asked(tmp_path):
+    whole, some = (data.load(folder(tmp_path, classes=("a", "b", "c")), only=only) for only in (None, ["c", "a"]))
+    assert some.class_names == some.train.class_names == some.test.class_names == ("c", "a")
+    named = {
+        split.image_ids[i]: split.class_names[split.targets[i]] for split in (whole.train,) for i in range(len(split))
+    }
+    expected = {image: name for image, name in named.items() if name != "b"}
+    assert {i: some.class_names[t] for i, t in zip(some.train.image_ids, some.train.targets, strict=True)} == expected
+    assert some.sha256 != whole.sha256 != whole.only(["a", "c"]).sha256 != some.sha256
+    assert some.notes[-1].endswith("2 of the 3 classes of " + whole.name + ": c, a")
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [(["cat", "cow"], "no class 'cow'"), (["cat", "cat"], "different classes"), (["dog"], "at least two")],
+)
+def test_only_names_classes_that_there_are(tmp_path, only, message):
+    with pytest.raises(UsageError, match=message):
+        data.load(folder(tmp_path), only=only)
+
+
+def test_only_and_class_map_do_not_go_together(tmp_path):
+    with pytest.raises(UsageError, match="choose one"):
+        data.load(folder(tmp_path), only=["cat", "dog"], class_map={"cat": 1, "dog": 0})
+
+
 def test_check_classes():
     data.check_classes(None, ("cat", "dog"), 2)
     data.check_classes(("Cat", " dog"), ("cat", "dog"), 2)

@@ -88,6 +88,9 @@ def _reading(
         Path | None,
         typer.Option(help='JSON file {"class of the data": its number in the model}, where the two differ.'),
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Leave all classes out but these, joined by commas; numbered in this order.")
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="Pixels an image may have.")] = 64_000_000,
     calibration: Annotated[int, typer.Option(help="Calibration images a class, from the training split.")] = 32,
     test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 2000,
@@ -107,6 +110,7 @@ def _reads(command: Callable[..., None]) -> Callable[..., None]:
         with _working():
             reading = {name: given.pop(name) for name in shared}
             reading["class_map"] = _class_map(reading["class_map"])
+            reading["only"] = None if reading["only"] is None else _names(reading["only"])
         command(reading, **given)
 
     # typer reads what a command takes from its signature and annotations.

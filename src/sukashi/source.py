@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ class Reading(TypedDict, total=False):
     output: str | None
     skip_bad: bool
     class_map: Mapping[str, int] | None
+    only: Sequence[str] | None
     max_pixels: int
     calibration: int
     test_images: int
@@ -58,6 +59,7 @@ class Source:
     output: str | None = None
     skip_bad: bool = False
     class_map: Mapping[str, int] | None = None
+    only: Sequence[str] | None = None
     max_pixels: int = datasets.MAX_PIXELS
     calibration: int = CALIBRATION
     test_images: int = TEST_IMAGES
@@ -73,7 +75,13 @@ class Source:
             )
         if self.workers < 0:
             raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
-        images = datasets.load(self.data, skip_bad=self.skip_bad, class_map=self.class_map, max_pixels=self.max_pixels)
+        images = datasets.load(
+            self.data,
+            skip_bad=self.skip_bad,
+            class_map=self.class_map,
+            only=self.only,
+            max_pixels=self.max_pixels,
+        )
         if images.train.has_masks:
             raise DataError(f"{self.data} has a map of classes an image: give data with one class an image")
         if self.test_images < images.n_classes:

@@ -65,6 +65,31 @@ class Data:
     def n_classes(self) -> int:
         return len(self.class_names)
 
+    def only(self, class_names: Sequence[str]) -> Data:
+        """The images of these classes, numbered in the order given; notes say which.
+
+        Raises UsageError for a class that there is not, one named twice, fewer than two, or data with masks.
+        """
+        if self.train.has_masks:
+            raise UsageError(f"{self.name} has masks, whose pixels are class numbers: only is for one class an image")
+        for wanted in class_names:
+            if wanted not in self.class_names:
+                raise UsageError(f"{self.name} has no class {wanted!r}{nearest(wanted, self.class_names)}")
+        if len(set(class_names)) != len(class_names) or len(class_names) < 2:
+            raise UsageError(f"only must name at least two different classes, got {list(class_names)}")
+        old = [self.class_names.index(wanted) for wanted in class_names]
+        train, test = self.train.only(old), self.test.only(old)
+        listed = ", ".join(class_names)
+        return replace(
+            self,
+            class_names=tuple(class_names),
+            train=train,
+            test=test,
+            val=None if self.val is None else self.val.only(old),
+            notes=(*self.notes, f"{len(old)} of the {self.n_classes} classes of {self.name}: {listed}"),
+            sha256=hashlib.sha256(f"{self.sha256} only {listed}".encode()).hexdigest(),
+        )
+
     def ground_truth(self, image_ids: Sequence[str]) -> dict[str, Tensor]:
         """Where each concept is: bool masks (B, H, W) of these images by concept; UsageError where nobody knows."""
         if self._ground_truth is None:
@@ -84,6 +109,7 @@ def load(
     seed: int = 0,
     skip_bad: bool = False,
     class_map: Mapping[str, int] | None = None,
+    only: Sequence[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Data:
     """A dataset by name or folder, every image checked.
@@ -91,7 +117,8 @@ def load(
     `spec`: `digits`, `shapes` with options (`shapes:watermark=0.9,size=64`), `torchvision:NAME`, a folder of class
     folders (train/CLASS/*.png and test/ or val/, or CLASS/* alone) or a folder of Parquet files with columns `image`
     and `label` or `mask`. `seed` draws the held-out test split of a dataset without one. `skip_bad` leaves unreadable
-    images out and lists them in `bad`; otherwise they are fatal. `class_map` gives each class the model's number.
+    images out and lists them in `bad`; otherwise they are fatal. `class_map` gives each class the model's number,
+    `only` leaves all classes out but these, see `Data.only`.
 
     Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
     """
@@ -100,6 +127,8 @@ def load(
             f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
             f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
         )
+    if class_map is not None and only is not None:
+        raise UsageError("both class_map and only number the classes: choose one")
     name, found = _found(spec, max_pixels)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
@@ -134,7 +163,7 @@ def load(
         notes.append(f"{name} has no test split: val is used as test")
     notes += [note for split in splits.values() for note in _lonely_classes(split)]
     notes += _duplicates(splits, digests)
-    return Data(
+    whole = Data(
         name,
         class_names,
         splits["train"],
@@ -147,6 +176,7 @@ def load(
         found.ground_truth,
         found.facts,
     )
+    return whole if only is None else whole.only(only)
 
 
 def names() -> dict[str, str]:

@@ -72,6 +72,13 @@ class Split:
             _targets=None if self._targets is None else self._targets[torch.from_numpy(at)],
         )
 
+    def only(self, numbers: Sequence[int]) -> Split:
+        """The images of these classes, which are then classes 0, 1, ... in this order."""
+        new = torch.full((len(self.class_names),), -1)
+        new[torch.tensor(numbers)] = torch.arange(len(numbers))
+        kept = self.subset(new[self.targets] >= 0)
+        return replace(kept, class_names=tuple(self.class_names[k] for k in numbers), _targets=new[kept.targets])
+
     def calibration(self, n_per_class: int, seed: int) -> Split:
         """`n_per_class` images of every class, drawn by seed; a smaller sample is part of a larger one.
 
