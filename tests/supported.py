@@ -26,6 +26,7 @@ ZOO = {
     "sukashi:cifar_resnet44": (32, 896),
     "sukashi:cifar_resnet56": (32, 1120),
     "sukashi:cifar_resnet18": (32, 2880),
+    "sukashi:small_vit": (64, 2304),
     "sukashi:digits_cnn": (8, 128),
     "sukashi:digits_vit": (8, 288),
 }

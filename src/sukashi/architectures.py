@@ -1,4 +1,4 @@
-"""Networks of our own: CIFAR ResNets, and a small CNN and a small ViT for 8x8 digits."""
+"""Networks of our own: CIFAR ResNets, a ViT for 64x64 images, and a small CNN and a small ViT for 8x8 digits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sukashi.layers import Attention, PadShortcut
@@ -72,6 +73,22 @@ def cifar_resnet18(n_classes: int, width: int) -> nn.Module:
     return cast(nn.Module, model)
 
 
+def small_vit(n_classes: int, width: int) -> nn.Module:
+    """timm's ViT for (3, 64, 64) images: patches of 8x8, a class token, six blocks of four heads; 0.8 M parameters."""
+    return cast(
+        nn.Module,
+        VisionTransformer(
+            img_size=64,
+            patch_size=8,
+            num_classes=n_classes,
+            embed_dim=width,
+            depth=6,
+            num_heads=4,
+            mlp_ratio=2,
+        ),
+    )
+
+
 class DigitsCNN(nn.Module):
     """A small CNN with one residual block for (1, 8, 8) digits; about 30 thousand parameters at width 32."""
 
@@ -133,6 +150,7 @@ OWN: dict[str, tuple[Callable[[int, int], nn.Module], int, int, int, int]] = {
     "cifar_resnet44": (lambda n, w: CifarResNet(44, n), 10, 16, 3, 32),
     "cifar_resnet56": (lambda n, w: CifarResNet(56, n), 10, 16, 3, 32),
     "cifar_resnet18": (cifar_resnet18, 10, 64, 3, 32),
+    "small_vit": (small_vit, 10, 128, 3, 64),
     "digits_cnn": (DigitsCNN, 10, 32, 1, 8),
     "digits_vit": (DigitsViT, 10, 32, 1, 8),
 }
