@@ -655,6 +655,16 @@ def test_lists(sukashi, what):
     assert all(row["name"] in shown for row in rows)
 
 
+def test_list_tells_all_about_one_method(sukashi, refused):
+    found = strict(sukashi("list", "criteria", "lrp", "--json").out)
+    assert found["options"]["normalise"] == "'none'"
+    shown = sukashi("list", "criteria", "lrp").out
+    assert "--set normalise='none'" in shown
+    assert found["documentation"] in shown
+    refused(2, ["unknown criterion 'lpr'", "did you mean 'lrp'?"], "list", "criteria", "lpr")
+    refused(2, ["models have no options"], "list", "models", "sukashi:digits_cnn")
+
+
 def test_check(sukashi):
     found = strict(sukashi("check", *DIGITS, "--json").out)
     assert found["units"] == sum(site["units"] for site in found["sites"]) == 32

@@ -141,15 +141,22 @@ def demo(
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="criteria, attributions, models, data or measures.")],
+    name: Annotated[str | None, typer.Argument(help="One of them: what it computes and its options.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List what there is: criteria, attributions, models, data or measures."""
+    """List what there is: criteria, attributions, models, data or measures; or tell all about one method."""
     with _working():
         from sukashi import catalogue
 
         rows = catalogue.rows(what)
+        method = None if name is None else catalogue.about(what, name)
     if as_json:
-        _print_json({what: rows})
+        _print_json({what: rows} if method is None else method)
+        return
+    if method is not None:
+        print(f"{method['name']}: {method['documentation']}\n\nSource: {method['source']}")
+        for option, default in method["options"].items():
+            print(f"--set {option}={default}")
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
