@@ -53,6 +53,7 @@ ORDER = [
     "measures",
     "measures.accuracy",
     "measures.cost",
+    "schedules",
     "store",
     "report",
     "study",
