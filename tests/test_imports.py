@@ -55,6 +55,7 @@ ORDER = [
     "measures.cost",
     "schedules",
     "store",
+    "page",
     "report",
     "study",
     "grid",

@@ -11,25 +11,22 @@ of a provenance, is "cut" (the default) or "zero".
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from sukashi import store
+from sukashi import page
 from sukashi.errors import DataError, UsageError
 from sukashi.measures.accuracy import MARGIN, THRESHOLDS, at, cautions, lossless
+from sukashi.page import COLOURS, INK, OTHERS
 from sukashi.stats import Interval, Paired, holm, interval, paired, share
 from sukashi.store import Record, Store, read_plan
 from sukashi.types import Curve, Plan
@@ -37,25 +34,6 @@ from sukashi.types import Curve, Plan
 Array = NDArray[np.float64]
 
 N_WORST = 5
-# Okabe and Ito's palette, told apart with any colour vision; a criterion keeps its colour in every report.
-COLOURS = {
-    "drift": "#D55E00",
-    "cswap": "#0072B2",
-    "cbp": "#56B4E9",
-    "amp": "#009E73",
-    "taylor": "#E69F00",
-    "magnitude": "#CC79A7",
-    "random": "#8A8A8A",
-    "integrated_gradients": "#332288",
-    "internal_influence": "#882255",
-    "conductance": "#999933",
-    "deeplift": "#44AA99",
-    "lrp": "#661100",
-    "backtrace": "#117733",
-    "saliency": "#AA4499",
-    "gradient_x_activation": "#8C6D1F",
-}
-OTHERS = ("#6699CC", "#888800", "#004488", "#BB5566", "#225555", "#EE8866")
 DASHES = {"random": "-", "confidence": ":", "clustering": "--"}
 CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": "#D55E00", "": "#EEF0F2"}
 # Each figure of a network: what the page calls it, and how it is printed.
@@ -76,7 +54,6 @@ MODES = {
 }
 # What the fraction on the axis is of.
 REMOVED = {"cut": "parameters removed", "zero": "units zeroed"}
-INK, FAINT = "#1F2933", "#D9DEE4"
 
 
 @dataclass(frozen=True)
@@ -130,16 +107,12 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
     """
     folder = Path(folder)
     if (folder / "study.json").exists():
-        page, figures = _compared(Store(folder), margin)
+        shown, figures = _compared(Store(folder), margin)
     elif (folder / "recipe.json").exists():
-        page, figures = _pruned(folder)
+        shown, figures = _pruned(folder)
     else:
         raise UsageError(f"{folder} holds no study and no pruned model: give the --out of a compare or a prune")
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, png in figures.items():
-        store.write(folder / "figures" / f"{name}.png", png)
-    inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
-    return _rendered("report.html.j2", folder, figures=inlined, **page)
+    return page.render("report.html.j2", folder, figures, **shown)
 
 
 def write_grid(
@@ -156,9 +129,10 @@ def write_grid(
     `pairs` are differences of two contenders' mean accuracy for a model: `first`, `second`, `model`, `mean`, `low`,
     `high`, None where not both were measured that far.
     """
-    return _rendered(
+    return page.render(
         "grid.html.j2",
         folder,
+        {},
         title=title,
         results=results,
         best={
@@ -171,20 +145,6 @@ def write_grid(
         mode=MODES[mode],
         command=command,
     )
-
-
-def _rendered(template: str, folder: Path, **page: Any) -> Path:
-    environment = Environment(
-        loader=PackageLoader("sukashi"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "p_value": _p_value}
-    html = environment.get_template(template).render(**page)
-    store.write(folder / "report.html", html.encode())
-    return folder / "report.html"
 
 
 def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -203,7 +163,7 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
     verdict, rule = _verdict(groups, pairs)
     seeds = sorted({record.trial.seed for group in groups for record in group.records})
     n_images = len(leader.curves[0].image_ids)
-    page = {
+    shown = {
         "title": f"{first.trial.model.get('spec', 'model')} on {first.trial.data.get('spec', 'data')}",
         "verdict": verdict,
         "rule": rule,
@@ -223,11 +183,11 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
         "costs": _cost_table(costs),
         "worst": _worst_of(leader),
         "settings": {
-            **dict(_flat(study.study)),
+            **dict(page.flat(study.study)),
             "seeds finished": ", ".join(map(str, seeds)),
             "test images": f"{n_images:,}",
-            "dense accuracy": _percent(first.result["dense_accuracy"]),
-            "chance": _percent(first.result["chance"]),
+            "dense accuracy": page.percent(first.result["dense_accuracy"]),
+            "chance": page.percent(first.result["chance"]),
         },
         "mode": MODES[mode],
         "run": run,
@@ -235,7 +195,7 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
     figures = {"curves": _draw_curves(groups, REMOVED[mode])}
     if with_categories:
         figures["categories"] = _draw_categories(with_categories)
-    return page, figures
+    return shown, figures
 
 
 def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -251,7 +211,7 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     plans = [read_plan(folder / "plan.npz")] if (folder / "plan.npz").exists() else []
     with_categories = {plans[0].method: plans} if _has_categories(plans) else {}
     verdict, rule = _verdict_of_cut(dense, cut, about.get("n_images"))
-    page = {
+    shown = {
         "title": f"{recipe.get('model', {}).get('spec', 'model')}, pruned",
         "verdict": verdict,
         "rule": rule,
@@ -261,12 +221,12 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         "categories": list(with_categories),
         "costs": _cost_table(costs),
         "worst": _worst_of_cut(about),
-        "settings": dict(_flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
+        "settings": dict(page.flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
         "mode": MODES[mode],
         "removed": REMOVED[mode],
         "run": run,
     }
-    return page, {"categories": _draw_categories(with_categories)} if with_categories else {}
+    return shown, {"categories": _draw_categories(with_categories)} if with_categories else {}
 
 
 # --- what the trials say
@@ -312,7 +272,7 @@ def _verdict(groups: Sequence[_Group], pairs: Sequence[_Pair]) -> tuple[str, str
     leader, name, best = groups[0], groups[0].criterion, groups[0].sauce
     if len(groups) == 1:
         return (
-            f"{name} reaches a SAUCE of {best.mean:.1f} ({_seeds(best.n)}).",
+            f"{name} reaches a SAUCE of {best.mean:.1f} ({page.seeds(best.n)}).",
             "There is no other criterion beside it.",
         )
     against = [pair for pair in pairs if pair.first == name]
@@ -335,15 +295,15 @@ def _verdict(groups: Sequence[_Group], pairs: Sequence[_Pair]) -> tuple[str, str
         "Rule: the criterion with the highest mean SAUCE leads when a paired t test over seeds separates it from every "
         f"other one (p < 0.05 after Holm's correction over all {len(pairs)} pairs)."
     )
-    span = f"95% interval {of_t.low:.1f} to {of_t.high:.1f}, paired over {_seeds(of_t.n)}"
+    span = f"95% interval {of_t.low:.1f} to {of_t.high:.1f}, paired over {page.seeds(of_t.n)}"
     open_ = [pair for pair in against if pair.p is None or pair.p >= 0.05]
     if not open_:
         worst = max(pair.p for pair in against if pair.p is not None)
         return (
             f"{name} leads: SAUCE {best.mean:.1f}, {gap:.1f} above {runner.second}, the next best ({span}).",
-            f"{rule} The largest of its p-values is {_p_value(worst)}.",
+            f"{rule} The largest of its p-values is {page.p_value(worst)}.",
         )
-    rivals = _list([pair.second for pair in open_])
+    rivals = page.listed([pair.second for pair in open_])
     return (
         f"No criterion leads: {name} has the highest mean SAUCE, {best.mean:.1f}, but the seeds do not separate it "
         f"from {rivals} ({runner.second}: {gap:.1f} lower, {span}).",
@@ -355,7 +315,9 @@ def _verdict_of_cut(dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: 
     parts = []
     if "accuracy" in dense and "accuracy" in cut:
         change = 100 * (cut["accuracy"] - dense["accuracy"])
-        parts.append(f"accuracy goes from {_percent(dense['accuracy'])} to {_percent(cut['accuracy'])} ({change:+.1f})")
+        parts.append(
+            f"accuracy goes from {page.percent(dense['accuracy'])} to {page.percent(cut['accuracy'])} ({change:+.1f})"
+        )
     for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency_ms", "latency")):
         if dense.get(name) and name in cut:
             parts.append(f"{noun} {100 * (cut[name] / dense[name] - 1):+.0f}%")
@@ -367,7 +329,7 @@ def _verdict_of_cut(dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: 
         cut_share = share(round(cut["accuracy"] * n_images), n_images)
         rule = (
             f"Measured on {n_images:,} test images; the 95% interval of the cut network's accuracy is "
-            f"{_percent(cut_share.low)} to {_percent(cut_share.high)} (Wilson's)."
+            f"{page.percent(cut_share.low)} to {page.percent(cut_share.high)} (Wilson's)."
         )
     return f"{said[0].upper()}{said[1:]}.", rule
 
@@ -389,7 +351,7 @@ def _warnings(study: Store, groups: Sequence[_Group]) -> list[str]:
         reach = [float(curve.fraction.max()) for curve in group.curves]
         if min(reach) < 0.8:
             found.append(
-                f"{group.criterion} was measured up to {_percent(min(reach))} only; "
+                f"{group.criterion} was measured up to {page.percent(min(reach))} only; "
                 "SAUCE draws a straight line from there to chance."
             )
         found += [note for record in group.records for note in record.result.get("notes", [])]
@@ -452,7 +414,7 @@ def _cost_table(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | No
         if any(value is not None for value in values):
             dense = values[0]
             factors = [value / dense if dense and value is not None and form != "percent" else None for value in values]
-            rows.append((noun, [_printed(value, form) for value in values], [None, *factors[1:]]))
+            rows.append((noun, [page.printed(value, form) for value in values], [None, *factors[1:]]))
     return {"columns": list(columns), "rows": rows} if rows else None
 
 
@@ -477,7 +439,7 @@ def _worst_of(group: _Group) -> dict[str, Any] | None:
         dense.append(table[int(np.argmin(curve.n_removed))])
         cut.append(table[int(np.nanargmin(np.abs(curve.ratio - 0.5)))])
     point = int(np.nanargmin(np.abs(group.curves[0].ratio - 0.5)))
-    where = f"{group.criterion} with {_percent(group.curves[0].ratio[point])} of the units removed"
+    where = f"{group.criterion} with {page.percent(group.curves[0].ratio[point])} of the units removed"
     return {"where": where, "rows": _worst(results[0], np.mean(dense, axis=0), np.mean(cut, axis=0))}
 
 
@@ -504,8 +466,8 @@ def _draw_curves(groups: Sequence[_Group], removed: str) -> bytes:
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     axes = figure.subplots()
     result = groups[0].records[0].result
-    _level(axes, result["dense_accuracy"], "dense", "--")
-    _level(axes, result["chance"], "chance", ":")
+    page.level(axes, result["dense_accuracy"], "dense", "--")
+    page.level(axes, result["chance"], "chance", ":")
     for group in reversed(groups):  # the best is drawn last, on top
         fractions = np.linspace(0, group.reach, 101)
         line = group.at(fractions)
@@ -553,15 +515,8 @@ def _draw_curves(groups: Sequence[_Group], removed: str) -> bytes:
         alignment="left",
         loc="outside right center",
     )
-    _calm(axes)
-    return _png(figure)
-
-
-def _level(axes: Axes, height: float, name: str, style: str) -> None:
-    axes.axhline(height, color=INK, linewidth=0.9, linestyle=style)
-    axes.annotate(
-        name, (1, height), (-3, 3), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=8
-    )
+    page.calm(axes)
+    return page.png(figure)
 
 
 def _draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:
@@ -579,69 +534,10 @@ def _draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:
         axes.set(ylim=(0, 1), xlim=(-0.6, len(layers) - 0.4), yticks=[0, 0.5, 1])
         axes.set_title(criterion, loc="left", fontsize=10, color=INK)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        _calm(axes)
+        page.calm(axes)
         axes.grid(False)
     # A $ would start a formula.
     rows[-1].set_xticks(range(len(layers)), [name.replace("$", r"\$") for name in layers], rotation=90, fontsize=7)
     handles = {label: handle for axes in rows for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
-    return _png(figure)
-
-
-def _calm(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=160, metadata={"Software": None})  # else the version is stamped on it
-    return content.getvalue()
-
-
-# --- how things are printed
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _printed(value: float | None, form: str) -> str:
-    """A figure for people: 270 k, 81.6 M, 1.1 MB, 5.31."""
-    if value is None:
-        return "–"
-    if form == "percent":
-        return _percent(value)
-    if form == "number":
-        return f"{value:.2f}"
-    prefixes = iter(("", "k", "M", "G", "T", "P"))
-    prefix = next(prefixes)
-    while value >= 999.5:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g} {prefix}{'B' if form == 'bytes' else ''}".rstrip()
-
-
-def _p_value(p: float | None) -> str:
-    if p is None:
-        return "–"
-    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed{'s' if n > 1 else ''}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting that is set, as (dotted name, text)."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else key)
-    elif value is not None:
-        yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return page.png(figure)
