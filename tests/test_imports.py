@@ -44,6 +44,7 @@ ORDER = [
     "source",
     "criteria",
     "criteria.weights",
+    "criteria.wanda",
     "criteria.attributed",
     "criteria.engine",
     "criteria.sweep",

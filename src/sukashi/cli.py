@@ -210,12 +210,24 @@ def prune(
         int | None, typer.Option(help="Keep a multiple of this many units a site; 1 = exact ratio; default 8.")
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked in onnxruntime.")] = False,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="Set single weights to zero instead, the lowest of: global (all), layer, row (one output's), or N:M "
+            "(N of M inputs stay, as 2:4). Nothing gets smaller or faster."
+        ),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="With --scope: a layer to leave alone. Repeatable.")] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="With --scope: layer by layer, those before it already pruned."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Draws calibration images and random scores.")] = 0,
     sampling: Annotated[str, typer.Option(help="Calibration images: random, confidence or clustering.")] = "random",
     options: OptionsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Cut a model for real and save it as a folder that `sukashi.load` rebuilds."""
+    """Cut a model for real, or with --scope make it sparse, and save it as a folder that `sukashi.load` rebuilds."""
     with _working():
         from sukashi import study as studies
 
@@ -226,6 +238,9 @@ def prune(
             mode=mode,
             round_to=round_to,
             onnx=onnx,
+            scope=scope,
+            exclude=exclude or (),
+            sequential=sequential,
             seed=seed,
             sampling=sampling,
             options=_options(options, [criterion]).get(criterion, {}),
@@ -235,12 +250,27 @@ def prune(
     if as_json:
         _print_json(result)
         return
-    table = Table("", "dense", "cut", box=None, pad_edge=False)
-    dense, cut = result["dense"], result["cut"]
+    what = "cut" if scope is None else "sparse"
+    table = Table("", "dense", what, box=None, pad_edge=False)
+    dense, cut = result["dense"], result[what]
+    renamed = {
+        "ratio": "units removed",
+        "fraction": "parameters removed",
+        "sparsity": "zeros in masked layers",
+        "zeros": "zeros in all parameters",
+    }
     for name in cut:
-        said = {"ratio": "units removed", "fraction": "parameters removed"}.get(name, name.replace("_", " "))
-        table.add_row(said, _figure(dense.get(name)), _figure(cut[name]))
+        table.add_row(renamed.get(name, name.replace("_", " ")), _figure(dense.get(name)), _figure(cut[name]))
+    if scope is not None:
+        layers = Table("layer", "weights", "removed", "share", box=None, pad_edge=False)
+        for layer in result["layers"]:
+            share = f"{layer['removed'] / layer['weights']:.1%}"
+            layers.add_row(layer["layer"], f"{layer['weights']:,}", f"{layer['removed']:,}", share)
+        _to_stdout(layers)
+        print()
     _to_stdout(table)
+    if scope is not None:
+        print(f"\n{result['note']}")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     print(f"\nSaved: {result['out']}\nReport: {result['report']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
@@ -166,6 +166,20 @@ def read_by(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 
     with _pre_hooks(model, {layer: keep}):
         yield read
+
+
+@contextmanager
+def visited(model: nn.Module, visit: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, {layer: visitor}: each visitor is given what its layer reads, call after call.
+
+    In the pass ModelError for a layer that is called by keyword.
+    """
+
+    def show(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        visit[name](_read(name, args).detach())
+
+    with _pre_hooks(model, {name: partial(show, name) for name in visit}):
+        yield
 
 
 def calls(model: nn.Module, x: Tensor) -> list[str]:

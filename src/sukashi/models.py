@@ -26,7 +26,7 @@ from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from sukashi import surgery
+from sukashi import sparsity, surgery
 from sukashi.architectures import OWN
 from sukashi.errors import ModelError, SukashiError, UsageError
 from sukashi.layers import explicit_attention, fused_names
@@ -42,6 +42,7 @@ TESTED = (
 )
 RECIPE = "recipe.json"
 WEIGHTS = "model.safetensors"
+MASKS = "masks.safetensors"
 
 _FIXED_WIDTH = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56")
 _SHOWN = 3
@@ -93,11 +94,18 @@ class ArchitectureRecipe(_Strict):
     output: str | None = None
 
 
+class MaskRecipe(_Strict):
+    """`Loaded.mask`, written down: the hash of masks.safetensors, and the shape of each masked layer's weight."""
+
+    sha256: str
+    shapes: dict[str, tuple[int, ...]]
+
+
 class Recipe(_Strict):
     """`recipe.json` of a saved folder: how to rebuild the model, and where it came from.
 
-    `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `provenance` and `figures`
-    are for readers.
+    `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `mask` is there for a model
+    that has one; `provenance` and `figures` are for readers.
     """
 
     format: Literal[1]
@@ -110,6 +118,7 @@ class Recipe(_Strict):
     tensors: dict[str, str]
     provenance: dict[str, Any]
     figures: dict[str, Any]
+    mask: MaskRecipe | None = None
 
 
 class Output(nn.Module):
@@ -499,6 +508,7 @@ def _open(folder: Path, spec: str | None) -> Loaded:
     for table in recipe.cuts:
         surgery.replay(model, table)
     _fill(model, file.tensors, file.path)
+    mask = None if recipe.mask is None else _mask(folder / MASKS, recipe.mask, model)
     loaded = Loaded(
         model=_prepare(model, {}),
         spec=made,
@@ -508,9 +518,29 @@ def _open(folder: Path, spec: str | None) -> Loaded:
         class_names=recipe.class_names,
         weights_sha256=file.sha256,
         cuts=recipe.cuts,
+        mask=mask,
     )
     probe(loaded, _noise(loaded.preprocess))
     return loaded
+
+
+def _mask(path: Path, recipe: MaskRecipe, model: nn.Module) -> Mask:
+    """The mask of a saved folder, which fits the model and whose removed weights are zero in it."""
+    file = _read(path)
+    if file.sha256 != recipe.sha256:
+        raise ModelError(
+            f"{path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.sha256[:16]}: restore the folder"
+        )
+    mask = sparsity.unpack(file.tensors, recipe.shapes)
+    sparsity.check_fits(model, mask)
+    for site, keep in mask.keep.items():
+        n_alive = int((sparsity.weight_of(model, site)[~keep] != 0).sum())
+        if n_alive:
+            raise ModelError(
+                f"{n_alive} weights of layer {site.layer!r} that {path.name} removes are not zero in {WEIGHTS}: "
+                "restore the folder"
+            )
+    return mask
 
 
 def _recipe(path: Path) -> Recipe:
@@ -524,7 +554,11 @@ def _recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            parts: dict[str, type[BaseModel]] = {"model": ArchitectureRecipe, "preprocess": InputRecipe}
+            parts: dict[str, type[BaseModel]] = {
+                "model": ArchitectureRecipe,
+                "preprocess": InputRecipe,
+                "mask": MaskRecipe,
+            }
             known = parts.get(str(first["loc"][0]), Recipe).model_fields
             raise ModelError(f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
         raise ModelError(f"{path} is no recipe: {where or 'all of it'}: {first['msg']}") from error

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from sukashi import models, surgery
+from sukashi import hooks, models, sparsity, surgery
+from sukashi.criteria import criteria
 from sukashi.errors import ModelError, ResourceError, UsageError, writing
-from sukashi.models import RECIPE, WEIGHTS, Loaded, Recipe
-from sukashi.types import Mask, Plan
+from sukashi.models import MASKS, RECIPE, WEIGHTS, Loaded, Recipe
+from sukashi.types import Batch, Mask, Plan, Scores, Site
 
 ROUND_TO = 8
 _ONNX_CAP = 2**31  # bytes a protobuf message can hold
@@ -61,7 +62,87 @@ def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
     """
     model = copy.deepcopy(loaded.model)
     table = surgery.MODES[mode](model, mask)
-    return replace(loaded, model=model, cuts=(*loaded.cuts, table), weights_sha256=models.digest(model))
+    return replace(
+        loaded,
+        model=model,
+        cuts=(*loaded.cuts, table),
+        weights_sha256=models.digest(model),
+        mask=loaded.mask and _cut_along(loaded, loaded.mask, table),
+    )
+
+
+@torch.no_grad()
+def _cut_along(loaded: Loaded, mask: Mask, table: surgery.Table) -> Mask:
+    """The mask of a sparse model after a cut: what surgery makes of weights of one and zero."""
+    twin = copy.deepcopy(loaded.model)
+    for site, keep in mask.keep.items():
+        sparsity.weight_of(twin, site).copy_(keep)
+    surgery.replay(twin, table)
+    kept = {site: sparsity.weight_of(twin, site).cpu() != 0 for site in mask.keep}
+    return Mask({replace(site, n_units=keep.numel()): keep for site, keep in kept.items()})
+
+
+def weight_mask(
+    loaded: Loaded,
+    sites: Sequence[Site],
+    data: Batch,
+    criterion: str,
+    ratio: float,
+    scope: str,
+    *,
+    generator: torch.Generator,
+    sequential: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Mask:
+    """Which single weights stay, by one criterion: `sparsity.mask_of` of its scores; what is gone already stays gone.
+
+    With `sequential` a layer is scored in the network in which all layers called before it are pruned already, in one
+    pass over the images for each layer. Wanda's reference goes block by block, and measures the layers of a block
+    before any of them is pruned: what a block is only some networks say. Needs a scope within a layer.
+
+    Raises UsageError for what `check_sequential` and `sparsity.mask_of` refuse.
+    """
+    method, chosen = criteria[criterion], dict(options or {})
+    if not sequential:
+        scores: Scores = method(loaded.model, sites, data, generator=generator, **chosen)
+        return sparsity.mask_of(scores, ratio, scope, within=loaded.mask)
+    check_sequential(criterion, scope)
+    model = copy.deepcopy(loaded.model)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        order = hooks.calls(model, data.x[:1].to(device))
+    first = {name: position for position, name in reversed(list(enumerate(order)))}
+    keep: dict[Site, torch.Tensor] = {}
+    for site in sorted(sites, key=lambda site: first.get(site.layer, len(order))):
+        found = sparsity.mask_of(
+            method(model, [site], data, generator=generator, **chosen), ratio, scope, within=loaded.mask
+        )
+        sparsity.enforce(model, found)
+        keep |= found.keep
+    return Mask({site: keep[site] for site in sites})
+
+
+def check_sequential(criterion: str, scope: str) -> None:
+    """Refuse to recalibrate layer by layer where it has no meaning."""
+    if not criteria[criterion].facts.get("needs_data", True):
+        raise UsageError(f"{criterion} looks at no image, so there is nothing to recalibrate: leave sequential out")
+    if scope == "global":
+        raise UsageError("sequential prunes layer by layer, scope global compares all layers: give scope layer or row")
+
+
+def sparse(loaded: Loaded, mask: Mask) -> Loaded:
+    """A copy of the model with the weights that a mask removes at zero, and the mask beside it.
+
+    Masked zeros are not compression: the network keeps its shape, and with it its size and its latency. Layers that an
+    older mask of the model speaks of and this one doesn't stay as they are.
+
+    Raises ModelError for a mask of another architecture.
+    """
+    sparsity.check_fits(loaded.model, mask)
+    model = copy.deepcopy(loaded.model)
+    sparsity.enforce(model, mask)
+    both = Mask({**(loaded.mask.keep if loaded.mask else {}), **mask.keep})
+    return replace(loaded, model=model, weights_sha256=models.digest(model), mask=both)
 
 
 def check_round_to(round_to: int) -> None:
@@ -96,8 +177,10 @@ def save(
 ) -> Recipe:
     """The recipe written: a new folder with `model.safetensors`, `recipe.json` and further `files` by name.
 
-    `sukashi.load(folder)` rebuilds the model. `provenance` says where it comes from, `figures` what was measured; both
-    are JSON. The folder appears whole or not at all: it is written beside its place and then renamed.
+    A mask goes into `masks.safetensors`, one bit a weight: a 32nd of the weights' size on top of them, for zeros are
+    stored like any number. `sukashi.load(folder)` rebuilds the model. `provenance` says where it comes from, `figures`
+    what was measured; both are JSON. The folder appears whole or not at all: it is written beside its place and then
+    renamed.
 
     Raises UsageError for a folder that exists, ResourceError where there is no space or no right to write.
     """
@@ -106,6 +189,12 @@ def save(
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
     # No metadata: safetensors writes it in random order, and equal models should give equal bytes.
     weights = safetensors.torch.save(state)
+    contents = {WEIGHTS: weights}
+    masked = None
+    if loaded.mask is not None:
+        contents[MASKS] = safetensors.torch.save(sparsity.pack(loaded.mask))
+        shapes = {site.layer: tuple(keep.shape) for site, keep in loaded.mask.keep.items()}
+        masked = models.MaskRecipe(sha256=hashlib.sha256(contents[MASKS]).hexdigest(), shapes=shapes)
     recipe = Recipe(
         format=1,
         model=models.ArchitectureRecipe(spec=loaded.spec, **loaded.options),
@@ -117,8 +206,11 @@ def save(
         tensors=models.tensor_digests(state),
         provenance=dict(provenance),
         figures=dict(figures),
+        mask=masked,
     )
-    contents = {WEIGHTS: weights, RECIPE: json.dumps(recipe.model_dump(), allow_nan=False).encode(), **(files or {})}
+    # A recipe without a mask is what it was before there were any.
+    written = recipe.model_dump(exclude=None if masked else {"mask"})
+    contents |= {RECIPE: json.dumps(written, allow_nan=False).encode(), **(files or {})}
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _beside(folder) as draft:

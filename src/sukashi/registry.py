@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sukashi.errors import UsageError
+from sukashi.types import Kind
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -58,17 +59,30 @@ class Method:
                 default = getattr(self.options[name], "__name__", repr(self.options[name]))
                 raise UsageError(f"{name} of {self.name} {rule}, got {value!r}: its default is {default}") from None
 
+    def check_kinds(self, kinds: Iterable[Kind]) -> None:
+        """Refuse sites of a kind that is not among the method's own `kinds`."""
+        for kind in kinds:
+            if kind not in self.facts["kinds"]:
+                raise UsageError(
+                    f"{self.name} scores sites of kind {', '.join(self.facts['kinds'])}, not {kind!r}: criteria of "
+                    "single weights go with a scope, those of units without one"
+                )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.check_options({name: value for name, value in kwargs.items() if name in self.options})
+        if "kinds" in self.facts:
+            sites = inspect.signature(self.fn).bind_partial(*args, **kwargs).arguments["sites"]
+            self.check_kinds(site.kind for site in sites)
         return self.fn(*args, **kwargs)
 
 
 class Registry:
-    """A named collection of methods; `register` is a decorator."""
+    """A named collection of methods; `register` is a decorator. `facts` are those of methods that say nothing else."""
 
-    def __init__(self, noun: str, plural: str) -> None:
+    def __init__(self, noun: str, plural: str, **facts: Any) -> None:
         self.noun = noun
         self.plural = plural
+        self.facts = facts
         self._methods: dict[str, Method] = {}
 
     def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Function], Function]:
@@ -77,7 +91,7 @@ class Registry:
         def add(fn: Function) -> Function:
             assert name == fn.__name__, f"registry key {name!r} and function {fn.__name__!r} differ"
             assert name not in self._methods, f"{self.noun} {name!r} is registered twice"
-            self._methods[name] = Method(name, fn, source, facts)
+            self._methods[name] = Method(name, fn, source, {**self.facts, **facts})
             return fn
 
         return add

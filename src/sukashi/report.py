@@ -4,9 +4,10 @@ Of a trial's result it shows `sauce`, `relative_sauce`, `largest_fraction`, `den
 are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for each point of the curve), `cost`
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
-shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut`, each with any of FIGURES and
-`class_accuracy`; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that
-of a provenance, is "cut" (the default) or "zero".
+shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut` (or `sparse`, where single weights
+were removed), each with any of FIGURES and `class_accuracy`; `layers` (`layer`, `shape`, `weights`, `removed`) of a
+sparse one; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that of a
+provenance, is "cut" (the default) or "zero".
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ FIGURES = {
     "accuracy": ("accuracy", "percent"),
     "ratio": ("units removed", "percent"),
     "fraction": ("parameters removed", "percent"),
+    "sparsity": ("zeros in the masked layers", "percent"),
+    "zeros": ("zeros in all parameters", "percent"),
     "parameters": ("parameters", "count"),
     "flops": ("FLOPs an image", "count"),
     "latency_ms": ("latency, ms", "number"),
@@ -51,6 +54,8 @@ MODES = {
     "cut": "Units were removed physically: every accuracy is that of a network with smaller layers.",
     "zero": "Units were zeroed, not cut out: nothing reads them any more, while shape, size and speed stay those of "
     "the dense network. Logits are those of a physical cut.",
+    "sparse": "Single weights were set to zero. Masked zeros are not compression: the network keeps its shape, a zero "
+    "is stored and multiplied like any number, and neither size nor latency falls on this hardware.",
 }
 # What the fraction on the axis is of.
 REMOVED = {"cut": "parameters removed", "zero": "units zeroed"}
@@ -182,6 +187,8 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
         "categories": list(with_categories),
         "costs": _cost_table(costs),
         "worst": _worst_of(leader),
+        "what": "cut",
+        "layers": [],
         "settings": {
             **dict(page.flat(study.study)),
             "seeds finished": ", ".join(map(str, seeds)),
@@ -204,15 +211,16 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     except ValueError as error:
         raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): prune again into another folder") from error
     about, run = {"class_names": recipe.get("class_names"), **recipe.get("figures", {})}, recipe.get("provenance", {})
-    shown_above = ("dense", "cut", "notes", "class_names", "class_counts", "command", "versions")
-    dense, cut = about.get("dense", {}), about.get("cut", {})
-    mode = run.get("mode", "cut")
-    costs = {"dense": dense, "cut": cut}
+    shown_above = ("dense", "cut", "sparse", "layers", "notes", "class_names", "class_counts", "command", "versions")
+    what = "sparse" if "sparse" in about else "cut"
+    dense, cut = about.get("dense", {}), about.get(what, {})
+    mode = "sparse" if what == "sparse" else run.get("mode", "cut")
+    costs = {"dense": dense, what: cut}
     plans = [read_plan(folder / "plan.npz")] if (folder / "plan.npz").exists() else []
     with_categories = {plans[0].method: plans} if _has_categories(plans) else {}
-    verdict, rule = _verdict_of_cut(dense, cut, about.get("n_images"))
+    verdict, rule = _verdict_of_cut(dense, cut, about.get("n_images"), what)
     shown = {
-        "title": f"{recipe.get('model', {}).get('spec', 'model')}, pruned",
+        "title": f"{recipe.get('model', {}).get('spec', 'model')}, {'sparse' if what == 'sparse' else 'pruned'}",
         "verdict": verdict,
         "rule": rule,
         "warnings": [*about.get("notes", []), *(_slower(costs) if mode == "cut" else [])],
@@ -220,10 +228,11 @@ def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         "passes": {},
         "categories": list(with_categories),
         "costs": _cost_table(costs),
-        "worst": _worst_of_cut(about),
+        "worst": _worst_of_cut(about, what),
+        "what": what,
+        "layers": about.get("layers", []),
         "settings": dict(page.flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
         "mode": MODES[mode],
-        "removed": REMOVED[mode],
         "run": run,
     }
     return shown, {"categories": _draw_categories(with_categories)} if with_categories else {}
@@ -311,24 +320,29 @@ def _verdict(groups: Sequence[_Group], pairs: Sequence[_Pair]) -> tuple[str, str
     )
 
 
-def _verdict_of_cut(dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: int | None) -> tuple[str, str]:
+def _verdict_of_cut(
+    dense: Mapping[str, Any], cut: Mapping[str, Any], n_images: int | None, what: str
+) -> tuple[str, str]:
     parts = []
     if "accuracy" in dense and "accuracy" in cut:
         change = 100 * (cut["accuracy"] - dense["accuracy"])
         parts.append(
             f"accuracy goes from {page.percent(dense['accuracy'])} to {page.percent(cut['accuracy'])} ({change:+.1f})"
         )
+    if what == "sparse":
+        zeros = f"{page.percent(cut['sparsity'])} of the masked layers' weights ({page.percent(cut['zeros'])} of all parameters)"
+        parts.append(f"with {zeros} at zero: the network is as large and as slow as before")
     for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency_ms", "latency")):
-        if dense.get(name) and name in cut:
+        if what == "cut" and dense.get(name) and name in cut:
             parts.append(f"{noun} {100 * (cut[name] / dense[name] - 1):+.0f}%")
     if not parts:
         return "The network was cut; no figures were kept.", ""
-    said = ", ".join(parts)
+    said = (" " if what == "sparse" else ", ").join(parts)
     rule = ""
     if n_images and "accuracy" in cut:
         cut_share = share(round(cut["accuracy"] * n_images), n_images)
         rule = (
-            f"Measured on {n_images:,} test images; the 95% interval of the cut network's accuracy is "
+            f"Measured on {n_images:,} test images; the 95% interval of the {what} network's accuracy is "
             f"{page.percent(cut_share.low)} to {page.percent(cut_share.high)} (Wilson's)."
         )
     return f"{said[0].upper()}{said[1:]}.", rule
@@ -443,11 +457,14 @@ def _worst_of(group: _Group) -> dict[str, Any] | None:
     return {"where": where, "rows": _worst(results[0], np.mean(dense, axis=0), np.mean(cut, axis=0))}
 
 
-def _worst_of_cut(about: Mapping[str, Any]) -> dict[str, Any] | None:
-    dense, cut = (about.get(which, {}).get("class_accuracy") for which in ("dense", "cut"))
+def _worst_of_cut(about: Mapping[str, Any], what: str) -> dict[str, Any] | None:
+    dense, cut = (about.get(which, {}).get("class_accuracy") for which in ("dense", what))
     if dense is None or cut is None:
         return None
-    return {"where": "The cut network", "rows": _worst(about, *(np.array(x, dtype=np.float64) for x in (dense, cut)))}
+    return {
+        "where": f"The {what} network",
+        "rows": _worst(about, *(np.array(x, dtype=np.float64) for x in (dense, cut))),
+    }
 
 
 def _worst(about: Mapping[str, Any], dense: Array, cut: Array) -> list[dict[str, Any]]:

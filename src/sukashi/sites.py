@@ -22,6 +22,7 @@ from sukashi.types import Kind, Mask, Member, Site
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
 TOLERANCE = 1e-4
+_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def input_site(x: Tensor) -> Site:
@@ -48,16 +49,29 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
 
     Biases and normalisation layers are left out, as Suwal et al. 2025, sec. 3.1, do.
 
-    Raises ModelError for a layer to exclude that there is not.
+    Raises ModelError for a layer to exclude that there is not, where none is left, and for a layer that shares its
+    weight with another, computes it, or does not put it to its plain use (a transposed convolution, one that
+    standardises its weight): there a zero would not be what a mask takes it for.
     """
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name in exclude:
         if name not in layers:
             raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
-    return tuple(
-        Site(name, "weight", module.weight.numel(), 0) for name, module in layers.items() if name not in exclude
-    )
+    shared = _shared(model)
+    for name in [name for name in layers if name in exclude]:
+        del layers[name]
+    for name, module in layers.items():
+        if name in shared:
+            raise ModelError(f"layer {name!r} shares its weights with another: exclude both")
+        if type(module).forward not in _PLAIN or "weight" not in module._parameters:
+            raise ModelError(
+                f"layer {name!r}, a {type(module).__name__}, does something of its own with its weight or its input, "
+                "so a weight of zero may not be a connection less: exclude it"
+            )
+    if not layers:
+        raise ModelError("no convolution or linear layer is left whose weights could be removed: exclude fewer")
+    return tuple(Site(name, "weight", module.weight.numel(), 0) for name, module in layers.items())
 
 
 @dataclass(frozen=True)

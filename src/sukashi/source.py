@@ -66,8 +66,11 @@ class Source:
     device: str = "auto"
     workers: int = 0
 
-    def open(self) -> Setting:
-        """The model and the data, loaded; whatever does not fit is refused before anything is computed."""
+    def open(self, *, units: bool = True) -> Setting:
+        """The model and the data, loaded; whatever does not fit is refused before anything is computed.
+
+        Without `units` nobody looks for what could be cut, and nothing need be found.
+        """
         place = pick_device(self.device)
         if self.calibration < 1:
             raise UsageError(
@@ -108,7 +111,7 @@ class Source:
         loaded.model.to(place)
         setting = Setting(self, loaded, images, Found((), {}), place)
         models.probe(loaded, setting.example)
-        return replace(setting, found=sites.find(loaded.model, setting.example))
+        return replace(setting, found=sites.find(loaded.model, setting.example)) if units else setting
 
 
 @dataclass(frozen=True)

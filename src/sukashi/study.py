@@ -17,7 +17,8 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from sukashi import progress, pruned, report, stats, surgery
+from sukashi import progress, pruned, report, sites, sparsity, stats, surgery
+from sukashi.criteria import UNITS
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
 from sukashi.errors import ModelError, SukashiError, UsageError
@@ -27,7 +28,7 @@ from sukashi.sampling import SAMPLINGS, check_sampling
 from sukashi.source import Reading, Setting, Source
 from sukashi.stats import Interval
 from sukashi.store import Record, Store, Writer, plan_bytes
-from sukashi.types import Batch, Curve, Plan, Scores, Trial, check_ratio, rank
+from sukashi.types import Batch, Curve, Mask, Plan, Scores, Trial, check_ratio, rank
 
 LATENCY_BATCH = 32
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
@@ -102,6 +103,7 @@ def compare(
     samplings = [sampling] if isinstance(sampling, str) else list(sampling)
     for name in criteria:
         check_options(name, (options or {}).get(name, {}))
+        registry[name].check_kinds(UNITS)
     for name in options or {}:
         if name not in criteria:
             raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {list(criteria)}")
@@ -333,6 +335,9 @@ def prune(
     mode: str = "cut",
     round_to: int | None = None,
     onnx: bool = False,
+    scope: str | None = None,
+    exclude: Sequence[str] = (),
+    sequential: bool = False,
     seed: int = 0,
     sampling: str = "random",
     options: Mapping[str, Any] | None = None,
@@ -346,44 +351,88 @@ def prune(
     silent: logits are those of the cut network, size and speed those of the dense one, and nothing is rounded.
     `sukashi.load(out)` rebuilds the model; with `onnx` the folder holds `model.onnx` too, checked in onnxruntime.
 
-    Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed.
+    With a `scope` (see `sparsity.mask_of`) single weights are set to zero instead, those of convolutions and linear
+    layers but `exclude`; with `sequential` layer by layer (see `pruned.weight_mask`). The mask is saved too, and the
+    network is as large and as slow as before.
+
+    Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed. With a
+    scope "sparse" stands for "cut", and "layers" counts the weights removed in each.
     """
     check_ratio(ratio)
     check_options(criterion, options or {})
+    registry[criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(sampling)
     surgery.check_mode(mode)
-    if mode == "zero" and round_to not in (None, 1):
-        raise UsageError(f"round_to is for widths, and mode zero changes none, got {round_to}: leave it out")
-    round_to = (pruned.ROUND_TO if mode == "cut" else 1) if round_to is None else round_to
-    pruned.check_round_to(round_to)
+    if scope is None:
+        if exclude or sequential:
+            name = "exclude" if exclude else "sequential"
+            raise UsageError(f"{name} is for single weights: give a scope too ({', '.join(sparsity.SCOPES)} or N:M)")
+        if mode == "zero" and round_to not in (None, 1):
+            raise UsageError(f"round_to is for widths, and mode zero changes none, got {round_to}: leave it out")
+        round_to = (pruned.ROUND_TO if mode == "cut" else 1) if round_to is None else round_to
+        pruned.check_round_to(round_to)
+    else:
+        if mode != "cut" or round_to is not None:
+            name = f"mode {mode}" if mode != "cut" else "round_to"
+            raise UsageError(f"{name} is for units, and scope {scope} removes single weights: leave one of them out")
+        sparsity.check_scope(scope, ratio)
+        if sequential:
+            pruned.check_sequential(criterion, scope)
     pruned.check_free(Path(out))
     if onnx:
         pruned.check_onnx_installed()
-    setting = Source(model, data, **reading).open()
-    plan = plan_for(setting, criterion, seed, sampling=sampling, options=options)
-    mask = pruned.round_mask(plan, ratio, round_to)
+    setting = Source(model, data, **reading).open(units=scope is None)
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.class_names)
-    small = pruned.cut(dense, mask, mode)
+    files: dict[str, bytes] = {}
+    how: dict[str, Any]
+    if scope is None:
+        what, how = "cut", {"mode": mode, "round_to": round_to}
+        plan = plan_for(setting, criterion, seed, sampling=sampling, options=options)
+        mask = pruned.round_mask(plan, ratio, round_to or 1)
+        small = pruned.cut(dense, mask, mode)
+        files["plan.npz"] = plan_bytes(plan)
+    else:
+        what, how = "sparse", {"scope": scope, "sequential": sequential}
+        how |= {"exclude": list(exclude)} if exclude else {}
+        found = sites.weights(dense.model, exclude)
+        sparsity.check_shapes(scope, {site.layer: sparsity.weight_of(dense.model, site).shape for site in found})
+        mask = pruned.weight_mask(
+            *(dense, found, setting.calibration(seed, sampling), criterion, ratio, scope),
+            generator=torch.Generator().manual_seed(seed),
+            sequential=sequential,
+            options=options,
+        )
+        small = pruned.sparse(dense, mask)
     test = setting.test()
     costs = cost.cost(dense.model, small.model, setting.example)
-    figures = {}
-    for name, loaded in (("dense", dense), ("cut", small)):
+    figures: dict[str, dict[str, Any]] = {}
+    for name, loaded, cost_of in (("dense", dense, costs["dense"]), (what, small, costs["cut"])):
         correct = _correct(setting, loaded, test)
         by_class = _by_class(correct, test, dense.n_classes)
-        figures[name] = {"accuracy": float(correct.mean()), **costs[name], "class_accuracy": by_class}
-    figures["cut"]["ratio"] = mask.n_removed / mask.n_units
-    figures["cut"]["fraction"] = 1 - costs["cut"]["parameters"] / costs["dense"]["parameters"]
-    cautions = _cautions(ratio, figures, round_to, mode)
+        figures[name] = {"accuracy": float(correct.mean()), **cost_of, "class_accuracy": by_class}
+    removed = mask.n_removed / mask.n_units
+    layers = {}
+    if scope is None:
+        figures["cut"]["ratio"] = removed
+        figures["cut"]["fraction"] = 1 - costs["cut"]["parameters"] / costs["dense"]["parameters"]
+        cautions = _cautions(ratio, figures, round_to or 1, mode)
+    else:
+        for name, loaded in (("dense", dense), ("sparse", small)):
+            figures[name] |= sparsity.zeros(loaded.model, mask)
+        layers["layers"] = [
+            {"layer": site.layer, "shape": list(keep.shape), "weights": keep.numel(), "removed": int((~keep).sum())}
+            for site, keep in mask.keep.items()
+        ]
+        cautions = _cautions_of_weights(ratio, removed, mask)
     provenance = {
         "command": command or "sukashi.prune(...)",
         "criterion": criterion,
         "options": dict(options or {}),
         "sampling": sampling,
-        "mode": mode,
         "ratio_asked": ratio,
-        "ratio": figures["cut"]["ratio"],
-        "round_to": round_to,
+        "ratio": removed,
+        **how,
         "seed": seed,
         "data": {**setting.about_data, "test_images": len(test)},
         "dense_weights_sha256": dense.weights_sha256,
@@ -398,8 +447,9 @@ def prune(
         "class_names": list(setting.data.class_names),
         "class_counts": torch.bincount(test.target, minlength=dense.n_classes).tolist(),
         "notes": [*setting.data.notes, *cautions],
+        **layers,
     }
-    pruned.save(out, small, provenance=provenance, figures=about, files={"plan.npz": plan_bytes(plan)})
+    pruned.save(out, small, provenance=provenance, figures=about, files=files)
     try:
         if onnx:
             pruned.export_onnx(small, Path(out) / "model.onnx")
@@ -412,8 +462,10 @@ def prune(
     return {
         "out": str(out),
         "report": str(page),
-        "ratio": figures["cut"]["ratio"],
+        "ratio": removed,
         **short,
+        **layers,
+        **({} if scope is None else {"note": report.MODES["sparse"]}),
         "warnings": cautions,
         "versions": versions(),
     }
@@ -437,6 +489,16 @@ def _cautions(asked: float, figures: Mapping[str, Any], round_to: int, mode: str
         found.append(f"{cut['ratio']:.1%} of the units were removed, {asked:.1%} were asked for: {why}")
     if mode == "cut" and cut["latency_ms"] > dense["latency_ms"]:
         found.append("the cut model is slower than the dense one here: try another --round-to")
+    return found
+
+
+def _cautions_of_weights(asked: float, removed: float, mask: Mask) -> list[str]:
+    empty = [layer for layer, kept in sparsity.density(mask).items() if kept == 0]
+    found = [f"layer {layer} has no weight left: what it writes is its bias, whatever the image" for layer in empty]
+    if abs(removed - asked) > 0.02:
+        found.append(
+            f"{removed:.1%} of the weights were removed, {asked:.1%} were asked for: whole numbers of each group go"
+        )
     return found
 
 
@@ -486,7 +548,8 @@ def check(
                 continue
             begun = time.perf_counter()
             try:
-                method(setting.loaded.model, found.sites, few, generator=torch.Generator())
+                places = found.sites if "channel" in method.facts["kinds"] else sites.weights(setting.loaded.model)
+                method(setting.loaded.model, places, few, generator=torch.Generator())
                 seconds[method.name] = (time.perf_counter() - begun) * len(batch) / len(few)
             except SukashiError as error:
                 cannot[method.name] = str(error)

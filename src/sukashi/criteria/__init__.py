@@ -1,11 +1,15 @@
 """Criteria: how important each unit is, or in which order units go.
 
-Facts of a criterion: `needs_data` (False where it looks at no image), `progressive` (decides while it removes),
-`visits` (how often it asks about a unit, from which its time is estimated: a bound where the network shrinks).
+Facts of a criterion: `kinds` (the kinds of site it scores; where it doesn't say, units that can be cut), `needs_data`
+(False where it looks at no image), `progressive` (decides while it removes), `visits` (how often it asks about a
+unit, from which its time is estimated: a bound where the network shrinks).
 """
 
 from sukashi.registry import Registry
+from sukashi.types import Kind
 
-criteria = Registry("criterion", "criteria")
+UNITS: tuple[Kind, ...] = ("channel", "hidden", "head")
 
-from sukashi.criteria import attributed, causal, drift, weights  # noqa: E402, F401
+criteria = Registry("criterion", "criteria", kinds=UNITS)
+
+from sukashi.criteria import attributed, causal, drift, wanda, weights  # noqa: E402, F401

@@ -82,12 +82,6 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
         batch_size: Annotated[int, Field(ge=1)] = 64,
         **options: Any,
     ) -> Scores:
-        for site in sites:
-            if site.kind not in ("channel", "hidden", "head"):
-                raise UsageError(
-                    f"site {site.layer!r} is of kind {site.kind!r}, which {attribution.name} cannot score: give "
-                    "channels, hidden units or attention heads"
-                )
         attribution.check_options(options)
         baseline = options.get("baseline")
         if isinstance(baseline, Tensor) and baseline.dim() == data.x.dim() and len(baseline) > 1:

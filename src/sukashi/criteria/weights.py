@@ -7,25 +7,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sukashi.criteria import criteria
+from sukashi.criteria import UNITS, criteria
+from sukashi.sparsity import weight_of
 from sukashi.types import Batch, Scores, Site
 
 
-@criteria.register("random", source="Cheng et al. 2024, the baseline of Bauvin et al. 2025, sec. 4.1", needs_data=False)
+@criteria.register(
+    "random",
+    source="Cheng et al. 2024, the baseline of Bauvin et al. 2025, sec. 4.1",
+    kinds=(*UNITS, "weight"),
+    needs_data=False,
+)
 def random(model: nn.Module, sites: Sequence[Site], data: Batch, *, generator: torch.Generator) -> Scores:
     """Independent uniform scores in [0, 1), drawn on the CPU site by site."""
-    values = {site: torch.rand(site.n_units, generator=generator, dtype=torch.float64) for site in sites}
+    shapes = {site: weight_of(model, site).shape if site.kind == "weight" else (site.n_units,) for site in sites}
+    values = {site: torch.rand(shape, generator=generator, dtype=torch.float64) for site, shape in shapes.items()}
     return Scores(values, 0, "random")
 
 
-@criteria.register("magnitude", source="Bauvin et al. 2025, OMP of sec. 4.1; Li et al. 2017", needs_data=False)
+@criteria.register(
+    "magnitude",
+    source="Bauvin et al. 2025, OMP of sec. 4.1; Li et al. 2017; of weights Han et al. 2015",
+    kinds=(*UNITS, "weight"),
+    needs_data=False,
+)
 def magnitude(model: nn.Module, sites: Sequence[Site], data: Batch, *, generator: torch.Generator) -> Scores:
     """Mean absolute weight of what produces a unit: s_u = mean_m mean_j |W_m[u, j]| over the producers m of its site.
 
     The plain L1 norm grows with the fan-in, so that a global ranking would empty the layers with few inputs first;
     dividing by the fan-in makes layers comparable (SAUCE 36 against 18 on a CIFAR ResNet-20).
+
+    A single weight's score is |w|, in the weight's own type: nothing is computed that could need another.
     """
-    return Scores({site: producer_magnitude(model, site) for site in sites}, 0, "magnitude")
+    values = {
+        site: weight_of(model, site).detach().abs().cpu() if site.kind == "weight" else producer_magnitude(model, site)
+        for site in sites
+    }
+    return Scores(values, 0, "magnitude")
 
 
 def producer_magnitude(model: nn.Module, site: Site) -> Tensor:

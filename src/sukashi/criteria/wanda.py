@@ -1,0 +1,112 @@
+"""Wanda: single weights, by their size times the norm of what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from sukashi import hooks, progress
+from sukashi.criteria import criteria
+from sukashi.errors import ModelError
+from sukashi.precision import exact
+from sukashi.sparsity import weight_of
+from sukashi.types import Batch, Scores, Site
+
+_CHUNK = 2**22  # numbers that are squared in float64 at once
+
+
+@criteria.register("wanda", source="Sun et al. 2024, eq. 1; Zhang et al. 2026 (IMPACT), eq. 1", kinds=("weight",))
+def wanda(
+    model: nn.Module,
+    sites: Sequence[Site],
+    data: Batch,
+    *,
+    generator: torch.Generator,
+    batch_size: Annotated[int, Field(ge=1)] = 64,
+) -> Scores:
+    """Size of a weight times the norm of its input: S_ij = |W_ij| ||X_j||_2, over all images and positions.
+
+    Of a linear layer X_j is feature j of every token of every image. A convolution is the linear layer that reads
+    windows: j counts input channel, row and column of the kernel, and X_j is what meets that weight wherever the kernel
+    lies, padding included. Norms of whole channels, which leave out that the border of a map is met by some weights
+    only, put 4 % of a mask's weights on the other side.
+
+    All layers are measured in one pass over the images, sums of squares in float64. `batch_size` bounds the images in
+    one pass; results do not depend on it.
+
+    Raises ModelError for a layer that is neither linear nor a 2d convolution, or that reads nothing in a pass.
+    """
+    layers = {site.layer: model.get_submodule(site.layer) for site in sites}
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise ModelError(
+                f"layer {name!r} is a {type(layer).__name__}: wanda scores linear layers and 2d convolutions, "
+                "exclude it"
+            )
+    device = next(model.parameters()).device
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        layer = layers[name]
+        found = _of_features(x) if isinstance(layer, nn.Linear) else _of_windows(layer, x)
+        squares[name] = squares[name] + found if name in squares else found
+
+    with (
+        progress.task("wanda", len(data)) as shown,
+        exact(),
+        hooks.visited(model, {name: partial(add, name) for name in layers}),
+    ):
+        for batch in data.split(batch_size):
+            model(batch.x.to(device))
+            shown.advance(len(batch))
+    values = {}
+    for site in sites:
+        if site.layer not in squares:
+            raise ModelError(f"layer {site.layer!r} reads nothing when the model runs: exclude it")
+        weight = weight_of(model, site).detach().cpu().double().abs()
+        values[site] = weight * _shaped_like(weight, squares[site.layer].cpu().sqrt())
+    return Scores(values, len(data), "wanda")
+
+
+def _of_features(x: Tensor) -> Tensor:
+    """(in,) sums of squares of x (..., in)."""
+    return _sum_of_squares(x.reshape(-1, x.shape[-1]))
+
+
+def _of_windows(layer: nn.Module, x: Tensor) -> Tensor:
+    """(C, kh, kw) sums of squares of what meets each place of a convolution's kernel, of x (B, C, H, W)."""
+    assert isinstance(layer, nn.Conv2d)
+    # Padding copies numbers or puts zeros, so it may come after squares and sums.
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    map_CHW = F.pad(_sum_of_squares(x)[None], layer._reversed_padding_repeated_twice, mode=mode)[0]
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    n_rows = (map_CHW.shape[1] - dh * (kh - 1) - 1) // sh + 1
+    n_columns = (map_CHW.shape[2] - dw * (kw - 1) - 1) // sw + 1
+    met = [
+        map_CHW[:, i * dh :: sh, j * dw :: sw][:, :n_rows, :n_columns].sum((1, 2))
+        for i, j in product(range(kh), range(kw))
+    ]
+    return torch.stack(met, 1).view(-1, kh, kw)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """(...) in float64 out of (N, ...), a bounded number at a time."""
+    parts = x.split(max(1, _CHUNK // max(1, x[:1].numel())))
+    return sum((part.double().square().sum(0) for part in parts), torch.zeros((), dtype=torch.float64, device=x.device))
+
+
+def _shaped_like(weight: Tensor, norms: Tensor) -> Tensor:
+    """Norms of the inputs of a layer, (in,) or (C, kh, kw), as its weight (out, C / groups, ...) reads them."""
+    n_groups = len(norms) // weight.shape[1]
+    return (
+        norms.view(n_groups, 1, *weight.shape[1:])
+        .expand(n_groups, len(weight) // n_groups, *weight.shape[1:])
+        .reshape(weight.shape)
+    )
