@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sukashi import store
-from sukashi.errors import ModelError
+from sukashi.errors import ModelError, UsageError, writing
 
 FILE = "checkpoint.safetensors"
+HISTORY = "history.jsonl"
+_SAID = ".said"  # made by the process that says why a run of several ends
+_PAUSE = 20  # a checkpoint that took t seconds is followed by this times t without another
 _KEY = "training"  # of the header's metadata; one alone, for safetensors writes several in random order
 
 
@@ -83,6 +89,55 @@ def restore(path: Path, state: State) -> None:
         kept.setdefault(int(number), {})[rest] = tensor
     state.optimizer.load_state_dict({"state": kept, "param_groups": state.optimizer.state_dict()["param_groups"]})
     state.step, state.sums, state.history = said["step"], said["sums"], said["history"]
+
+
+class Checkpoints:
+    """Writes the states of a run to its folder, `seconds` apart and more where that takes long."""
+
+    def __init__(self, out: Path, described: Mapping[str, Any], seconds: float) -> None:
+        self.out, self.described, self.seconds = out, described, seconds
+        self.next = time.monotonic() + seconds
+
+    def due(self) -> bool:
+        return time.monotonic() >= self.next
+
+    def keep(self, state: State) -> None:
+        start = time.monotonic()
+        save(self.out / FILE, state, self.described)
+        store.write(self.out / HISTORY, b"".join(store.canonical(entry) + b"\n" for entry in state.history))
+        end = time.monotonic()
+        self.next = end + max(self.seconds, _PAUSE * (end - start))
+
+
+@contextlib.contextmanager
+def held(out: Path, described: Mapping[str, Any]) -> Iterator[None]:
+    """The folder of a run, held for this process; UsageError where it holds another run, or something else."""
+    kept = out / FILE
+    if out.is_dir() and not kept.exists():
+        foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if foreign:
+            raise UsageError(f"{out} is not empty ({foreign[0]}) and holds no training: choose another --out")
+    elif out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: --out needs a folder")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with store.lock(out):
+        if kept.exists():
+            store.refuse_other(out, facts(kept)["about"], described)
+        for path in (*out.glob(".*.tmp"), out / _SAID):
+            path.unlink(missing_ok=True)
+        yield
+
+
+def claim(out: Path) -> bool:
+    """Whether this process is the first of its run to say why the run ends."""
+    try:
+        os.close(os.open(out / _SAID, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # no such folder, or no space in it: better said twice than not at all
+    return True
 
 
 def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

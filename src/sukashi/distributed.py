@@ -60,11 +60,6 @@ def world(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def first() -> bool:
-    """Whether this process is the one that speaks: the only one, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone: gloo and NCCL have no class of their own for it."""
     said = str(error)

@@ -5,7 +5,8 @@ are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for 
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
 shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut`, each with any of FIGURES and
-`class_accuracy`; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that
+`class_accuracy`; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. The figures of a trained
+folder have a `history` instead, see `training.Fitted`. A study's `mode`, and that
 of a provenance, is "cut" (the default) or "zero".
 """
 
@@ -24,7 +25,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from sukashi import store
@@ -132,14 +133,16 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
     if (folder / "study.json").exists():
         page, figures = _compared(Store(folder), margin)
     elif (folder / "recipe.json").exists():
-        page, figures = _pruned(folder)
+        recipe = _recipe(folder)
+        trained = "history" in recipe.get("figures", {})
+        page, figures = _trained(recipe) if trained else _pruned(folder, recipe)
     else:
-        raise UsageError(f"{folder} holds no study and no pruned model: give the --out of a compare or a prune")
+        raise UsageError(f"{folder} holds no study and no saved model: give the --out of a compare, a prune or a train")
     (folder / "figures").mkdir(exist_ok=True)
     for name, png in figures.items():
         store.write(folder / "figures" / f"{name}.png", png)
     inlined = {name: base64.b64encode(png).decode() for name, png in figures.items()}
-    return _rendered("report.html.j2", folder, figures=inlined, **page)
+    return _rendered(page.pop("template", "report.html.j2"), folder, figures=inlined, **page)
 
 
 def write_grid(
@@ -238,11 +241,39 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
     return page, figures
 
 
-def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _recipe(folder: Path) -> dict[str, Any]:
     try:
-        recipe = json.loads((folder / "recipe.json").read_bytes())
+        return dict(json.loads((folder / "recipe.json").read_bytes()))
     except ValueError as error:
-        raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): prune again into another folder") from error
+        raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): make it again in another folder") from error
+
+
+def _trained(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    about, run = recipe["figures"], recipe["provenance"]
+    reached = share(round(about["accuracy"] * about["n_images"]), about["n_images"])
+    before = about.get("accuracy_before")
+    verdict = f"{_percent(about['accuracy'])} of {about['n_images']:,} test images are right"
+    if before is not None:
+        verdict += f", {_percent(before)} before ({100 * (about['accuracy'] - before):+.1f})"
+    epochs = f"{about['epochs']} epoch{'s' if about['epochs'] > 1 else ''}"
+    shown_above = ("command", "versions", "history", "notes", "class_accuracy", "class_counts")
+    page = {
+        "template": "training.html.j2",
+        "title": f"{recipe['model']['spec']}, {'trained' if before is None else 'fine-tuned'}",
+        "verdict": f"{verdict}.",
+        "rule": f"Weights of epoch {about['epoch']} of {epochs}. The 95% interval of the accuracy is "
+        f"{_percent(reached.low)} to {_percent(reached.high)} (Wilson's); the test images chose nothing.",
+        "warnings": about["notes"],
+        "history": about["history"],
+        "epoch": about["epoch"],
+        "classes": list(zip(recipe["class_names"] or (), about["class_counts"], about["class_accuracy"], strict=False)),
+        "settings": dict(_flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
+        "run": run,
+    }
+    return page, {"epochs": _draw_epochs(about["history"], about["epoch"])}
+
+
+def _pruned(folder: Path, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     about, run = {"class_names": recipe.get("class_names"), **recipe.get("figures", {})}, recipe.get("provenance", {})
     shown_above = ("dense", "cut", "notes", "class_names", "class_counts", "command", "versions")
     dense, cut = about.get("dense", {}), about.get("cut", {})
@@ -554,6 +585,29 @@ def _draw_curves(groups: Sequence[_Group], removed: str) -> bytes:
         loc="outside right center",
     )
     _calm(axes)
+    return _png(figure)
+
+
+def _draw_epochs(history: Sequence[Mapping[str, Any]], chosen: int) -> bytes:
+    """Losses and, beside them, accuracy and learning rate by epoch."""
+    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    losses, right = figure.subplots(1, 2)
+    epochs = [entry["epoch"] for entry in history]
+    validated = history[0]["val_loss"] is not None
+    losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", ms=3, color="#0072B2", label="training")
+    if validated:
+        losses.plot(epochs, [entry["val_loss"] for entry in history], "o-", ms=3, color="#D55E00", label="validation")
+        right.plot(epochs, [entry["val_accuracy"] for entry in history], "o-", ms=3, color="#D55E00", label="accuracy")
+        right.yaxis.set_major_formatter(PercentFormatter(1))
+    else:
+        right.plot(epochs, [entry["lr"] for entry in history], "o-", ms=3, color=INK)
+    losses.set(xlabel="epoch", ylabel="cross entropy")
+    right.set(xlabel="epoch", ylabel="accuracy on validation images" if validated else "learning rate")
+    losses.legend(frameon=False)
+    for axes in (losses, right):
+        axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=":")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _calm(axes)
     return _png(figure)
 
 

@@ -24,8 +24,8 @@ CALIBRATION = 32
 TEST_IMAGES = 2000
 
 
-class Reading(TypedDict, total=False):
-    """How a model and a dataset are read: the keywords of a `Source`, which `check`, `compare` and `prune` take too."""
+class Opening(TypedDict, total=False):
+    """How a model and a dataset are opened: keywords of a `Source` that every function which takes both has."""
 
     weights: str | Path | None
     width: int | None
@@ -35,10 +35,15 @@ class Reading(TypedDict, total=False):
     skip_bad: bool
     class_map: Mapping[str, int] | None
     max_pixels: int
-    calibration: int
     test_images: int
     device: str
     workers: int
+
+
+class Reading(Opening, total=False):
+    """Those of `check`, `compare` and `prune`, which look at calibration images too."""
+
+    calibration: int
 
 
 @dataclass(frozen=True)

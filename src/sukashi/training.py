@@ -34,7 +34,7 @@ from sukashi.data import Data, Split
 from sukashi.data.augment import AUGMENTS, derived, draws, view
 from sukashi.data.frames import Frames, unit
 from sukashi.distributed import World, lost, world
-from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError, writing
+from sukashi.errors import DataError, LostProcess, ModelError, ResourceError, SukashiError, UsageError, writing
 from sukashi.models import Loaded
 from sukashi.precision import exact
 from sukashi.types import Mask, pass_size
@@ -42,12 +42,9 @@ from sukashi.types import Mask, pass_size
 RATES = {"sgd": 0.05, "adamw": 1e-3}
 DECAYS = {"sgd": 5e-4, "adamw": 0.05}
 MEMORY = 2**31
-HISTORY = "history.jsonl"
-_SAID = ".said"  # made by the process that says why a run of several ends
 
 _DROPS = (0.5, 0.75)  # shares of the epochs after which the step schedule divides by ten
 _SETTLE = 20  # steps between two looks at the losses on a GPU, each of which waits for it
-_PAUSE = 20  # a checkpoint that took t seconds is followed by this times t without another
 
 
 class Training(BaseModel):
@@ -149,11 +146,11 @@ def fit(
     device = next(loaded.model.parameters()).device if device is None else device
     train, validation, notes = splits(data, training)
     check(training, train, loaded, tensorboard)
-    checkpoints = _Checkpoints(out, about(loaded, data, training), seconds)
+    checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
     with world(device) as processes, contextlib.ExitStack() as stack:
         try:
             if processes.rank == 0:
-                stack.enter_context(_held(out, checkpoints.described))
+                stack.enter_context(checkpoint.held(out, checkpoints.described))
             stack.enter_context(torch.random.fork_rng([processes.device] if device.type == "cuda" else []))
             read = functools.partial(Frames.read, preprocess=loaded.preprocess, memory=memory, workers=workers)
             run = _Run(loaded, train, validation, training, processes, checkpoints.keep, read)
@@ -171,22 +168,18 @@ def fit(
                     _log(out, run.state.history)
             return run.fitted(resumed, notes)
         except SukashiError:
-            _claim(out)
+            checkpoint.claim(out)
             raise
         except RuntimeError as error:
             if processes.size == 1 or not lost(error):
                 raise
-            if not _claim(out):
+            if not checkpoint.claim(out):
                 raise SystemExit(ResourceError.exit_code) from None  # another process has said so
             step = checkpoint.facts(out / checkpoint.FILE)["step"]
             raise LostProcess(
                 f"a process of this run is gone ({' '.join(str(error).split())[:120]}): {out} keeps step {step}, give "
                 "the same command again to go on from there"
             ) from error
-
-
-class LostProcess(ResourceError):
-    """Another process of the run has died: said by the first that noticed, whichever it is."""
 
 
 def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[str, ...]]:
@@ -287,7 +280,8 @@ class _Run:
     ) -> None:
         self.loaded, self.training, self.processes, self.keep = loaded, training, processes, keep
         self.n_images, self.n_batches = len(train), _n_batches(len(train), training.batch_size)
-        model = copy.deepcopy(loaded.model).to(processes.device).requires_grad_().train()
+        model = copy.deepcopy(loaded.model).to(processes.device).to(memory_format=torch.channels_last)
+        model.requires_grad_().train()
         self.weights, self.keeps = ([], []) if loaded.mask is None else _masked(model, loaded.mask)
         if loaded.mask is not None:
             sparsity.enforce(model, loaded.mask)
@@ -362,7 +356,7 @@ class _Run:
     def _views(self, pixels: Tensor, uniform: Tensor | None) -> Tensor:
         """Pixels as the network reads them, (B, C, H, W) on its device."""
         preprocess = self.loaded.preprocess
-        x = unit(pixels.to(self.processes.device, non_blocking=True))
+        x = unit(pixels.to(self.processes.device, non_blocking=True, memory_format=torch.channels_last))
         if uniform is not None:
             x = view(x, AUGMENTS[self.training.augment](uniform, preprocess.height, preprocess.width))
         shape = (1, preprocess.channels, 1, 1)
@@ -467,55 +461,6 @@ class _Run:
             mask=mask if enforced else None,
         )
         return Fitted(loaded, tuple(self.state.history), self.chosen + 1, zeros, removed, resumed, notes)
-
-
-class _Checkpoints:
-    """When a state is written to the folder of a run, and that."""
-
-    def __init__(self, out: Path, described: Mapping[str, Any], seconds: float) -> None:
-        self.out, self.described, self.seconds = out, described, seconds
-        self.next = time.monotonic() + seconds
-
-    def due(self) -> bool:
-        return time.monotonic() >= self.next
-
-    def keep(self, state: State) -> None:
-        start = time.monotonic()
-        checkpoint.save(self.out / checkpoint.FILE, state, self.described)
-        store.write(self.out / HISTORY, b"".join(store.canonical(entry) + b"\n" for entry in state.history))
-        end = time.monotonic()
-        self.next = end + max(self.seconds, _PAUSE * (end - start))
-
-
-@contextlib.contextmanager
-def _held(out: Path, described: Mapping[str, Any]) -> Iterator[None]:
-    """The folder of a run, held for this process; UsageError where it holds another run, or something else."""
-    kept = out / checkpoint.FILE
-    if out.is_dir() and not kept.exists():
-        foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-        if foreign:
-            raise UsageError(f"{out} is not empty ({foreign[0]}) and holds no training: choose another --out")
-    elif out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: --out needs a folder")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with store.lock(out):
-        if kept.exists():
-            store.refuse_other(out, checkpoint.facts(kept)["about"], described)
-        for path in (*out.glob(".*.tmp"), out / _SAID):
-            path.unlink(missing_ok=True)
-        yield
-
-
-def _claim(out: Path) -> bool:
-    """Whether this process is the first of its run to say why the run ends."""
-    try:
-        os.close(os.open(out / _SAID, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    except OSError:
-        pass  # no such folder, or no space in it: better said twice than not at all
-    return True
 
 
 @contextlib.contextmanager
