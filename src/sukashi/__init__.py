@@ -3,6 +3,8 @@
 sukashi.check(model, data)                                  what would happen
 sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and save
 sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
+sukashi.train(model, data, out=folder, epochs=20)           train, from random weights or given ones
+sukashi.finetune(folder, data, out=folder, epochs=5)        train on, cuts and masks kept
 sukashi.grid.run("study.toml")                              a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
 sukashi.report.write(folder)                                the page of a folder, again
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
     from sukashi import grid, report
     from sukashi.models import load
     from sukashi.study import check, compare, prune
+    from sukashi.tuning import finetune, train
 
-__all__ = ["check", "compare", "grid", "load", "prune", "report"]
+__all__ = ["check", "compare", "finetune", "grid", "load", "prune", "report", "train"]
 
 # torch takes seconds to import and the command line must not wait for it.
 _HOMES = {
@@ -26,6 +29,8 @@ _HOMES = {
     "compare": ("sukashi.study", "compare"),
     "prune": ("sukashi.study", "prune"),
     "load": ("sukashi.models", "load"),
+    "train": ("sukashi.tuning", "train"),
+    "finetune": ("sukashi.tuning", "finetune"),
 }
 
 

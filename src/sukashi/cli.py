@@ -47,6 +47,8 @@ ModeOption = Annotated[
     str, typer.Option(help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units.")
 ]
 MarginOption = Annotated[float, typer.Option(help="Accuracy may be this much lower and count as lossless.")]
+TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write a TensorBoard log too.")]
+MemoryOption = Annotated[float, typer.Option(help="GiB of images a process may keep; others are decoded each time.")]
 OptionsOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of a criterion: NAME=VALUE, or CRITERION.NAME=VALUE. Repeatable."),
@@ -100,25 +102,62 @@ def _reading(
     """The options that check, compare and prune share, named as the keywords of their functions: a signature only."""
 
 
-def _reads(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `_reading` beside its own; it gets them as one dictionary, `reading`."""
-    shared = inspect.signature(_reading, eval_str=True).parameters
-    signature = inspect.signature(command, eval_str=True)
-    own = {name: p for name, p in signature.parameters.items() if name != "reading"}
+def _training(
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step, over all processes.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default 0.05 for sgd, 0.001 for adamw.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default 0.0005 for sgd, 0.05 for adamw.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, or step: a tenth after 1/2 and 3/4 of them.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Epochs in which the rate rises.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="Share of each target given to all classes.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, crop_flip, resized_crop or affine.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights; 0 = none.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop so many epochs after the best; 0 = never.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of each class to choose on, without a val.")] = None,
+    enforce_mask: Annotated[
+        bool | None, typer.Option("--enforce-mask/--no-enforce-mask", help="Keep zeros of a mask zero.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images instead of the model's own.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and views.")] = None,
+) -> None:
+    """The settings that train and finetune share, named as those of `training.Training`; None leaves its default."""
 
-    def run(**given: Any) -> None:
-        with _working():
-            reading = {name: given.pop(name) for name in shared}
-            reading["class_map"] = _class_map(reading["class_map"])
-            reading["only"] = None if reading["only"] is None else _names(reading["only"])
-        command(reading, **given)
 
-    # typer reads what a command takes from its signature and annotations.
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
+def _shares(
+    *, without: tuple[str, ...] = (), **groups: Callable[..., None]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of other signatures beside its own; it gets those of each as one dictionary."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        shared = {
+            group: [p for p in inspect.signature(source, eval_str=True).parameters.values() if p.name not in without]
+            for group, source in groups.items()
+        }
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for name, p in signature.parameters.items() if name not in groups]
+
+        def run(**given: Any) -> None:
+            taken = {group: {p.name: given.pop(p.name) for p in found} for group, found in shared.items()}
+            with _working():
+                reading = taken["reading"]
+                reading["class_map"] = _class_map(reading["class_map"])
+                reading["only"] = None if reading["only"] is None else _names(reading["only"])
+            command(**taken, **given)
+
+        # typer reads what a command takes from its signature and annotations.
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for found in (*shared.values(), own) for p in found]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return wrap
+
+
+_reads = _shares(reading=_reading)
+_trains = _shares(reading=_reading, settings=_training, without=("calibration",))
 
 
 @app.command()
@@ -315,6 +354,65 @@ def compare(
 
 
 @app.command()
+@_trains
+def train(
+    reading: dict[str, Any],
+    settings: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder for the network; an interrupted training is resumed.")],
+    tensorboard: TensorboardOption = False,
+    memory: MemoryOption = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network, from random weights or from --weights, and save it as a folder that `sukashi.load` rebuilds."""
+    _tune("train", reading, settings, as_json, out=out, tensorboard=tensorboard, memory=memory)
+
+
+@app.command()
+@_trains
+def finetune(
+    reading: dict[str, Any],
+    settings: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder for the network; an interrupted training is resumed.")],
+    tensorboard: TensorboardOption = False,
+    memory: MemoryOption = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on from weights or a saved folder, whose cuts and mask stay, with a tenth of the learning rate."""
+    _tune("finetune", reading, settings, as_json, out=out, tensorboard=tensorboard, memory=memory)
+
+
+def _tune(name: str, reading: dict[str, Any], settings: dict[str, Any], as_json: bool, **given: Any) -> None:
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    with _working():
+        from sukashi import tuning
+
+        result = getattr(tuning, name)(command=_command(), **reading, **given, **chosen)
+    if not result:
+        return  # another process speaks
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("", "", box=None, pad_edge=False, show_header=False)
+    before = result["accuracy_before"]
+    table.add_row("test accuracy", f"{result['accuracy']:.4f}" + ("" if before is None else f" (before: {before:.4f})"))
+    if result["validation"]["accuracy"] is not None:
+        table.add_row("validation accuracy", f"{result['validation']['accuracy']:.4f}")
+    table.add_row("epochs", f"{result['epochs']}, weights of epoch {result['epoch']}")
+    table.add_row("images a second", f"{result['images_per_second']:.0f}")
+    table.add_row("waiting for images", f"{result['waiting']:.1%}")
+    if result["zeros"] is not None:
+        table.add_row("zeros", f"{result['zeros']:.1%} of the masked layers' weights")
+    _to_stdout(table)
+    for note in result["notes"]:
+        print(f"note: {note}")
+    if result["finished"]:
+        print(f"\n{result['out']} was finished already: nothing was done")
+    elif result["resumed"]:
+        print(f"\nWent on from step {result['resumed']}")
+    print(f"\nSaved: {result['out']}\nReport: {result['report']}")
+
+
+@app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="A study file (TOML): models, data, criteria, samplings, seeds.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results instead of the file's.")] = None,
@@ -469,15 +567,26 @@ def _class_map(path: Path | None) -> dict[str, int] | None:
 def _working() -> Iterator[None]:
     """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code."""
     from sukashi import progress
-    from sukashi.errors import ResourceError, SukashiError
+    from sukashi.errors import LostProcess, ResourceError, SukashiError
 
+    if not progress.first():
+        # The first process of a training says what all of them find; that it is gone itself, another must say.
+        try:
+            yield
+        except LostProcess as error:
+            _stop(str(error), error.exit_code)
+        except SukashiError as error:
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        return
     try:
         with _bars() if sys.stderr.isatty() else _lines() as listener, progress.listening(listener):
             yield
     except SukashiError as error:
         _stop(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _stop("interrupted; give the same command again, a comparison goes on from where it was", 130)
+        _stop("interrupted; give the same command again, it goes on from where it was", 130)
     except OSError as error:
         _stop(f"{error.filename or 'a file'}: {error.strerror or error}; check its path and rights", 5)
     except (MemoryError, RuntimeError) as error:
@@ -488,7 +597,10 @@ def _working() -> Iterator[None]:
             and "can't allocate" not in str(error)
         ):
             raise
-        _stop("out of memory; give fewer --calibration images or a smaller model", ResourceError.exit_code)
+        _stop(
+            "out of memory; give fewer --calibration images, a smaller --batch-size or a smaller model",
+            ResourceError.exit_code,
+        )
 
 
 def _stop(message: str, exit_code: int) -> NoReturn:
@@ -619,8 +731,13 @@ def _command() -> str:
 
 def main() -> None:
     """Run the command line; what a user can cause becomes one sentence on stderr and an exit code."""
+    from sukashi import progress
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *where, **more: _say(f"warning: {message}")
+        if progress.first():
+            warnings.showwarning = lambda message, *where, **more: _say(f"warning: {message}")
+        else:
+            warnings.simplefilter("ignore")
         try:
             exit_code = app(sys.argv[1:] or ["--help"], prog_name="sukashi", standalone_mode=False)
         except Exception as error:

@@ -38,6 +38,10 @@ class ResourceError(SukashiError):
     exit_code = 5
 
 
+class LostProcess(ResourceError):
+    """Another process of the same training is gone: said by the first that notices, whichever it is."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Inside, an OSError becomes a ResourceError that says what stands in the way of writing `path`."""

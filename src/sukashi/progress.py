@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -42,3 +43,8 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks: the only one, or the first that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"

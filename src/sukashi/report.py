@@ -4,10 +4,11 @@ Of a trial's result it shows `sauce`, `relative_sauce`, `largest_fraction`, `den
 are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for each point of the curve), `cost`
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
-shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut` (or `sparse`, where single weights
-were removed), each with any of FIGURES and `class_accuracy`; `layers` (`layer`, `shape`, `weights`, `removed`) of a
-sparse one; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that of a
-provenance, is "cut" (the default) or "zero".
+shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut` (or `sparse`, where single
+weights were removed), each with any of FIGURES and `class_accuracy`; `layers` (`layer`, `shape`, `weights`, `removed`)
+of a sparse one; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. The figures of a trained
+folder have a `history` instead, see `training.Fitted`. A study's `mode`, and that of a provenance, is "cut" (the
+default) or "zero".
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from sukashi import page
@@ -114,9 +115,13 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
     if (folder / "study.json").exists():
         shown, figures = _compared(Store(folder), margin)
     elif (folder / "recipe.json").exists():
-        shown, figures = _pruned(folder)
+        recipe = _recipe(folder)
+        if "history" in recipe.get("figures", {}):
+            shown, figures = _trained(recipe)
+            return page.render("training.html.j2", folder, figures, **shown)
+        shown, figures = _pruned(folder, recipe)
     else:
-        raise UsageError(f"{folder} holds no study and no pruned model: give the --out of a compare or a prune")
+        raise UsageError(f"{folder} holds no study and no saved model: give the --out of a compare, a prune or a train")
     return page.render("report.html.j2", folder, figures, **shown)
 
 
@@ -205,11 +210,38 @@ def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[
     return shown, figures
 
 
-def _pruned(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _recipe(folder: Path) -> dict[str, Any]:
     try:
-        recipe = json.loads((folder / "recipe.json").read_bytes())
+        return dict(json.loads((folder / "recipe.json").read_bytes()))
     except ValueError as error:
-        raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): prune again into another folder") from error
+        raise DataError(f"{folder / 'recipe.json'} can't be read ({error}): make it again in another folder") from error
+
+
+def _trained(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    about, run = recipe["figures"], recipe["provenance"]
+    reached = share(round(about["accuracy"] * about["n_images"]), about["n_images"])
+    before = about.get("accuracy_before")
+    verdict = f"{page.percent(about['accuracy'])} of {about['n_images']:,} test images are right"
+    if before is not None:
+        verdict += f", {page.percent(before)} before ({100 * (about['accuracy'] - before):+.1f})"
+    epochs = f"{about['epochs']} epoch{'s' if about['epochs'] > 1 else ''}"
+    shown_above = ("command", "versions", "history", "notes", "class_accuracy", "class_counts")
+    shown = {
+        "title": f"{recipe['model']['spec']}, {'trained' if before is None else 'fine-tuned'}",
+        "verdict": f"{verdict}.",
+        "rule": f"Weights of epoch {about['epoch']} of {epochs}. The 95% interval of the accuracy is "
+        f"{page.percent(reached.low)} to {page.percent(reached.high)} (Wilson's); the test images chose nothing.",
+        "warnings": about["notes"],
+        "history": about["history"],
+        "epoch": about["epoch"],
+        "classes": list(zip(recipe["class_names"] or (), about["class_counts"], about["class_accuracy"], strict=False)),
+        "settings": dict(page.flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
+        "run": run,
+    }
+    return shown, {"epochs": _draw_epochs(about["history"], about["epoch"])}
+
+
+def _pruned(folder: Path, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     about, run = {"class_names": recipe.get("class_names"), **recipe.get("figures", {})}, recipe.get("provenance", {})
     shown_above = ("dense", "cut", "sparse", "layers", "notes", "class_names", "class_counts", "command", "versions")
     what = "sparse" if "sparse" in about else "cut"
@@ -330,7 +362,8 @@ def _verdict_of_cut(
             f"accuracy goes from {page.percent(dense['accuracy'])} to {page.percent(cut['accuracy'])} ({change:+.1f})"
         )
     if what == "sparse":
-        zeros = f"{page.percent(cut['sparsity'])} of the masked layers' weights ({page.percent(cut['zeros'])} of all parameters)"
+        masked, whole = page.percent(cut["sparsity"]), page.percent(cut["zeros"])
+        zeros = f"{masked} of the masked layers' weights ({whole} of all parameters)"
         parts.append(f"with {zeros} at zero: the network is as large and as slow as before")
     for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency_ms", "latency")):
         if what == "cut" and dense.get(name) and name in cut:
@@ -533,6 +566,29 @@ def _draw_curves(groups: Sequence[_Group], removed: str) -> bytes:
         loc="outside right center",
     )
     page.calm(axes)
+    return page.png(figure)
+
+
+def _draw_epochs(history: Sequence[Mapping[str, Any]], chosen: int) -> bytes:
+    """Losses and, beside them, accuracy and learning rate by epoch."""
+    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    losses, right = figure.subplots(1, 2)
+    epochs = [entry["epoch"] for entry in history]
+    validated = history[0]["val_loss"] is not None
+    losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", ms=3, color="#0072B2", label="training")
+    if validated:
+        losses.plot(epochs, [entry["val_loss"] for entry in history], "o-", ms=3, color="#D55E00", label="validation")
+        right.plot(epochs, [entry["val_accuracy"] for entry in history], "o-", ms=3, color="#D55E00", label="accuracy")
+        right.yaxis.set_major_formatter(PercentFormatter(1))
+    else:
+        right.plot(epochs, [entry["lr"] for entry in history], "o-", ms=3, color=INK)
+    losses.set(xlabel="epoch", ylabel="cross entropy")
+    right.set(xlabel="epoch", ylabel="accuracy on validation images" if validated else "learning rate")
+    losses.legend(frameon=False)
+    for axes in (losses, right):
+        axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=":")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        page.calm(axes)
     return page.png(figure)
 
 

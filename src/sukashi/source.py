@@ -24,8 +24,8 @@ CALIBRATION = 32
 TEST_IMAGES = 2000
 
 
-class Reading(TypedDict, total=False):
-    """How a model and a dataset are read: the keywords of a `Source`, which `check`, `compare` and `prune` take too."""
+class Opening(TypedDict, total=False):
+    """How a model and a dataset are opened: keywords of a `Source` that every function which takes both has."""
 
     weights: str | Path | None
     width: int | None
@@ -36,10 +36,15 @@ class Reading(TypedDict, total=False):
     class_map: Mapping[str, int] | None
     only: Sequence[str] | None
     max_pixels: int
-    calibration: int
     test_images: int
     device: str
     workers: int
+
+
+class Reading(Opening, total=False):
+    """Those of `check`, `compare` and `prune`, which look at calibration images too."""
+
+    calibration: int
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,8 @@ class Source:
     device: str = "auto"
     workers: int = 0
 
-    def open(self, *, units: bool = True) -> Setting:
-        """The model and the data, loaded; whatever does not fit is refused before anything is computed.
-
-        Without `units` nobody looks for what could be cut, and nothing need be found.
-        """
-        place = pick_device(self.device)
-        if self.calibration < 1:
-            raise UsageError(
-                f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
-            )
+    def read(self) -> Data:
+        """The data, checked."""
         if self.workers < 0:
             raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
         images = datasets.load(
@@ -89,27 +86,49 @@ class Source:
             raise DataError(f"{self.data} has a map of classes an image: give data with one class an image")
         if self.test_images < images.n_classes:
             raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {self.test_images}")
-        images.train.calibration(self.calibration, 0)
-        untrained = self.weights is None and not self.pretrained and models.takes_classes(self.model)
+        return images
+
+    def build(self, images: Data, seed: int = 0) -> Loaded:
+        """The model for these data, on its device; random weights are drawn by `seed`."""
+        place = pick_device(self.device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a model without weights of its own is the same one in every run
+            torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
             loaded = models.load(
                 self.model,
                 weights=self.weights,
-                n_classes=images.n_classes if self.n_classes is None and untrained else self.n_classes,
+                n_classes=images.n_classes if self.n_classes is None and self.untrained else self.n_classes,
                 width=self.width,
                 pretrained=self.pretrained,
                 output=self.output,
             )
-        if untrained:
+        datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)
+        loaded.model.to(place)
+        return loaded
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the model is known to have random weights."""
+        return self.weights is None and not self.pretrained and models.takes_classes(self.model)
+
+    def open(self, *, units: bool = True) -> Setting:
+        """The model and the data, loaded; whatever does not fit is refused before anything is computed.
+
+        Without `units` nobody looks for what could be cut, and nothing need be found.
+        """
+        if self.calibration < 1:
+            raise UsageError(
+                f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
+            )
+        images = self.read()
+        loaded = self.build(images)
+        images.train.calibration(self.calibration, 0)
+        if self.untrained:
             random_weights = (
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
             )
             warnings.warn(random_weights, stacklevel=3)
             images = replace(images, notes=(random_weights, *images.notes))
-        datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)
-        loaded.model.to(place)
-        setting = Setting(self, loaded, images, Found((), {}), place)
+        setting = Setting(self, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
         models.probe(loaded, setting.example)
         return replace(setting, found=sites.find(loaded.model, setting.example)) if units else setting
 

@@ -195,11 +195,11 @@ class Store:
         self._refuse_foreign()
         with writing(self.folder):
             (self.folder / "trials").mkdir(parents=True, exist_ok=True)
-        with _lock(self.folder):
+        with lock(self.folder):
             asked = json.loads(canonical(study))
             resumed = (self.folder / "study.json").exists()
             if resumed and not _grown(self.study, asked):
-                self._refuse_other(asked)
+                refuse_other(self.folder, self.study, asked)
             else:
                 write(self.folder / "study.json", canonical(asked, indent=1) + b"\n")
                 self.__dict__.pop("study", None)
@@ -276,15 +276,6 @@ class Store:
         with suppress(OSError):  # what else lies there is not ours
             self.folder.rmdir()
 
-    def _refuse_other(self, asked: dict[str, Any]) -> None:
-        differences = list(_differences("", self.study, asked))
-        if differences:
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise UsageError(
-                f"{self.folder} is an existing output folder of another trial: {'; '.join(differences[:3])}{more}; "
-                "choose another --out or remove the folder"
-            )
-
     def _tabulate(self) -> None:
         rows: list[dict[str, Any]] = []
         for record in self.finished():
@@ -336,6 +327,17 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(folder)  # else the name may be lost with the power though the bytes are not
         finally:
             os.close(folder)
+
+
+def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """UsageError, naming the differences, where a folder was made by another configuration than is asked for."""
+    different = list(_differences("", kept, asked))
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UsageError(
+            f"{folder} is an existing output folder of another trial: {'; '.join(different[:3])}{more}; "
+            "choose another --out or remove the folder"
+        )
 
 
 def canonical(value: Any, indent: int | None = None) -> bytes:
@@ -466,7 +468,7 @@ def _append(path: Path, line: bytes) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock`, whose content names the owner; the kernel lets go of it when the process dies."""
     home = folder.resolve()
     if home in _held:

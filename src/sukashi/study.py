@@ -153,7 +153,7 @@ def compare(
             "run",
             command=command or "sukashi.compare(...)",
             versions=versions(),
-            hardware=hardware(setting),
+            hardware=hardware(setting.device),
             margin=margin,
         )
         missing = [trial for trial in trials if store.record(trial) is None]
@@ -214,7 +214,7 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
             "chance": chance,
             "class_names": list(setting.data.class_names),
             "class_counts": torch.bincount(test.target, minlength=setting.loaded.n_classes).tolist(),
-            "class_accuracy": [_by_class(row, test, setting.loaded.n_classes) for row in curve.correct],
+            "class_accuracy": [by_class(row, test.target, setting.loaded.n_classes) for row in curve.correct],
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "notes": list(setting.data.notes),
@@ -222,8 +222,9 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
     )
 
 
-def _by_class(correct: np.ndarray, test: Batch, n_classes: int) -> list[float | None]:
-    found = accuracy.per_class(correct, test.target, n_classes)
+def by_class(correct: np.ndarray, target: torch.Tensor, n_classes: int) -> list[float | None]:
+    """The share of right answers in each class, None for one without images."""
+    found = accuracy.per_class(correct, target, n_classes)
     return [None if np.isnan(value) else float(value) for value in found]
 
 
@@ -318,10 +319,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def hardware(setting: Setting) -> str:
+def hardware(device: torch.device) -> str:
     """The processor or GPU figures were measured on."""
-    if setting.device.type == "cuda":
-        return torch.cuda.get_device_name(setting.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {sys.platform}, {torch.get_num_threads()} threads"
 
 
@@ -409,8 +410,8 @@ def prune(
     figures: dict[str, dict[str, Any]] = {}
     for name, loaded, cost_of in (("dense", dense, costs["dense"]), (what, small, costs["cut"])):
         correct = _correct(setting, loaded, test)
-        by_class = _by_class(correct, test, dense.n_classes)
-        figures[name] = {"accuracy": float(correct.mean()), **cost_of, "class_accuracy": by_class}
+        of_classes = by_class(correct, test.target, dense.n_classes)
+        figures[name] = {"accuracy": float(correct.mean()), **cost_of, "class_accuracy": of_classes}
     removed = mask.n_removed / mask.n_units
     layers = {}
     if scope is None:
@@ -439,7 +440,7 @@ def prune(
         "latency": {name: costs[name] for name in ("batch_size", "repeats", "device", "threads")},
         "flop_counter": costs["flop_counter"],
         "versions": versions(),
-        "hardware": hardware(setting),
+        "hardware": hardware(setting.device),
     }
     about = {
         **figures,

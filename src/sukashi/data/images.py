@@ -121,8 +121,8 @@ def _plain(image: Image.Image) -> Image.Image:
     return image if image.mode in ("RGB", "F") else image.convert("RGB")
 
 
-def fitted(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """The plain image as float32 (C, H, W) in [0, 1].
+def sized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """The plain image as uint8 (C, H, W), or as float32 in [0, 1] where it is deeper than 8 bits.
 
     RGB becomes grey by the luma of ITU-R BT.601 (0.299 R + 0.587 G + 0.114 B), grey becomes RGB by repetition, and the
     size is met by Pillow's antialiased bilinear filter without keeping the aspect, in the depth the image has.
@@ -131,11 +131,16 @@ def fitted(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
         image = image.convert("L")
     if image.size != (preprocess.width, preprocess.height):
         image = image.resize((preprocess.width, preprocess.height), Image.Resampling.BILINEAR)
-    scale = np.float32(1 if image.mode == "F" else 255)
-    pixels = np.asarray(image, dtype=np.float32) / scale
+    pixels = np.asarray(image)
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (preprocess.channels, *pixels.shape))
     return pixels.transpose(2, 0, 1)
+
+
+def fitted(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """What `sized` gives as float32 (C, H, W) in [0, 1]."""
+    pixels = sized(image, preprocess)
+    return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(255)
 
 
 class Source(Protocol):

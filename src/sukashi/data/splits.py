@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted
+from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted, sized
 from sukashi.errors import DataError, UsageError
 from sukashi.types import Batch, Preprocess
+
+_CHANGED = "they passed the check at loading, so they changed since or hide their damage: replace them"
 
 
 def _by_hash(ids: Sequence[str], purpose: str, seed: int) -> list[int]:
@@ -175,6 +177,34 @@ class Split:
             start += len(batch)
         return Batch(x, torch.cat(targets), self.image_ids)
 
+    def validation(self, fraction: float) -> tuple[Split, Split]:
+        """The split without, and of, the `fraction` of each class that is held out to choose on.
+
+        An image is held out or not by the hash of its id and its class alone, and a smaller fraction is part of a
+        larger one: whoever trains again, from what an earlier training left, holds out images it has never seen.
+        """
+        n_out = (fraction * self.counts + 0.5).floor()
+        out = torch.from_numpy(self.rank_in_class("validation", 0)) < n_out[self.targets]
+        return self.subset((~out).numpy()), self.subset(out.numpy())
+
+    def pixels(self, preprocess: Preprocess, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
+        """The images (B, C, H, W) at these positions before normalisation: uint8, or float32 in [0, 1] where any of
+        them is deeper than 8 bits.
+
+        Raises DataError for an image that can no longer be read.
+        """
+        found, bad = [], []
+        for row in self._rows[np.asarray(rows)].tolist():
+            try:
+                found.append(sized(self._source.image(row), preprocess))
+            except (Unreadable, TooLarge) as error:
+                bad.append((self._source.name(row), str(error)))
+        if bad:
+            raise bad_images(self.name, bad, _CHANGED)
+        if any(image.dtype == np.float32 for image in found):
+            found = [image / np.float32(255) if image.dtype == np.uint8 else image for image in found]
+        return torch.from_numpy(np.stack(found))
+
     def _batch(self, preprocess: Preprocess, start: int, stop: int) -> Batch:
         rows = self._rows[start:stop].tolist()
         x = np.empty((len(rows), preprocess.channels, preprocess.height, preprocess.width), dtype=np.float32)
@@ -190,11 +220,7 @@ class Split:
             except (Unreadable, TooLarge) as error:
                 bad.append((self._source.name(row), str(error)))
         if bad:
-            raise bad_images(
-                self.name,
-                bad,
-                "they passed the check at loading, so they changed since or hide their damage: replace them",
-            )
+            raise bad_images(self.name, bad, _CHANGED)
         shape = (1, preprocess.channels, 1, 1)
         mean, std = torch.tensor(preprocess.mean).view(shape), torch.tensor(preprocess.std).view(shape)
         target = torch.from_numpy(masks) if self._targets is None else self._targets[start:stop].clone()

@@ -1,0 +1,118 @@
+"""Our training loop against a plain one written by hand: same network, images and steps, one process, in turns.
+
+The plain loop holds the normalised images in memory, draws a permutation, crops and mirrors each batch with
+torchvision, and steps. Ours does what `sukashi train` does, checkpoints included. Turns alternate, so that a machine
+whose speed drifts slows both; figures are medians.
+
+    python benchmarks/training.py --data ../shared/data/cifar10
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+
+from sukashi import data as datasets
+from sukashi import models, sites, training
+from sukashi.models import Loaded
+from sukashi.types import Mask
+
+
+def plain(model: nn.Module, x: torch.Tensor, target: torch.Tensor, settings: training.Training) -> float:
+    """Images a second of the loop anybody would write."""
+    model = copy.deepcopy(model).train()
+    optimiser = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    n_steps = settings.epochs * -(-len(x) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
+    views = v2.Compose([v2.RandomCrop(x.shape[2:], padding=x.shape[2] // 8), v2.RandomHorizontalFlip()])
+    start = time.perf_counter()
+    for _ in range(settings.epochs):
+        for rows in torch.randperm(len(x)).split(settings.batch_size):
+            batch = x[rows] if settings.augment == "none" else views(x[rows])
+            loss = F.cross_entropy(model(batch), target[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            loss.item()
+    return settings.epochs * len(x) / (time.perf_counter() - start)
+
+
+def ours(loaded: Loaded, data: datasets.Data, settings: training.Training) -> tuple[float, float]:
+    """Images a second between the first step and the last, all that lies between included, and the share of waiting."""
+    with tempfile.TemporaryDirectory() as folder:
+        history = training.fit(loaded, data, settings, out=Path(folder)).history
+    return history[0]["images_per_second"], history[0]["waiting"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="sukashi:cifar_resnet18")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--augment", default="crop_flip")
+    given = parser.parse_args()
+
+    data = datasets.load(given.data)
+    data = replace(data, train=data.train.limit(given.images), val=None)
+    torch.manual_seed(0)
+    width = None if given.model in ("sukashi:cifar_resnet20",) else given.width
+    loaded = models.load(given.model, width=width, n_classes=data.n_classes)
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 128, "augment": given.augment, "validation": 0.0}
+    keep = {
+        site: torch.rand(loaded.model.get_submodule(site.layer).weight.shape) < 0.5
+        for site in sites.weights(loaded.model)
+    }
+    masked = replace(loaded, mask=Mask(keep))
+    batch = data.train.whole(loaded.preprocess)
+    rates: dict[str, list[float]] = {"plain": [], "ours": [], "masked": [], "waiting": []}
+    for turn in range(given.turns + 1):
+        found = {"plain": plain(loaded.model, batch.x, batch.target, training.Training(**settings))}
+        found["ours"], found["waiting"] = ours(loaded, data, training.Training(**settings))
+        found["masked"], _ = ours(masked, data, training.Training(**settings))
+        if turn:  # the first warms up
+            for name, value in found.items():
+                rates[name].append(value)
+            print({name: round(value, 3) for name, value in found.items()}, flush=True)
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    print(
+        json.dumps(
+            {
+                "throughput_ratio": round(
+                    statistics.median(a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)), 3
+                ),
+                "mask_overhead": round(mask_cost(masked, data, settings), 4),
+                "data_share": round(middle["waiting"], 4),
+            }
+        )
+    )
+
+
+def mask_cost(masked: Loaded, data: datasets.Data, settings: dict[str, Any]) -> float:
+    """Time that putting zeros back takes, over that of a step."""
+    weights, keeps = training._masked(copy.deepcopy(masked.model), masked.mask)
+    spent = []
+    for _ in range(50):
+        start = time.perf_counter()
+        torch._foreach_mul_(weights, keeps)
+        spent.append(time.perf_counter() - start)
+    rate, _ = ours(masked, data, training.Training(**settings))
+    return statistics.median(spent) / (settings["batch_size"] / rate)
+
+
+if __name__ == "__main__":
+    main()

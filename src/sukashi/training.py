@@ -1,0 +1,498 @@
+"""Training and fine-tuning, under a mask or none: one loop that a kill does not change and that processes share.
+
+A run is its settings (`Training`), what it starts from and its images. Every random number follows from the seed and
+the step, so nothing but `checkpoint.State` needs to be kept: on one CPU process a run that was killed and given again
+ends in the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from sukashi import checkpoint, models, progress, sparsity, store
+from sukashi.checkpoint import State
+from sukashi.data import Data, Split
+from sukashi.data.augment import AUGMENTS, derived, draws, view
+from sukashi.data.frames import Frames, unit
+from sukashi.distributed import World, lost, world
+from sukashi.errors import DataError, LostProcess, ModelError, ResourceError, SukashiError, UsageError, writing
+from sukashi.models import Loaded
+from sukashi.precision import exact
+from sukashi.types import Mask, pass_size
+
+RATES = {"sgd": 0.05, "adamw": 1e-3}
+DECAYS = {"sgd": 5e-4, "adamw": 0.05}
+MEMORY = 2**31
+
+_DROPS = (0.5, 0.75)  # shares of the epochs after which the step schedule divides by ten
+_SETTLE = 20  # steps between two looks at the losses on a GPU, each of which waits for it
+
+
+class Training(BaseModel):
+    """How a network is trained. `sukashi train --help` says what each setting means.
+
+    `lr` and `weight_decay` follow the optimiser where they are not given. `warmup` counts epochs in which the rate
+    rises linearly from 0; after it, `cosine` falls to 0 and `step` is divided by 10 after half and three quarters of
+    the epochs. `ema` is the decay d of a moving average of the weights, min(d, (1 + t) / (10 + t)) in step t, which is
+    then what is validated and kept; 0 keeps the last weights. `patience` stops after so many epochs without a lower
+    loss on the validation images and keeps the epoch with the lowest; 0 runs to the end and keeps the last.
+    `validation` is the fraction of each class held out where the data brings no split for it. `size` replaces the side
+    of the images the architecture asks for. Without `enforce_mask` the weights a mask removes are only zero at the
+    start, as in the code published with Suwal et al. 2025.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.0, gt=0, validate_default=True)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup: int = Field(0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    augment: Literal["none", "crop_flip", "resized_crop", "affine"] = "none"
+    ema: float = Field(0.0, ge=0, lt=1)
+    patience: int = Field(0, ge=0)
+    validation: float = Field(0.1, ge=0, lt=1)
+    enforce_mask: bool = True
+    size: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_optimizer(cls, given: Any) -> Any:
+        optimizer = given.get("optimizer", "sgd") if isinstance(given, dict) else None
+        if optimizer not in RATES:
+            return given
+        return {"lr": RATES[optimizer], "weight_decay": DECAYS[optimizer]} | given
+
+    def rate(self, step: int, per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warm, total = self.warmup * per_epoch, self.epochs * per_epoch
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        return self.lr * 0.1 ** sum(step >= drop * total for drop in _DROPS)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained network and how it came about.
+
+    `history` has an entry an epoch: `epoch`, `train_loss`, `val_loss` and `val_accuracy` (None without validation
+    images), `lr` (at its end), `images_per_second`, `waiting` (the share of its time spent on getting images ready).
+    `epoch` is the one whose weights these are, `zeros` the share of zeros among the weights a mask speaks of, `removed`
+    the share it removes (both None without a mask), `resumed` the step this call went on from.
+    """
+
+    loaded: Loaded
+    history: tuple[Mapping[str, Any], ...]
+    epoch: int
+    zeros: float | None
+    removed: float | None
+    resumed: int
+    notes: tuple[str, ...]
+
+
+def fit(
+    loaded: Loaded,
+    data: Data,
+    training: Training,
+    *,
+    out: Path,
+    device: torch.device | None = None,
+    workers: int = 0,
+    memory: int = MEMORY,
+    tensorboard: bool = False,
+    seconds: float = 60.0,
+) -> Fitted:
+    """A copy of the network, trained on `data.train` less what is held out; the given one is left alone.
+
+    `loaded.mask` is enforced after every step. Minimises the mean cross entropy of each batch of about `batch_size`
+    images (an epoch is cut into batches as equal as can be, no image is left out). On CUDA forward passes are in
+    bfloat16 where autocast thinks so. Under torchrun each process takes a part of every batch, and BatchNorm sees the
+    whole: but for the order of sums nothing changes.
+
+    `out` holds the run: `checkpoint.safetensors`, written every `seconds` and after every epoch, `history.jsonl` and,
+    with `tensorboard`, its log. The same call goes on from there. Images are kept in `memory` bytes of each process
+    where they fit and decoded by `workers` threads. The test split is not touched.
+
+    Raises UsageError for settings that contradict each other or a folder of another run, DataError for too few images,
+    ModelError for a mask of another architecture and where the loss is not finite (the last checkpoint is kept),
+    ResourceError where nothing can be written, another process holds the folder, or one of the run's is gone.
+    """
+    device = next(loaded.model.parameters()).device if device is None else device
+    train, validation, notes = splits(data, training)
+    check(training, train, loaded, tensorboard)
+    checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
+    with world(device) as processes, contextlib.ExitStack() as stack:
+        try:
+            if processes.rank == 0:
+                stack.enter_context(checkpoint.held(out, checkpoints.described))
+            stack.enter_context(torch.random.fork_rng([processes.device] if device.type == "cuda" else []))
+            read = functools.partial(Frames.read, preprocess=loaded.preprocess, memory=memory, workers=workers)
+            run = _Run(loaded, train, validation, training, processes, checkpoints.keep, read)
+            if processes.rank == 0 and not (out / checkpoint.FILE).exists():
+                checkpoints.keep(run.state)
+            processes.total(torch.zeros(1, device=processes.device))  # now every process finds the checkpoint
+            checkpoint.restore(out / checkpoint.FILE, run.state)
+            resumed = run.state.step
+            asked = stack.enter_context(_interrupts())
+            task = stack.enter_context(progress.task("training", training.epochs * run.n_batches))
+            task.advance(resumed)
+            while not run.ended:
+                run.epoch(task, asked, checkpoints.due)
+                if tensorboard and processes.rank == 0:
+                    _log(out, run.state.history)
+            return run.fitted(resumed, notes)
+        except SukashiError:
+            checkpoint.claim(out)
+            raise
+        except RuntimeError as error:
+            if processes.size == 1 or not lost(error):
+                raise
+            if not checkpoint.claim(out):
+                raise SystemExit(ResourceError.exit_code) from None  # another process has said so
+            step = checkpoint.facts(out / checkpoint.FILE)["step"]
+            raise LostProcess(
+                f"a process of this run is gone ({' '.join(str(error).split())[:120]}): {out} keeps step {step}, give "
+                "the same command again to go on from there"
+            ) from error
+
+
+def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[str, ...]]:
+    """The images to train on, those to choose on (or None), and how the latter were made."""
+    if data.val is not None:
+        return data.train, data.val, ()
+    if training.validation == 0:
+        return data.train, None, (f"{data.name} has no validation split and none was held out",)
+    train, validation = data.train.validation(training.validation)
+    if len(validation) == 0:
+        raise DataError(
+            f"{data.name} has no validation split, and {training.validation:g} of each class is no image: hold out more"
+        )
+    return (
+        train,
+        validation,
+        (
+            f"{data.name} has no validation split: {training.validation:.0%} of each class of the training split held "
+            f"out by the hash of the images' ids, {len(validation)} images",
+        ),
+    )
+
+
+def check(training: Training, train: Split, loaded: Loaded, tensorboard: bool) -> None:
+    """Refuse what cannot be trained, before anything is."""
+    if training.warmup >= training.epochs:
+        raise UsageError(f"warmup must be below epochs, got {training.warmup} of {training.epochs}: give more epochs")
+    if training.patience and training.validation == 0:
+        raise UsageError("patience needs validation images and validation is 0: hold some out")
+    if len(train) < 2:
+        raise DataError(f"{train.name} has {len(train)} image to train on: at least 2 are needed")
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if len(train) // _n_batches(len(train), training.batch_size) < n_processes:
+        raise UsageError(f"batch_size {training.batch_size} leaves some of {n_processes} processes without images")
+    if loaded.mask is not None:
+        _masked(loaded.model, loaded.mask)
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs tensorboard: pip install 'sukashi[tensorboard]'")
+
+
+def about(loaded: Loaded, data: Data, training: Training) -> dict[str, Any]:
+    """What decides the weights that come out: a run goes on only where it is equal."""
+    kept = None
+    if loaded.mask is not None:
+        whole = hashlib.sha256()
+        for site, keep in loaded.mask.keep.items():
+            whole.update(f"{site.layer} {tuple(keep.shape)} ".encode() + keep.cpu().numpy().tobytes())
+        kept = whole.hexdigest()
+    facts = {
+        "model": {
+            "spec": loaded.spec,
+            **loaded.options,
+            "preprocess": asdict(loaded.preprocess),
+            "weights": models.digest(loaded.model),
+            "mask": kept,
+        },
+        "data": {"name": data.name, "sha256": data.sha256},
+        "training": training.model_dump(),
+    }
+    return dict(json.loads(store.canonical(facts)))
+
+
+def _n_batches(n_images: int, batch_size: int) -> int:
+    return -(-n_images // batch_size)
+
+
+def _masked(model: nn.Module, mask: Mask) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights a mask speaks of, and for each 1 where it stays, else 0."""
+    weights, keeps = [], []
+    for site, keep in mask.keep.items():
+        try:
+            weight = model.get_parameter(f"{site.layer}.weight")
+        except AttributeError:
+            weight = None
+        if site.kind != "weight" or weight is None or weight.shape != keep.shape:
+            found = "nothing" if weight is None else f"weights {tuple(weight.shape)}"
+            raise ModelError(
+                f"the mask is of another architecture: it has {site.kind} {tuple(keep.shape)} at {site.layer!r}, the "
+                f"model {found}: use the model it was made for"
+            )
+        weights.append(weight.data)
+        keeps.append(keep.to(weight))
+    return weights, keeps
+
+
+class _Run:
+    """One training under way in this process."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        train: Split,
+        validation: Split | None,
+        training: Training,
+        processes: World,
+        keep: Callable[[State], None],
+        frames: Callable[[Split], Frames],
+    ) -> None:
+        self.loaded, self.training, self.processes, self.keep = loaded, training, processes, keep
+        self.n_images, self.n_batches = len(train), _n_batches(len(train), training.batch_size)
+        model = copy.deepcopy(loaded.model).to(processes.device).to(memory_format=torch.channels_last)
+        model.requires_grad_().train()
+        self.weights, self.keeps = ([], []) if loaded.mask is None else _masked(model, loaded.mask)
+        if loaded.mask is not None:
+            sparsity.enforce(model, loaded.mask)
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer]
+        chosen = {"momentum": training.momentum} if training.optimizer == "sgd" else {}
+        optimizer = kind(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, **chosen)
+        self.state = State(model, optimizer, copy.deepcopy(model).eval() if training.ema else None)
+        self.net = processes.parallel(model)
+        self.train_frames, self.train_target = frames(train), train.targets
+        self.validation = None if validation is None else (frames(validation), validation.targets)
+        self.pending: list[Tensor] = []  # loss and wish to stop of each step since the last look
+        self.stop = False
+
+    @property
+    def ended(self) -> bool:
+        done, patience = len(self.state.history), self.training.patience
+        return done == self.training.epochs or bool(patience and done and done - 1 - self.chosen >= patience)
+
+    @property
+    def chosen(self) -> int:
+        """The past epoch whose weights count: the last, or with patience that of the lowest validation loss."""
+        history = self.state.history
+        if not self.training.patience:
+            return len(history) - 1
+        return min(range(len(history)), key=lambda epoch: history[epoch]["val_loss"])
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated and kept."""
+        return self.state.model if self.state.average is None else self.state.average
+
+    def epoch(self, task: progress.Task, asked: threading.Event, due: Callable[[], bool]) -> None:
+        """Do what is left of the present epoch and validate; `asked` to stop, raise KeyboardInterrupt after a step."""
+        training, state, processes = self.training, self.state, self.processes
+        number = len(state.history)
+        generator = torch.Generator().manual_seed(derived(training.seed, number, 0))
+        order = torch.randperm(self.n_images, generator=generator)
+        uniform = None if training.augment == "none" else draws(self.n_images, training.seed, number)
+        batches = order.tensor_split(self.n_batches)[state.step - number * self.n_batches :]
+        with contextlib.closing(self.train_frames.batches([processes.share(rows) for rows in batches])) as frames:
+            for rows in batches:
+                start, own = time.perf_counter(), processes.share(rows)
+                x = self._views(next(frames), None if uniform is None else uniform[own])
+                target = self.train_target[own].to(processes.device)
+                ready = time.perf_counter()
+                self._step(x, target, len(rows), asked.is_set())
+                done = time.perf_counter()
+                for name, value in (("images", len(rows)), ("waiting", ready - start), ("seconds", done - start)):
+                    state.sums[name] = state.sums.get(name, 0.0) + value
+                if not self.pending and (self.stop or due()):
+                    self._keep()
+                if self.stop:
+                    raise KeyboardInterrupt
+                task.advance(1, note=f"epoch {number + 1}, loss {state.sums['loss'] / state.sums['images']:.3f}")
+        loss, accuracy = self._validate()
+        state.history.append(
+            {
+                "epoch": number + 1,
+                "train_loss": state.sums["loss"] / state.sums["images"],
+                "val_loss": loss,
+                "val_accuracy": accuracy,
+                "lr": state.optimizer.param_groups[0]["lr"],
+                "images_per_second": state.sums["images"] / state.sums["seconds"],
+                "waiting": state.sums["waiting"] / state.sums["seconds"],
+            }
+        )
+        state.sums = {}
+        if training.patience and self.chosen == number:
+            state.best = {name: tensor.clone() for name, tensor in self.result.state_dict().items()}
+        self._keep()
+
+    def _views(self, pixels: Tensor, uniform: Tensor | None) -> Tensor:
+        """Pixels as the network reads them, (B, C, H, W) on its device."""
+        preprocess = self.loaded.preprocess
+        x = unit(pixels.to(self.processes.device, non_blocking=True, memory_format=torch.channels_last))
+        if uniform is not None:
+            x = view(x, AUGMENTS[self.training.augment](uniform, preprocess.height, preprocess.width))
+        shape = (1, preprocess.channels, 1, 1)
+        return (x - x.new_tensor(preprocess.mean).view(shape)) / x.new_tensor(preprocess.std).view(shape)
+
+    def _step(self, x: Tensor, target: Tensor, n_images: int, asked: bool) -> None:
+        """One step on this process's part of a batch of `n_images`."""
+        training, state, processes = self.training, self.state, self.processes
+        torch.manual_seed(derived(training.seed, state.step, 2 + processes.rank))  # for dropout and its like
+        rate = training.rate(state.step, self.n_batches)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        on_gpu = processes.device.type == "cuda"
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=on_gpu):
+            logits = self.net(x)
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=training.label_smoothing, reduction="sum")
+        self.pending.append(processes.total(torch.stack([loss.detach(), loss.new_tensor(float(asked))])))
+        last = (state.step + 1) % self.n_batches == 0
+        if not on_gpu or last or len(self.pending) == _SETTLE:
+            self._settle()
+        state.optimizer.zero_grad(set_to_none=True)
+        # Gradients are averaged over processes, the loss is a mean over all of their images.
+        (loss * (processes.size / n_images)).backward()
+        state.optimizer.step()
+        if self.weights and training.enforce_mask:
+            torch._foreach_mul_(self.weights, self.keeps)
+        if state.average is not None:
+            self._follow(state.average, min(training.ema, (1 + state.step) / (10 + state.step)))
+        state.step += 1
+
+    @torch.no_grad()
+    def _follow(self, average: nn.Module, decay: float) -> None:
+        """Move the average towards the weights and buffers; counts are copied. Zeros stay zero."""
+        pairs = list(zip(average.state_dict().values(), self.state.model.state_dict().values(), strict=True))
+        slow = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([old for old, _ in slow], [new for _, new in slow], 1 - decay)
+        for old, new in pairs:
+            if not old.is_floating_point():
+                old.copy_(new)
+
+    def _settle(self) -> None:
+        """Look at the losses since last time: they are finite, or the run ends here with its last checkpoint."""
+        first = self.state.step + 1 - len(self.pending)
+        found = torch.stack(self.pending).tolist()
+        self.pending.clear()
+        for step, (loss, asked) in enumerate(found, first + 1):
+            if not math.isfinite(loss):
+                self._refuse(f"the loss is {loss} in step {step}")
+            self.state.sums["loss"] = self.state.sums.get("loss", 0.0) + loss
+            self.stop = self.stop or asked > 0
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float | None, float | None]:
+        """Mean cross entropy and share of right answers on the validation images, in float32."""
+        if self.validation is None:
+            return None, None
+        frames, targets = self.validation
+        rows = self.processes.share(torch.arange(len(targets)))
+        parts = rows.split(pass_size(torch.empty(1, *frames.shape)))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        model = self.result.eval()
+        with exact(), contextlib.closing(frames.batches(parts)) as images:
+            for part, pixels in zip(parts, images, strict=True):
+                logits, target = model(self._views(pixels, None)), targets[part].to(sums.device)
+                sums[0] += F.cross_entropy(logits, target, reduction="sum")
+                sums[1] += (logits.argmax(1) == target).sum()
+        self.state.model.train()
+        loss, right = (self.processes.total(sums) / len(targets)).tolist()
+        if not math.isfinite(loss):
+            self._refuse(f"the loss on validation images is {loss} after step {self.state.step}")
+        return loss, right
+
+    def _keep(self) -> None:
+        """Write a checkpoint, of a finite state only."""
+        finite = torch.stack([weight.isfinite().all() for weight in self.state.model.parameters()])
+        if not finite.all():
+            self._refuse(f"weights are NaN or Inf after step {self.state.step}")
+        if self.processes.rank == 0:
+            self.keep(self.state)
+
+    def _refuse(self, fault: str) -> NoReturn:
+        raise ModelError(f"{fault}: the last checkpoint is kept; give a lower --lr or a longer --warmup")
+
+    def fitted(self, resumed: int, notes: tuple[str, ...]) -> Fitted:
+        model = copy.deepcopy(self.loaded.model).to(self.processes.device)
+        model.load_state_dict(self.state.best or self.result.state_dict())
+        mask, enforced = self.loaded.mask, self.training.enforce_mask
+        zeros = removed = None
+        if mask is not None:
+            n_weights = sum(keep.numel() for keep in self.keeps)
+            zeros = sum(int((weight == 0).sum()) for weight in _masked(model, mask)[0]) / n_weights
+            removed = mask.n_removed / n_weights
+            if not enforced:
+                notes += (
+                    f"the mask was not enforced: it removes {removed:.1%} of the weights it speaks of, {zeros:.1%} of "
+                    "them are zero after training",
+                )
+        loaded = replace(
+            self.loaded,
+            model=model.eval(),
+            weights_sha256=models.digest(model),
+            mask=mask if enforced else None,
+        )
+        return Fitted(loaded, tuple(self.state.history), self.chosen + 1, zeros, removed, resumed, notes)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM inside, so that a step is finished; a second one acts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def note(*_: object) -> None:
+        asked.set()
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+    for kind in kinds:
+        signal.signal(kind, note)
+    try:
+        yield asked
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+
+def _log(out: Path, history: list[dict[str, Any]]) -> None:
+    """Add the last epoch to the TensorBoard log, in place of what a killed run wrote of it."""
+    from torch.utils.tensorboard import SummaryWriter  # an extra
+
+    entry = history[-1]
+    with writing(out), SummaryWriter(out / "tensorboard", purge_step=entry["epoch"]) as log:
+        for name, value in entry.items():
+            if name != "epoch" and value is not None:
+                log.add_scalar(name, value, entry["epoch"])

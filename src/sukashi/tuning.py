@@ -1,0 +1,213 @@
+"""Training and fine-tuning from names to a saved folder with a page: what `sukashi train` and `sukashi finetune` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from pydantic import ValidationError
+
+from sukashi import checkpoint, models, progress, pruned, report, store, training
+from sukashi.data import Data, Split
+from sukashi.errors import UsageError, writing
+from sukashi.measures import accuracy
+from sukashi.models import RECIPE, Loaded
+from sukashi.registry import nearest
+from sukashi.source import Opening, Source
+from sukashi.study import by_class, hardware, versions
+from sukashi.training import RATES, Fitted, Training
+
+_BATCH = 128  # test images decoded at once
+
+
+class Settings(Opening, total=False):
+    """The settings of `training.Training` beside those of a `Source`."""
+
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    warmup: int
+    label_smoothing: float
+    augment: str
+    ema: float
+    patience: int
+    validation: float
+    enforce_mask: bool
+    size: int
+    seed: int
+
+
+def train(
+    model: str,
+    data: str,
+    *,
+    out: str | Path,
+    tensorboard: bool = False,
+    memory: float = training.MEMORY / 2**30,
+    command: str | None = None,
+    **settings: Unpack[Settings],
+) -> dict[str, Any]:
+    """A network trained from random weights (drawn by `seed`) or from those given, saved to the folder `out`.
+
+    Settings are those of `training.Training` and of a `Source`; `memory` is in GiB. The test split is measured once, at
+    the end, on `test_images` of it. `sukashi.load(out)` rebuilds the network. An interrupted call is resumed by giving
+    it again; given once more it returns what was found. Under torchrun all processes call it, and all but the first get
+    an empty dictionary.
+
+    Returns {"out", "report", "accuracy", "n_images", "epochs", "epoch" (whose weights these are), "validation",
+    "images_per_second", "waiting", "removed" and "zeros" (see `training.Fitted`), "notes", "resumed" (the step), and
+    "finished" (whether it was so before)}.
+    """
+    return _run(model, data, Path(out), {}, tensorboard, memory, command or "sukashi.train(...)", settings)
+
+
+def finetune(
+    model: str,
+    data: str,
+    *,
+    out: str | Path,
+    tensorboard: bool = False,
+    memory: float = training.MEMORY / 2**30,
+    command: str | None = None,
+    **settings: Unpack[Settings],
+) -> dict[str, Any]:
+    """The same from weights or a saved folder, whose cuts and mask stay, with a tenth of the learning rate.
+
+    Returns what `train` does, and "accuracy_before".
+    """
+    if Source(model, data, **_opening(settings)).untrained:
+        raise UsageError(f"fine-tuning starts from weights and {model} has none: give --weights, or use sukashi train")
+    rate = RATES.get(settings.get("optimizer", "sgd"), 1.0) / 10
+    return _run(model, data, Path(out), {"lr": rate}, tensorboard, memory, command or "sukashi.finetune(...)", settings)
+
+
+def settings_of(given: Mapping[str, Any]) -> Training:
+    """Training settings, checked: UsageError for an unknown name or a value out of range."""
+    try:
+        return Training(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"unknown training setting {name!r}{nearest(name, Training.model_fields)}") from None
+        raise UsageError(f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _opening(settings: Mapping[str, Any]) -> Any:
+    return {name: value for name, value in settings.items() if name in Opening.__annotations__}
+
+
+def _run(
+    model: str,
+    data: str,
+    out: Path,
+    defaults: Mapping[str, Any],
+    tensorboard: bool,
+    memory: float,
+    command: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    opening = _opening(settings)
+    chosen = settings_of(dict(defaults) | {name: v for name, v in settings.items() if name not in opening})
+    if not memory >= 0:
+        raise UsageError(f"memory must be at least 0 GiB, got {memory}: 0 decodes every image when it is asked for")
+    tuned = bool(defaults)
+    source = Source(model, data, **opening)
+    images = source.read()
+    loaded = source.build(images, chosen.seed)
+    if chosen.size is not None:
+        loaded = replace(loaded, preprocess=replace(loaded.preprocess, height=chosen.size, width=chosen.size))
+    device = next(loaded.model.parameters()).device
+    models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
+    # The data names the classes: a saved model refuses data that counts them in another order.
+    loaded = replace(loaded, class_names=images.class_names)
+    described = training.about(loaded, images, chosen)
+    if (out / RECIPE).exists():
+        return _finished(out, described) if progress.first() else {}
+    fitted = training.fit(
+        loaded,
+        images,
+        chosen,
+        out=out,
+        workers=source.workers,
+        memory=int(memory * 2**30),
+        tensorboard=tensorboard,
+    )
+    if not progress.first():
+        return {}
+    test = images.test.limit(source.test_images)
+    figures = _figures(fitted, loaded if tuned else None, images, test, source.workers)
+    provenance = {
+        "command": command,
+        "run": described,
+        "weights_sha256": loaded.weights_sha256,
+        "test_images": len(test),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": versions(),
+        "hardware": hardware(device),
+    }
+    _save(out, fitted.loaded, provenance, figures)
+    return {**_said(out, figures), "resumed": fitted.resumed, "finished": False}
+
+
+def _figures(fitted: Fitted, before: Loaded | None, images: Data, test: Split, workers: int) -> dict[str, Any]:
+    """What was measured, for readers; `before` is the network that was fine-tuned."""
+    batches = test.batches(fitted.loaded.preprocess, _BATCH, workers)
+    correct, _ = accuracy.evaluate(fitted.loaded.model, batches)
+    chosen = fitted.history[fitted.epoch - 1]
+    seconds = sum(1 / entry["images_per_second"] for entry in fitted.history)
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_before": None if before is None else float(accuracy.evaluate(before.model, batches)[0].mean()),
+        "n_images": len(test),
+        "epochs": len(fitted.history),
+        "epoch": fitted.epoch,
+        "validation": {"loss": chosen["val_loss"], "accuracy": chosen["val_accuracy"]},
+        "images_per_second": len(fitted.history) / seconds,
+        "waiting": sum(entry["waiting"] / entry["images_per_second"] for entry in fitted.history) / seconds,
+        "removed": fitted.removed,
+        "zeros": fitted.zeros,
+        "class_accuracy": by_class(correct, test.targets, images.n_classes),
+        "class_counts": test.counts.tolist(),
+        "history": list(fitted.history),
+        "notes": [*images.notes, *fitted.notes],
+    }
+
+
+def _save(out: Path, loaded: Loaded, provenance: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Put a saved model into the folder of its run; it is one from the moment its recipe is there."""
+    draft = out / ".saving"
+    shutil.rmtree(draft, ignore_errors=True)
+    pruned.save(draft, loaded, provenance=provenance, figures=figures)
+    with writing(out):
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == RECIPE):
+            path.replace(out / path.name)
+        draft.rmdir()
+        (out / checkpoint.FILE).unlink(missing_ok=True)
+    report.write(out)
+
+
+def _finished(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = json.loads((out / RECIPE).read_bytes())
+    run = recipe.get("provenance", {}).get("run")
+    if run is None:
+        raise UsageError(f"{out} holds a model that was not trained here: choose another --out")
+    store.refuse_other(out, run, described)
+    (out / checkpoint.FILE).unlink(missing_ok=True)
+    report.write(out)
+    return {**_said(out, recipe["figures"]), "resumed": None, "finished": True}
+
+
+def _said(out: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = ("class_accuracy", "class_counts", "history")
+    shown = {name: value for name, value in figures.items() if name not in hidden}
+    return {"out": str(out), "report": str(out / "report.html"), **shown}
