@@ -65,6 +65,7 @@ ORDER = [
     "report",
     "study",
     "tuning",
+    "levels",
     "grid",
     "demo",
     "catalogue",

@@ -11,8 +11,14 @@ from sukashi.criteria import criteria
 from sukashi.errors import UsageError
 from sukashi.measures import measures
 from sukashi.registry import Registry, nearest
+from sukashi.schedules import schedules
 
-REGISTRIES: dict[str, Registry] = {"criteria": criteria, "attributions": attributions, "measures": measures}
+REGISTRIES: dict[str, Registry] = {
+    "criteria": criteria,
+    "attributions": attributions,
+    "measures": measures,
+    "schedules": schedules,
+}
 
 
 def rows(what: str) -> list[dict[str, str]]:

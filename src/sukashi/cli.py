@@ -179,11 +179,11 @@ def demo(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="criteria, attributions, models, data or measures.")],
+    what: Annotated[str, typer.Argument(help="criteria, attributions, schedules, models, data or measures.")],
     name: Annotated[str | None, typer.Argument(help="One of them: what it computes and its options.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List what there is: criteria, attributions, models, data or measures; or tell all about one method."""
+    """List what there is: criteria, attributions, schedules, models, data or measures; or tell all about one method."""
     with _working():
         from sukashi import catalogue
 
@@ -381,6 +381,72 @@ def finetune(
     _tune("finetune", reading, settings, as_json, out=out, tensorboard=tensorboard, memory=memory)
 
 
+@app.command()
+@_trains
+def schedule(
+    reading: dict[str, Any],
+    settings: dict[str, Any],
+    how: Annotated[str, typer.Argument(help="oneshot, iterative or lottery; see `sukashi list schedules`.")],
+    criteria: Annotated[str, typer.Option(help="Names joined by commas; see `sukashi list criteria`.")],
+    ratios: Annotated[str, typer.Option(help="Fractions removed of the dense network: START:STOP:STEP or a,b,c.")],
+    out: Annotated[Path, typer.Option(help="Folder for the networks; an interrupted schedule is resumed.")],
+    scope: Annotated[
+        str | None, typer.Option(help="Remove single weights: global, layer, row or N:M. Without it, units.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="With --scope: a layer to leave alone. Repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, counted from 0.")] = 1,
+    rewind: Annotated[int, typer.Option(help="Epoch to whose weights lottery goes back; 0 is the start.")] = 0,
+    options: OptionsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune and train to each of several ratios, one saved network a ratio, with accuracy over seeds and a report."""
+    with _working():
+        from sukashi import levels, tuning
+
+        names = _names(criteria)
+        enforce = settings.pop("enforce_mask")
+        trained = tuning.settings_of({name: value for name, value in settings.items() if value is not None})
+        course = levels.Course(
+            schedule=how,
+            criteria=names,
+            ratios=_ratios(ratios),
+            scope=scope,
+            exclude=exclude or [],
+            seeds=seeds,
+            enforce_mask=[enforce is not False],
+            rewind=rewind,
+            options=_options(options, names),
+            training=trained,
+            finetuning=trained,
+        )
+        result = levels.run(course=course, out=out, command=_command(), **reading)
+    if not result:
+        return  # another process speaks
+    if as_json:
+        _print_json(result)
+    else:
+        _print_levels(result)
+
+
+def _print_levels(result: dict[str, Any]) -> None:
+    table = Table(
+        "contender", "removed", "zeros", "accuracy", "95 % interval", "from dense", "", box=None, pad_edge=False
+    )
+    for row in result["levels"]:
+        right, change = row["accuracy"], row["difference"]
+        table.add_row(
+            *(row["contender"], f"{row['removed']:.1%}", f"{row['zeros']:.1%}", f"{right['mean']:.3f}"),
+            f"{right['low']:.3f} to {right['high']:.3f}",
+            f"{100 * change['mean']:+.1f}",
+            f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
+        )
+    _to_stdout(table)
+    print(f"\ndense accuracy {result['dense_accuracy']['mean']:.3f}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print(f"\nReport: {result['report']}")
+
+
 def _tune(name: str, reading: dict[str, Any], settings: dict[str, Any], as_json: bool, **given: Any) -> None:
     chosen = {key: value for key, value in settings.items() if value is not None}
     with _working():
@@ -428,6 +494,9 @@ def study(
         result = grid.run(file, out=out, data=data, device=device, workers=workers, command=_command())
     if as_json:
         _print_json(result)
+        return
+    if "levels" in result:
+        _print_levels(result)
         return
     for name, found in result["models"].items():
         print(f"{name}\n")

@@ -15,6 +15,13 @@
     SUKASHI_DATA = "../../shared/data"
 
 Paths are relative to the file. A criterion that refuses a model (ModelError) is left out for it and the page says why.
+
+A file with a `schedule` prunes and trains one network to several levels instead, see `levels`: its keys are those of a
+`levels.Course` (and in its tables [training] and [finetuning] those of a `training.Training`), beside
+
+    out, data, only, calibration, test_images, title
+    [model]                          as above, one
+    spec = "torchvision:resnet18"
 """
 
 from __future__ import annotations
@@ -24,17 +31,22 @@ import os
 import re
 import tomllib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sukashi import progress, report, store, study
+from sukashi import levels, progress, report, store, study
 from sukashi.errors import UsageError
+from sukashi.levels import Course
 from sukashi.measures import accuracy
 from sukashi.registry import nearest
 from sukashi.source import CALIBRATION, TEST_IMAGES, Reading, Source
 from sukashi.store import Store
+from sukashi.training import Training
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -48,6 +60,17 @@ class _Model(_Strict):
     n_classes: int | None = None
     pretrained: bool = False
     output: str | None = None
+
+
+class _Levels(Course):
+    out: str
+    data: str
+    model: _Model
+    title: str = ""
+    only: list[str] | None = None
+    calibration: int = CALIBRATION
+    test_images: int = TEST_IMAGES
+    environment: dict[str, str] = Field(default_factory=dict)
 
 
 class _File(_Strict):
@@ -88,24 +111,21 @@ def run(
     does not fit the data, is refused before the first one is compared.
     """
     path = Path(path)
-    file = _read(path)
+    given = _toml(path)
+    said = command or f"sukashi study {path}"
+    if "schedule" in given:
+        return _levels(path, _checked(path, _Levels, given), out, data, device, workers, said)
+    file = _grid(path, given)
     place = _Places(path, file.environment)
     folder = place.path(file.out) if out is None else Path(out)
     data = place.data(file.data) if data is None else data
-    readings: dict[str, Reading] = {
-        name: {
-            "weights": None if model.weights is None else place.path(model.weights),
-            "width": model.width,
-            "n_classes": model.n_classes,
-            "pretrained": model.pretrained,
-            "output": model.output,
-            "calibration": file.calibration,
-            "test_images": file.test_images,
-            "device": device,
-            "workers": workers,
-        }
-        for name, model in file.models.items()
+    about: Reading = {
+        "calibration": file.calibration,
+        "test_images": file.test_images,
+        "device": device,
+        "workers": workers,
     }
+    readings: dict[str, Reading] = {name: {**_model(model, place), **about} for name, model in file.models.items()}
     # The first is opened right away; what is wrong with a later one is not to show after hours of work.
     for name in list(readings)[1:]:
         if not (folder / name).exists():
@@ -127,7 +147,7 @@ def run(
                 margin=file.margin,
                 options=file.options,
                 skip_refused=True,
-                command=command or f"sukashi study {path}",
+                command=said,
                 **readings[name],
             )
             shown.advance()
@@ -140,27 +160,74 @@ def run(
         results=results,
         pairs=pairs,
         mode=file.mode,
-        command=command or f"sukashi study {path}",
+        command=said,
     )
     result = {"models": results, "pairs": pairs, "out": str(folder), "report": str(page)}
     store.write(folder / "results.json", store.canonical(result, indent=1) + b"\n")
     return result
 
 
-def _read(path: Path) -> _File:
+def _levels(
+    path: Path, file: _Levels, out: str | Path | None, data: str | None, device: str, workers: int, command: str
+) -> dict[str, Any]:
+    place = _Places(path, file.environment)
+    own = set(_Levels.model_fields) - set(Course.model_fields)
+    about: Reading = {
+        "only": file.only,
+        "calibration": file.calibration,
+        "test_images": file.test_images,
+        "device": device,
+        "workers": workers,
+    }
+    reading: Reading = {**_model(file.model, place), **about}
+    return levels.run(
+        file.model.spec,
+        place.data(file.data) if data is None else data,
+        Course.model_validate(file.model_dump(exclude=own)),
+        out=place.path(file.out) if out is None else out,
+        title=file.title,
+        command=command,
+        **reading,
+    )
+
+
+def _model(model: _Model, place: _Places) -> Reading:
+    return {
+        "weights": None if model.weights is None else place.path(model.weights),
+        "width": model.width,
+        "n_classes": model.n_classes,
+        "pretrained": model.pretrained,
+        "output": model.output,
+    }
+
+
+def _toml(path: Path) -> dict[str, Any]:
     try:
-        file = _File.model_validate(tomllib.loads(path.read_text()))
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
+
+
+def _checked(path: Path, kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            known = (_Model if first["loc"][0] == "models" else _File).model_fields
-            raise UsageError(f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known)}") from None
+            tables: dict[str, type[BaseModel]] = {"models": _Model, "model": _Model}
+            tables |= {"training": Training, "finetuning": Training}
+            known = tables.get(str(first["loc"][0]), kind) if len(first["loc"]) > 1 else kind
+            raise UsageError(
+                f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known.model_fields)}"
+            ) from None
         raise UsageError(f"{path}: {where}: {first['msg']}") from None
+
+
+def _grid(path: Path, given: Mapping[str, Any]) -> _File:
+    file = _checked(path, _File, given)
     if not file.models:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:

@@ -486,7 +486,7 @@ def digest(model: nn.Module) -> str:
 
 def _open(folder: Path, spec: str | None) -> Loaded:
     """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
-    recipe = _recipe(folder / RECIPE)
+    recipe = read_recipe(folder / RECIPE)
     options = recipe.model.model_dump(exclude_none=True)
     made = options.pop("spec")
     if spec is not None and spec != made:
@@ -543,7 +543,8 @@ def _mask(path: Path, recipe: MaskRecipe, model: nn.Module) -> Mask:
     return mask
 
 
-def _recipe(path: Path) -> Recipe:
+def read_recipe(path: Path) -> Recipe:
+    """The `recipe.json` of a saved folder, checked. Raises ModelError for what is none."""
     try:
         text = path.read_bytes()
     except OSError as error:

@@ -61,6 +61,11 @@ def render(template: str, folder: Path, figures: Mapping[str, bytes], **shown: A
     return folder / "report.html"
 
 
+def colour(criterion: str, place: int) -> str:
+    """The criterion's own colour in every report, or one by its place among others."""
+    return COLOURS.get(criterion) or OTHERS[place % len(OTHERS)]
+
+
 def level(axes: Axes, height: float, name: str, style: str) -> None:
     """A named horizontal line."""
     axes.axhline(height, color=INK, linewidth=0.9, linestyle=style)

@@ -73,6 +73,7 @@ class Source:
 
     def read(self) -> Data:
         """The data, checked."""
+        pick_device(self.device)  # refused before anything is read
         if self.workers < 0:
             raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
         images = datasets.load(

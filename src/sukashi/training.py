@@ -127,8 +127,11 @@ def fit(
     memory: int = MEMORY,
     tensorboard: bool = False,
     seconds: float = 60.0,
+    until: int | None = None,
 ) -> Fitted:
     """A copy of the network, trained on `data.train` less what is held out; the given one is left alone.
+
+    With `until` it is the network after so many of the epochs, on its way to where all of them would lead.
 
     `loaded.mask` is enforced after every step. Minimises the mean cross entropy of each batch of about `batch_size`
     images (an epoch is cut into batches as equal as can be, no image is left out). On CUDA forward passes are in
@@ -154,6 +157,7 @@ def fit(
             stack.enter_context(torch.random.fork_rng([processes.device] if device.type == "cuda" else []))
             read = functools.partial(Frames.read, preprocess=loaded.preprocess, memory=memory, workers=workers)
             run = _Run(loaded, train, validation, training, processes, checkpoints.keep, read)
+            run.until = until or training.epochs
             if processes.rank == 0 and not (out / checkpoint.FILE).exists():
                 checkpoints.keep(run.state)
             processes.total(torch.zeros(1, device=processes.device))  # now every process finds the checkpoint
@@ -292,13 +296,14 @@ class _Run:
         self.net = processes.parallel(model)
         self.train_frames, self.train_target = frames(train), train.targets
         self.validation = None if validation is None else (frames(validation), validation.targets)
+        self.until = training.epochs
         self.pending: list[Tensor] = []  # loss and wish to stop of each step since the last look
         self.stop = False
 
     @property
     def ended(self) -> bool:
         done, patience = len(self.state.history), self.training.patience
-        return done == self.training.epochs or bool(patience and done and done - 1 - self.chosen >= patience)
+        return done >= self.until or bool(patience and done and done - 1 - self.chosen >= patience)
 
     @property
     def chosen(self) -> int:
