@@ -1,0 +1,233 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from sukashi import grid, levels, models, progress, sites
+from sukashi.errors import UsageError
+from sukashi.levels import Course
+from sukashi.training import Training
+
+SPEC = "sukashi:digits_cnn"
+READING = {"width": 4, "calibration": 2, "test_images": 100}
+
+
+def course(**changes):
+    settings = Training.model_validate({"epochs": 2, "batch_size": 128, "lr": 0.1})
+    given = {"schedule": "lottery", "criteria": ["magnitude"], "ratios": [0.3, 0.6], "scope": "global"}
+    return Course.model_validate({**given, "training": settings, "finetuning": settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def lottery(tmp_path_factory):
+    out = tmp_path_factory.mktemp("levels") / "study"
+    chosen = course(seeds=2, enforce_mask=[True, False])
+    return levels.run(SPEC, "digits", chosen, out=out, **READING), out, chosen
+
+
+@pytest.fixture(scope="module")
+def weights(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "cnn.safetensors"
+    safetensors.torch.save_file(small["cnn"].model.state_dict(), path)
+    return path
+
+
+def weights_of(loaded):
+    return torch.cat([loaded.model.get_submodule(s.layer).weight.flatten() for s in sites.weights(loaded.model)])
+
+
+def test_every_level_is_a_saved_model_with_its_share_of_zeros(lottery):
+    result, out, _ = lottery
+    assert [(row["contender"], row["ratio"]) for row in result["levels"]] == [
+        (name, ratio) for name in ("magnitude", "magnitude/unenforced") for ratio in (0.3, 0.6)
+    ]
+    for seed in "01":
+        smaller = None
+        for ratio in ("0.30", "0.60"):
+            network = models.load(str(out / "magnitude" / seed / ratio))
+            zeros = weights_of(network) == 0
+            assert int(zeros.sum()) == int(len(zeros) * float(ratio))
+            assert smaller is None or bool(zeros[smaller].all()), "what is gone stays gone"
+            smaller = zeros
+            leaky = models.load(str(out / "magnitude-unenforced" / seed / ratio))
+            assert leaky.mask is None
+            assert float((weights_of(leaky) == 0).float().mean()) < 0.5 * float(ratio)
+    enforced, leaky = result["levels"][1], result["levels"][3]
+    assert enforced["removed"] == pytest.approx(0.6, abs=1e-3) == enforced["zeros"]
+    assert leaky["removed"] == pytest.approx(0.6, abs=1e-3) != pytest.approx(leaky["zeros"], abs=0.2)
+
+
+def test_figures_are_those_of_the_kept_networks(lottery, digits_split):
+    result, out, chosen = lottery
+    found = levels.collect(out, chosen)
+    test = found[0].correct
+    assert len(found) == 2 * (1 + 2 * 2)
+    rows = {(r["contender"], r["ratio"]): r for r in result["levels"]}
+    for name in ("magnitude", "magnitude/unenforced"):
+        for ratio in (0.3, 0.6):
+            right = [level.correct for level in found if (level.contender, level.ratio) == (name, ratio)]
+            dense = [level.correct for level in found if level.contender == "dense"]
+            assert rows[name, ratio]["accuracy"]["mean"] == pytest.approx(np.mean(right))
+            change = np.mean(right) - np.mean(dense)
+            assert rows[name, ratio]["difference"]["mean"] == pytest.approx(change)
+            assert rows[name, ratio]["difference"]["low"] <= change <= rows[name, ratio]["difference"]["high"]
+    assert len(test) == 100
+    pair = next(p for p in result["pairs"] if p["ratio"] == 0.6)
+    assert pair["difference"]["mean"] == pytest.approx(
+        rows["magnitude", 0.6]["accuracy"]["mean"] - rows["magnitude/unenforced", 0.6]["accuracy"]["mean"]
+    )
+    page = (out / "report.html").read_text()
+    assert "Masked zeros" in page
+    assert "magnitude/unenforced" in page
+
+
+def test_a_study_goes_on_from_the_level_it_had_reached(lottery, tmp_path, monkeypatch):
+    result, whole, chosen = lottery
+    out = tmp_path / "study"
+    shutil.copytree(whole, out)
+    for gone in ("magnitude/1/0.60", "magnitude-unenforced/1"):
+        shutil.rmtree(out / gone)
+    again = levels.run(SPEC, "digits", chosen, out=out, **READING)
+    assert {**again, "out": "", "report": ""} == {**result, "out": "", "report": ""}
+    for path in sorted(whole.rglob("model.safetensors")):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    monkeypatch.setattr(levels, "fit", None)
+    assert levels.run(SPEC, "digits", chosen, out=out, **READING)["levels"] == again["levels"]
+    with pytest.raises(UsageError, match=r"course.rewind was 0, now 1"):
+        levels.run(SPEC, "digits", chosen.model_copy(update={"rewind": 1}), out=out, **READING)
+
+
+def test_a_rewound_network_has_the_weights_it_started_with(tmp_path, monkeypatch):
+    begun = {}
+    plain = levels.fit
+
+    def noted(loaded, *args, out, **options):
+        begun[out.name] = {name: t.clone() for name, t in loaded.model.state_dict().items()}
+        return plain(loaded, *args, out=out, **options)
+
+    monkeypatch.setattr(levels, "fit", noted)
+    levels.run(SPEC, "digits", course(ratios=[0.5]), out=tmp_path / "start", **READING)
+    start, level = begun["0.training"], begun["0.50.training"]
+    kept = level["conv2.weight"] != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert torch.equal(level["conv2.weight"][kept], start["conv2.weight"][kept])
+    assert torch.equal(level["bn1.weight"], start["bn1.weight"])
+    levels.run(SPEC, "digits", course(ratios=[0.5], rewind=1), out=tmp_path / "early", **READING)
+    level = begun["0.50.training"]
+    kept = level["conv2.weight"] != 0
+    assert not torch.equal(level["conv2.weight"][kept], start["conv2.weight"][kept])
+    # The epochs gone through again are those of the dense network's training: it went through the same weights.
+    early, dense = models.load(str(tmp_path / "early/dense/0")), models.load(str(tmp_path / "start/dense/0"))
+    assert torch.equal(weights_of(early), weights_of(dense))
+
+
+@pytest.mark.parametrize("schedule", ["oneshot", "iterative"])
+def test_channels_go_for_real(schedule, weights, tmp_path):
+    chosen = course(schedule=schedule, scope=None, round_to=1, ratios=[0.25, 0.5], criteria=["magnitude", "random"])
+    given = {**READING, "width": 8, "weights": weights}
+    result = levels.run(SPEC, "digits", chosen, out=tmp_path / "out", **given)
+    assert [row["removed"] for row in result["levels"]] == pytest.approx([0.25, 0.5, 0.25, 0.5], abs=0.04)
+    assert [row["zeros"] for row in result["levels"]] == [0, 0, 0, 0]
+    for name in ("magnitude", "random"):
+        sizes = [
+            sum(p.numel() for p in models.load(str(tmp_path / "out" / name / "0" / ratio)).model.parameters())
+            for ratio in ("0.25", "0.50")
+        ]
+        assert sizes[1] < sizes[0]
+    # The network that was given is the dense one, untrained.
+    dense = models.load(str(tmp_path / "out/dense/0"))
+    assert torch.equal(weights_of(dense), weights_of(models.load(SPEC, width=8, weights=weights)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratios": [0.5, 0.2]}, "ascend"),
+        ({"ratios": [0.0, 0.2]}, "ascend"),
+        ({"ratios": [0.5, 1.0]}, r"ratio must be in \[0, 1\)"),
+        ({"ratios": []}, "ratios must be different values"),
+        ({"criteria": ["magnitude", "magnitude"]}, "criteria must be different"),
+        ({"criteria": ["drift"]}, "drift"),
+        ({"criteria": ["wanda"], "scope": None}, "wanda"),
+        ({"schedule": "lotery"}, "did you mean 'lottery'"),
+        ({"scope": "2:4"}, "give ratio 0.5"),
+        ({"scope": None, "enforce_mask": [False]}, "enforce_mask = false is for single weights"),
+        ({"scope": None, "exclude": ["fc2"]}, "exclude is for single weights"),
+        ({"rewind": 2}, "rewind must be an epoch below 2"),
+        ({"schedule": "oneshot", "rewind": 1}, "of a schedule that rewinds"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+    ],
+)
+def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(levels.Source, "read", None)
+    with pytest.raises(UsageError, match=message):
+        levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **READING)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lottery_refuses_trained_weights(weights, tmp_path):
+    with pytest.raises(UsageError, match="lottery goes back to weights before training"):
+        levels.run(SPEC, "digits", course(), out=tmp_path / "out", weights=weights, **{**READING, "width": 8})
+
+
+def test_a_study_file_holds_a_course(lottery, tmp_path):
+    result, _, _ = lottery
+    file = tmp_path / "lottery.toml"
+    file.write_text(
+        f"""
+        out = "out"
+        data = "digits"
+        schedule = "lottery"
+        criteria = ["magnitude"]
+        scope = "global"
+        ratios = [0.3, 0.6]
+        seeds = 2
+        enforce_mask = [true, false]
+        calibration = {READING["calibration"]}
+        test_images = {READING["test_images"]}
+        [model]
+        spec = "{SPEC}"
+        width = {READING["width"]}
+        [training]
+        epochs = 2
+        batch_size = 128
+        lr = 0.1
+        [finetuning]
+        epochs = 2
+        batch_size = 128
+        lr = 0.1
+        """
+    )
+    assert grid.run(file)["levels"] == result["levels"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["levels"] == result["levels"]
+    whole = file.read_text()
+    for line, message in (("epoch = 3", "did you mean 'epochs'"), ("epochs = 0", "training.epochs")):
+        file.write_text(whole.replace("epochs = 2", line, 1))
+        with pytest.raises(UsageError, match=message):
+            grid.run(file)
+
+
+def test_progress_tells_the_level(tmp_path):
+    notes = []
+
+    class Shown:
+        def __init__(self, title):
+            self.title = title
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def advance(self, n=1, note=""):
+            if self.title == "levels" and note:
+                notes.append(note)
+
+    with progress.listening(lambda title, total: Shown(title)):
+        levels.run(SPEC, "digits", course(ratios=[0.5]), out=Path(tmp_path / "out"), **READING)
+    assert notes == ["dense, seed 0, 0%", "magnitude, seed 0, 50%"]
