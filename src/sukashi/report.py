@@ -4,10 +4,10 @@ Of a trial's result it shows `sauce`, `relative_sauce`, `largest_fraction`, `den
 are any, `class_names` (K), `class_counts` (K), `class_accuracy` (K numbers for each point of the curve), `cost`
 ({"dense": figures, "cut": figures}) and `notes` (sentences). Of the log it shows the last `run` (`command`, `versions`,
 `hardware`) and every `cost` (`trial`, `dense`, `cut`): the figures a clock decided. Of a pruned folder's recipe it
-shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut` (or `sparse`, where single weights
-were removed), each with any of FIGURES and `class_accuracy`; `layers` (`layer`, `shape`, `weights`, `removed`) of a
-sparse one; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that of a
-provenance, is "cut" (the default) or "zero".
+shows `model`, `provenance` (as a `run`, and settings) and `figures`: `dense` and `cut` (or `sparse`, where single
+weights were removed), each with any of FIGURES and `class_accuracy`; `layers` (`layer`, `shape`, `weights`, `removed`)
+of a sparse one; `class_names`, `class_counts`, `n_images`, `notes` and how it was measured. A study's `mode`, and that
+of a provenance, is "cut" (the default) or "zero".
 """
 
 from __future__ import annotations
@@ -368,14 +368,14 @@ def _verdict_of_cut(
         change = 100 * (cut["accuracy"] - dense["accuracy"])
         parts.append(f"accuracy goes from {_percent(dense['accuracy'])} to {_percent(cut['accuracy'])} ({change:+.1f})")
     if what == "sparse":
-        zeros = f"{_percent(cut['sparsity'])} of the masked layers' weights ({_percent(cut['zeros'])} of all parameters)"
-        parts.append(f"with {zeros} at zero: the network is as large and as slow as before")
+        masked, everything = _percent(cut["sparsity"]), _percent(cut["zeros"])
+        parts.append(f"with {masked} of the masked layers' weights ({everything} of all parameters) at zero")
     for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency_ms", "latency")):
         if what == "cut" and dense.get(name) and name in cut:
             parts.append(f"{noun} {100 * (cut[name] / dense[name] - 1):+.0f}%")
     if not parts:
         return "The network was cut; no figures were kept.", ""
-    said = (" " if what == "sparse" else ", ").join(parts)
+    said = ", ".join(parts) + ("; it is as large and as slow as before" if what == "sparse" else "")
     rule = ""
     if n_images and "accuracy" in cut:
         cut_share = share(round(cut["accuracy"] * n_images), n_images)
