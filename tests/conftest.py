@@ -102,9 +102,15 @@ def _case(model, data):
 def small(digits_split):
     """Trained networks of 32 and 72 units, for oracles that ask about each in turn: {name: loaded, model, sites, data}.
 
-    `data` are eight training digits a class, two of them mislabelled. Tests must not change them.
+    `data` are eight training digits a class, two of them mislabelled. "cnn weights" and "vit weights" are the same with
+    sites of single weights. Tests must not change them.
     """
-    return {name: _small(f"sukashi:digits_{name}", digits_split) for name in ("cnn", "vit")}
+    from sukashi import sites
+
+    found = {name: _small(f"sukashi:digits_{name}", digits_split) for name in ("cnn", "vit")}
+    for name, case in list(found.items()):
+        found[f"{name} weights"] = SimpleNamespace(**{**vars(case), "sites": sites.weights(case.model)})
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -153,8 +153,8 @@ def test_what_an_attribution_cannot_score_is_refused(case):
             scored("conductance", model, sites, data, **options)
 
     weight = Site(sites[0].layer, "weight", 4)
-    refuse(UsageError, "is of kind 'weight', which conductance cannot score", sites=[weight])
-    refuse(UsageError, "site '' is of kind 'pixel', which conductance", sites=[finder.input_site(data.x)])
+    refuse(UsageError, "conductance scores sites of kind channel, hidden, head, not 'weight'", sites=[weight])
+    refuse(UsageError, "conductance scores sites of .*, not 'pixel'", sites=[finder.input_site(data.x)])
     segmented = Batch(data.x, torch.zeros(len(data), 8, 8, dtype=torch.long), data.image_id)
     refuse(DataError, r"target has shape \(\d+, 8, 8\)", data=segmented)
     refuse(UsageError, "baseline has 2 rows", baseline=torch.zeros(2, *data.x.shape[1:], dtype=data.x.dtype))

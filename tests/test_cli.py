@@ -279,6 +279,16 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
         (2, ["--round-to", "0"], ["round_to must be at least 1, got 0"]),
         (2, ["--criterion", "drfit"], ["did you mean 'drift'?"]),
         (2, ["--set", "cswap.alpha=0.1"], ["'cswap'", "not among random"]),
+        (2, ["--criterion", "wanda"], ["wanda scores sites of kind weight, not 'channel'", "with a scope"]),
+        (2, ["--criterion", "taylor", "--scope", "row"], ["taylor scores", "not 'weight'"]),
+        (2, ["--scope", "rows"], ["scope must be global, layer, row or N:M", "got 'rows'"]),
+        (2, ["--scope", "2:4", "--ratio", "0.6"], ["keeps 2 of every 4 weights: give ratio 0.5, got 0.6"]),
+        (2, ["--scope", "row", "--mode", "zero"], ["mode zero is for units, and scope row removes single weights"]),
+        (2, ["--scope", "row", "--round-to", "1"], ["round_to is for units, and scope row removes single weights"]),
+        (2, ["--scope", "row", "--sequential"], ["random looks at no image", "leave sequential out"]),
+        (2, ["--criterion", "wanda", "--scope", "global", "--sequential"], ["scope global compares all layers"]),
+        (2, ["--exclude", "fc2"], ["exclude is for single weights: give a scope too"]),
+        (2, ["--sequential"], ["sequential is for single weights: give a scope too"]),
         (5, ["--out", f"{__file__}/out"], [f"cannot write {__file__}/out", "another place"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else str(value),
@@ -764,6 +774,44 @@ def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
     assert "5.0% were asked for: widths are rounded up to multiples of 8" in shown.out
     assert "latency ms" in shown.out
     assert models.load(str(tmp_path / "most")).class_names == tuple("0123456789")
+
+
+def test_prune_makes_sparse_and_says_that_nothing_gets_smaller(sukashi, refused, tmp_path, weights):
+    args = ["prune", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--criterion", "wanda"]
+    shown = sukashi(*args, "--ratio", 0.5, "--scope", "row", "--exclude", "fc2", "--out", tmp_path / "a")
+    assert (shown.code, shown.err) == (0, "")
+    for words in ("conv2", "zeros in masked layers", "zeros in all parameters", "accuracy", "sparse"):
+        assert words in shown.out
+    assert "Masked zeros are not compression" in " ".join(shown.out.split())
+    assert "fc2" not in shown.out
+    found = strict(sukashi(*args, "--ratio", 0.5, "--scope", "row", "--out", tmp_path / "b", "--json").out)
+    assert {row["layer"] for row in found["layers"]} == {"conv1", "conv2", "conv3", "fc1", "fc2"}
+    assert found["sparse"]["parameters"] == found["dense"]["parameters"]
+    assert models.load(str(tmp_path / "b")).mask.n_removed == sum(row["removed"] for row in found["layers"])
+    refused(
+        4,
+        ["no convolution or linear layer 'fc3'", "'fc2'"],
+        *args,
+        "--ratio",
+        0.5,
+        "--scope",
+        "row",
+        "--exclude",
+        "fc3",
+        "--out",
+        tmp_path / "c",
+    )
+    refused(
+        2,
+        ["layer 'conv1' reads 9 inputs", "group by 4"],
+        *args,
+        "--ratio",
+        0.5,
+        "--scope",
+        "2:4",
+        "--out",
+        tmp_path / "c",
+    )
 
 
 def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn):

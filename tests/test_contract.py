@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -16,15 +17,19 @@ from sukashi import sites as finder
 from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
-from sukashi.errors import ModelError
+from sukashi.errors import ModelError, UsageError
 from sukashi.layers import AttentionCore
 from sukashi.measures import measures
 from sukashi.types import CATEGORIES, Plan, Scores, rank
 
 NETS = ("cnn", "vit")
+KINDS = {"cnn": {"channel", "hidden"}, "vit": {"hidden", "head"}, "cnn weights": {"weight"}, "vit weights": {"weight"}}
+# A method scores sites of its own kinds and refuses others.
+UNFIT = [(method.name, net) for method in criteria for net in KINDS if not KINDS[net] <= set(method.facts["kinds"])]
 # A method without rules for attention says so, and refuses it.
 REFUSED = [(method.name, "vit") for method in criteria if "attention" in method.facts.get("refuses", ())]
-CASES = [(name, net) for name in criteria.names() for net in NETS if (name, net) not in REFUSED]
+CASES = [(name, net) for name in criteria.names() for net in KINDS if (name, net) not in REFUSED + UNFIT]
+FIRST = dict(reversed(CASES))
 EXPLAINED = [(name, net) for name, net in CASES if name in attributions]
 JOURNALED = [method.name for method in criteria if method.keeps_journal]
 FIELDS = ("site", "unit", "category", "effect", "p_values")
@@ -35,7 +40,9 @@ def run(name, case, *, seed=0, **options):
 
 
 def as_plan(outcome):
-    return rank(outcome) if isinstance(outcome, Scores) else outcome
+    if not isinstance(outcome, Scores):
+        return outcome
+    return rank(replace(outcome, values={site: values.flatten() for site, values in outcome.values.items()}))
 
 
 def pairs(plan):
@@ -72,7 +79,8 @@ def test_a_criterion_speaks_of_every_unit_of_the_given_sites(outcomes, small, na
     if isinstance(outcome, Scores):
         assert list(outcome.values) == list(case.sites)
         for site, values in outcome.values.items():
-            assert values.shape == (site.n_units,)
+            weights = site.kind == "weight"
+            assert values.shape == (case.model.get_submodule(site.layer).weight.shape if weights else (site.n_units,))
             assert values.isfinite().all()
             assert len(values.unique()) > 1, "a constant says nothing"
     else:
@@ -97,13 +105,23 @@ def test_a_criterion_that_has_no_rule_for_a_network_refuses_it_by_name(small, na
         run(name, small[net])
 
 
-@pytest.mark.parametrize("name", [name for name, net in CASES if net == "vit"])
-def test_a_criterion_speaks_of_the_given_sites_only(small, name):
-    case = copy.copy(small["vit"])
+@pytest.mark.parametrize(("name", "net"), UNFIT)
+def test_a_criterion_refuses_sites_of_a_kind_it_does_not_score(small, name, net):
+    with pytest.raises(UsageError, match=f"{name} scores sites of kind .*, not '({'|'.join(KINDS[net])})'"):
+        run(name, small[net])
+
+
+def test_single_weights_and_units_have_criteria():
+    assert {net for _, net in CASES} == set(KINDS)
+
+
+@pytest.mark.parametrize(("name", "net"), [case for case in CASES if case[1] in ("vit", "vit weights")])
+def test_a_criterion_speaks_of_the_given_sites_only(small, name, net):
+    case = copy.copy(small[net])
     case.sites = case.sites[1:4:2]
     outcome = run(name, case)
     assert as_plan(outcome).sites == tuple(case.sites)
-    assert as_plan(outcome).n_units == 32
+    assert as_plan(outcome).n_units == (32 if net == "vit" else sum(site.n_units for site in case.sites))
 
 
 @pytest.mark.parametrize(("name", "net"), CASES)
@@ -204,7 +222,7 @@ def assert_close(one, other, renamed=None):
         assert category == expected_category
 
 
-@pytest.mark.parametrize(("name", "net"), [case for case in CASES if case[0] != "random"])
+@pytest.mark.parametrize(("name", "net"), [(name, net) for name, net in CASES if name != "random" and net in NETS])
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31))
 def test_permuting_units_permutes_what_is_found_out_about_them(small64, name, net, seed):
@@ -214,6 +232,20 @@ def test_permuting_units_permutes_what_is_found_out_about_them(small64, name, ne
     with torch.no_grad():
         torch.testing.assert_close(case.model(case.data.x), small64[net].model(case.data.x))
     assert_close(run(name, case), whole, lambda position, unit: (position, orders[position][unit]))
+
+
+@pytest.mark.parametrize(("name", "net"), [(name, net) for name, net in CASES if name != "random" and net not in NETS])
+def test_permuting_units_permutes_what_is_found_out_about_weights(small64, name, net):
+    case, units = copy.copy(small64[net]), small64[net.removesuffix(" weights")].sites
+    # The scores, put where the weights are, change places as they do.
+    expected = copy.deepcopy(case.model)
+    for site, values in run(name, case).values.items():
+        expected.get_submodule(site.layer).weight.data.copy_(values)
+    expected, _ = permuted(expected, units, torch.Generator().manual_seed(1))
+    case.model, orders = permuted(case.model, units, torch.Generator().manual_seed(1))
+    assert any(order != sorted(order) for order in orders)
+    for site, values in run(name, case).values.items():
+        torch.testing.assert_close(values, expected.get_submodule(site.layer).weight.data, rtol=1e-9, atol=1e-12)
 
 
 def permuted(model, sites, generator):
@@ -239,14 +271,14 @@ def permuted(model, sites, generator):
 
 @pytest.mark.parametrize("name", criteria.names())
 def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
-    method = criteria[name]
+    method, case = criteria[name], small[FIRST[name]]
     method.check_options(method.options)
-    assert_same_bits(run(name, small["cnn"], **method.options), outcomes[name, "cnn"])
+    assert_same_bits(run(name, case, **method.options), outcomes[name, FIRST[name]])
     kinds = {option: kind for option, kind in get_type_hints(method.fn).items() if option in method.options}
     choices = {option: get_args(kind) for option, kind in kinds.items() if get_origin(kind) is Literal}
 
     def changes(choice, beside):
-        one, other = (as_plan(run(name, small["cnn"], **options)) for options in ({**beside, **choice}, beside))
+        one, other = (as_plan(run(name, case, **options)) for options in ({**beside, **choice}, beside))
         return not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("unit", "effect"))
 
     for option, values in choices.items():

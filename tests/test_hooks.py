@@ -254,6 +254,19 @@ def test_gates_of_another_shape_are_refused():
         model(images(3))
 
 
+def test_a_visitor_is_shown_every_call_and_leaves_with_the_context():
+    layer = nn.Linear(3, 3)
+    model, seen = nn.Sequential(layer, nn.ReLU(), layer), []
+    x = torch.randn(2, 3, requires_grad=True)
+    with hooks.visited(model, {"0": seen.append}):
+        y = model(x)
+    model(x)
+    assert len(seen) == 2
+    assert torch.equal(seen[0], x)
+    assert torch.equal(layer(seen[1]), y)
+    assert not any(read.requires_grad for read in seen)
+
+
 def test_calls_are_listed_in_order_and_as_often_as_made():
     conv = nn.Conv2d(1, 1, 1)
     model = nn.Sequential(conv, nn.Sequential(nn.ReLU()), conv, nn.Flatten())

@@ -1,11 +1,14 @@
 """Prune: rounded masks, saved folders that come back equal, and everything that must not be written or believed."""
 
 import builtins
+import copy
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 
 from sukashi import hooks, models, pruned, sites
 from sukashi.errors import ModelError, ResourceError, UsageError
-from sukashi.types import Plan, Scores, Site, rank
+from sukashi.types import Batch, Mask, Plan, Scores, Site, rank
 
 
 def _plan(found):
@@ -256,6 +259,167 @@ def test_a_folder_brings_its_own_options(saved, options):
         models.load(str(folder), **options)
     with pytest.raises(UsageError, match=next(iter(options))):
         models.load("sukashi:digits_cnn", weights=folder, **options)
+
+
+# Masks of single weights.
+
+
+def _sparse(loaded, ratio=0.6, scope="global", criterion="random", **options):
+    found, view = sites.weights(loaded.model), loaded.preprocess
+    x = torch.randn(6, view.channels, view.height, view.width, generator=torch.Generator().manual_seed(1))
+    data = Batch(x, torch.zeros(6, dtype=torch.long), tuple("abcdef"))
+    mask = pruned.weight_mask(
+        loaded, found, data, criterion, ratio, scope, generator=torch.Generator().manual_seed(0), **options
+    )
+    return pruned.sparse(loaded, mask), data
+
+
+@pytest.fixture
+def sparse_folder(tmp_path):
+    """A sparse digits_cnn and its folder."""
+    torch.manual_seed(0)
+    small, _ = _sparse(models.load("sukashi:digits_cnn", width=8))
+    pruned.save(tmp_path / "sparse", small, provenance={}, figures={})
+    return small, tmp_path / "sparse"
+
+
+def test_a_sparse_model_comes_back_with_its_mask_to_the_byte(sparse_folder, tmp_path):
+    small, folder = sparse_folder
+    back = models.load(str(folder))
+    assert list(back.mask.keep) == list(small.mask.keep)
+    for site, keep in small.mask.keep.items():
+        assert torch.equal(back.mask.keep[site], keep)
+        assert (back.model.get_submodule(site.layer).weight[~keep] == 0).all()
+    again = replace(back, class_names=small.class_names)
+    pruned.save(tmp_path / "again", again, provenance={}, figures={})
+    names = {"model.safetensors", "masks.safetensors", "recipe.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+    n_weights = sum(site.n_units for site in small.mask.keep)
+    assert (folder / "masks.safetensors").stat().st_size < n_weights / 8 + 600, "a bit a weight, and a header"
+
+
+def test_a_recipe_without_a_mask_is_what_it_was(saved):
+    _, folder = saved
+    assert "mask" not in json.loads((folder / "recipe.json").read_text())
+    assert not (folder / "masks.safetensors").exists()
+    assert models.load(str(folder)).mask is None
+
+
+def _forged(folder, change):
+    """Masks changed by someone who keeps the recipe's hash right."""
+    packed = safetensors.torch.load_file(folder / "masks.safetensors")
+    change(packed)
+    content = safetensors.torch.save(packed)
+    (folder / "masks.safetensors").write_bytes(content)
+    _edit(folder, lambda r: r["mask"].update(sha256=hashlib.sha256(content).hexdigest()))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "masks.safetensors").unlink(), r"cannot read weights .*masks\.safetensors"),
+        (
+            lambda folder: (folder / "masks.safetensors").write_bytes(b"x" * 40),
+            r"masks\.safetensors is no intact safetensors file",
+        ),
+        (lambda folder: _edit(folder, lambda r: r["mask"].update(sha256="0" * 64)), "SHA-256 .*its recipe says 0000"),
+        (lambda folder: _edit(folder, lambda r: r["mask"].update(shap={})), r"mask\.shap'?: did you mean 'shapes'"),
+        (
+            lambda folder: _edit(folder, lambda r: r["mask"]["shapes"].update(fc2=[16, 10])),
+            r"layer 'fc2' has shape \(16, 10\) in it and \(10, 16\) in the",
+        ),
+        (
+            lambda folder: _edit(folder, lambda r: r["mask"]["shapes"].update(fc2=[10, 99])),
+            "mask of layer 'fc2' has .* for 990 weights",
+        ),
+        (lambda folder: _edit(folder, lambda r: r["mask"]["shapes"].pop("fc2")), "mask of layer 'fc2' has bits only"),
+        (lambda folder: _forged(folder, lambda m: m.pop("fc2")), "mask of layer 'fc2' has a shape only"),
+        (lambda folder: _forged(folder, lambda m: m["fc1"].zero_()), r"\d+ weights of layer 'fc1' .* are not zero"),
+    ],
+)
+def test_a_mask_that_is_not_believed(sparse_folder, change, reason):
+    _, folder = sparse_folder
+    models.load(str(folder))
+    change(folder)
+    with pytest.raises(ModelError, match=reason):
+        models.load(str(folder))
+
+
+def test_a_mask_of_another_architecture_is_put_on_no_model(sparse_folder):
+    small, _ = sparse_folder
+    other = models.load("sukashi:digits_cnn", width=16)
+    with pytest.raises(ModelError, match="the mask is for another architecture: layer 'conv1' has shape"):
+        pruned.sparse(other, small.mask)
+
+
+def test_units_cut_from_a_sparse_model_take_their_masks_along(sparse_folder, tmp_path):
+    small, _ = sparse_folder
+    plan = _plan(sites.find(small.model, torch.randn(2, 1, 8, 8)).sites)
+    for mode in ("cut", "zero"):
+        cut = pruned.cut(small, plan.mask(0.5), mode)
+        for site, keep in cut.mask.keep.items():
+            weight = cut.model.get_submodule(site.layer).weight
+            # Random weights are never zero by themselves.
+            assert torch.equal(keep, weight != 0)
+        pruned.save(tmp_path / mode, cut, provenance={}, figures={})
+        back = models.load(str(tmp_path / mode))
+        assert back.mask.n_removed == cut.mask.n_removed
+
+
+def test_sparser_and_sparser(sparse_folder):
+    small, _ = sparse_folder
+    more, _ = _sparse(small, 0.8)
+    assert more.mask.n_removed == int(0.8 * more.mask.n_units)
+    assert all(not (more.mask.keep[site] & ~keep).any() for site, keep in small.mask.keep.items())
+    with pytest.raises(UsageError, match="has lost more weights already"):
+        _sparse(small, 0.3)
+    part = Mask({site: keep for site, keep in more.mask.keep.items() if site.layer == "fc1"})
+    both = pruned.sparse(small, part)
+    assert both.mask.keep.keys() == small.mask.keep.keys()
+    assert both.mask.n_removed > small.mask.n_removed
+
+
+@pytest.mark.parametrize("spec", ["sukashi:digits_cnn", "sukashi:digits_vit"])
+def test_sequential_scores_each_layer_with_those_before_it_pruned(spec):
+    torch.manual_seed(0)
+    loaded = models.load(spec, width=8)
+    before = models.digest(loaded.model)
+    small, data = _sparse(loaded, 0.5, "row", "wanda", sequential=True)
+    model = copy.deepcopy(loaded.model)
+    once, _ = _sparse(loaded, 0.5, "row", "wanda")
+    order = [name for name in hooks.calls(model, data.x) if name in {site.layer for site in small.mask.keep}]
+    assert len(order) == len(small.mask.keep) > 3
+    for name in order:
+        with hooks.read_by(model, name) as read, torch.no_grad():
+            model(data.x)
+        layer = model.get_submodule(name)
+        x = read[0].double()
+        windows = (
+            x
+            if isinstance(layer, torch.nn.Linear)
+            else torch.nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+        )
+        norms = windows.flatten(0, -2).square().sum(0).sqrt()
+        (site,) = (site for site in small.mask.keep if site.layer == name)
+        rows = layer.weight.detach().double().flatten(1).abs() * norms
+        k = rows.shape[1] // 2
+        expected = torch.ones_like(rows, dtype=torch.bool)
+        expected.scatter_(1, rows.sort(dim=1, stable=True).indices[:, :k], False)
+        assert torch.equal(small.mask.keep[site], expected.view(layer.weight.shape))
+        layer.weight.data.mul_(expected.view(layer.weight.shape))
+    assert list(small.mask.keep) == list(once.mask.keep)
+    assert any(not torch.equal(small.mask.keep[site], once.mask.keep[site]) for site in once.mask.keep)
+    assert models.digest(loaded.model) == before
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scope", "words"),
+    [("magnitude", "row", "magnitude looks at no image"), ("wanda", "global", "scope global compares all layers")],
+)
+def test_sequential_without_meaning(criterion, scope, words):
+    with pytest.raises(UsageError, match=words):
+        _sparse(models.load("sukashi:digits_cnn", width=8), 0.5, scope, criterion, sequential=True)
 
 
 # What is not written.

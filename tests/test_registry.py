@@ -8,6 +8,7 @@ import pytest
 
 from sukashi.errors import UsageError
 from sukashi.registry import Registry, nearest
+from sukashi.types import Site
 
 
 @pytest.fixture
@@ -108,6 +109,25 @@ def test_a_key_is_the_functions_name_and_is_taken_once(spices):
 
         @spices.register("salt", source="")
         def salt(food): ...
+
+
+def test_a_registry_has_facts_for_methods_that_say_nothing_else():
+    registry = Registry("spice", "spices", kinds=("channel",), hot=False)
+
+    @registry.register("pepper", source="", hot=True)
+    def pepper(model, sites): ...
+
+    @registry.register("salt", source="", kinds=("weight", "head"))
+    def salt(model, sites): ...
+
+    assert registry["pepper"].facts == {"kinds": ("channel",), "hot": True}
+    assert registry["salt"].facts == {"kinds": ("weight", "head"), "hot": False}
+    registry["pepper"](None, [Site("a", "channel", 3)])
+    registry["salt"](None, sites=[Site("a", "weight", 3), Site("b", "head", 3)])
+    registry["salt"].check_kinds(["head"])
+    for give in (lambda site: registry["salt"](None, [site]), lambda site: registry["salt"](None, sites=[site])):
+        with pytest.raises(UsageError, match="salt scores sites of kind weight, head, not 'channel'"):
+            give(Site("a", "channel", 3))
 
 
 def test_nearest_of_nothing_like_it():

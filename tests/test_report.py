@@ -350,6 +350,55 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     assert "sukashi prune sukashi:digits_cnn" in words
 
 
+def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
+    recipe = {
+        "model": {"spec": "sukashi:digits_cnn"},
+        "provenance": {"criterion": "wanda", "ratio": 0.5, "scope": "row"},
+        "figures": {
+            "dense": {
+                "accuracy": 0.981,
+                "zeros": 0.0,
+                "sparsity": 0.0,
+                "latency_ms": 2.0,
+                "class_accuracy": [1.0, 0.9],
+            },
+            "sparse": {
+                "accuracy": 0.95,
+                "zeros": 0.4,
+                "sparsity": 0.5,
+                "latency_ms": 3.0,
+                "class_accuracy": [0.5, 0.9],
+            },
+            "layers": [
+                {"layer": "fc<1>", "shape": [8, 250], "weights": 2000, "removed": 1200},
+                {"layer": "fc2", "shape": [4, 100], "weights": 400, "removed": 0},
+            ],
+            "n_images": 1234,
+            "class_names": ["zero", "one"],
+            "class_counts": [700, 534],
+        },
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    page = report.write(tmp_path).read_text()
+    words = _Reader(page).words
+    assert "Accuracy goes from 98.1% to 95.0% (-3.1), with 50.0% of the masked layers' weights" in words
+    assert "(40.0% of all parameters) at zero; it is as large and as slow as before." in words
+    assert "Masked zeros are not compression" in words
+    assert "neither size nor latency falls" in words
+    assert "the 95% interval of the sparse network's accuracy is 93.6% to 96.1%" in words
+    assert cells(page, "Where the zeros are") == {
+        "layer": ["weight", "weights", "removed", "share"],
+        "fc<1>": ["8 × 250", "2,000", "1,200", "60.0%"],
+        "fc2": ["4 × 100", "400", "0", "0.0%"],
+        "all": ["", "2,400", "1,200", "50.0%"],
+    }
+    assert cells(page, "What it costs to run")["zeros in all parameters"] == ["0.0%", "40.0%"]
+    assert cells(page, "Worst-hit classes")["zero"] == ["700", "100.0", "50.0", "-50.0"]
+    assert "fc<1>" not in page
+    assert "times as long" not in words, "a clock's noise is no finding"
+    assert "cut" not in words.replace("cut.model", "")
+
+
 def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
     assert "no figures were kept" in report.write(tmp_path).read_text()

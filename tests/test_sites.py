@@ -284,3 +284,46 @@ def test_the_input_and_the_outputs_of_layers_are_sites_too():
         sites.tap(model, "norm")
     with pytest.raises(ModelError, match="'nrom' does not exist"):
         sites.tap(model, "nrom")
+
+
+def test_single_weights_are_those_of_convolutions_and_linear_layers():
+    model = DigitsViT(10, 8, depth=1, n_heads=2)
+    found = sites.weights(model, exclude=["head"])
+    assert [(site.layer, site.kind) for site in found] == [
+        (name, "weight")
+        for name in ("patches", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.fc1", "blocks.0.fc2")
+    ]
+    assert [site.n_units for site in found] == [model.get_submodule(site.layer).weight.numel() for site in found]
+    with pytest.raises(ModelError, match="no convolution or linear layer 'haed' to exclude: did you mean 'head'"):
+        sites.weights(model, exclude=["haed"])
+    with pytest.raises(ModelError, match="no convolution or linear layer is left"):
+        sites.weights(model, exclude=[site.layer for site in sites.weights(model)])
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.ConvTranspose2d(4, 4, 2), "layer '1', a ConvTranspose2d, does something of its own"),
+        (Standardised(4, 4, 1), "layer '1', a Standardised, does something of its own"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "layer '1', a ParametrizedConv2d, does something"),
+    ],
+)
+def test_a_layer_in_which_a_zero_weight_may_still_be_a_connection_is_refused(layer, words):
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), layer)
+    with pytest.raises(ModelError, match=f"{words}.*exclude it"):
+        sites.weights(model)
+    assert [site.layer for site in sites.weights(model, exclude=["1"])] == ["0"]
+
+
+def test_a_weight_of_two_layers_is_no_site_of_its_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    with pytest.raises(ModelError, match="layer '0' shares its weights with another: exclude both"):
+        sites.weights(model)
+    assert [site.layer for site in sites.weights(model, exclude=["0", "2"])] == ["1"]

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 import sukashi
+from sukashi import data as datasets
 from sukashi import grid, hooks, models, progress, pruned, report, study
 from sukashi import sites as finder
 from sukashi.criteria import criteria
@@ -296,6 +297,7 @@ def test_check_keeps_its_limit(weights):
         ({"sampling": "randm"}, "unknown sampling 'randm': did you mean 'random'"),
         ({"sampling": []}, "sampling must be different names"),
         ({"sampling": ["random", "random"]}, "sampling must be different names"),
+        ({"criteria": ["random", "wanda"]}, "wanda scores sites of kind weight, not 'channel'"),
         ({"mode": "mask"}, "mode must be cut or zero, got 'mask'"),
         ({"margin": 0.0}, r"margin must be in \(0, 1\), got 0.0"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
@@ -371,6 +373,68 @@ def test_a_class_without_correct_images_is_refused_before_the_first_trial(tmp_pa
 
 
 CUT = {"calibration": 8, "test_images": 50, "width": 8}
+
+
+def test_a_sparse_model_has_the_figures_of_its_zeros(small, weights, tmp_path):
+    case, out = small["cnn"], tmp_path / "sparse"
+    scope = {"scope": "row", "exclude": ["conv1"], "sequential": True}
+    result = sukashi.prune(SPEC, "digits", "wanda", 0.5, out=out, weights=weights, **scope, **CUT)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    back = models.load(str(out))
+    kept = {name: layer for name, layer in case.model.named_modules() if hasattr(layer, "weight") and name != "conv1"}
+    n_removed = n_weights = 0
+    for row in result["layers"]:
+        before, after = kept[row["layer"]].weight, back.model.get_submodule(row["layer"]).weight
+        rows = before.flatten(1)
+        assert row == {
+            "layer": row["layer"],
+            "shape": list(before.shape),
+            "weights": before.numel(),
+            "removed": len(rows) * (rows.shape[1] // 2),
+        }
+        assert ((after == 0).flatten(1).sum(1) == rows.shape[1] // 2).all()
+        assert torch.equal(after, before * (after != 0))
+        n_removed, n_weights = n_removed + row["removed"], n_weights + row["weights"]
+    assert torch.equal(back.model.conv1.weight, case.model.conv1.weight)
+    assert [site.layer for site in back.mask.keep] == [row["layer"] for row in result["layers"]]
+    assert result["ratio"] == result["sparse"]["sparsity"] == n_removed / n_weights
+    assert result["sparse"]["zeros"] == n_removed / 3506
+    assert result["dense"]["zeros"] == 0
+    assert [result["sparse"][name] for name in ("parameters", "bytes", "flops")] == [
+        result["dense"][name] for name in ("parameters", "bytes", "flops")
+    ]
+    test = datasets.load("digits").test.limit(50).whole(back.preprocess)
+    with torch.no_grad():
+        right = (back.model(test.x).argmax(1) == test.target).double().mean().item()
+    assert result["sparse"]["accuracy"] == pytest.approx(right)
+    assert "Masked zeros are not compression" in (out / "report.html").read_text()
+    read = {"calibration": 8, "test_images": 50}
+    again = sukashi.prune(
+        str(out), "digits", "magnitude", 0.7, scope="layer", exclude=["conv1"], out=tmp_path / "more", **read
+    )
+    assert again["sparse"]["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert again["dense"]["zeros"] == result["sparse"]["zeros"]
+
+
+def test_onnx_of_a_sparse_model(weights, tmp_path):
+    sukashi.prune(
+        SPEC,
+        "digits",
+        "magnitude",
+        0.5,
+        scope="2:4",
+        exclude=["conv1"],
+        onnx=True,
+        out=tmp_path / "o",
+        weights=weights,
+        **CUT,
+    )
+    assert (tmp_path / "o" / "model.onnx").exists()
+
+
+def test_a_layer_without_weights_is_said(weights, tmp_path):
+    result = sukashi.prune(SPEC, "digits", "random", 0.999, scope="global", out=tmp_path / "o", weights=weights, **CUT)
+    assert any("has no weight left" in warning for warning in result["warnings"])
 
 
 def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(small, weights, tmp_path):

@@ -61,3 +61,14 @@ def test_random_is_uniform_and_drawn_from_its_generator_alone(small):
     torch.manual_seed(1)
     again = score("random", case, 3)
     assert all(torch.equal(first[site], again[site]) for site in case.sites)
+
+
+@pytest.mark.parametrize("which", ["cnn weights", "vit weights"])
+def test_magnitude_of_a_single_weight_is_its_size(small, which):
+    case = small[which]
+    found = score("magnitude", case)
+    for site in case.sites:
+        weight = case.model.get_submodule(site.layer).weight
+        expected = [abs(number) for number in weight.flatten().tolist()]
+        assert found[site].shape == weight.shape
+        assert found[site].flatten().tolist() == expected

@@ -71,7 +71,7 @@ class Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.check_options({name: value for name, value in kwargs.items() if name in self.options})
         if "kinds" in self.facts:
-            sites = inspect.signature(self.fn).bind_partial(*args, **kwargs).arguments["sites"]
+            sites = kwargs["sites"] if "sites" in kwargs else args[1]
             self.check_kinds(site.kind for site in sites)
         return self.fn(*args, **kwargs)
 

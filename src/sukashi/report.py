@@ -362,15 +362,14 @@ def _verdict_of_cut(
             f"accuracy goes from {page.percent(dense['accuracy'])} to {page.percent(cut['accuracy'])} ({change:+.1f})"
         )
     if what == "sparse":
-        masked, whole = page.percent(cut["sparsity"]), page.percent(cut["zeros"])
-        zeros = f"{masked} of the masked layers' weights ({whole} of all parameters)"
-        parts.append(f"with {zeros} at zero: the network is as large and as slow as before")
+        masked, everything = page.percent(cut["sparsity"]), page.percent(cut["zeros"])
+        parts.append(f"with {masked} of the masked layers' weights ({everything} of all parameters) at zero")
     for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency_ms", "latency")):
         if what == "cut" and dense.get(name) and name in cut:
             parts.append(f"{noun} {100 * (cut[name] / dense[name] - 1):+.0f}%")
     if not parts:
         return "The network was cut; no figures were kept.", ""
-    said = (" " if what == "sparse" else ", ").join(parts)
+    said = ", ".join(parts) + ("; it is as large and as slow as before" if what == "sparse" else "")
     rule = ""
     if n_images and "accuracy" in cut:
         cut_share = share(round(cut["accuracy"] * n_images), n_images)

@@ -35,8 +35,8 @@ def wanda(
 
     Of a linear layer X_j is feature j of every token of every image. A convolution is the linear layer that reads
     windows: j counts input channel, row and column of the kernel, and X_j is what meets that weight wherever the kernel
-    lies, padding included. Norms of whole channels, which leave out that the border of a map is met by some weights
-    only, put 4 % of a mask's weights on the other side.
+    lies, padding included. A norm for each channel would leave out that some weights never meet the border of a map: it
+    changes 1.6 % of the bits of a CIFAR ResNet-20's mask.
 
     All layers are measured in one pass over the images, sums of squares in float64. `batch_size` bounds the images in
     one pass; results do not depend on it.

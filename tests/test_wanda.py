@@ -1,0 +1,158 @@
+"""Wanda against its definition, number by number in float64, on layers of every shape it takes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sukashi import sites
+from sukashi.criteria import criteria
+from sukashi.errors import ModelError
+from sukashi.types import Batch
+
+
+def batch(x):
+    return Batch(x, torch.zeros(len(x), dtype=torch.long), tuple(map(str, range(len(x)))))
+
+
+def wanda(model, x, **options):
+    """{layer: scores}."""
+    found = criteria["wanda"](model, sites.weights(model), batch(x), generator=torch.Generator(), **options)
+    assert found.n_images == len(x)
+    return {site.layer: values for site, values in found.values.items()}
+
+
+def slow_linear(weight, x):
+    """|W_ij| times the root of the sum of squares of feature j over all tokens."""
+    rows = x.reshape(-1, x.shape[-1]).tolist()
+    norms = [sum(row[j] ** 2 for row in rows) ** 0.5 for j in range(weight.shape[1])]
+    return torch.tensor(
+        [[abs(w) * norms[j] for j, w in enumerate(row)] for row in weight.tolist()], dtype=torch.float64
+    )
+
+
+def slow_conv(conv, x):
+    """The same, every input looked up where the kernel lies; what is beyond the border follows the padding mode."""
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    _, _, height, width = x.shape
+    if isinstance(conv.padding, str):
+        total = (dh * (kh - 1), dw * (kw - 1)) if conv.padding == "same" else (0, 0)
+        top, left = total[0] // 2, total[1] // 2
+    else:
+        (top, left), total = conv.padding, (2 * conv.padding[0], 2 * conv.padding[1])
+    n_rows, n_columns = (
+        (height + total[0] - dh * (kh - 1) - 1) // sh + 1,
+        (width + total[1] - dw * (kw - 1) - 1) // sw + 1,
+    )
+    numbers = x.tolist()
+
+    def read(image, channel, row, column):
+        row, column = row - top, column - left
+        if conv.padding_mode == "circular":
+            row, column = row % height, column % width
+        elif conv.padding_mode == "replicate":
+            row, column = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+        elif conv.padding_mode == "reflect":
+            row, column = abs(row), abs(column)
+            row = 2 * (height - 1) - row if row >= height else row
+            column = 2 * (width - 1) - column if column >= width else column
+        inside = 0 <= row < height and 0 <= column < width
+        return numbers[image][channel][row][column] if inside else 0.0
+
+    out, per_group = conv.weight.shape[:2]
+    scores = torch.zeros(conv.weight.shape, dtype=torch.float64)
+    for o, c, i, j in itertools.product(range(out), range(per_group), range(kh), range(kw)):
+        channel = o // (out // conv.groups) * per_group + c
+        places = itertools.product(range(len(x)), range(n_rows), range(n_columns))
+        total_of = sum(read(b, channel, p * sh + i * dh, q * sw + j * dw) ** 2 for b, p, q in places)
+        scores[o, c, i, j] = abs(conv.weight[o, c, i, j].item()) * total_of**0.5
+    return scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2},
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (2, 1)},
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": 2, "padding": "same"},
+        {"kernel_size": 3, "padding": "valid", "groups": 4},
+        {"kernel_size": 3, "padding": 2, "padding_mode": "circular"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect", "stride": 2},
+        {"kernel_size": 3, "padding": 2, "padding_mode": "replicate", "stride": 3},
+        {"kernel_size": 1, "stride": 3},
+    ],
+    ids=str,
+)
+def test_a_convolution_reads_windows(options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, **options).double()
+    x = torch.randn(3, 4, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(wanda(nn.Sequential(conv), x)["0"], slow_conv(conv, x), rtol=1e-12, atol=0)
+
+
+def test_the_features_of_all_tokens_of_all_images():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double()
+    x = torch.randn(4, 7, 6, dtype=torch.float64)
+    found = wanda(model, x)
+    torch.testing.assert_close(found["0"], slow_linear(model[0].weight, x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found["2"], slow_linear(model[2].weight, model[:2](x)), rtol=1e-12, atol=0)
+
+
+def test_a_layer_that_is_called_twice_reads_both_times():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = wanda(nn.Sequential(layer, nn.ReLU(), layer), x)["0"]
+    read = torch.cat([x, layer(x).relu()])
+    torch.testing.assert_close(found, slow_linear(layer.weight, read), rtol=1e-12, atol=0)
+
+
+def test_maps_of_several_sizes_are_read_where_they_are():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 2, 3, stride=2, padding=1).double()
+    x = torch.randn(3, 2, 9, 8, dtype=torch.float64)
+    found = wanda(nn.Sequential(conv, conv), x)["0"]
+    expected = (slow_conv(conv, x) ** 2 + slow_conv(conv, conv(x)) ** 2).sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("net", ["cnn weights", "vit weights"])
+def test_the_batch_size_and_the_chunk_do_not_matter(small64, monkeypatch, net):
+    from sukashi.criteria import wanda as module
+
+    model, x = small64[net].model, small64[net].data.x
+    whole = wanda(model, x)
+    monkeypatch.setattr(module, "_CHUNK", 100)
+    for size in (1, 7, 1000):
+        for layer, values in wanda(model, x, batch_size=size).items():
+            torch.testing.assert_close(values, whole[layer], rtol=1e-12, atol=0)
+
+
+def test_sums_are_exact_where_float32_would_lose_them():
+    # In float32 2^24 + 1 is 2^24: forty thousand ones after one large number would be lost.
+    layer = nn.Linear(1, 1)
+    x = torch.ones(40_000, 1)
+    x[0] = 4096
+    assert wanda(nn.Sequential(layer), x, batch_size=50)["0"].item() == pytest.approx(
+        abs(layer.weight.item()) * (2**24 + 39_999) ** 0.5, rel=1e-12
+    )
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_layers_it_cannot_measure_are_refused_by_name():
+    with pytest.raises(ModelError, match="layer 'idle' reads nothing when the model runs: exclude it"):
+        wanda(Idle(), torch.randn(2, 4))
+    with pytest.raises(ModelError, match="layer '0' is a Conv1d: wanda scores linear layers and 2d convolutions"):
+        wanda(nn.Sequential(nn.Conv1d(2, 2, 3)), torch.randn(2, 2, 9))
