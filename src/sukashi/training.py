@@ -181,8 +181,8 @@ def fit(
                 raise SystemExit(ResourceError.exit_code) from None  # another process has said so
             step = checkpoint.facts(out / checkpoint.FILE)["step"]
             raise LostProcess(
-                f"a process of this run is gone ({' '.join(str(error).split())[:120]}): {out} keeps step {step}, give "
-                "the same command again to go on from there"
+                f"a process of this run is gone, its connection broke: {out} keeps step {step}, give the same command "
+                "again to go on from there"
             ) from error
 
 

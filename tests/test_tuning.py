@@ -1,0 +1,135 @@
+"""From names to a saved folder: what is in it, what a second call does, what is refused before anything is written."""
+
+import inspect
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import sukashi
+from sukashi import cli, models, pruned, study, training, tuning
+from sukashi.data import Split
+from sukashi.errors import ModelError, UsageError
+
+NET = "sukashi:digits_cnn"
+SHORT = {"width": 8, "epochs": 2, "batch_size": 64, "optimizer": "adamw", "test_images": 100}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    return sukashi.train(NET, "digits", out=out, **SHORT)
+
+
+def test_a_trained_folder_is_a_saved_model(trained, digits_split):
+    loaded = sukashi.load(trained["out"])
+    test = digits_split.test.limit(100).whole(loaded.preprocess)
+    with torch.no_grad():
+        accuracy = (loaded.model(test.x).argmax(1) == test.target).float().mean()
+    assert trained["accuracy"] == pytest.approx(float(accuracy))
+    assert trained["n_images"] == 100
+    assert (trained["finished"], trained["resumed"], trained["epochs"]) == (False, 0, 2)
+    recipe = json.loads((Path(trained["out"]) / "recipe.json").read_bytes())
+    assert recipe["provenance"]["run"]["training"]["epochs"] == 2
+    assert len(recipe["figures"]["history"]) == 2
+    assert not list(Path(trained["out"]).glob("checkpoint*"))
+    assert loaded.class_names == tuple("0123456789")
+    page = Path(trained["report"]).read_text()
+    assert "Epoch by epoch" in page
+    assert "no validation split" in page
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a saved folder does not count as untrained
+        assert study.check(trained["out"], "digits", limit=0.0)["units"] == 32
+
+
+def test_the_same_call_again_says_that_it_is_finished(trained, monkeypatch):
+    monkeypatch.setattr(training, "fit", None)
+    again = sukashi.train(NET, "digits", out=trained["out"], **SHORT)
+    assert again["finished"]
+    assert {k: v for k, v in again.items() if k not in ("finished", "resumed")} == {
+        k: v for k, v in trained.items() if k not in ("finished", "resumed")
+    }
+    with pytest.raises(UsageError, match=r"training.epochs was 2, now 3"):
+        sukashi.train(NET, "digits", out=trained["out"], **SHORT | {"epochs": 3})
+
+
+def test_the_seed_draws_the_weights(trained, tmp_path):
+    same = sukashi.train(NET, "digits", out=tmp_path / "same", **SHORT)
+    other = sukashi.train(NET, "digits", out=tmp_path / "other", **SHORT, seed=1)
+    weights = [models.load(run["out"]).weights_sha256 for run in (trained, same, other)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_fine_tuning_keeps_the_cut_and_improves_it(trained, tmp_path):
+    study.prune(trained["out"], "digits", "random", 0.5, out=tmp_path / "cut", round_to=1, calibration=4)
+    tuned = sukashi.finetune(
+        str(tmp_path / "cut"), "digits", out=tmp_path / "tuned", epochs=2, optimizer="adamw", lr=3e-3
+    )
+    cut, loaded = sukashi.load(str(tmp_path / "cut")), sukashi.load(tuned["out"])
+    assert loaded.cuts == cut.cuts
+    shapes = [tensor.shape for tensor in loaded.model.state_dict().values()]
+    assert shapes == [tensor.shape for tensor in cut.model.state_dict().values()]
+    assert tuned["accuracy"] > tuned["accuracy_before"]
+
+
+def test_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch):
+    read, fitted = [], []
+    batch, fit = Split._batch, training.fit
+    monkeypatch.setattr(
+        Split, "_batch", lambda self, *given: read.append((self.name, len(fitted))) or batch(self, *given)
+    )
+    monkeypatch.setattr(training, "fit", lambda *a, **k: (fit(*a, **k), fitted.append(1))[0])
+    sukashi.train(NET, "digits", out=tmp_path / "run", **SHORT)
+    assert {when for name, when in read if name == "test"} == {1}
+
+
+def test_a_finetune_has_a_tenth_of_the_rate(trained, tmp_path):
+    for optimizer, rate in (("sgd", 0.005), ("adamw", 1e-4)):
+        out = tmp_path / optimizer
+        sukashi.finetune(trained["out"], "digits", out=out, epochs=1, optimizer=optimizer)
+        recipe = json.loads((out / "recipe.json").read_bytes())
+        assert recipe["provenance"]["run"]["training"]["lr"] == pytest.approx(rate)
+
+
+def test_a_size_of_ones_own(tmp_path):
+    run = sukashi.train(NET, "shapes:n=60,size=24", out=tmp_path / "run", epochs=1, size=8, width=4, test_images=60)
+    assert sukashi.load(run["out"]).preprocess.height == 8
+    with pytest.raises(ModelError, match="fails on images of shape"):
+        sukashi.train(NET, "digits", out=tmp_path / "other", **SHORT, size=12)  # its linear layer knows 8
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": -1.0}, r"lr = -1.0: .*greater than 0"),
+        ({"augment": "mixup"}, r"augment = 'mixup'.*'none'"),
+        ({"epoch": 3}, r"unknown training setting 'epoch'.*epochs"),
+        ({"calibration": 3}, r"unknown training setting 'calibration'"),
+        ({"epochs": 2, "warmup": 2}, "warmup must be below epochs"),
+        ({"memory": -1.0}, "memory must be at least 0"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, words):
+    with pytest.raises(UsageError, match=words):
+        sukashi.train(NET, "digits", out=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_starts_from_weights(tmp_path):
+    with pytest.raises(UsageError, match="fine-tuning starts from weights"):
+        sukashi.finetune(NET, "digits", out=tmp_path / "run")
+
+
+def test_a_model_that_was_not_trained_here_is_left_alone(trained, tmp_path):
+    pruned.save(tmp_path / "mine", sukashi.load(trained["out"]), provenance={}, figures={})
+    with pytest.raises(UsageError, match="not trained here"):
+        sukashi.train(NET, "digits", out=tmp_path / "mine", **SHORT)
+
+
+def test_the_settings_are_the_same_everywhere():
+    fields = set(training.Training.model_fields)
+    assert set(inspect.signature(cli._training).parameters) == fields
+    assert set(tuning.Settings.__annotations__) - set(tuning.Opening.__annotations__) == fields
