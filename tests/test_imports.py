@@ -53,6 +53,8 @@ ORDER = [
     "measures",
     "measures.accuracy",
     "measures.cost",
+    "measures.imputation",
+    "measures.saliency",
     "store",
     "report",
     "study",
