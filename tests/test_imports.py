@@ -57,6 +57,8 @@ ORDER = [
     "measures",
     "measures.accuracy",
     "measures.cost",
+    "measures.imputation",
+    "measures.saliency",
     "schedules",
     "store",
     "checkpoint",

@@ -46,6 +46,11 @@ class Method:
         """Whether the method can go on from a journal of what it has decided so far."""
         return "_journal" in inspect.signature(self.fn).parameters
 
+    @property
+    def reads_maps(self) -> bool:
+        """Whether a measure must be given saliency maps."""
+        return "maps" in inspect.signature(self.fn).parameters
+
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Refuse an option the method does not have, naming the nearest, or a value that its annotation excludes."""
         annotations = get_type_hints(self.fn, include_extras=True)

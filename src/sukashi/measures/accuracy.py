@@ -237,15 +237,23 @@ def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray
     return torch.cat(found).numpy().astype(np.uint8), tuple(ids)
 
 
-def _correct(model: nn.Module, batch: Batch) -> Tensor:
-    """(B,) bool: is an image right?"""
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, K) what a network answers, checked.
+
+    Raises ModelError where it is not finite, or not (B, K) with K above every target.
+    """
     with exact():
-        logits: Tensor = model(batch.x)
-    if logits.ndim != 2 or len(logits) != len(batch) or int(batch.target.max()) >= logits.shape[1]:
+        found: Tensor = model(batch.x)
+    if found.ndim != 2 or len(found) != len(batch) or int(batch.target.max()) >= found.shape[1]:
         raise ModelError(
-            f"logits have shape {tuple(logits.shape)}, targets go up to {int(batch.target.max())}: they must be "
+            f"logits have shape {tuple(found.shape)}, targets go up to {int(batch.target.max())}: they must be "
             "(images, classes)"
         )
-    if not logits.isfinite().all():
+    if not found.isfinite().all():
         raise ModelError("the network gives NaN or Inf on test images: check its weights and the preprocessing")
-    return logits.argmax(1).clone() == batch.target
+    return found
+
+
+def _correct(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,) bool: is an image right?"""
+    return logits(model, batch).argmax(1).clone() == batch.target
