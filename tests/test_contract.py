@@ -16,16 +16,22 @@ from sukashi import sites as finder
 from sukashi.attributions import attributions
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
-from sukashi.errors import ModelError
+from sukashi.errors import ModelError, UsageError
 from sukashi.layers import AttentionCore
 from sukashi.measures import measures
-from sukashi.types import CATEGORIES, Plan, Scores, rank
+from sukashi.types import CATEGORIES, Kind, Plan, Scores, rank
 
 NETS = ("cnn", "vit")
 # A method without rules for attention says so, and refuses it.
 REFUSED = [(method.name, "vit") for method in criteria if "attention" in method.facts.get("refuses", ())]
 CASES = [(name, net) for name in criteria.names() for net in NETS if (name, net) not in REFUSED]
-EXPLAINED = [(name, net) for name, net in CASES if name in attributions]
+SAYS_NO = [
+    (method.name, net)
+    for method in attributions
+    for net, fact in (("vit", "refuses"), ("cnn", "needs"))
+    if "attention" in method.facts.get(fact, ())
+]
+EXPLAINED = [(name, net) for name in attributions.names() for net in NETS if (name, net) not in SAYS_NO]
 JOURNALED = [method.name for method in criteria if method.keeps_journal]
 FIELDS = ("site", "unit", "category", "effect", "p_values")
 
@@ -282,10 +288,16 @@ def test_a_method_goes_on_from_every_prefix_of_its_journal(outcomes, small, monk
 # Attributions.
 
 
+def sites_of(name, case):
+    """All sites of a case that an attribution can take, and its input."""
+    kinds = attributions[name].facts.get("kinds", get_args(Kind))
+    return [site for site in (*case.sites, finder.input_site(case.data.x)) if site.kind in kinds]
+
+
 def attributed(name, case, sites=None, rows=slice(None), **options):
     """An attribution at all sites of a case and at its input, of twelve images or some of them."""
     data = case.data[slice(0, None, 7)][rows]
-    sites = [*case.sites, finder.input_site(data.x)] if sites is None else sites
+    sites = sites_of(name, case) if sites is None else sites
     return attributions[name](case.model, data.x, data.target, sites, **options)
 
 
@@ -295,15 +307,33 @@ def explanations(small64):
     return {(name, net): attributed(name, small64[net]) for name, net in EXPLAINED}
 
 
-def test_every_attribution_is_a_criterion():
-    assert set(attributions.names()) <= set(criteria.names())
+def test_every_attribution_of_units_is_a_criterion_and_no_other():
+    of_units = [
+        m.name for m in attributions if {"channel", "hidden", "head"} <= set(m.facts.get("kinds", get_args(Kind)))
+    ]
+    assert [name for name in criteria.names() if name in attributions] == of_units
+
+
+@pytest.mark.parametrize("method", attributions, ids=lambda method: method.name)
+def test_an_attribution_refuses_sites_of_a_kind_it_cannot_take(small, method):
+    case = small["vit"]
+    for site in case.sites:
+        if site.kind not in method.facts.get("kinds", get_args(Kind)):
+            with pytest.raises(UsageError, match=f"{method.name} explains .* not site {site.layer!r}"):
+                attributed(method.name, case, [site])
+
+
+@pytest.mark.parametrize(("name", "net"), SAYS_NO)
+def test_an_attribution_refuses_a_network_it_cannot_explain_by_name(small, name, net):
+    with pytest.raises(ModelError, match=f"^{name} "):
+        attributed(name, small[net])
 
 
 @pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_an_attribution_says_something_about_every_position_of_every_unit(explanations, small64, name, net):
     case, found = small64[net], explanations[name, net]
     x = case.data.x[::7]
-    sites = [*case.sites, finder.input_site(x)]
+    sites = sites_of(name, case)
     assert list(found) == sites
     with torch.no_grad(), hooks.tapped(case.model, sites) as seen:
         case.model(x)

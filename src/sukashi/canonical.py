@@ -120,7 +120,7 @@ def performs(module: nn.Module, cls: type[nn.Module]) -> bool:
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 
-def share(module: nn.Module) -> nn.Module:
+def share(module: Layer) -> Layer:
     """A copy whose parameters are frozen views of the original's."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo)

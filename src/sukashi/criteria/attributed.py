@@ -42,6 +42,7 @@ def taylor(
     return Scores({site: value / len(data) for site, value in total.items()}, len(data), "taylor")
 
 
+_KINDS = ("channel", "hidden", "head")
 _TINY = torch.finfo(torch.float64).tiny
 Reduce = Literal["abs_sum", "sum_abs", "sum"]
 
@@ -83,7 +84,7 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
         **options: Any,
     ) -> Scores:
         for site in sites:
-            if site.kind not in ("channel", "hidden", "head"):
+            if site.kind not in _KINDS:
                 raise UsageError(
                     f"site {site.layer!r} is of kind {site.kind!r}, which {attribution.name} cannot score: give "
                     "channels, hidden units or attention heads"
@@ -148,4 +149,6 @@ def _reduced(values: Tensor, reduce: Reduce) -> Tensor:
 
 
 for _attribution in attributions:
+    if not set(_KINDS) <= set(_attribution.facts.get("kinds", _KINDS)):
+        continue
     criteria.register(_attribution.name, source=_attribution.source, **_attribution.facts)(_criterion(_attribution))
