@@ -411,7 +411,7 @@ def test_no_method_lets_a_gpu_round_float32(small, name, net):
 # Measures.
 
 
-@pytest.mark.parametrize("name", measures.names())
+@pytest.mark.parametrize("name", [method.name for method in measures if "reads" not in method.facts])
 @pytest.mark.parametrize("net", NETS)
 def test_a_measure_gives_one_number_an_image(small, name, net):
     case, method = small[net], measures[name]
@@ -432,6 +432,24 @@ def test_a_measure_gives_one_number_an_image(small, name, net):
         assert all(
             _equal(found[key][1], value) and found[key][0] == identity for key, (identity, value) in kept.items()
         )
+    assert method.facts["better"] in ("higher", "lower")
+
+
+@pytest.mark.parametrize("method", [m for m in measures if "reads" in m.facts], ids=lambda method: method.name)
+def test_a_measure_of_tensors_gives_one_number_an_image_and_changes_nothing(method):
+    draw = torch.Generator().manual_seed(0)
+    given = {"maps": torch.randn(12, 9, 8, generator=draw), "reference": torch.randn(12, 9, 8, generator=draw)}
+    given["masks"] = torch.rand(12, 9, 8, generator=draw) < 0.3
+    read = [given[name] for name in method.facts["reads"]]
+    before = [tensor.clone() for tensor in read]
+    values = method(*read)
+    assert values.shape == (12,)
+    assert values.is_floating_point()
+    assert values.isfinite().all()
+    assert len(values.unique()) > 1, "a constant says nothing"
+    parts = zip(*(tensor.split(5) for tensor in read), strict=True)
+    torch.testing.assert_close(torch.cat([method(*part) for part in parts]), values, rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, read, before))
     assert method.facts["better"] in ("higher", "lower")
 
 

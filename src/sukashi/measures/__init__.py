@@ -1,7 +1,12 @@
-"""What a cut did: measures give one number an image; importing this package registers them."""
+"""What a cut did: measures give one number an image; importing this package registers them.
+
+`measure(model, batch, *, generator, reference=None, **options)` gives (B,), never averaged. Facts of a measure:
+`better` (higher or lower), and `reads` where it reads something else than a model and a batch: the names of its
+arguments, tensors with one row an image (`maps` and `reference` (B, H, W) of two models, `masks` (B, H, W) bool).
+"""
 
 from sukashi.registry import Registry
 
 measures = Registry("measure", "measures")
 
-from sukashi.measures import accuracy  # noqa: E402, F401
+from sukashi.measures import accuracy, maps  # noqa: E402, F401
