@@ -323,6 +323,15 @@ def test_an_attribution_refuses_sites_of_a_kind_it_cannot_take(small, method):
                 attributed(method.name, case, [site])
 
 
+@pytest.mark.parametrize("name", attributions.names())
+def test_an_attribution_refuses_images_that_the_network_cannot_take(small, name):
+    x = torch.zeros(2, 1, 12, 12)
+    with pytest.raises(
+        ModelError, match=r"this DigitsViT fails on images of shape \(1, 12, 12\) \(RuntimeError: .*size"
+    ):
+        attributions[name](small["vit"].model, x, torch.zeros(2, dtype=torch.int64), [finder.input_site(x)])
+
+
 @pytest.mark.parametrize(("name", "net"), SAYS_NO)
 def test_an_attribution_refuses_a_network_it_cannot_explain_by_name(small, name, net):
     with pytest.raises(ModelError, match=f"^{name} "):
