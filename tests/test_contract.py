@@ -20,7 +20,7 @@ from sukashi.criteria.engine import Engine
 from sukashi.errors import ModelError, UsageError
 from sukashi.layers import AttentionCore
 from sukashi.measures import measures
-from sukashi.types import CATEGORIES, Plan, Scores, rank
+from sukashi.types import CATEGORIES, Kind, Plan, Scores, rank
 
 NETS = ("cnn", "vit")
 KINDS = {"cnn": {"channel", "hidden"}, "vit": {"hidden", "head"}, "cnn weights": {"weight"}, "vit weights": {"weight"}}
@@ -30,7 +30,13 @@ UNFIT = [(method.name, net) for method in criteria for net in KINDS if not KINDS
 REFUSED = [(method.name, "vit") for method in criteria if "attention" in method.facts.get("refuses", ())]
 CASES = [(name, net) for name in criteria.names() for net in KINDS if (name, net) not in REFUSED + UNFIT]
 FIRST = dict(reversed(CASES))
-EXPLAINED = [(name, net) for name, net in CASES if name in attributions]
+SAYS_NO = [
+    (method.name, net)
+    for method in attributions
+    for net, fact in (("vit", "refuses"), ("cnn", "needs"))
+    if "attention" in method.facts.get(fact, ())
+]
+EXPLAINED = [(name, net) for name in attributions.names() for net in NETS if (name, net) not in SAYS_NO]
 JOURNALED = [method.name for method in criteria if method.keeps_journal]
 FIELDS = ("site", "unit", "category", "effect", "p_values")
 
@@ -314,10 +320,16 @@ def test_a_method_goes_on_from_every_prefix_of_its_journal(outcomes, small, monk
 # Attributions.
 
 
+def sites_of(name, case):
+    """All sites of a case that an attribution can take, and its input."""
+    kinds = attributions[name].facts.get("kinds", get_args(Kind))
+    return [site for site in (*case.sites, finder.input_site(case.data.x)) if site.kind in kinds]
+
+
 def attributed(name, case, sites=None, rows=slice(None), **options):
     """An attribution at all sites of a case and at its input, of twelve images or some of them."""
     data = case.data[slice(0, None, 7)][rows]
-    sites = [*case.sites, finder.input_site(data.x)] if sites is None else sites
+    sites = sites_of(name, case) if sites is None else sites
     return attributions[name](case.model, data.x, data.target, sites, **options)
 
 
@@ -327,15 +339,42 @@ def explanations(small64):
     return {(name, net): attributed(name, small64[net]) for name, net in EXPLAINED}
 
 
-def test_every_attribution_is_a_criterion():
-    assert set(attributions.names()) <= set(criteria.names())
+def test_every_attribution_of_units_is_a_criterion_and_no_other():
+    of_units = [
+        m.name for m in attributions if {"channel", "hidden", "head"} <= set(m.facts.get("kinds", get_args(Kind)))
+    ]
+    assert [name for name in criteria.names() if name in attributions] == of_units
+
+
+@pytest.mark.parametrize("method", attributions, ids=lambda method: method.name)
+def test_an_attribution_refuses_sites_of_a_kind_it_cannot_take(small, method):
+    case = small["vit"]
+    for site in case.sites:
+        if site.kind not in method.facts.get("kinds", get_args(Kind)):
+            with pytest.raises(UsageError, match=f"{method.name} explains .* not site {site.layer!r}"):
+                attributed(method.name, case, [site])
+
+
+@pytest.mark.parametrize("name", attributions.names())
+def test_an_attribution_refuses_images_that_the_network_cannot_take(small, name):
+    x = torch.zeros(2, 1, 12, 12)
+    with pytest.raises(
+        ModelError, match=r"this DigitsViT fails on images of shape \(1, 12, 12\) \(RuntimeError: .*size"
+    ):
+        attributions[name](small["vit"].model, x, torch.zeros(2, dtype=torch.int64), [finder.input_site(x)])
+
+
+@pytest.mark.parametrize(("name", "net"), SAYS_NO)
+def test_an_attribution_refuses_a_network_it_cannot_explain_by_name(small, name, net):
+    with pytest.raises(ModelError, match=f"^{name} "):
+        attributed(name, small[net])
 
 
 @pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_an_attribution_says_something_about_every_position_of_every_unit(explanations, small64, name, net):
     case, found = small64[net], explanations[name, net]
     x = case.data.x[::7]
-    sites = [*case.sites, finder.input_site(x)]
+    sites = sites_of(name, case)
     assert list(found) == sites
     with torch.no_grad(), hooks.tapped(case.model, sites) as seen:
         case.model(x)
@@ -413,7 +452,7 @@ def test_no_method_lets_a_gpu_round_float32(small, name, net):
 # Measures.
 
 
-@pytest.mark.parametrize("name", measures.names())
+@pytest.mark.parametrize("name", [method.name for method in measures if "reads" not in method.facts])
 @pytest.mark.parametrize("net", NETS)
 def test_a_measure_gives_one_number_an_image(small, name, net):
     case, method = small[net], measures[name]
@@ -436,6 +475,24 @@ def test_a_measure_gives_one_number_an_image(small, name, net):
         assert all(
             _equal(found[key][1], value) and found[key][0] == identity for key, (identity, value) in kept.items()
         )
+    assert method.facts["better"] in ("higher", "lower")
+
+
+@pytest.mark.parametrize("method", [m for m in measures if "reads" in m.facts], ids=lambda method: method.name)
+def test_a_measure_of_tensors_gives_one_number_an_image_and_changes_nothing(method):
+    draw = torch.Generator().manual_seed(0)
+    given = {"maps": torch.randn(12, 9, 8, generator=draw), "reference": torch.randn(12, 9, 8, generator=draw)}
+    given["masks"] = torch.rand(12, 9, 8, generator=draw) < 0.3
+    read = [given[name] for name in method.facts["reads"]]
+    before = [tensor.clone() for tensor in read]
+    values = method(*read)
+    assert values.shape == (12,)
+    assert values.is_floating_point()
+    assert values.isfinite().all()
+    assert len(values.unique()) > 1, "a constant says nothing"
+    parts = zip(*(tensor.split(5) for tensor in read), strict=True)
+    torch.testing.assert_close(torch.cat([method(*part) for part in parts]), values, rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, read, before))
     assert method.facts["better"] in ("higher", "lower")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import StochasticDepth
 
-from sukashi.errors import ModelError
+from sukashi.errors import ModelError, SukashiError
 from sukashi.layers import AttentionCore, PadShortcut
 from sukashi.precision import exact
 
@@ -115,12 +115,26 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
     return form
 
 
+def answer(model: nn.Module, x: Tensor) -> Any:
+    """What a model makes of images; ModelError where it fails on them, as a ViT does on images of another size."""
+    try:
+        return model(x)
+    except (SukashiError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"this {type(model).__name__} fails on images of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
+            f"{reason}): give images of the size and channels it was made for"
+        ) from error
+
+
 def performs(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a module computes what its ancestor `cls` does: a subclass that keeps its forward does."""
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 
-def share(module: nn.Module) -> nn.Module:
+def share(module: Layer) -> Layer:
     """A copy whose parameters are frozen views of the original's."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo)
@@ -168,7 +182,7 @@ def active(node: Any) -> bool:
 def _output(model: nn.Module, x: Tensor) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        return model.eval()(x)
+        return answer(model.eval(), x)
     finally:
         for module, training in modes:
             module.training = training

@@ -19,6 +19,7 @@ from sukashi.attributions.rules import (
     Rule,
     carried,
     carry,
+    passed,
     plain,
     replaced,
     ruled,
@@ -119,10 +120,6 @@ def _shift(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, z: Tensor) -> 
     return module.bias if isinstance(module, nn.Linear) else module.bias.view(-1, *[1] * (z.dim() - 2)).expand_as(z)
 
 
-def _passed(module: nn.Module, x: Tensor, *constants: Tensor) -> Tensor:
-    return carry(x, plain(module, x, *constants), x.new_ones(()).expand_as(x))
-
-
 def _product(module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     half = (a + b) / 2
     return carry(half, a * b, half.new_ones(()).expand_as(half))
@@ -187,7 +184,7 @@ _ACTIVATIONS = (
 _RULES: Mapping[type[nn.Module], Rule] = {
     **MOVES,
     **dict.fromkeys((Add, *AVERAGES), _shared),
-    **dict.fromkeys((*_ACTIVATIONS, Scale), _passed),
+    **dict.fromkeys((*_ACTIVATIONS, Scale), passed),
     Mul: _product,
     nn.MaxPool2d: _max_pool,
 }

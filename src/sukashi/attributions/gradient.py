@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 
 from sukashi import hooks
 from sukashi.attributions import attributions
+from sukashi.canonical import answer
 from sukashi.errors import DataError, ModelError, UsageError
 from sukashi.precision import without_tf32
 from sukashi.types import Site
@@ -260,7 +261,7 @@ def _slopes(model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site]) 
     with torch.enable_grad(), hooks.tapped(model, sites) as seen:
         # A copy, for the model may write into what it is given. Rows do not meet in eval mode: the gradient of their
         # sum is each one's own.
-        total = explained(model(x.detach().clone()), target).sum()
+        total = explained(answer(model, x.detach().clone()), target).sum()
         tensors = [tensor for site in sites for tensor in seen[site]]
         gradients = iter(torch.autograd.grad(total, tensors, materialize_grads=True))
     held = {site: [tensor.detach() for tensor in seen[site]] for site in sites}

@@ -22,6 +22,7 @@ from sukashi.attributions.rules import (
     ones,
     plain,
     ruled,
+    stable,
     weighted,
 )
 from sukashi.canonical import Add, Scale, canonical
@@ -104,14 +105,9 @@ def lrp(
     return in_parts(explain, len(x), batch_size)
 
 
-def _stable(z: Tensor, epsilon: float) -> Tensor:
-    """z, further from zero by epsilon."""
-    return z + torch.where(z < 0, -epsilon, epsilon)
-
-
 def _epsilon(epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
     z = plain(module, x)
-    return carry(z, z, z / _stable(z, epsilon))
+    return carry(z, z, z / stable(z, epsilon))
 
 
 def _alpha1beta0(bias: bool, epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
@@ -120,7 +116,7 @@ def _alpha1beta0(bias: bool, epsilon: float, module: nn.Module, x: Tensor) -> Te
     positive = _contributions(module, x, module.weight.clamp(min=0), module.weight.clamp(max=0), shift)
     with torch.no_grad():
         z = plain(module, x)
-    return carry(positive, z, z / _stable(positive, epsilon))
+    return carry(positive, z, z / stable(positive, epsilon))
 
 
 def _gamma(gamma: float, epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
@@ -130,8 +126,8 @@ def _gamma(gamma: float, epsilon: float, module: nn.Module, x: Tensor) -> Tensor
     above, below = _contributions(module, x, up, down, rise), _contributions(module, x, down, up, fall)
     with torch.no_grad():
         z = plain(module, x)
-    out = carry(above, z, z.clamp(min=0) / _stable(above, epsilon))
-    return out + carry(below, torch.zeros_like(z), z.clamp(max=0) / _stable(below, epsilon))
+    out = carry(above, z, z.clamp(min=0) / stable(above, epsilon))
+    return out + carry(below, torch.zeros_like(z), z.clamp(max=0) / stable(below, epsilon))
 
 
 def _raised(w: Tensor, gamma: float) -> Tensor:

@@ -87,6 +87,16 @@ def replaced(linear: Tensor, value: Tensor) -> Tensor:
     return linear + (value - linear).detach()
 
 
+def passed(module: nn.Module, x: Tensor, *constants: Tensor) -> Tensor:
+    """What a layer computes going forward; going back, what it got: relevance passes through."""
+    return carry(x, plain(module, x, *constants), x.new_ones(()).expand_as(x))
+
+
+def stable(z: Tensor, epsilon: float) -> Tensor:
+    """z, further from zero by epsilon."""
+    return z + torch.where(z < 0, -epsilon, epsilon)
+
+
 def weighted(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A convolution or linear layer with other parameters."""
     if isinstance(module, nn.Linear):

@@ -42,6 +42,7 @@ def taylor(
     return Scores({site: value / len(data) for site, value in total.items()}, len(data), "taylor")
 
 
+_KINDS = ("channel", "hidden", "head")
 _TINY = torch.finfo(torch.float64).tiny
 Reduce = Literal["abs_sum", "sum_abs", "sum"]
 
@@ -142,4 +143,6 @@ def _reduced(values: Tensor, reduce: Reduce) -> Tensor:
 
 
 for _attribution in attributions:
+    if not set(_KINDS) <= set(_attribution.facts.get("kinds", _KINDS)):
+        continue
     criteria.register(_attribution.name, source=_attribution.source, **_attribution.facts)(_criterion(_attribution))

@@ -1,0 +1,137 @@
+"""What saliency maps show: whether relevance lies where it should, and how alike two maps of an image are.
+
+These measures read maps (B, H, W) of `attributions.maps.saliency_map` and not the model: their fact `reads` names their
+arguments. NaN stands for a map with nothing to say, and is for the caller to count and leave out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sukashi.errors import UsageError
+from sukashi.measures import measures
+
+_LEAST = 6  # pixels a side: SSIM's window reaches five beyond the border, by reflection
+
+
+@measures.register(
+    "localisation",
+    source="Arras et al. 2022 (CLEVR-XAI), relevance mass accuracy",
+    better="higher",
+    reads=("maps", "masks"),
+)
+def localisation(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of a map's positive relevance that lies inside the mask; (B,) float64, in [0, 1].
+
+    sum_{p in mask} a_p^+ / sum_p a_p^+. `masks` (B, H, W) is True where the evidence is. A map that points nowhere in
+    particular has the mask's share of the image. NaN where no relevance is positive, a map is not finite, or the mask
+    is empty, which no map could point at.
+
+    Raises UsageError for masks that are not boolean or of another shape.
+    """
+    _check(maps, masks)
+    if masks.dtype != torch.bool:
+        raise UsageError(f"masks are of dtype {masks.dtype}: give booleans, True where the evidence is")
+    positive = maps.double().flatten(1).clamp(min=0)
+    inside = masks.flatten(1)
+    share = (positive * inside).sum(1) / positive.sum(1)
+    return share.where(maps.flatten(1).isfinite().all(1) & inside.any(1), torch.nan)
+
+
+@measures.register(
+    "rank_correlation",
+    source="Spearman 1904; of saliency maps Adebayo et al. 2018",
+    better="higher",
+    reads=("maps", "reference"),
+)
+def rank_correlation(maps: Tensor, reference: Tensor) -> Tensor:
+    """Spearman's correlation of a map with the reference's of the same image; (B,) float64, in [-1, 1].
+
+    Pearson's correlation of the pixels' ranks, equal pixels at the mean of their ranks. NaN where a map is constant or
+    not finite.
+    """
+    _check(maps, reference)
+    one, other = (rank - rank.mean(1, keepdim=True) for rank in map(_midranks, (maps, reference)))
+    return _told((one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1)), maps, reference)
+
+
+@measures.register(
+    "ssim",
+    source="Wang et al. 2004, eq. 13; of saliency maps Adebayo et al. 2018",
+    better="higher",
+    reads=("maps", "reference"),
+)
+def ssim(maps: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of a map and the reference's of the same image; (B,) float64, at most 1.
+
+    torchmetrics' (Gaussian window, sigma 1.5; K1 = 0.01, K2 = 0.03, range 1), with each map divided by its own largest
+    absolute value first: maps have no common unit. NaN where a map is constant or not finite.
+
+    Raises UsageError for maps of less than six pixels a side.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds, that few commands need
+
+    _check(maps, reference)
+    if min(maps.shape[1:]) < _LEAST:
+        raise UsageError(f"maps of {maps.shape[1]} x {maps.shape[2]} pixels are too small for SSIM: {_LEAST} a side")
+    # What has no largest value is NaN in the end, and must not make others so on the way.
+    one, other = (
+        (m.double() / m.double().abs().amax((1, 2), keepdim=True)).nan_to_num(0, 0, 0)[:, None]
+        for m in (maps, reference)
+    )
+    found = structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
+    assert isinstance(found, Tensor)
+    return _told(found.view(len(maps)), maps, reference)
+
+
+@measures.register(
+    "top_overlap",
+    source="Ghorbani et al. 2019 (top-k intersection)",
+    better="higher",
+    reads=("maps", "reference"),
+)
+def top_overlap(maps: Tensor, reference: Tensor, *, fraction: Annotated[float, Field(gt=0, le=1)] = 0.1) -> Tensor:
+    """Share of the reference's highest pixels that are among the map's highest too; (B,) float64, in [0, 1].
+
+    The highest are exactly k = int(H W fraction) pixels, at least one; of equal ones those that come first, row by row.
+    Two maps that have nothing to do with each other share `fraction`. NaN where a map is constant or not finite.
+    """
+    _check(maps, reference)
+    k = max(1, int(maps[0].numel() * fraction))
+    one, other = (_highest(m, k) for m in (maps, reference))
+    return _told((one & other).sum(1).double() / k, maps, reference)
+
+
+def _check(maps: Tensor, beside: Tensor) -> None:
+    if maps.dim() != 3 or maps.shape != beside.shape:
+        raise UsageError(
+            f"maps of shape {tuple(maps.shape)} and what they are held against, {tuple(beside.shape)}, must both be "
+            "(images, height, width)"
+        )
+
+
+def _told(values: Tensor, *both: Tensor) -> Tensor:
+    """The values, NaN where one of both maps says nothing: it is constant or not finite."""
+    for maps in both:
+        flat = maps.flatten(1)
+        values = values.where(flat.isfinite().all(1) & (flat != flat[:, :1]).any(1), torch.nan)
+    return values
+
+
+def _midranks(maps: Tensor) -> Tensor:
+    """(B, P) the rank of each pixel in float64, the mean of their ranks for equal ones."""
+    flat = maps.flatten(1).contiguous()
+    order = flat.sort(1).values
+    below, up_to = (torch.searchsorted(order, flat, right=right) for right in (False, True))
+    return (below + up_to + 1).double() / 2
+
+
+def _highest(maps: Tensor, k: int) -> Tensor:
+    """(B, P) whether a pixel is one of the k highest."""
+    flat = maps.flatten(1)
+    first = flat.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, first, True)

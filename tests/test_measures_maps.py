@@ -1,0 +1,127 @@
+"""Measures of maps against loops and scipy, in float64."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from sukashi.errors import UsageError
+from sukashi.measures import measures
+from sukashi.measures.maps import localisation, rank_correlation, ssim, top_overlap
+
+ALIKE = (rank_correlation, ssim, top_overlap)
+
+
+def drawn(n=6, side=(9, 12), seed=0):
+    return torch.randn(n, *side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tied(maps):
+    """The same with many equal pixels, zeros of both signs among them."""
+    return (2 * maps).round() * 0.5 * torch.tensor([1.0, -1.0]).repeat(len(maps))[: len(maps), None, None]
+
+
+def test_localisation_is_the_share_of_positive_relevance_inside():
+    maps, masks = drawn(), drawn(seed=1) > 0.7
+    for row, found in enumerate(localisation(maps, masks).tolist()):
+        inside = total = 0.0
+        for i in range(9):
+            for j in range(12):
+                value = max(maps[row, i, j].item(), 0.0)
+                total += value
+                inside += value if masks[row, i, j] else 0.0
+        assert found == pytest.approx(inside / total, rel=1e-12)
+    even = localisation(torch.ones(1, 4, 4), torch.arange(16).view(1, 4, 4) < 4)
+    assert even.tolist() == [0.25]
+
+
+def test_localisation_has_no_value_where_nothing_could_be_said():
+    maps, masks = drawn(4), torch.ones(4, 9, 12, dtype=torch.bool)
+    maps[0] = -maps[0].abs()
+    maps[1, 2, 3] = math.nan
+    masks[2] = False
+    found = localisation(maps, masks)
+    assert found[:3].isnan().all()
+    assert found[3] == 1
+    with pytest.raises(UsageError, match="masks are of dtype"):
+        localisation(maps, masks.float())
+
+
+@pytest.mark.parametrize("change", [lambda maps: maps, tied])
+def test_rank_correlation_is_scipys(change):
+    one, other = change(drawn()), change(drawn() + drawn(seed=1))
+    found = rank_correlation(one, other)
+    for row in range(6):
+        expected = scipy.stats.spearmanr(one[row].flatten().numpy(), other[row].flatten().numpy()).statistic
+        assert found[row].item() == pytest.approx(expected, abs=1e-12)
+    assert rank_correlation(one, one.exp()).tolist() == pytest.approx([1] * 6)
+    assert rank_correlation(one, -one).tolist() == pytest.approx([-1] * 6)
+
+
+@pytest.mark.parametrize("change", [lambda maps: maps, tied])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.37, 1.0])
+def test_the_highest_pixels_are_exactly_k_and_the_first_of_equals(change, fraction):
+    one, other = change(drawn()), change(drawn() + drawn(seed=1))
+    k = max(1, int(108 * fraction))
+    found = top_overlap(one, other, fraction=fraction)
+    for row in range(6):
+        sets = [set(sorted(range(108), key=lambda p, m=m: (-m[row].flatten()[p].item(), p))[:k]) for m in (one, other)]
+        assert found[row].item() == pytest.approx(len(sets[0] & sets[1]) / k)
+
+
+def written_out_ssim(one, other):
+    """Equation 13 at each pixel, under a Gaussian of sigma 1.5 cut at five pixels, the border reflected."""
+    height, width = one.shape
+    g = torch.exp(-(torch.arange(-5, 6).double() ** 2) / (2 * 1.5**2))
+    weights = torch.outer(g, g) / g.sum() ** 2
+
+    def reflected(p, n):
+        p = abs(p)
+        return p if p < n else 2 * (n - 1) - p
+
+    total = 0.0
+    for i in range(height):
+        for j in range(width):
+            rows = [reflected(i + d, height) for d in range(-5, 6)]
+            columns = [reflected(j + d, width) for d in range(-5, 6)]
+            a, b = one[rows][:, columns], other[rows][:, columns]
+            ma, mb = (weights * a).sum(), (weights * b).sum()
+            va, vb = (weights * (a - ma) ** 2).sum(), (weights * (b - mb) ** 2).sum()
+            cov = (weights * (a - ma) * (b - mb)).sum()
+            total += (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    return float(total) / (height * width)
+
+
+def test_ssim_is_its_equation_on_maps_of_one_scale():
+    one, other = drawn(2), drawn(2) + drawn(2, seed=1)
+    found = ssim(one, other)
+    for row in range(2):
+        scaled = [m[row] / m[row].abs().max() for m in (one, other)]
+        assert found[row].item() == pytest.approx(written_out_ssim(*scaled), rel=1e-9)
+    torch.testing.assert_close(ssim(1e6 * one, 1e-6 * other), found)
+    assert ssim(one, one).tolist() == pytest.approx([1, 1])
+    with pytest.raises(UsageError, match=r"maps of 5 x 8 pixels are too small for SSIM: 6 a side"):
+        ssim(one[:, :5, :8], one[:, :5, :8])
+
+
+@pytest.mark.parametrize("measure", ALIKE)
+def test_a_map_that_says_nothing_has_no_similarity_and_leaves_the_others_alone(measure):
+    one, other = drawn(), drawn() + drawn(seed=1)
+    expected = measure(one, other)
+    one[0], other[1] = 0.0, 3.0
+    one[2, 0, 0], other[3, 1, 1] = math.nan, math.inf
+    found = measure(one, other)
+    assert found[:4].isnan().all()
+    assert torch.equal(found[4:], expected[4:])
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("measure", [localisation, *ALIKE])
+def test_maps_of_other_shapes_are_refused(measure):
+    with pytest.raises(UsageError, match=r"\(6, 9, 12\) .* \(6, 9, 11\)"):
+        measure(drawn(), drawn(side=(9, 11)) > 0)
+    with pytest.raises(UsageError, match=r"must both be \(images, height, width\)"):
+        measure(drawn()[0], drawn()[0] > 0)
+    with pytest.raises(UsageError, match="fraction of top_overlap must be"):
+        measures["top_overlap"](drawn(), drawn(), fraction=0.0)

@@ -1,0 +1,41 @@
+"""Attributions at the pixels of every family of supported architectures: each gives a map, or says no by name."""
+
+import pytest
+import torch
+
+from sukashi import sites
+from sukashi.attributions import attributions
+from sukashi.errors import ModelError
+from supported import ZOO, build
+
+# One of a family, and not those that take most of a minute.
+FAMILIES = (
+    *("torchvision:resnet18", "torchvision:vgg16_bn", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0"),
+    *("timm:vit_tiny_patch16_224", "sukashi:cifar_resnet20", "sukashi:digits_cnn", "sukashi:digits_vit"),
+)
+# Beside what their facts say.
+NO_RULE = {("lrp", "torchvision:efficientnet_b0")}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def shown(request):
+    """A network and an image for it."""
+    model, channels = build(request.param)
+    size, _ = ZOO[request.param]
+    return request.param, model, torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", attributions, ids=lambda method: method.name)
+def test_an_attribution_maps_the_pixels_or_refuses_by_name(shown, method):
+    name, model, x = shown
+    pixels, target = sites.input_site(x), torch.tensor([1])
+    steps = {"steps": 2} if "steps" in method.options else {}
+    fact = "refuses" if "vit" in name else "needs"
+    if "attention" in method.facts.get(fact, ()) or (method.name, name) in NO_RULE:
+        with pytest.raises(ModelError, match=f"^{method.name} "):
+            method(model, x, target, [pixels])
+        return
+    found = method(model, x, target, [pixels], **steps)[pixels]
+    assert found.shape == x.shape
+    assert found.isfinite().all()
+    assert len(found.unique()) > 10
