@@ -316,6 +316,7 @@ def test_a_folder_of_another_run_is_refused_by_its_difference(start, few, tmp_pa
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match=r"thesis.txt"):
         fit(start, few, Training(epochs=1), out=tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_a_damaged_checkpoint_is_refused(start, few, tmp_path):

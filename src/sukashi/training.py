@@ -172,7 +172,8 @@ def fit(
                     _log(out, run.state.history)
             return run.fitted(resumed, notes)
         except SukashiError:
-            checkpoint.claim(out)
+            if processes.size > 1:
+                checkpoint.claim(out)
             raise
         except RuntimeError as error:
             if processes.size == 1 or not lost(error):
