@@ -51,7 +51,7 @@ CHANNELS: dict[str, Channels] = {
 ORDERS = {"morf": saliency.AOPC_PERCENTAGES["mean"], "lerf": saliency.PERCENTAGES}
 OF_CURVES = ("road", "aopc")
 OUTCOMES: dict[str, saliency.Outcome] = {"": "accuracy", "/probability": "probability"}
-CURVES = {f"{order} {outcome}" for order in ORDERS for outcome in OUTCOMES.values()}
+CURVES = tuple(f"{order} {outcome}" for order in ORDERS for outcome in OUTCOMES.values())
 BASICS = ("gini", "road", "aopc", "rank_correlation", "ssim", "top_overlap")
 OF_TRANSFORMERS = ("insertion", "deletion")
 
@@ -152,13 +152,18 @@ def size_of(preprocess: Preprocess) -> tuple[int, int]:
 
 
 def labels(specs: Sequence[str]) -> list[str]:
-    """A short name for each model: of a folder what its path has and not all have, of a spec what follows its colon."""
+    """A short name for each model: of a folder what its path has and not all have, of a spec what follows its colon.
+
+    A name without a letter, as that of a ratio, gets the folder it lies in.
+    """
     paths = {spec: Path(spec).resolve().parts for spec in specs if Path(spec).is_dir()}
     shared = set.intersection(*map(set, paths.values())) if paths else set()
     found: list[str] = []
     for spec in specs:
         parts = [part for part in paths.get(spec, ()) if part not in shared]
         name = "/".join(parts) or (paths[spec][-1] if spec in paths else spec.rpartition(":")[2])
+        if spec in paths and not any(map(str.isalpha, name)):
+            name = f"{paths[spec][-2]}/{paths[spec][-1]}"
         same = sum(known.partition(" (")[0] == name for known in found)
         found.append(f"{name} ({same + 1})" if same else name)
     return found
@@ -330,7 +335,8 @@ class Auditor:
         for column, values in found.items():
             if column != "silent" and column not in CURVES:
                 found[column] = values.double().masked_fill(found["silent"], torch.nan)
-        return found
+        order = ["silent", *CURVES, *self.measures]
+        return dict(sorted(found.items(), key=lambda item: order.index(_measure_of(item[0], order))))
 
     def gallery(self, names: Sequence[str], moved: Sequence[Mapping[str, Any]]) -> dict[str, list[Picture]]:
         """For each attribution some images as they come, one a class, then those whose maps moved most."""
@@ -358,6 +364,11 @@ class Auditor:
                 for i, (row, marked) in enumerate(rows)
             ]
         return found
+
+
+def _measure_of(column: str, known: Sequence[str]) -> str:
+    """The measure of a column such as road/probability."""
+    return column if column in known else column.partition("/")[0]
 
 
 def _of_curves(

@@ -112,8 +112,11 @@ def compare(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
 def said(row: Mapping[str, Any]) -> str:
     """A comparison in words: sparser by .021 [.018, .024], or no detectable change."""
     if not row["changed"]:
-        between = "" if row["low"] is None else f" [{_short(row['low'])}, {_short(row['high'])}]"
-        return f"no detectable change{between}"
+        low, high = row["low"], row["high"]
+        if low is None:
+            return "no detectable change"
+        alone = " once corrected" if low > 0 or high < 0 else ""
+        return f"no detectable change{alone} [{_short(low)}, {_short(high)}]"
     measure, _, part = row["measure"].partition("/")
     method = registry[measure]
     words = WORDS.get(measure, (f"better by {measure}", f"worse by {measure}"))
@@ -147,18 +150,18 @@ def lines(comparisons: Sequence[Mapping[str, Any]], names: Sequence[str], n_mode
     """A sentence for each attribution: in how many models its maps became what, and where most."""
     found = []
     for name in names:
+        by_word: dict[str, list[Mapping[str, Any]]] = {}
+        for row in comparisons:
+            if row["attribution"] == name and row["changed"]:
+                by_word.setdefault(row["said"].partition(" by ")[0], []).append(row)
         phrases = []
-        rows = [row for row in comparisons if row["attribution"] == name and "/probability" not in row["measure"]]
-        for measure in dict.fromkeys(row["measure"] for row in rows):
-            of_measure = [row for row in rows if row["measure"] == measure and row["changed"]]
-            for word in dict.fromkeys(row["said"].partition(" by ")[0] for row in of_measure):
-                changed = [row for row in of_measure if row["said"].startswith(f"{word} by ")]
-                most = max(changed, key=lambda row: abs(row["difference"]))
-                by = "" if measure == "gini" or "/" in measure else f" ({measure})"
-                how_many = f" in {len(changed)} of {n_models} models, most {most['model']}:" if n_models > 1 else ""
-                amount = most["said"].partition(" by ")[2]
-                phrases.append(f"{word}{by}{how_many} by {amount}, {most['weight']}")
-        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change in any model") + ".")
+        for word, rows in by_word.items():
+            most = max(rows, key=lambda row: abs(row["size"] or 0))
+            labels = {row["model"] for row in rows}
+            how_many = f" in {len(labels)} of {n_models} models, most in {most['model']}" if n_models > 1 else ""
+            amount = most["said"].partition(" by ")[2]
+            phrases.append(f"{word}{how_many} by {amount} ({most['measure']}, {most['weight']})")
+        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change") + ".")
     return found
 
 
