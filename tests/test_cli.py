@@ -176,7 +176,7 @@ def test_help_does_not_wait_for_torch():
 def test_help_names_every_command(sukashi, args):
     found = sukashi(*args)
     assert (found.code, found.err) == (0, "")
-    for command in ("demo", "list", "check", "prune", "compare", "study", "report"):
+    for command in ("demo", "list", "check", "prune", "train", "finetune", "compare", "study", "report"):
         assert f"  {command} " in found.out
 
 
@@ -903,3 +903,54 @@ def test_a_comparison_says_which_trial_is_running(sukashi, tmp_path, monkeypatch
     assert strict(found.out)["sauce"]
     assert "sukashi: trials 0/2, random, seed 0\n" in found.err
     assert "sukashi: trials 1/2, amp, seed 0, about 0 s left; amp 1/32, removed " in found.err
+
+
+# --- train and finetune
+
+
+def test_train_finetune_and_prune_go_hand_in_hand(sukashi, tmp_path):
+    run = [*DIGITS[:5], "--epochs", "2", "--batch-size", "64", "--optimizer", "adamw", "--test-images", "60"]
+    first = sukashi("train", *run, "--out", tmp_path / "trained", "--augment", "affine")
+    assert (first.code, first.err) == (0, "")
+    assert "test accuracy" in first.out
+    again = sukashi("train", *run, "--out", tmp_path / "trained", "--augment", "affine")
+    assert "finished already" in again.out
+    tuned = sukashi(
+        *("finetune", tmp_path / "trained", "--data", "digits", "--out", tmp_path / "tuned", "--epochs", "1", "--json")
+    )
+    found = json.loads(tuned.out)
+    assert found["accuracy_before"] is not None
+    assert found["out"] == str(tmp_path / "tuned")
+    cut = sukashi(
+        *("prune", tmp_path / "tuned", "--data", "digits", "--criterion", "random", "--ratio", "0.3"),
+        *("--calibration", "4", "--out", tmp_path / "cut", "--json"),
+    )
+    assert json.loads(cut.out)["dense"]["accuracy"] == pytest.approx(found["accuracy"])
+
+
+def test_the_options_of_training_have_one_home(sukashi):
+    shown = sukashi("train", "--help").out
+    assert "--label-smoothing" in shown
+    assert "--test-images" in shown
+    assert "--calibration" not in shown
+
+
+def test_trainings_that_are_refused(refused, tmp_path):
+    out = ["--data", "digits", "--out", tmp_path / "run"]
+    refused(2, ["lr = -1.0", "greater than 0"], "train", NET, *out, "--lr", "-1")
+    refused(2, ["fine-tuning starts from weights", "--weights"], "finetune", NET, *out)
+    refused(2, ["warmup must be below epochs"], "train", NET, *out, "--epochs", "1", "--warmup", "1")
+    refused(4, ["fails on images of shape"], "train", NET, *out, "--size", "12")
+
+
+def test_a_loss_that_is_not_finite_names_the_step(sukashi, tmp_path):
+    found = sukashi("train", NET, "--data", "digits", "--out", tmp_path / "run", "--lr", "1e18")
+    assert found.code == 4
+    assert "step 2" in found.err or "step 3" in found.err
+    assert "last checkpoint is kept" in found.err
+
+
+def test_other_processes_of_a_training_are_silent(sukashi, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    found = sukashi("finetune", NET, "--data", "digits", "--out", tmp_path / "run")
+    assert (found.code, found.out, found.err) == (2, "", "")

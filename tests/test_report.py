@@ -425,3 +425,40 @@ def test_trials_on_different_images_are_not_compared(tmp_path: Path) -> None:
         writer.finish(result)
     with pytest.raises(DataError, match="different images"):
         report.write(study)
+
+
+def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path):
+    entry = {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5, "lr": 0.05, "images_per_second": 321.0}
+    history = [{**entry, "epoch": 1, "waiting": 0.01}, {**entry, "epoch": 2, "val_loss": 1.375, "waiting": 0.02}]
+    figures = {
+        **{
+            "accuracy": 0.75,
+            "accuracy_before": 0.5,
+            "n_images": 400,
+            "epochs": 2,
+            "epoch": 1,
+            "notes": ["mind <this>"],
+        },
+        **{"history": history, "class_counts": [200, 200], "class_accuracy": [0.5, None]},
+    }
+    recipe = {
+        "model": {"spec": "sukashi:digits_cnn"},
+        "class_names": ["cat", "<dog>"],
+        "provenance": {"command": "sukashi finetune x", "versions": {"torch": "2"}, "run": {"training": {"lr": 0.05}}},
+        "figures": figures,
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    page = report.write(tmp_path).read_text()
+    for said in (
+        "75.0% of 400 test images are right, 50.0% before (+25.0).",
+        "Weights of epoch 1 of 2 epochs",
+        "1.3750",
+    ):
+        assert said in page
+    assert "<strong>1</strong>" in page
+    assert "&lt;dog&gt;" in page
+    assert "mind &lt;this&gt;" in page
+    assert "<dog>" not in page
+    history[0]["val_loss"] = history[0]["val_accuracy"] = None
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert "learning rate" in report.write(tmp_path).read_text()

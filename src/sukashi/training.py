@@ -126,7 +126,7 @@ def fit(
     workers: int = 0,
     memory: int = MEMORY,
     tensorboard: bool = False,
-    seconds: float = 60.0,
+    seconds: float = 10.0,
     until: int | None = None,
 ) -> Fitted:
     """A copy of the network, trained on `data.train` less what is held out; the given one is left alone.

@@ -95,7 +95,7 @@ def gini(
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """(B, d) each row from its smallest up, NaN last; on a CPU by NumPy, which sorts 17 times as fast as torch."""
+    """(B, d) each row from its smallest up, NaN last; on a processor by NumPy, 17 times as fast there as torch."""
     return values.sort(dim=1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 

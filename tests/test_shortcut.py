@@ -1,0 +1,71 @@
+"""A network that learned a watermark instead of shapes points at the watermark, and the measures say so."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sukashi import data, sites, stats
+from sukashi.attributions import attributions
+from sukashi.attributions.maps import saliency_map
+from sukashi.measures.maps import localisation, rank_correlation
+from sukashi.types import Preprocess
+
+PREPROCESS = Preprocess(32, 32, 3, (0.3,) * 3, (0.3,) * 3)
+N = 60
+
+
+def trained(spec):
+    """A small CNN after some epochs on generated shapes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        images = data.load(spec).train.whole(PREPROCESS, 0)
+        layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 16, 6)]
+        model = nn.Sequential(*layers)
+        optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
+        for _ in range(12):
+            for rows in torch.randperm(len(images)).split(32):
+                optimiser.zero_grad()
+                F.cross_entropy(model(images.x[rows]), images.target[rows]).backward()
+                optimiser.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """Both networks, and the marked test circles that both get right, with the concepts' masks."""
+    marked, clean = trained(f"shapes:watermark=1,n={N}"), trained(f"shapes:n={N}")
+    found = data.load(f"shapes:watermark=1,n={N}")
+    images = found.test.whole(PREPROCESS, 0)
+    with torch.no_grad():
+        right = [model(images.x).argmax(1) == images.target for model in (marked, clean)]
+    images = images[(images.target == 0) & right[0] & right[1]]
+    return SimpleNamespace(marked=marked, clean=clean, images=images, truth=found.ground_truth(images.image_id))
+
+
+def maps(model, scene, name):
+    x = scene.images.x
+    pixels = sites.input_site(x)
+    return saliency_map(attributions[name](model, x, scene.images.target, [pixels])[pixels], "sum")
+
+
+def mean_difference(a, b):
+    return stats.paired(a.numpy(), b.numpy(), generator=np.random.default_rng(0)).bootstrap
+
+
+@pytest.mark.parametrize("name", ["saliency", "integrated_gradients", "lrp", "deeplift"])
+def test_only_the_network_with_the_shortcut_points_at_the_watermark(scene, name):
+    assert len(scene.images) >= 8
+    marked, clean = (maps(model, scene, name) for model in (scene.marked, scene.clean))
+    at_mark = [localisation(m, scene.truth["watermark"]) for m in (marked, clean)]
+    assert mean_difference(*at_mark).low > 0.1
+    assert at_mark[0].mean() > 4 * at_mark[1].mean()
+    assert at_mark[0].mean() > 8 * scene.truth["watermark"].double().mean(), "of the pixels it has 2 %"
+    # And away from what the circles are.
+    away = mean_difference(*(localisation(m, scene.truth["shape"]) for m in (clean, marked)))
+    assert away.low > 0.1
+    assert rank_correlation(marked, clean).mean() < 0.7
