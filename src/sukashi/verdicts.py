@@ -139,9 +139,10 @@ def verdict(comparisons: Sequence[Mapping[str, Any]], networks: Sequence[Network
     if not changed:
         return f"No detectable change: by no measure do the maps of {page.listed(others)} differ from {reference}'s."
     most = max(changes, key=lambda row: abs(row["size"] or 0))
-    how_many = f"{len(changed)} of {len(others)} models give" if len(others) > 1 else f"{others[0]} gives"
+    who = f"{len(changed)} of {len(others)} models" if len(others) > 1 else others[0]
+    give = "gives" if len(changed) == 1 else "give"
     return (
-        f"{how_many} other reasons than {reference}, most of all {most['model']}: its {most['attribution']} maps are "
+        f"{who} {give} other reasons than {reference}, most of all {most['model']}: its {most['attribution']} maps are "
         f"{most['said']}, a {most['weight']} change."
     )
 
