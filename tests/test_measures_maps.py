@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 from sukashi.errors import UsageError
 from sukashi.measures import measures
-from sukashi.measures.maps import localisation, rank_correlation, ssim, top_overlap
+from sukashi.measures.maps import gini, localisation, rank_correlation, ssim, top_overlap
 
 ALIKE = (rank_correlation, ssim, top_overlap)
 
@@ -20,6 +21,38 @@ def drawn(n=6, side=(9, 12), seed=0):
 def tied(maps):
     """The same with many equal pixels, zeros of both signs among them."""
     return (2 * maps).round() * 0.5 * torch.tensor([1.0, -1.0]).repeat(len(maps))[: len(maps), None, None]
+
+
+def test_gini_is_equation_1():
+    maps = drawn(3, (7, 5))
+    for image_map, found in zip(maps, gini(maps), strict=True):
+        values = sorted(abs(v) for v in image_map.flatten().tolist())
+        d, total = len(values), math.fsum(values)
+        expected = 1 - 2 * math.fsum(v / total * (d - k + 0.5) / d for k, v in enumerate(values, start=1))
+        assert float(found) == pytest.approx(expected, abs=1e-14)
+
+
+def test_gini_in_closed_form():
+    one = torch.zeros(8, 6)
+    one[2, 3] = -7.0
+    half = torch.cat([torch.zeros(4, 6), torch.full((4, 6), 3.0)])
+    odd = torch.ones(8, 6), torch.zeros(8, 6), one.where(one != 0, torch.nan), one.where(one == 0, torch.inf)
+    found = gini(torch.stack([one, half, *odd])).tolist()
+    assert found[:3] == pytest.approx([1 - 1 / 48, 0.5, 0.0], abs=1e-15)
+    assert all(math.isnan(value) for value in found[3:])
+
+
+def test_gini_sums_float32_maps_in_float64():
+    maps = drawn(2, (224, 224)).float()
+    torch.testing.assert_close(gini(maps), gini(maps.double()), rtol=0, atol=1e-12)
+
+
+def test_quantus_gini_is_the_same_but_for_what_it_adds():
+    quantus = pytest.importorskip("quantus")
+    maps = drawn(4, (32, 32)).abs() + 0.1
+    peer = quantus.Sparseness(abs=True, normalise=False, disable_warnings=True)
+    expected = peer.evaluate_batch(x_batch=None, a_batch=maps.flatten(1).numpy().copy())
+    np.testing.assert_allclose(gini(maps).numpy(), expected, rtol=0, atol=1e-6)
 
 
 def test_localisation_is_the_share_of_positive_relevance_inside():
@@ -125,3 +158,5 @@ def test_maps_of_other_shapes_are_refused(measure):
         measure(drawn()[0], drawn()[0] > 0)
     with pytest.raises(UsageError, match="fraction of top_overlap must be"):
         measures["top_overlap"](drawn(), drawn(), fraction=0.0)
+    with pytest.raises(UsageError, match=r"\(9, 12\) must be \(images, height, width\)"):
+        gini(drawn()[0])

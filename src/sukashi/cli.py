@@ -51,7 +51,7 @@ TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write a 
 MemoryOption = Annotated[float, typer.Option(help="GiB of images a process may keep; others are decoded each time.")]
 OptionsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="An option of a criterion: NAME=VALUE, or CRITERION.NAME=VALUE. Repeatable."),
+    typer.Option("--set", help="An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."),
 ]
 
 
@@ -157,6 +157,7 @@ def _shares(
 
 
 _reads = _shares(reading=_reading)
+_audits = _shares(reading=_reading, without=("model", "calibration", "test_images"))
 _trains = _shares(reading=_reading, settings=_training, without=("calibration",))
 
 
@@ -476,6 +477,71 @@ def _tune(name: str, reading: dict[str, Any], settings: dict[str, Any], as_json:
     elif result["resumed"]:
         print(f"\nWent on from step {result['resumed']}")
     print(f"\nSaved: {result['out']}\nReport: {result['report']}")
+
+
+@app.command()
+@_audits
+def audit(
+    reading: dict[str, Any],
+    models: Annotated[
+        list[str], typer.Argument(help="Specs, which share --weights, or saved folders. The first is the reference.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results; an interrupted audit is resumed.")],
+    levels: Annotated[str, typer.Option(help="What to look at, joined by commas: saliency.")] = "saliency",
+    attributions: Annotated[
+        str | None,
+        typer.Option(help="Default saliency,integrated_gradients, and chefer for transformers."),
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(help="Default gini,road,aopc, likeness to the reference's maps, and more where it fits."),
+    ] = None,
+    population: Annotated[
+        str, typer.Option(help="Images both the reference and the model get right, or the reference, or all.")
+    ] = "both",
+    test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of ROAD's noise and the bootstrap.")] = 0,
+    options: OptionsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
+    with _working():
+        from sukashi import auditing
+        from sukashi.attributions import attributions as explainers
+        from sukashi.measures import measures as registry
+
+        known = [method.name for method in (*explainers, *registry)]
+        result = auditing.audit(
+            models,
+            out=out,
+            levels=_names(levels),
+            attributions=None if attributions is None else _names(attributions),
+            measures=None if measures is None else _names(measures),
+            population=population,
+            test_images=test_images,
+            seed=seed,
+            options=_options(options, known),
+            command=_command(),
+            **reading,
+        )
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("model", "attribution", "measure", result["reference"], "model", "so", box=None, pad_edge=False)
+    for row in result["comparisons"]:
+        told = row["said"] + (f", {row['weight']}" if row["changed"] else "")
+        table.add_row(
+            *(row["model"], row["attribution"], row["measure"], f"{row['reference']:.3f}", f"{row['mean']:.3f}", told)
+        )
+    _to_stdout(table)
+    print(f"\n{result['verdict']}")
+    for line in result["lines"]:
+        print(line)
+    for name, reason in result["refused"].items():
+        print(f"left out: {name}: {reason}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print(f"\nReport: {result['report']}")
 
 
 @app.command()

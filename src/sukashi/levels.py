@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sukashi import models, page, progress, pruned, sites, sparsity, stats, store, surgery
 from sukashi.criteria import UNITS
 from sukashi.criteria import criteria as registry
-from sukashi.errors import UsageError, writing
+from sukashi.errors import UsageError
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.schedules import schedules
@@ -142,7 +141,7 @@ def run(
                 }
                 about = {"model": spec, "data": setting.about_data, "course": course.model_dump()}
                 if first:
-                    _claim(folder, about)
+                    store.claim(folder / "study.json", about)
             _Walker(setting, course, seed, folder, given, command or "sukashi.levels.run(...)", shown).walk()
     if not first:
         return {}
@@ -339,19 +338,6 @@ class _Walker:
 
 def _sized(loaded: Loaded, size: int | None) -> Loaded:
     return loaded if size is None else replace(loaded, preprocess=replace(loaded.preprocess, height=size, width=size))
-
-
-def _claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make the folder of a study, or refuse it where it is another's."""
-    kept = folder / "study.json"
-    asked = json.loads(store.canonical(about))
-    if kept.exists():
-        store.refuse_other(folder, json.loads(kept.read_bytes()), asked)
-        return
-    pruned.check_free(folder)
-    with writing(folder):
-        folder.mkdir(parents=True)
-    store.write(kept, store.canonical(asked, indent=1) + b"\n")
 
 
 def _home(out: Path, contender: str, seed: object) -> Path:

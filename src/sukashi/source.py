@@ -121,17 +121,22 @@ class Source:
                 f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
             )
         images = self.read()
-        loaded = self.build(images)
+        setting = self.beside(images)
         images.train.calibration(self.calibration, 0)
+        return replace(setting, found=sites.find(setting.loaded.model, setting.example)) if units else setting
+
+    def beside(self, images: Data) -> Setting:
+        """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
+        loaded = self.build(images)
         if self.untrained:
             random_weights = (
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
             )
-            warnings.warn(random_weights, stacklevel=3)
+            warnings.warn(random_weights, stacklevel=4)
             images = replace(images, notes=(random_weights, *images.notes))
         setting = Setting(self, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
         models.probe(loaded, setting.example)
-        return replace(setting, found=sites.find(loaded.model, setting.example)) if units else setting
+        return setting
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError, writing
+from sukashi.pruned import check_free
 from sukashi.types import Curve, Plan, Site, Trial
 
 _TABLE = pa.schema(
@@ -132,7 +133,7 @@ class Record:
 
     def curve(self) -> Curve:
         """The kept curve; a finished trial has one."""
-        with _arrays(self.folder / "curve.npz") as arrays:
+        with unpacked(self.folder / "curve.npz") as arrays:
             image_ids = tuple(arrays["image_ids"].tolist())
             correct = np.unpackbits(arrays["correct"], axis=1, count=len(image_ids)).astype(bool)
             return Curve(arrays["ratio"], arrays["n_removed"], arrays["fraction"], correct, image_ids)
@@ -149,7 +150,7 @@ class Writer(Record):
         write(self.folder / "plan.npz", plan_bytes(plan))
 
     def save_curve(self, curve: Curve) -> None:
-        content = _packed(
+        content = packed(
             ratio=curve.ratio.astype(np.float64),
             n_removed=curve.n_removed.astype(np.int64),
             fraction=curve.fraction.astype(np.float64),
@@ -329,6 +330,21 @@ def write(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+def claim(file: Path, about: Mapping[str, Any]) -> None:
+    """Make a folder and write into it what it is for, or find there that it is for the same.
+
+    Raises UsageError where the folder is for something else.
+    """
+    asked = json.loads(canonical(about))
+    if file.exists():
+        refuse_other(file.parent, _read_json(file), asked)
+        return
+    check_free(file.parent)
+    with writing(file.parent):
+        file.parent.mkdir(parents=True)
+    write(file, canonical(asked, indent=1) + b"\n")
+
+
 def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """UsageError, naming the differences, where a folder was made by another configuration than is asked for."""
     different = list(_differences("", kept, asked))
@@ -350,7 +366,7 @@ def plan_bytes(plan: Plan) -> bytes:
     """The content of a `plan.npz`: a plan without the members of its sites, which follow from the model."""
     sites = [{"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis} for s in plan.sites]
     about = {"sites": sites, "method": plan.method, "params": dict(plan.params), "n_images": plan.n_images}
-    return _packed(
+    return packed(
         about=np.array(canonical(about).decode()),
         site=plan.site,
         unit=plan.unit,
@@ -366,7 +382,7 @@ def read_plan(path: Path, sites: Sequence[Site] | None = None) -> Plan:
 
     Raises ModelError where the sites are not those the plan was made for.
     """
-    with _arrays(path) as arrays:
+    with unpacked(path) as arrays:
         about = json.loads(str(arrays["about"]))
         kept = tuple(Site(**site) for site in about["sites"])
         if sites is not None:
@@ -398,14 +414,16 @@ def _refuse_other_sites(path: Path, kept: Sequence[Site], sites: Sequence[Site])
     )
 
 
-def _packed(**arrays: Any) -> bytes:
+def packed(**arrays: Any) -> bytes:
+    """The content of an npz file: equal arrays give equal bytes."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # stamps every member 1980-01-01, so equal arrays give equal bytes
     return content.getvalue()
 
 
 @contextmanager
-def _arrays(path: Path) -> Iterator[Any]:
+def unpacked(path: Path) -> Iterator[Any]:
+    """The arrays of an npz file by name. Raises DataError for one that cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays

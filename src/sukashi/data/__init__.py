@@ -90,6 +90,11 @@ class Data:
             sha256=hashlib.sha256(f"{self.sha256} only {listed}".encode()).hexdigest(),
         )
 
+    @property
+    def has_ground_truth(self) -> bool:
+        """Whether it is known where the concepts are."""
+        return self._ground_truth is not None
+
     def ground_truth(self, image_ids: Sequence[str]) -> dict[str, Tensor]:
         """Where each concept is: bool masks (B, H, W) of these images by concept; UsageError where nobody knows."""
         if self._ground_truth is None:

@@ -1,4 +1,4 @@
-"""What saliency maps show: whether relevance lies where it should, and how alike two maps of an image are.
+"""What saliency maps show: how few pixels hold them, whether they lie where they should, how alike two of an image are.
 
 These measures read maps (B, H, W) of `attributions.maps.saliency_map` and not the model: their fact `reads` names their
 arguments. NaN stands for a map with nothing to say, and is for the caller to count and leave out.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,6 +17,40 @@ from sukashi.errors import UsageError
 from sukashi.measures import measures
 
 _LEAST = 6  # pixels a side: SSIM's window reaches five beyond the border, by reflection
+
+
+@measures.register(
+    "gini", source="Suwal et al. 2025, eq. 1 (Hurley and Rickard 2009)", better="higher", reads=("maps",)
+)
+def gini(maps: Tensor) -> Tensor:
+    """How few pixels hold a map's absolute values: the Gini index; (B,) float64, in [0, 1].
+
+        G = 1 - 2 sum_k a_(k) / |a|_1 (d - k + 1/2) / d = sum_k (2k - d - 1) a_(k) / (d sum a)
+
+    with a_(k) the k-th smallest of d absolute values. One pixel alone gives 1 - 1/d, a constant 0; zeros, NaN and Inf
+    give NaN. Sorted in the precision of the maps, summed in float64; Quantus adds 1e-7 to every value.
+
+    Maps score differently by how channels are joined (`attributions.maps`). Values per channel have a Gini of their
+    own, higher than all on the images we tried (.53 against .44 for slopes, .63 against .61 for integrated gradients,
+    of a ResNet-20): we take none.
+
+    Raises UsageError for maps of another shape.
+    """
+    if maps.dim() != 3:
+        raise UsageError(f"maps of shape {tuple(maps.shape)} must be (images, height, width)")
+    values = maps.detach().abs().flatten(1)
+    d = values.shape[1]
+    weights = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=maps.device) - d - 1
+    found = []
+    for part in values.split(64):
+        ordered = _sorted(part).double()
+        found.append((ordered @ weights) / (d * ordered.sum(1)))
+    return torch.cat(found)  # 0 / 0 is NaN, and so is whatever NaN and Inf take part in
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """(B, d) each row from its smallest up, NaN last; on a processor by NumPy, 17 times as fast there as torch."""
+    return values.sort(dim=1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
 @measures.register(

@@ -1,21 +1,19 @@
-"""How sparse and how faithful a saliency map is: one number an image, from maps (B, H, W) that lie beside a batch.
+"""How faithful a saliency map is: one number an image, from maps (B, H, W) that lie beside a batch.
 
 A measure of a map takes it as `maps`, without a default: it is data like the batch, row for row, and no option that a
 study file could hold. So one map, computed once, serves every measure, and a map from elsewhere is measured as ours.
 
-Where a map says nothing the value is NaN: count those images and leave them out of means. That is a map with NaN or
-Inf; one of zeros, for `gini` (0 / 0; any other constant has Gini 0 by its formula); and one that is constant, for all
-measures that take pixels in its order. Ties go by position, row by row from the top left.
+Where a map says nothing, being constant or holding NaN or Inf, the value is NaN: count those images and leave them out
+of means. Ties go by position, row by row from the top left.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -34,7 +32,6 @@ Order = Literal["morf", "lerf"]
 Outcome = Literal["accuracy", "probability"]
 Form = Literal["mean", "lottery"]
 Baseline = Literal["zeros", "blur"]
-Reduction = Literal["sum", "abs_sum", "abs_max"]
 
 # Percent of the pixels removed: those of pytorch-grad-cam, which Rong et al. plot too.
 PERCENTAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -42,61 +39,6 @@ PERCENTAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 AOPC_PERCENTAGES = {"mean": (0, *PERCENTAGES), "lottery": (1, 11, 21, 31, 41, 51, 61, 71, 81, 91)}
 # Petsiuk et al. blur images of 224 pixels with a kernel of 11 pixels and sigma 5.
 KERNEL, SIGMA = 11, 5.0
-
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda values: values.sum(1),
-    "abs_sum": lambda values: values.abs().sum(1),
-    "abs_max": lambda values: values.abs().amax(1),
-}
-
-
-def saliency_map(attribution: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """One value a pixel (B, H, W) from an attribution of the input (B, C, H, W).
-
-    Maps score differently by how channels are joined: `sum` is that of relevance, and what the code of the lottery
-    paper does with both its methods, slopes having lost their sign by then; `abs_sum` sums absolute values; `abs_max`
-    takes the largest (Simonyan et al. 2014, sec. 3.1). Values per channel have a Gini of their own, higher than all
-    three on the images we tried (.53 against .44 for slopes, .63 against .61 for integrated gradients, of a ResNet-20):
-    no measure here takes them.
-
-    Raises UsageError for another shape or reduction.
-    """
-    if attribution.ndim != 4 or reduction not in REDUCTIONS:
-        raise UsageError(
-            f"a map is made of values (B, C, H, W) by one of {', '.join(REDUCTIONS)}, got {tuple(attribution.shape)} "
-            f"and {reduction!r}"
-        )
-    return REDUCTIONS[reduction](attribution)
-
-
-@measures.register("gini", source="Suwal et al. 2025, eq. 1 (Hurley and Rickard 2009)", better="higher")
-def gini(
-    model: nn.Module, batch: Batch, *, maps: Tensor, generator: torch.Generator, reference: nn.Module | None = None
-) -> Tensor:
-    """How few pixels hold a map's absolute values: the Gini index, (B,) in [0, 1].
-
-        G = 1 - 2 sum_k a_(k) / |a|_1 (d - k + 1/2) / d = sum_k (2k - d - 1) a_(k) / (d sum a)
-
-    with a_(k) the k-th smallest of d absolute values. One pixel alone gives 1 - 1/d, a constant 0; zeros, NaN and Inf
-    give NaN. Sorted in the precision of the maps, summed in float64; Quantus adds 1e-7 to every value. Only `maps` are
-    read.
-
-    Raises UsageError for maps of another shape than the images'.
-    """
-    _check(batch, maps)
-    values = maps.detach().abs().flatten(1)
-    d = values.shape[1]
-    weights = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=maps.device) - d - 1
-    found = []
-    for part in values.split(64):
-        ordered = _sorted(part).double()
-        found.append((ordered @ weights) / (d * ordered.sum(1)))
-    return torch.cat(found)  # 0 / 0 is NaN, and so is whatever NaN and Inf take part in
-
-
-def _sorted(values: Tensor) -> Tensor:
-    """(B, d) each row from its smallest up, NaN last; on a processor by NumPy, 17 times as fast there as torch."""
-    return values.sort(dim=1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
 @dataclass(frozen=True)
@@ -366,5 +308,5 @@ def _check(batch: Batch, maps: Tensor) -> None:
     if maps.shape != (n_images, height, width):
         raise UsageError(
             f"maps have shape {tuple(maps.shape)}, images {tuple(batch.x.shape)}: give one value for each pixel, "
-            f"({n_images}, {height}, {width}); saliency_map joins channels"
+            f"({n_images}, {height}, {width}); attributions.maps.saliency_map joins channels"
         )

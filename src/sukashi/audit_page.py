@@ -1,0 +1,244 @@
+"""The page of an audit: what changed and whether it matters, curves, differences, galleries of maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+
+from sukashi import page
+
+Array = NDArray[np.float64]
+
+PANEL = (3.7, 2.9)
+CELL = 0.95  # inches a picture takes in a gallery
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a gallery: its pixels (H, W, C) in [0, 1], its class, and every model's map (H, W) by label.
+
+    `wrong` are the models that do not get it right, `marked` the one for whose sake it is shown ("" for none).
+    """
+
+    pixels: Array
+    title: str
+    maps: Mapping[str, Array]
+    wrong: tuple[str, ...]
+    marked: str
+
+
+def write(
+    folder: Path,
+    result: Mapping[str, Any],
+    curves: Mapping[tuple[str, str], Mapping[str, Array]],
+    pictures: Mapping[str, Sequence[Picture]],
+    *,
+    percentages: Sequence[float],
+    population: str,
+    command: str,
+    settings: Mapping[str, Any],
+) -> Path:
+    """The path of `report.html`, written into a folder."""
+    measures = list(dict.fromkeys(row["measure"] for row in result["comparisons"]))
+    first = [name for name in measures if "/" not in name]
+    figures = {"changes": draw_changes(result, first)}
+    if any("morf accuracy" in found for found in curves.values()):
+        figures["morf"] = draw_curves(result, curves, percentages)
+    figures |= {f"gallery-{name}": draw_gallery(found) for name, found in pictures.items()}
+    rows = {(row["model"], row["attribution"], row["measure"]): row for row in result["comparisons"]}
+    similar = {(row["model"], row["attribution"], row["measure"]): row for row in result["similarities"]}
+    pointing = {(row["model"], row["attribution"], row["concept"]): row for row in result["pointing"]}
+    return page.render(
+        "audit.html.j2",
+        folder,
+        figures,
+        result=result,
+        rows=rows,
+        first=first,
+        silent=[
+            f"{n} of {model['n_images']} {name} maps of {model['label']} are constant or not finite, and left out"
+            for model in result["models"]
+            for name, n in model["silent"].items()
+            if n
+        ],
+        similar=similar,
+        similarities=list(dict.fromkeys(row["measure"] for row in result["similarities"])),
+        pointing=pointing,
+        concepts=list(dict.fromkeys(row["concept"] for row in result["pointing"])),
+        galleries=list(pictures),
+        population=population,
+        command=command,
+        settings=dict(page.flat(settings)),
+    )
+
+
+def series(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The models beside the reference by what pruned them, in order of ratio; one series where that isn't known."""
+    others = result["models"][1:]
+    if any(model["ratio"] is None for model in others):
+        return {"": others}
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for model in sorted(others, key=lambda model: model["ratio"]):
+        found.setdefault(model["series"], []).append(model)
+    return found
+
+
+def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
+    """Differences from the reference with intervals: a row of panels a measure, a column an attribution."""
+    groups, names = series(result), result["attributions"]
+    figure, panels = _panels(len(measures), len(names))
+    rows = {(row["model"], row["attribution"], row["measure"]): row for row in result["comparisons"]}
+    by_ratio = "" not in groups
+    order = [model["label"] for model in result["models"][1:]]
+    for i, measure in enumerate(measures):
+        for j, name in enumerate(names):
+            axes = panels[i][j]
+            reference = [
+                row["reference"] for row in rows.values() if row["attribution"] == name and row["measure"] == measure
+            ]
+            axes.axhline(0, color=page.INK, linewidth=0.9, linestyle="--")
+            for place, (group, of_group) in enumerate(groups.items()):
+                found = [(model, rows.get((model["label"], name, measure))) for model in of_group]
+                known = [(model, row) for model, row in found if row is not None and row["low"] is not None]
+                if not known:
+                    continue
+                shift = 0.006 * (place - (len(groups) - 1) / 2)
+                x = [model["ratio"] + shift if by_ratio else order.index(model["label"]) for model, _ in known]
+                mean, low, high = (np.array([row[key] for _, row in known]) for key in ("difference", "low", "high"))
+                axes.errorbar(
+                    x,
+                    mean,
+                    (np.maximum(mean - low, 0), np.maximum(high - mean, 0)),
+                    color=page.colour(group.partition(",")[0], place) if group else page.OTHERS[0],
+                    linestyle="-" if by_ratio else "none",
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.5,
+                    elinewidth=1,
+                    capsize=2.5,
+                    label=group,
+                )
+            if i == 0:
+                axes.set_title(name, fontsize=10, color=page.INK)
+            if j == 0:
+                axes.set_ylabel(f"{measure}, change")
+            if reference:
+                axes.annotate(
+                    f"{result['reference']}: {np.mean(reference):.3f}",
+                    (1, 1),
+                    (-3, -3),
+                    xycoords="axes fraction",
+                    textcoords="offset points",
+                    ha="right",
+                    va="top",
+                    fontsize=8,
+                    color=page.INK,
+                )
+            axes.margins(y=0.2)
+            if by_ratio:
+                axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+                if i == len(measures) - 1:
+                    axes.set_xlabel("removed")
+            else:
+                axes.set_xticks(
+                    range(len(order)),
+                    order,
+                    rotation=30 if len(order) > 2 else 0,
+                    ha="right" if len(order) > 2 else "center",
+                )
+                axes.set_xlim(-0.6, len(order) - 0.4)
+            page.calm(axes)
+    if by_ratio:
+        handles, named = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, named, frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(named)))
+    return page.png(figure)
+
+
+def draw_curves(
+    result: Mapping[str, Any], curves: Mapping[tuple[str, str], Mapping[str, Array]], percentages: Sequence[float]
+) -> bytes:
+    """Accuracy while the most relevant pixels go: a row for each attribution, a column for each series of models."""
+    groups, names = series(result), result["attributions"]
+    figure, panels = _panels(len(names), len(groups))
+    share = np.array(percentages) / 100
+    for i, name in enumerate(names):
+        for j, (group, of_group) in enumerate(groups.items()):
+            axes = panels[i][j]
+            lines = [(result["reference"], page.INK, "--")]
+            shades = colormaps["viridis"](np.linspace(0.05, 0.88, max(2, len(of_group))))
+            lines += [(model["label"], shade, "-") for model, shade in zip(of_group, shades, strict=False)]
+            for label, colour, style in lines:
+                values = curves[name, label]["morf accuracy"]
+                values = values[np.isfinite(values).all(1)]
+                if not len(values):
+                    continue
+                mean = values.mean(0)
+                half = 1.96 * values.std(0) / np.sqrt(len(values))
+                axes.fill_between(share, mean - half, mean + half, color=colour, alpha=0.13, linewidth=0)
+                axes.plot(share, mean, style, color=colour, linewidth=1.5, label=label)
+            axes.set_ylim(0, 1.02)
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            if i == 0 and group:
+                axes.set_title(group, fontsize=10, color=page.INK)
+            if j == 0:
+                axes.set_ylabel(f"accuracy, {name}")
+            if i == len(names) - 1:
+                axes.set_xlabel("most relevant pixels removed")
+            page.calm(axes)
+            axes.legend(frameon=False, fontsize=7.5, loc="best")
+    return page.png(figure)
+
+
+def draw_gallery(pictures: Sequence[Picture]) -> bytes:
+    """Images and, beside each, the map of every model: shares of a map's total, on one scale of colours a row."""
+    labels = list(pictures[0].maps)
+    figure = Figure(figsize=(CELL * (1 + len(labels)) + 0.9, CELL * len(pictures) + 0.5), layout="constrained")
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.015, wspace=0.0, hspace=0.0)
+    panels = figure.subplots(len(pictures), 1 + len(labels), squeeze=False)
+    for picture, row in zip(pictures, panels, strict=True):
+        row[0].imshow(picture.pixels.squeeze(2) if picture.pixels.shape[2] == 1 else picture.pixels, cmap="gray")
+        row[0].set_ylabel(_broken(picture.title), rotation=0, ha="right", va="center", fontsize=8, color=page.INK)
+        shares = {label: _share(found) for label, found in picture.maps.items()}
+        top = np.quantile(np.abs([found for found in shares.values() if found is not None] or [np.ones(1)]), 0.99)
+        signed = any(found is not None and (found < 0).any() for found in shares.values())
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for label, axes in zip(labels, row[1:], strict=True):
+            found = shares[label]
+            if found is None:
+                axes.text(0.5, 0.5, "says\nnothing", ha="center", va="center", fontsize=7, transform=axes.transAxes)
+            else:
+                axes.imshow(found, cmap="RdBu_r" if signed else "magma", vmin=-top if signed else 0, vmax=top)
+            if label in picture.wrong:
+                axes.set_xlabel("wrong", fontsize=6.5, color="#BB5566", labelpad=1)
+            if label == picture.marked:
+                axes.spines[:].set(color="#D55E00", linewidth=2.2, visible=True)
+    for label, axes in zip(["image", *labels], panels[0], strict=True):
+        axes.set_title(_broken(label), fontsize=7.5, color=page.INK)
+    return page.png(figure)
+
+
+def _panels(n_rows: int, n_columns: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(PANEL[0] * max(n_columns, 1), PANEL[1] * n_rows + 0.4), layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
+
+
+def _share(found: Array) -> Array | None:
+    """A map as shares of the sum of its sizes; None where it says nothing."""
+    total = np.abs(found).sum()
+    return found / total if np.isfinite(total) and total > 0 else None
+
+
+def _broken(name: str) -> str:
+    """A long name on several lines."""
+    return name.replace("/", "\n").replace("_", "\n") if len(name) > 9 else name

@@ -1,0 +1,459 @@
+"""What an audit measures: networks on the same images, maps by each attribution, every number of every image."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sukashi import models, progress, sites, store
+from sukashi.attributions import attributions as explainers
+from sukashi.attributions.maps import Channels, saliency_map
+from sukashi.audit_page import Picture
+from sukashi.errors import DataError, ModelError, UsageError, writing
+from sukashi.layers import AttentionCore
+from sukashi.measures import accuracy, saliency
+from sukashi.measures import measures as registry
+from sukashi.models import Loaded
+from sukashi.source import Opening, Setting, Source
+from sukashi.types import Batch, Preprocess, pass_size
+
+Array = NDArray[np.float64]
+
+POPULATIONS = {
+    "both": "the reference and the model get right",
+    "reference": "the reference gets right",
+    "all": "there are",
+}
+BATCH = 64  # images at once: ROAD at 224 pixels takes less than 2 GB for them
+USUAL = 3  # images of a gallery that were not chosen for their maps
+
+# How the channels of an attribution become a map, where that isn't their sum. Suwal et al. 2025 (appendix B) measure
+# absolute values of slopes and integrated gradients; relevance (LRP, Chefer) keeps its sign and what it sums to.
+CHANNELS: dict[str, Channels] = {
+    "saliency": "sum_abs",
+    "internal_influence": "sum_abs",
+    "integrated_gradients": "sum_abs",
+}
+# Measures of one curve: computed together, once for accuracy and once for the target's probability.
+ORDERS = {"morf": saliency.AOPC_PERCENTAGES["mean"], "lerf": saliency.PERCENTAGES}
+OF_CURVES = ("road", "aopc")
+OUTCOMES: dict[str, saliency.Outcome] = {"": "accuracy", "/probability": "probability"}
+CURVES = tuple(f"{order} {outcome}" for order in ORDERS for outcome in OUTCOMES.values())
+BASICS = ("gini", "road", "aopc", "rank_correlation", "ssim", "top_overlap")
+OF_TRANSFORMERS = ("insertion", "deletion")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of the audit: its column's name, the series and ratio it was pruned in and to (or None), what is right.
+
+    `right` (N,) says which of the test images it gets right, `rows` are those on which it is audited.
+    """
+
+    label: str
+    setting: Setting
+    batch: Batch
+    right: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    series: str | None
+    ratio: float | None
+
+    @property
+    def loaded(self) -> Loaded:
+        return self.setting.loaded
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers."""
+        loaded = self.loaded
+        return {
+            "spec": loaded.spec,
+            "options": dict(loaded.options),
+            "preprocess": asdict(loaded.preprocess),
+            "weights": models.digest(loaded.model),
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured of one network and attribution: for each measure a value of each image (B,), NaN for none.
+
+    `silent` (B,) marks maps that are constant or not finite, `curves` are ROAD's: {"morf accuracy": (B, P)}.
+    """
+
+    image_ids: tuple[str, ...]
+    silent: NDArray[np.bool_]
+    values: dict[str, Array]
+    curves: dict[str, Array]
+
+
+Cells = dict[tuple[str, str], Cell]  # by attribution and label
+
+
+def opened(specs: Sequence[str], data: str, population: str, reading: Opening) -> list[Network]:
+    """The models on the same test images, and on which of them each is audited."""
+    own = {name: value for name, value in reading.items() if name in _ARCHITECTURE}
+    given = [name for name, value in own.items() if value]
+    folders = [Path(spec).is_dir() for spec in specs]
+    if given and all(folders):
+        raise UsageError(f"saved folders bring their own {given[0]}, and all models are such: leave it out")
+    without: Any = {name: value for name, value in reading.items() if name not in own}
+    source = Source(specs[0], data, **(without if folders[0] else reading))
+    images = source.read()
+    split = images.test.limit(source.test_images)
+    batches: dict[Preprocess, Batch] = {}
+    found: list[Network] = []
+    with progress.task("models", len(specs)) as shown:
+        for spec, label, folder in zip(specs, labels(specs), folders, strict=True):
+            setting = Source(spec, data, **(without if folder else reading)).beside(images)
+            preprocess = setting.loaded.preprocess
+            size, first = size_of(preprocess), size_of(found[0].loaded.preprocess if found else preprocess)
+            if size != first:
+                raise UsageError(
+                    f"{label} reads images of {size[0]} x {size[1]} pixels and {found[0].label} of {first[0]} x "
+                    f"{first[1]}: maps of different sizes can't be compared, audit them apart"
+                )
+            if preprocess not in batches:
+                batches[preprocess] = split.whole(preprocess, source.workers)
+            batch = batches[preprocess]
+            right = accuracy.evaluate(setting.loaded.model, batch)[0].astype(bool)
+            of_reference = found[0].right if found else right
+            kept = {"both": of_reference & right, "reference": of_reference, "all": np.ones_like(right)}[population]
+            if not kept.any():
+                whose = label if found or population != "both" else "any other model"
+                raise DataError(
+                    f"there is no test image to audit {whose} on, of {len(right)}, that "
+                    f"{POPULATIONS[population]}: give more --test-images or another --population"
+                )
+            series, ratio = _level(spec) if folder else (None, None)
+            found.append(Network(label, setting, batch, right, np.flatnonzero(kept), series, ratio))
+            shown.advance(note=label)
+    return found
+
+
+_ARCHITECTURE = ("weights", "width", "n_classes", "pretrained", "output")
+
+
+def size_of(preprocess: Preprocess) -> tuple[int, int]:
+    return preprocess.height, preprocess.width
+
+
+def labels(specs: Sequence[str]) -> list[str]:
+    """A short name for each model: of a folder what its path has and not all have, of a spec what follows its colon.
+
+    A name without a letter, as that of a ratio, gets the folder it lies in.
+    """
+    paths = {spec: Path(spec).resolve().parts for spec in specs if Path(spec).is_dir()}
+    shared = set.intersection(*map(set, paths.values())) if paths else set()
+    found: list[str] = []
+    for spec in specs:
+        parts = [part for part in paths.get(spec, ()) if part not in shared]
+        name = "/".join(parts) or (paths[spec][-1] if spec in paths else spec.rpartition(":")[2])
+        if spec in paths and not any(map(str.isalpha, name)):
+            name = f"{paths[spec][-2]}/{paths[spec][-1]}"
+        same = sum(known.partition(" (")[0] == name for known in found)
+        found.append(f"{name} ({same + 1})" if same else name)
+    return found
+
+
+def _level(folder: str) -> tuple[str | None, float | None]:
+    """By what a saved model was pruned and how far, where its recipe says so."""
+    told = models.read_recipe(Path(folder) / models.RECIPE).provenance
+    series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked", told.get("ratio"))
+    if not isinstance(series, str) or not isinstance(ratio, int | float):
+        return None, None
+    return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio)
+
+
+def channels(name: str) -> Channels:
+    return CHANNELS.get(name, "sum")
+
+
+def explaining(
+    networks: Sequence[Network], asked: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], dict[str, str]]:
+    """The attributions that every network takes, and why the others are left out."""
+    basics = ["saliency", "integrated_gradients"]
+    names = list(asked or ([*basics, "chefer"] if all(map(_attends, networks)) else basics))
+    refused: dict[str, str] = {}
+    for name in names:
+        for network in networks:
+            try:
+                maps_of(network, network.batch[:2], name, options.get(name, {}))
+            except ModelError as error:
+                refused[name] = f"{network.label}: {error}"
+                break
+    if len(refused) == len(names):
+        raise ModelError("; ".join(f"{name} refuses {reason}" for name, reason in refused.items()))
+    return [name for name in names if name not in refused], refused
+
+
+def _attends(network: Network) -> bool:
+    return any(isinstance(module, AttentionCore) for module in network.loaded.model.modules())
+
+
+def measuring(networks: Sequence[Network], asked: Sequence[str] | None) -> list[str]:
+    located = networks[0].setting.data.has_ground_truth
+    if asked is not None:
+        if "localisation" in asked and not located:
+            networks[0].setting.data.ground_truth(())  # says why not
+        return list(asked)
+    names = [*BASICS, *(OF_TRANSFORMERS if all(map(_attends, networks)) else ())]
+    return [*names, "localisation"] if located else names
+
+
+def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any]) -> Tensor:
+    """(B, H, W) of what an attribution says of each image's class, on the network's device."""
+    pixels = sites.input_site(batch.x)
+    device = network.setting.device
+    found = explainers[name](
+        network.loaded.model, batch.x.to(device), batch.target.to(device), [pixels], **dict(options)
+    )[pixels]
+    return saliency_map(found, channels(name))
+
+
+# --- cells
+
+
+class Auditor:
+    """Measures maps, network by network and attribution by attribution, or reads what was measured before."""
+
+    def __init__(
+        self, networks: Sequence[Network], measures: Sequence[str], options: Mapping[str, Any], seed: int
+    ) -> None:
+        self.networks, self.measures, self.options, self.seed = networks, measures, options, seed
+        self.reference = networks[0]
+        self.compares = any("reference" in registry[name].facts.get("reads", ()) for name in measures)
+        # Of all images: which of them are audited may differ from model to model.
+        self.rows = np.unique(np.concatenate([network.rows for network in networks]))
+        self.truth: dict[str, Tensor] = {}
+        if "localisation" in measures:
+            ids = self.reference.batch.image_id
+            size = size_of(self.reference.loaded.preprocess)
+            self.truth = masks(self.reference.setting, ids, size)
+
+    def try_out(self, name: str) -> None:
+        """Measure two images, so that a measure that can't have such maps says so before the work."""
+        rows = self.rows[:2]
+        maps = maps_of(self.reference, self.reference.batch[torch.from_numpy(rows)], name, self.options.get(name, {}))
+        self._measure(self.reference, rows, maps, maps)
+
+    def run(self, names: Sequence[str], folder: Path) -> Cells:
+        """Every cell, each kept as soon as it is there."""
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        audited = [(n, self.rows if n is self.reference else n.rows) for n in self.networks]
+        found: Cells = {}
+        with progress.task("images", len(names) * sum(len(rows) for _, rows in audited)) as shown:
+            for name in names:
+                of_reference: Tensor | None = None
+                for network, rows in audited:
+                    path = folder / f"{self._key(network, name, rows)}.npz"
+                    if path.exists():
+                        shown.advance(len(rows), note=f"{name}, {network.label}")
+                    else:
+                        if self.compares and of_reference is None:
+                            of_reference = torch.cat([maps.cpu() for _, maps in self._parts(self.reference, name)])
+                        store.write(path, self._cell(network, name, rows, of_reference, shown))
+                    found[name, network.label] = _cell_of(path)
+        return found
+
+    def _key(self, network: Network, name: str, rows: NDArray[np.int64]) -> str:
+        """A hash of all that decides a cell."""
+        told = {
+            "network": network.identity,
+            "reference": None if network is self.reference else self.reference.identity,
+            "attribution": [name, channels(name), self.options.get(name, {})],
+            "measures": {measure: self.options.get(measure, {}) for measure in self.measures},
+            "data": self.reference.setting.data.sha256,
+            "images": [network.batch.image_id[row] for row in rows],
+            "seed": self.seed,
+        }
+        return hashlib.sha256(store.canonical(told)).hexdigest()[:16]
+
+    def _parts(
+        self, network: Network, name: str, rows: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Rows and their maps, some at a time."""
+        rows = self.rows if rows is None else rows
+        size = min(BATCH, pass_size(network.batch.x))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part, maps_of(network, network.batch[torch.from_numpy(part)], name, self.options.get(name, {}))
+
+    def _cell(
+        self, network: Network, name: str, rows: NDArray[np.int64], of_reference: Tensor | None, shown: progress.Task
+    ) -> bytes:
+        values: dict[str, list[Tensor]] = {}
+        for part, maps in self._parts(network, name, rows):
+            beside = None
+            if of_reference is not None and network is not self.reference:
+                beside = of_reference[np.searchsorted(self.rows, part)].to(maps.device)
+            for column, found in self._measure(network, part, maps, beside).items():
+                values.setdefault(column, []).append(found.cpu())
+            shown.advance(len(part), note=f"{name}, {network.label}")
+        ids = np.array([network.batch.image_id[row] for row in rows], dtype=np.str_)
+        return store.packed(image_ids=ids, **{column: torch.cat(parts).numpy() for column, parts in values.items()})
+
+    def _measure(
+        self, network: Network, rows: NDArray[np.int64], maps: Tensor, of_reference: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Columns (B, ...) of a cell: `silent`, one for each measure, and one for each curve of ROAD."""
+        part = network.batch[torch.from_numpy(rows)]
+        part = Batch(part.x.to(maps.device), part.target.to(maps.device), part.image_id)
+        generator = torch.Generator().manual_seed(self.seed)
+        flat = maps.flatten(1)
+        found = {"silent": ~flat.isfinite().all(1) | (flat == flat[:, :1]).all(1)}
+        of_curves = [name for name in self.measures if name in OF_CURVES]
+        if of_curves:
+            found |= _of_curves(network.loaded.model, part, maps, generator, of_curves)
+        for name in self.measures:
+            method, options = registry[name], self.options.get(name, {})
+            reads = method.facts.get("reads", ())
+            if name in of_curves or ("reference" in reads and of_reference is None):
+                continue
+            if not reads:
+                found[name] = method(network.loaded.model, part, maps=maps, generator=generator, **options)
+                continue
+            truth = {f"{name}/{concept}": mask[rows].to(maps.device) for concept, mask in self.truth.items()}
+            for column, mask in truth.items() if "masks" in reads else ((name, None),):
+                given = {"maps": maps, "reference": of_reference, "masks": mask}
+                found[column] = method(*(given[each] for each in reads), **options)
+        for column, values in found.items():
+            if column != "silent" and column not in CURVES:
+                found[column] = values.double().masked_fill(found["silent"], torch.nan)
+        order = ["silent", *CURVES, *self.measures]
+        return dict(sorted(found.items(), key=lambda item: order.index(_measure_of(item[0], order))))
+
+    def gallery(self, names: Sequence[str], moved: Sequence[Mapping[str, Any]]) -> dict[str, list[Picture]]:
+        """For each attribution some images as they come, one a class, then those whose maps moved most."""
+        seen = set.intersection(*(set(n.rows.tolist()) for n in self.networks)) or set(self.rows.tolist())
+        target = self.reference.batch.target
+        first = {int(target[row]): row for row in sorted(seen, reverse=True)}
+        usual = [row for _, row in sorted(first.items())][:USUAL]
+        place = {image_id: row for row, image_id in enumerate(self.reference.batch.image_id)}
+        found = {}
+        for name in names:
+            pairs = [(place[pair["image_id"]], pair["model"]) for pair in moved if pair["attribution"] == name]
+            rows = [(row, "") for row in usual] + pairs
+            at = torch.tensor([row for row, _ in rows])
+            maps = {
+                n.label: maps_of(n, n.batch[at], name, self.options.get(name, {})).cpu().numpy() for n in self.networks
+            }
+            found[name] = [
+                Picture(
+                    pixels=_pixels(self.reference, row),
+                    title=self.reference.setting.data.class_names[int(target[row])],
+                    maps={label: of_all[i] for label, of_all in maps.items()},
+                    wrong=tuple(n.label for n in self.networks if not n.right[row]),
+                    marked=marked,
+                )
+                for i, (row, marked) in enumerate(rows)
+            ]
+        return found
+
+
+def _measure_of(column: str, known: Sequence[str]) -> str:
+    """The measure of a column such as road/probability."""
+    return column if column in known else column.partition("/")[0]
+
+
+def _of_curves(
+    model: torch.nn.Module, part: Batch, maps: Tensor, generator: torch.Generator, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The curves of ROAD and what is made of them: `road` and `aopc` share one."""
+    orders = ORDERS if "road" in names else {"morf": ORDERS["morf"]}
+    removed = {
+        order: saliency.removal(
+            model, part, maps=maps, generator=generator, order=cast(saliency.Order, order), percentages=percentages
+        )
+        for order, percentages in orders.items()
+    }
+    found = {f"{order} {outcome}": removed[order].of(outcome) for order in removed for outcome in OUTCOMES.values()}
+    for suffix, outcome in OUTCOMES.items():
+        morf = found[f"morf {outcome}"]
+        if "road" in names:
+            found[f"road{suffix}"] = (found[f"lerf {outcome}"] - morf[:, 1:]).mean(1)
+        if "aopc" in names:
+            found[f"aopc{suffix}"] = saliency.area_over(morf, "mean")
+    return found
+
+
+def masks(setting: Setting, image_ids: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Where the evidence is, (B, H, W) bool for each concept, at the size the models see."""
+    return {
+        concept: F.interpolate(mask[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
+        for concept, mask in setting.data.ground_truth(image_ids).items()
+    }
+
+
+def _pixels(network: Network, row: int) -> Array:
+    """(H, W, C) of an image in [0, 1], as a network sees it."""
+    preprocess = network.loaded.preprocess
+    planes = network.batch.x[row].double() * torch.tensor(preprocess.std)[:, None, None].double()
+    shown = (planes + torch.tensor(preprocess.mean)[:, None, None].double()).clamp(0, 1)
+    return shown.permute(1, 2, 0).numpy()
+
+
+def _cell_of(path: Path) -> Cell:
+    with store.unpacked(path) as arrays:
+        kept = {name: arrays[name] for name in arrays.files}
+    ids, silent = tuple(kept.pop("image_ids").tolist()), kept.pop("silent")
+    curves = {name: kept.pop(name) for name in list(kept) if name in CURVES}
+    return Cell(ids, silent, kept, curves)
+
+
+def values_table(cells: Cells) -> bytes:
+    """values.parquet."""
+    parts = [
+        {
+            "model": pa.array([label] * len(values)),
+            "attribution": pa.array([name] * len(values)),
+            "measure": pa.array([measure] * len(values)),
+            "image_id": pa.array(cell.image_ids),
+            "value": pa.array(values),
+        }
+        for (name, label), cell in cells.items()
+        for measure, values in cell.values.items()
+    ]
+    return _table(parts)
+
+
+def curves_table(cells: Cells) -> bytes:
+    """curves.parquet: a row for each image and percentage."""
+    parts = []
+    for (name, label), cell in cells.items():
+        for order in sorted({column.partition(" ")[0] for column in cell.curves}):
+            percentages = ORDERS[order]
+            n, width = len(cell.image_ids), len(percentages)
+            parts.append(
+                {
+                    "model": pa.array([label] * (n * width)),
+                    "attribution": pa.array([name] * (n * width)),
+                    "order": pa.array([order] * (n * width)),
+                    "percentage": pa.array(np.tile(percentages, n).astype(np.float64)),
+                    "image_id": pa.array(np.repeat(cell.image_ids, width).tolist()),
+                    "correct": pa.array(cell.curves[f"{order} accuracy"].ravel()),
+                    "probability": pa.array(cell.curves[f"{order} probability"].ravel()),
+                }
+            )
+    return _table(parts)
+
+
+def _table(parts: Sequence[Mapping[str, Any]]) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(pa.concat_tables([pa.table(part) for part in parts]), content)
+    return content.getvalue()

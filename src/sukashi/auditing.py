@@ -1,0 +1,161 @@
+"""Audits: do networks, side by side on the same images, still decide for the reasons of the first of them?
+
+    audit.json       what is asked of which reference: another audit is refused, models and attributions may be added
+    cells/KEY.npz    one network and one attribution: every value of every image, named by a hash of what decides them
+    values.parquet   model, attribution, measure, image_id, value
+    curves.parquet   model, attribution, order, percentage, image_id, correct, probability: ROAD's curves
+    results.json  report.html  figures/
+
+An audit that was interrupted goes on from the cells it has. Every number is that of an image; means, intervals and
+tests are made of them in the end, pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from sukashi import audit_page, store, verdicts
+from sukashi.attributions import attributions as explainers
+from sukashi.audited import (
+    OF_CURVES,
+    ORDERS,
+    POPULATIONS,
+    Auditor,
+    channels,
+    curves_table,
+    explaining,
+    measuring,
+    opened,
+    values_table,
+)
+from sukashi.errors import UsageError
+from sukashi.measures import measures as registry
+from sukashi.registry import nearest
+from sukashi.source import Opening
+from sukashi.study import hardware, versions
+
+LEVELS = ("saliency",)
+TEST_IMAGES = 500
+
+
+def audit(
+    models: Sequence[str],
+    data: str,
+    *,
+    out: str | Path,
+    levels: Sequence[str] = LEVELS,
+    attributions: Sequence[str] | None = None,
+    measures: Sequence[str] | None = None,
+    population: str = "both",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    command: str | None = None,
+    **reading: Unpack[Opening],
+) -> dict[str, Any]:
+    """What cuts did to the reasons of a network: saliency maps of the first model beside those of the others.
+
+    `models` are specs (which share `weights`, `width` and so on) or saved folders. A map is an attribution of the
+    image's class at the pixels; those that refuse a model are left out for all, with the reason. By default
+    `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are BASICS, insertion
+    and deletion for transformers, and localisation where the data know where the evidence is. Images are the
+    `test_images` first of the test split, of those the ones that the reference and the model both get right
+    (`population`: both, reference or all). Each model sees them by its own preprocessing, at the same size.
+    `options` are those of attributions and measures by name; road and aopc have none here.
+
+    Differences are paired by image: the model's value minus the reference's, their mean with a bootstrap interval, a
+    paired t test, and Holm's correction over all comparisons. Maps that are constant or not finite are counted and left
+    out. `seed` draws ROAD's noise and the bootstrap.
+
+    Returns {"reference", "models", "images", "comparisons", "similarities", "pointing", "moved", "refused", "notes",
+    "verdict", "lines", "out", "report"}, see those functions of `verdicts` for the rows.
+
+    Raises UsageError for unknown names, models of different input sizes and a folder of another audit, DataError where
+    there is no image to compare on, ModelError where every attribution refuses.
+    """
+    asked = dict(options or {})
+    _check(models, levels, attributions, measures, population, asked)
+    reading.setdefault("test_images", TEST_IMAGES)
+    networks = opened(models, data, population, reading)
+    reference = networks[0]
+    names, refused = explaining(networks, attributions, asked)
+    measured = measuring(networks, measures)
+    for name in asked:
+        if name not in (*names, *refused, *measured):
+            raise UsageError(f"options were given for {name!r}, which is not part of this audit: leave them out")
+    auditor = Auditor(networks, measured, asked, seed)
+    auditor.try_out(names[0])
+    about = {
+        "data": reference.setting.about_data,
+        "population": population,
+        "measures": measured,
+        "options": {name: asked[name] for name in measured if name in asked},
+        "seed": seed,
+        "reference": reference.identity,
+    }
+    folder = Path(out)
+    store.claim(folder / "audit.json", about)
+    with store.lock(folder):
+        cells = auditor.run(names, folder / "cells")
+        store.write(folder / "values.parquet", values_table(cells))
+        store.write(folder / "curves.parquet", curves_table(cells))
+        result = verdicts.summary(networks, cells, names, seed)
+        shown = auditor.gallery(names, result["moved"])
+        result |= {
+            "refused": refused,
+            "notes": list(dict.fromkeys(note for n in networks for note in n.setting.data.notes)),
+            "out": str(folder),
+        }
+        settings = {
+            **about,
+            "attributions": {name: {"channels": channels(name), **asked.get(name, {})} for name in names},
+            "models": {network.label: network.identity for network in networks},
+            "versions": versions(),
+            "hardware": hardware(reference.setting.device),
+        }
+        result["report"] = str(
+            audit_page.write(
+                folder,
+                result,
+                {(name, label): cell.curves for (name, label), cell in cells.items()},
+                shown,
+                percentages=ORDERS["morf"],
+                population=POPULATIONS[population],
+                command=command or "sukashi.audit(...)",
+                settings=settings,
+            )
+        )
+        store.write(folder / "results.json", store.canonical(result, indent=1) + b"\n")
+    return result
+
+
+def _check(
+    models: Sequence[str],
+    levels: Sequence[str],
+    attributions: Sequence[str] | None,
+    measures: Sequence[str] | None,
+    population: str,
+    options: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse what means nothing, before anything is loaded."""
+    if len(models) < 2:
+        raise UsageError(f"an audit needs a reference and a model to hold against it, got {len(models)}: give more")
+    for level in levels:
+        if level not in LEVELS:
+            raise UsageError(f"unknown level {level!r}{nearest(level, LEVELS)}")
+    if population not in POPULATIONS:
+        raise UsageError(f"unknown population {population!r}{nearest(population, POPULATIONS)}")
+    for what, given in (("levels", levels), ("attributions", attributions), ("measures", measures)):
+        if given is not None and (not given or len(set(given)) != len(given)):
+            raise UsageError(f"{what} must be different names, at least one, got {list(given)}")
+    for name in attributions or ():
+        explainers[name]
+    for name in measures or ():
+        if not registry[name].reads_maps:
+            known = [method.name for method in registry if method.reads_maps]
+            raise UsageError(f"{name} measures no saliency maps: choose from {', '.join(known)}")
+    for name, chosen in options.items():
+        (explainers if name in explainers else registry)[name].check_options(chosen)
+        if name in OF_CURVES:
+            raise UsageError(f"{' and '.join(OF_CURVES)} share curves and have no options in an audit, got {chosen}")

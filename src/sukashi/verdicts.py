@@ -1,0 +1,275 @@
+"""What may be said of an audit's numbers: differences paired by image, tested together, and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sukashi import page, stats
+from sukashi.audited import Array, Cells, Network, masks, size_of
+from sukashi.measures import measures as registry
+
+CERTAIN = 0.05  # corrected p-values below are changes
+PAIRS = 5  # of maps that changed most, for each attribution
+# What it means that a measure is higher, or lower, in the sense of its fact `better`.
+WORDS = {
+    "gini": ("sparser", "less sparse"),
+    "road": ("more faithful", "less faithful"),
+    "aopc": ("more faithful", "less faithful"),
+    "insertion": ("more faithful", "less faithful"),
+    "deletion": ("more faithful", "less faithful"),
+    "localisation": ("more on the {}", "less on the {}"),
+}
+# Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
+SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
+
+
+def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> dict[str, Any]:
+    """What the values of all cells say; every row a dictionary of plain numbers."""
+    comparisons = compare(networks, cells, names, seed)
+    points = pointing(networks, cells, names, seed)
+    return {
+        "reference": networks[0].label,
+        "attributions": list(names),
+        "models": [
+            {
+                "label": network.label,
+                "series": network.series,
+                "ratio": network.ratio,
+                "accuracy": float(network.right.mean()),
+                "n_images": len(network.rows),
+                "silent": {name: int(cells[name, network.label].silent.sum()) for name in names},
+                "means": {
+                    name: {
+                        measure: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else None
+                        for measure, values in cells[name, network.label].values.items()
+                    }
+                    for name in names
+                },
+            }
+            for network in networks
+        ],
+        "n_images": len(networks[0].right),
+        "verdict": verdict(comparisons, networks),
+        "lines": [*lines(comparisons, names, len(networks) - 1), *aims(points, networks[0].label)],
+        "comparisons": comparisons,
+        "similarities": alike(networks, cells, names, seed),
+        "pointing": points,
+        "moved": moved(networks, cells, names),
+    }
+
+
+def compare(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Each model against the reference by each attribution and measure, on the images for which both have a value.
+
+    {"model", "attribution", "measure", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm", "size",
+    "changed", "said"}: means over the images, their mean difference with a 95 % bootstrap interval, the p-value of the
+    paired t test before and after Holm's correction over all rows, the difference in standard deviations of the
+    reference's values, and in words. Where all images differ by the same, t has no value and p is that of the signs.
+    """
+    found: list[dict[str, Any]] = []
+    for name in names:
+        of_reference = cells[name, networks[0].label]
+        for network in networks[1:]:
+            cell = cells[name, network.label]
+            at = _places(of_reference.image_ids, cell.image_ids)
+            for measure in of_reference.values:
+                a, b = cell.values[measure], of_reference.values[measure][at]
+                both = np.isfinite(a) & np.isfinite(b)
+                if not both.any():
+                    continue
+                a, b = a[both], b[both]
+                tested = stats.paired(a, b, generator=np.random.default_rng(seed))
+                p = tested.p_t if tested.p_t is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0
+                spread = float(b.std(ddof=1)) if len(b) > 1 else 0.0
+                difference = tested.bootstrap.mean
+                found.append(
+                    {
+                        "model": network.label,
+                        "attribution": name,
+                        "measure": measure,
+                        "n": len(a),
+                        "reference": float(b.mean()),
+                        "mean": float(a.mean()),
+                        "difference": difference,
+                        "low": tested.bootstrap.low,
+                        "high": tested.bootstrap.high,
+                        "p": p,
+                        "size": difference / spread if spread else None,
+                    }
+                )
+    for row, corrected in zip(found, stats.holm([row["p"] for row in found]).tolist(), strict=True):
+        row |= {"p_holm": corrected, "changed": corrected < CERTAIN, "weight": _weight(row["size"])}
+        row["said"] = said(row)
+    return found
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """A comparison in words: sparser by .021 [.018, .024], or no detectable change."""
+    if not row["changed"]:
+        low, high = row["low"], row["high"]
+        if low is None:
+            return "no detectable change"
+        alone = " once corrected" if low > 0 or high < 0 else ""
+        return f"no detectable change{alone} [{_short(low)}, {_short(high)}]"
+    measure, _, part = row["measure"].partition("/")
+    method = registry[measure]
+    words = WORDS.get(measure, (f"better by {measure}", f"worse by {measure}"))
+    rise = row["difference"] > 0
+    word = words[rise != (method.facts["better"] == "higher")].format(part)
+    low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
+    return f"{word} by {_short(abs(row['difference']))} [{_short(low)}, {_short(high)}]"
+
+
+def _weight(size: float | None) -> str:
+    return next(word for least, word in SIZES.items() if size is None or abs(size) < least or least == math.inf)
+
+
+def verdict(comparisons: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> str:
+    """One sentence: how many models changed, and which most."""
+    others = [network.label for network in networks[1:]]
+    reference = networks[0].label
+    changes = [row for row in comparisons if row["changed"]]
+    changed = [label for label in others if any(row["model"] == label for row in changes)]
+    if not changed:
+        return f"No detectable change: by no measure do the maps of {page.listed(others)} differ from {reference}'s."
+    most = max(changes, key=lambda row: abs(row["size"] or 0))
+    who = f"{len(changed)} of {len(others)} models" if len(others) > 1 else others[0]
+    give = "gives" if len(changed) == 1 else "give"
+    return (
+        f"{who} {give} other reasons than {reference}, most of all {most['model']}: its {most['attribution']} maps are "
+        f"{most['said']}, a {most['weight']} change."
+    )
+
+
+def lines(comparisons: Sequence[Mapping[str, Any]], names: Sequence[str], n_models: int) -> list[str]:
+    """A sentence for each attribution: in how many models its maps became what, and where most."""
+    found = []
+    for name in names:
+        by_word: dict[str, list[Mapping[str, Any]]] = {}
+        for row in comparisons:
+            if row["attribution"] == name and row["changed"]:
+                by_word.setdefault(row["said"].partition(" by ")[0], []).append(row)
+        phrases = []
+        for word, rows in by_word.items():
+            most = max(rows, key=lambda row: abs(row["size"] or 0))
+            labels = {row["model"] for row in rows}
+            how_many = f" in {len(labels)} of {n_models} models, most in {most['model']}" if n_models > 1 else ""
+            amount = most["said"].partition(" by ")[2]
+            phrases.append(f"{word}{how_many} by {amount} ({most['measure']}, {most['weight']})")
+        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change") + ".")
+    return found
+
+
+def aims(points: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
+    """A sentence for each model and attribution that points at another concept than the reference does."""
+    most = {(row["model"], row["attribution"]): row for row in points if row["most"]}
+    found = []
+    for (label, name), row in most.items():
+        usual = most.get((reference, name))
+        if label != reference and (usual is None or usual["concept"] != row["concept"]):
+            found.append(
+                f"{label} points at the {row['concept']}: there lies {row['mean']:.0%} of the positive relevance of "
+                f"its {name} maps, on {row['area']:.1%} of the pixels; {reference} points at "
+                + ("nothing in particular." if usual is None else f"the {usual['concept']}.")
+            )
+    return found
+
+
+def alike(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """How like the reference's the maps of each model are: {"model", "attribution", "measure", "n", "mean", "low",
+    "high"}, a bootstrap over images.
+    """
+    return [
+        {"model": network.label, "attribution": name, "measure": measure, **_mean(cell.values[measure], seed)}
+        for name in names
+        for network in networks[1:]
+        for cell in (cells[name, network.label],)
+        for measure in cell.values
+        if _is_similarity(measure) and np.isfinite(cell.values[measure]).any()
+    ]
+
+
+def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Where maps point: {"model", "attribution", "concept", "n", "mean", "low", "high", "area", "most"}.
+
+    `mean` is the share of positive relevance on a concept, `area` that of the pixels, in the images that show it.
+    `most` marks for each model and attribution the concept whose share is the highest multiple of its area, where that
+    is above 1 beyond doubt (its interval).
+    """
+    found: list[dict[str, Any]] = []
+    for name in names:
+        for network in networks:
+            cell = cells[name, network.label]
+            columns = [column for column in cell.values if column.startswith("localisation/")]
+            shown = masks(network.setting, cell.image_ids, size_of(network.loaded.preprocess)) if columns else {}
+            rows = []
+            for column in columns:
+                values, concept = cell.values[column], column.partition("/")[2]
+                some = np.isfinite(values)
+                if some.any():
+                    area = float(shown[concept].double().mean((1, 2))[torch.from_numpy(some)].mean())
+                    about = {"model": network.label, "attribution": name, "concept": concept}
+                    rows.append(about | _mean(values, seed) | {"area": area, "most": False})
+            if rows:
+                first = max(rows, key=lambda row: row["mean"] / row["area"])
+                first["most"] = first["low"] is not None and first["low"] > first["area"]
+            found += rows
+    return found
+
+
+def moved(networks: Sequence[Network], cells: Cells, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The pairs of maps that changed most, PAIRS for each attribution and no image twice.
+
+    {"attribution", "model", "image_id", "target", "measure", "value"}: by the first measure of similarity there is, or
+    by the difference in the first measure.
+    """
+    found = []
+    target = dict(zip(networks[0].batch.image_id, networks[0].batch.target.tolist(), strict=True))
+    for name in names:
+        of_reference = cells[name, networks[0].label]
+        pairs = []
+        for network in networks[1:]:
+            cell = cells[name, network.label]
+            measure = next(filter(_is_similarity, cell.values), next(iter(cell.values)))
+            values, change = cell.values[measure], -cell.values[measure]
+            if not _is_similarity(measure):
+                values = values - of_reference.values[measure][_places(of_reference.image_ids, cell.image_ids)]
+                change = np.abs(values)
+            some = np.flatnonzero(np.isfinite(values))
+            pairs += [(float(change[i]), network.label, cell.image_ids[i], measure, float(values[i])) for i in some]
+        pairs.sort(key=lambda pair: (-pair[0], pair[1:3]))
+        seen: set[str] = set()
+        for _, label, image_id, measure, value in pairs:
+            if image_id in seen or len(seen) == PAIRS:
+                continue
+            seen.add(image_id)
+            about = {"attribution": name, "model": label, "image_id": image_id}
+            class_name = networks[0].setting.data.class_names[target[image_id]]
+            found.append(about | {"target": class_name, "measure": measure, "value": value})
+    return found
+
+
+def _is_similarity(measure: str) -> bool:
+    name = measure.partition("/")[0]
+    return "reference" in registry[name].facts.get("reads", ())
+
+
+def _places(of: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
+    place = {image_id: i for i, image_id in enumerate(of)}
+    return np.array([place[image_id] for image_id in wanted])
+
+
+def _mean(values: Array, seed: int) -> dict[str, Any]:
+    found = stats.bootstrap(values[np.isfinite(values)], generator=np.random.default_rng(seed))
+    return {"n": found.n, "mean": found.mean, "low": found.low, "high": found.high}
+
+
+def _short(value: float) -> str:
+    """.021, -.004, 1.200."""
+    return f"{value:.3f}".replace("0.", ".", 1)

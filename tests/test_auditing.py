@@ -1,0 +1,409 @@
+"""Audits: every figure again from the kept values, planted effects found, killed runs, and what is refused."""
+
+import copy
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+import sukashi
+from sukashi import audited, auditing, models, pruned, sites
+from sukashi.attributions import attributions
+from sukashi.attributions.maps import saliency_map
+from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.measures import measures
+from sukashi.types import Preprocess
+from test_shortcut import PREPROCESS, N, trained
+
+READING = {"test_images": 40}
+ALIKE = ("rank_correlation", "ssim", "top_overlap")
+
+
+@pytest.fixture(scope="module")
+def folders(small, tmp_path_factory):
+    """A network, the same again, and the same with noise on its weights, as saved folders."""
+    root = tmp_path_factory.mktemp("audit")
+    noisy = copy.deepcopy(small["cnn"].loaded)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in noisy.model.parameters():
+        parameter.data += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    for name, loaded in (("dense", small["cnn"].loaded), ("same", small["cnn"].loaded), ("noisy", noisy)):
+        pruned.save(root / name, loaded, provenance={}, figures={})
+    return [str(root / name) for name in ("dense", "same", "noisy")]
+
+
+@pytest.fixture(scope="module")
+def done(folders, tmp_path_factory):
+    """The audit of all three, and its folder."""
+    out = tmp_path_factory.mktemp("done") / "audit"
+    return auditing.audit(folders, "digits", out=out, **READING), out
+
+
+def table(path):
+    return pq.read_table(path).to_pylist()
+
+
+# Networks a user might bring, by import path.
+
+
+class Wrapped(nn.Module):
+    """A network for digits behind something that changes what it reads or answers."""
+
+    def __init__(self, before=None, after=None, side=8, spec="sukashi:digits_cnn"):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = models.load(spec).model
+        self.before, self.after = before or (lambda x: x), after or (lambda z: z)
+        self.preprocess = Preprocess(side, side, 1, (0.0,), (1.0,))
+
+    def forward(self, x):
+        return self.after(self.net(self.before(x)))
+
+
+def plain():
+    return Wrapped()
+
+
+def reversed_answers():
+    return Wrapped(after=lambda z: -z)
+
+
+def pair():
+    return Wrapped(after=lambda z: (z, z))
+
+
+def larger():
+    return Wrapped(before=lambda x: nn.functional.avg_pool2d(x, 2), side=16)
+
+
+def vit_of_another_size():
+    return Wrapped(side=12, spec="sukashi:digits_vit")
+
+
+def blind():
+    """Sees nothing of images that are dark."""
+    return Wrapped(before=lambda x: x * (x.mean((1, 2, 3), keepdim=True) > 0.3))
+
+
+@functools.cache
+def _shapes(spec):
+    model = trained(spec)
+    model.preprocess = PREPROCESS
+    return model
+
+
+def marked():
+    return _shapes(f"shapes:watermark=1,n={N}")
+
+
+def clean():
+    return _shapes(f"shapes:n={N}")
+
+
+def here(*names):
+    return [f"test_auditing:{name}" for name in names]
+
+
+# What is measured.
+
+
+def test_values_are_those_of_the_measures(done, folders, digits_split):
+    """Of the noisy network, by the registered functions one after the other."""
+    result, out = done
+    dense, noisy = (models.load(folder) for folder in (folders[0], folders[2]))
+    images = digits_split.test.limit(40).whole(noisy.preprocess)
+    with torch.no_grad():
+        right = [loaded.model(images.x).argmax(1) == images.target for loaded in (dense, noisy)]
+    images = images[right[0] & right[1]]
+    assert 10 < len(images) < 40, "some are wrong, so that the choice of images is seen"
+    pixels = sites.input_site(images.x)
+    found = {
+        (row["attribution"], row["measure"], row["image_id"]): row["value"]
+        for row in table(out / "values.parquet")
+        if row["model"] == "noisy"
+    }
+    assert {image_id for _, _, image_id in found} == set(images.image_id)
+    for name in ("saliency", "integrated_gradients"):
+        maps, other = (
+            saliency_map(attributions[name](loaded.model, images.x, images.target, [pixels])[pixels], "sum_abs")
+            for loaded in (noisy, dense)
+        )
+        expected = {measure: measures[measure](maps, other) for measure in ALIKE} | {"gini": measures["gini"](maps)}
+        for measure in ("road", "aopc"):
+            for suffix, outcome in (("", "accuracy"), ("/probability", "probability")):
+                expected[measure + suffix] = measures[measure](
+                    noisy.model, images, maps=maps, generator=torch.Generator().manual_seed(0), outcome=outcome
+                )
+        assert {measure for attribution, measure, _ in found if attribution == name} == set(expected)
+        for measure, values in expected.items():
+            kept = [found[name, measure, image_id] for image_id in images.image_id]
+            np.testing.assert_allclose(kept, values.double().numpy(), rtol=0, atol=1e-5)
+    assert result["models"][2]["n_images"] == len(images)
+    assert result["models"][2]["accuracy"] == pytest.approx(float(right[1].float().mean()))
+
+
+def test_curves_are_kept_and_give_the_area_over_them(done):
+    _, out = done
+    curves, aopc = {}, {}
+    for row in table(out / "curves.parquet"):
+        curves.setdefault((row["model"], row["attribution"], row["order"], row["image_id"]), []).append(row)
+    for row in table(out / "values.parquet"):
+        if row["measure"] == "aopc/probability":
+            aopc[row["model"], row["attribution"], "morf", row["image_id"]] = row["value"]
+    assert {key[2] for key in curves} == {"morf", "lerf"}
+    for key, value in aopc.items():
+        rows = curves[key]
+        assert [row["percentage"] for row in rows] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+        assert value == pytest.approx(np.mean([rows[0]["probability"] - row["probability"] for row in rows[1:]]))
+
+
+def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path):
+    result = sukashi.audit(
+        here("plain", "blind"), "digits", out=tmp_path / "out", population="all", attributions=["saliency"], **READING
+    )
+    rows = [row for row in table(tmp_path / "out" / "values.parquet") if row["model"] == "blind"]
+    gini = [row["value"] for row in rows if row["measure"] == "gini"]
+    n_silent = int(np.isnan(gini).sum())
+    assert 3 < n_silent < 37
+    assert all(np.isnan(row["value"]) for row in rows if row["image_id"] in _silent(rows))
+    assert [model["silent"] for model in result["models"]] == [{"saliency": 0}, {"saliency": n_silent}]
+    assert {row["n"] for row in result["comparisons"]} == {40 - n_silent}
+    assert f"{n_silent} of 40 saliency maps of blind are constant" in (tmp_path / "out" / "report.html").read_text()
+
+
+def _silent(rows):
+    return {row["image_id"] for row in rows if row["measure"] == "gini" and np.isnan(row["value"])}
+
+
+# What is said.
+
+
+def test_figures_are_made_of_the_kept_values_and_nothing_else(done):
+    """Means, bootstrap, t test and Holm's correction, written out."""
+    result, out = done
+    kept = {}
+    for row in table(out / "values.parquet"):
+        kept.setdefault((row["model"], row["attribution"], row["measure"]), {})[row["image_id"]] = row["value"]
+    p_values = []
+    for row in result["comparisons"]:
+        model = kept[row["model"], row["attribution"], row["measure"]]
+        reference = kept["dense", row["attribution"], row["measure"]]
+        pairs = [(value, reference[image_id]) for image_id, value in model.items()]
+        differences = np.array([a - b for a, b in pairs])
+        draws = np.random.default_rng(0).integers(len(pairs), size=(10_000, len(pairs)))
+        bounds = np.quantile(differences[draws].mean(1), [0.025, 0.975])
+        p_values.append(scipy.stats.ttest_rel(*zip(*pairs, strict=True)).pvalue if differences.any() else 1.0)
+        found = [row[key] for key in ("n", "reference", "mean", "difference", "low", "high", "p")]
+        expected = [len(pairs), np.mean([b for _, b in pairs]), np.mean([a for a, _ in pairs]), differences.mean()]
+        np.testing.assert_allclose(found, [*expected, *bounds, p_values[-1]], rtol=1e-9, atol=1e-12)
+        spread = np.std([b for _, b in pairs], ddof=1)
+        assert row["size"] == pytest.approx(differences.mean() / spread)
+    order, worst = np.argsort(p_values, kind="stable"), 0.0
+    for place, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - place) * p_values[i]))
+        assert result["comparisons"][i]["p_holm"] == pytest.approx(worst)
+        assert result["comparisons"][i]["changed"] == (worst < 0.05)
+    for row in result["similarities"]:
+        values = list(kept[row["model"], row["attribution"], row["measure"]].values())
+        assert (row["n"], row["mean"]) == (len(values), pytest.approx(np.mean(values)))
+    assert json.loads((out / "results.json").read_bytes()) == json.loads(json.dumps(result))
+
+
+def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
+    result, out = done
+    for row in result["comparisons"]:
+        if row["model"] == "same":
+            assert (row["difference"], row["p_holm"], row["said"]) == (0, 1, "no detectable change [.000, .000]")
+    assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
+    alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
+    assert max(alike) < 0.95
+    changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
+    assert changed
+    assert result["verdict"].startswith("1 of 2 models gives other reasons than dense, most of all noisy: ")
+    assert {row["model"] for row in result["moved"]} == {"noisy"}
+    page = (out / "report.html").read_text()
+    assert result["verdict"] in page
+    for figure in ("changes", "morf", "gallery-saliency", "gallery-integrated_gradients"):
+        assert (out / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_change_is_said_in_the_sense_of_its_measure():
+    from sukashi.verdicts import said
+
+    row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024}
+    assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
+    assert said({**row, "measure": "deletion"}) == "less faithful by .021 [.018, .024]"
+    down = {"changed": True, "difference": -1.021, "low": -1.5, "high": 0.018}
+    assert said({**down, "measure": "localisation/mark"}) == "less on the mark by 1.021 [-.018, 1.500]"
+    unsure = {"changed": False, "difference": 0.1, "low": 0.01, "high": 0.2, "measure": "gini"}
+    assert said(unsure) == "no detectable change once corrected [.010, .200]"
+
+
+def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
+    result = auditing.audit(
+        here("clean", "marked"),
+        f"shapes:watermark=1,n={N}",
+        out=tmp_path / "out",
+        attributions=["lrp"],
+        measures=["localisation", "gini"],
+    )
+    (row,) = (row for row in result["comparisons"] if row["measure"] == "localisation/watermark")
+    assert row["said"].startswith("more on the watermark by ")
+    assert row["low"] > 0.1
+    most = {row["model"]: row for row in result["pointing"] if row["most"]}
+    assert most["marked"]["concept"] == "watermark"
+    assert most["marked"]["mean"] > 8 * most["marked"]["area"]
+    assert most["clean"]["concept"] != "watermark"
+    assert any(line.startswith("marked points at the watermark: ") for line in result["lines"])
+    assert "marked points at the watermark: " in (tmp_path / "out" / "report.html").read_text()
+
+
+# Names and levels.
+
+
+def test_folders_are_named_by_what_tells_them_apart(tmp_path):
+    made = [tmp_path / "run" / name for name in ("dense/0", "magnitude/0/0.50", "random/0/0.50")]
+    for folder in made:
+        folder.mkdir(parents=True)
+    assert audited.labels(list(map(str, made))) == ["dense", "magnitude/0.50", "random/0.50"]
+    of_one = [tmp_path / "cut" / ratio for ratio in ("0.1", "0.5")]
+    for folder in of_one:
+        folder.mkdir(parents=True)
+    names = audited.labels(["sukashi:digits_cnn", *map(str, of_one), "sukashi:digits_cnn", str(of_one[0])])
+    assert names == ["digits_cnn", "cut/0.1", "cut/0.5", "digits_cnn (2)", "cut/0.1 (2)"]
+
+
+def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(small, tmp_path):
+    told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "ratio": 0.47, "seed": 0}, "again": {"seed": 1}}
+    told["level"] = {"contender": "magnitude/unenforced", "ratio": 0.3, "seed": 2}
+    for name, provenance in told.items():
+        pruned.save(tmp_path / name, small["cnn"].loaded, provenance=provenance, figures={})
+    found = {name: audited._level(str(tmp_path / name)) for name in told}
+    assert found == {"cut": ("drift", 0.5), "again": (None, None), "level": ("magnitude/unenforced, seed 2", 0.3)}
+
+
+# Kept.
+
+
+def contents(folder):
+    kept = {".lock", "report.html"}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in kept}
+
+
+def test_a_killed_audit_goes_on_from_its_cells_to_the_same_bytes(done, folders, tmp_path, monkeypatch):
+    _, whole = done
+    out, plain_cell, calls = tmp_path / "audit", audited.Auditor._cell, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain_cell(*args)
+
+    monkeypatch.setattr(audited.Auditor, "_cell", failing)
+    with pytest.raises(KeyboardInterrupt):
+        auditing.audit(folders, "digits", out=out, **READING)
+    assert not (out / "values.parquet").exists()
+    # The third cell compares maps with the reference's, which must come again as they were.
+    result = auditing.audit(folders, "digits", out=out, **READING)
+    assert len(calls) == 3 + 4
+    assert {**contents(whole), Path("results.json"): b""} == {**contents(out), Path("results.json"): b""}
+    monkeypatch.setattr(audited.Auditor, "_cell", None)
+    again = auditing.audit(folders, "digits", out=out, **READING)
+    assert again == result
+
+
+def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tmp_path, monkeypatch):
+    out, plain_cell, calls = tmp_path / "audit", audited.Auditor._cell, []
+    auditing.audit(folders[:2], "digits", out=out, attributions=["saliency"], **READING)
+    monkeypatch.setattr(audited.Auditor, "_cell", lambda *args: calls.append(args[1].label) or plain_cell(*args))
+    found = auditing.audit(folders, "digits", out=out, attributions=["saliency"], **READING)
+    assert calls == ["noisy"]
+    of_saliency = [row for row in done[0]["similarities"] if row["attribution"] == "saliency"]
+    assert found["similarities"] == of_saliency
+    for changes, words in (
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"population": "all"}, 'population was "both"'),
+        ({"test_images": 30}, "data.test_images was 40, now 30"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            auditing.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="mine exists: nothing is overwritten"):
+        auditing.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
+
+
+# Families, and what is refused.
+
+
+def test_a_transformer_is_audited_by_its_own_means(small, tmp_path):
+    loaded = small["vit"].loaded
+    harmed = copy.deepcopy(loaded)
+    for parameter in harmed.model.parameters():
+        parameter.data *= 0.8
+    for name, one in (("dense", loaded), ("harmed", replace(harmed))):
+        pruned.save(tmp_path / name, one, provenance={}, figures={})
+    result = auditing.audit(
+        [str(tmp_path / "dense"), str(tmp_path / "harmed")],
+        "digits",
+        out=tmp_path / "out",
+        test_images=12,
+        options={"deletion": {"step": 16}},
+    )
+    assert result["attributions"] == ["saliency", "integrated_gradients", "chefer"]
+    assert {row["measure"] for row in result["comparisons"]} >= {"insertion", "deletion", "gini"}
+    assert json.loads((tmp_path / "out" / "audit.json").read_bytes())["options"] == {"deletion": {"step": 16}}
+
+
+def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders, tmp_path):
+    asked = {"attributions": ["saliency", "chefer"], "measures": ["gini"], **READING}
+    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    assert list(result["refused"]) == ["chefer"]
+    assert result["refused"]["chefer"].startswith("dense: chefer ")
+    assert {row["attribution"] for row in result["comparisons"]} == {"saliency"}
+    with pytest.raises(ModelError, match="chefer refuses dense: chefer "):
+        auditing.audit(folders[:2], "digits", out=tmp_path / "none", **{**asked, "attributions": ["chefer"]})
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "words"),
+    [
+        (["plain"], {}, UsageError, "needs a reference and a model to hold against it, got 1"),
+        (["plain", "plain"], {"levels": ["salience"]}, UsageError, "did you mean 'saliency'"),
+        (["plain", "plain"], {"attributions": ["salency"]}, UsageError, "did you mean 'saliency'"),
+        (["plain", "plain"], {"attributions": []}, UsageError, "attributions must be different names, at least one"),
+        (["plain", "plain"], {"measures": ["gni"]}, UsageError, "did you mean 'gini'"),
+        (["plain", "plain"], {"measures": ["accuracy"]}, UsageError, "accuracy measures no saliency maps"),
+        (["plain", "plain"], {"measures": ["localisation"]}, UsageError, "digits has no ground truth"),
+        (["plain", "plain"], {"population": "bth"}, UsageError, "did you mean 'both'"),
+        (["plain", "plain"], {"options": {"road": {"noise": 0.0}}}, UsageError, "road and aopc share curves"),
+        (["plain", "plain"], {"options": {"lrp": {}}}, UsageError, "options were given for 'lrp'"),
+        (["plain", "larger"], {}, UsageError, "larger reads images of 16 x 16 pixels and plain of 8 x 8"),
+        (
+            ["plain", "reversed_answers"],
+            {},
+            DataError,
+            "no test image to audit reversed_answers on, of 40, that the ref",
+        ),
+        (["plain", "pair"], {}, ModelError, "gives a tuple, not logits"),
+        (["plain", "vit_of_another_size"], {}, ModelError, r"fails on images of shape \(2, 1, 12, 12\)"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_and_leaves_nothing(tmp_path, names, options, error, words):
+    with pytest.raises(error, match=words):
+        auditing.audit(here(*names), "digits", out=tmp_path / "out", **{**READING, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_for_specs_alone(folders, tmp_path):
+    with pytest.raises(UsageError, match="saved folders bring their own width"):
+        auditing.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)
