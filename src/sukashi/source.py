@@ -121,8 +121,8 @@ class Source:
                 f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
             )
         images = self.read()
-        setting = self.beside(images)
         images.train.calibration(self.calibration, 0)
+        setting = self.beside(images)
         return replace(setting, found=sites.find(setting.loaded.model, setting.example)) if units else setting
 
     def beside(self, images: Data) -> Setting:
