@@ -27,14 +27,14 @@ ALIKE = ("rank_correlation", "ssim", "top_overlap")
 
 
 @pytest.fixture(scope="module")
-def folders(small, tmp_path_factory):
+def folders(trained_cnn, tmp_path_factory):
     """A network, the same again, and the same with noise on its weights, as saved folders."""
     root = tmp_path_factory.mktemp("audit")
-    noisy = copy.deepcopy(small["cnn"].loaded)
+    noisy = copy.deepcopy(trained_cnn)
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.model.parameters():
         parameter.data += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    for name, loaded in (("dense", small["cnn"].loaded), ("same", small["cnn"].loaded), ("noisy", noisy)):
+    for name, loaded in (("dense", trained_cnn), ("same", trained_cnn), ("noisy", noisy)):
         pruned.save(root / name, loaded, provenance={}, figures={})
     return [str(root / name) for name in ("dense", "same", "noisy")]
 
