@@ -236,6 +236,15 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(dropping, few, undisturbed, tm
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
 
 
+def test_losses_may_wait_as_on_a_gpu(dropping, few, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setitem(training._SETTLE, "cpu", 3)
+    found = fit(dropping, few, WHOLE, out=tmp_path / "run")
+    for name, tensor in state(undisturbed.loaded).items():
+        assert torch.equal(state(found.loaded)[name], tensor), name
+    losses = [entry["train_loss"] for entry in found.history]
+    assert losses == [entry["train_loss"] for entry in undisturbed.history]
+
+
 def test_nothing_but_the_settings_decides(dropping, few, undisturbed, tmp_path):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
