@@ -872,6 +872,7 @@ def test_random_weights_are_the_same_in_every_run():
 def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(cli, "FIRST_LINE", 10.0)
     with cli._working(), progress.task("trials", 4) as trials:
         trials.advance(0, "cswap, seed 0")
         with progress.task("cswap", 100) as units:
