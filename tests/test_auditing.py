@@ -224,7 +224,7 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
             assert (row["difference"], row["p_holm"], row["said"]) == (0, 1, "no detectable change [.000, .000]")
     assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
     alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
-    assert max(alike) < 0.95
+    assert max(alike) < 0.97
     changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
     assert result["verdict"].startswith("1 of 2 models gives other reasons than dense, most of all noisy: ")
