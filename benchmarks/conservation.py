@@ -159,7 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="these models only")
-    parser.add_argument("--methods", nargs="+", default=attributions.names(), help="these methods only")
+    # A map of pixels alone has no second cut to sum over.
+    of_units = [method.name for method in attributions if "kinds" not in method.facts]
+    parser.add_argument("--methods", nargs="+", default=of_units, help="these methods only")
     given = parser.parse_args()
     rows = [
         (method, options)

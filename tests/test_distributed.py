@@ -84,7 +84,7 @@ def processes(out, dies):
         subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[1] for process in two]
+    said = [process.communicate(timeout=300)[1] for process in two]
     return [process.returncode for process in two], "".join(said)
 
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from sukashi import grid, levels, models, progress, sites
-from sukashi.errors import UsageError
+from sukashi.errors import SukashiError, UsageError
 from sukashi.levels import Course
 from sukashi.training import Training
 
@@ -160,6 +160,10 @@ def test_channels_go_for_real(schedule, weights, tmp_path):
         ({"rewind": 2}, "rewind must be an epoch below 2"),
         ({"schedule": "oneshot", "rewind": 1}, "of a schedule that rewinds"),
         ({"seeds": 0}, "seeds must be at least 1"),
+        ({"scope": None, "round_to": 0}, "round_to must be at least 1"),
+        ({"options": {"wanda": {}}}, "options were given for 'wanda', which is not used"),
+        ({"training": Training(enforce_mask=False)}, "take it out of the settings of training"),
+        ({"finetuning": Training(size=9)}, "size must be the same at every level, got 9 for fine-tuning and None"),
     ],
 )
 def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, changes, message):
@@ -167,6 +171,30 @@ def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path,
     with pytest.raises(UsageError, match=message):
         levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **READING)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reading", "message"),
+    [
+        ({"exclude": ["fc9"]}, {}, "no convolution or linear layer 'fc9' to exclude"),
+        ({"scope": "2:4", "ratios": [0.5]}, {}, r"layer 'conv1' reads 9 inputs, which scope 2:4 cannot group"),
+        ({}, {"calibration": 1000}, "a calibration set needs 1000 of every class"),
+        ({"schedule": "oneshot", "finetuning": Training(epochs=2, warmup=2)}, {}, "warmup must be below epochs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
+    tmp_path, monkeypatch, changes, reading, message
+):
+    monkeypatch.setattr(levels, "fit", None)
+    with pytest.raises(SukashiError, match=message):
+        levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **{**READING, **reading})
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_ratio_has_a_folder_of_its_own():
+    assert [levels._named(ratio) for ratio in (0.1, 0.3, 0.99, 0.995, 1 / 3)] == [
+        *("0.10", "0.30", "0.99", "0.995", "0.3333333333333333")
+    ]
 
 
 def test_lottery_refuses_trained_weights(weights, tmp_path):

@@ -63,7 +63,7 @@ def test_measures_follow_the_contract(scene):
     loaded, _, _, batch = scene
     before = copy.deepcopy(loaded.model.state_dict())
     x = batch.x.clone()
-    for method in measures:
+    for method in (measure for measure in measures if not measure.reads_maps):
         values = method(loaded.model, batch, generator=torch.Generator().manual_seed(0))
         parts = [method(loaded.model, part, generator=torch.Generator().manual_seed(0)) for part in batch.split(7)]
         assert values.shape == (60,)

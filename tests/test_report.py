@@ -405,7 +405,7 @@ def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no study and no pruned model"):
+    with pytest.raises(UsageError, match="holds no study and no saved model"):
         report.write(tmp_path)
     with Store(tmp_path / "study").writing({"seeds": 1}):
         pass

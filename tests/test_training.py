@@ -236,6 +236,15 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(dropping, few, undisturbed, tm
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
 
 
+def test_losses_may_wait_as_on_a_gpu(dropping, few, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setitem(training._SETTLE, "cpu", 3)
+    found = fit(dropping, few, WHOLE, out=tmp_path / "run")
+    for name, tensor in state(undisturbed.loaded).items():
+        assert torch.equal(state(found.loaded)[name], tensor), name
+    losses = [entry["train_loss"] for entry in found.history]
+    assert losses == [entry["train_loss"] for entry in undisturbed.history]
+
+
 def test_nothing_but_the_settings_decides(dropping, few, undisturbed, tmp_path):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
@@ -288,7 +297,7 @@ def test_kill_9_changes_nothing(start, few, tmp_path):
     n_epochs = 40
     child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(n_epochs)])
     kept = tmp_path / "run" / checkpoint.FILE
-    until = time.monotonic() + 100
+    until = time.monotonic() + 300
     while time.monotonic() < until and not (kept.exists() and checkpoint.facts(kept)["step"] > 3):
         time.sleep(0.01)
     child.kill()
@@ -316,6 +325,7 @@ def test_a_folder_of_another_run_is_refused_by_its_difference(start, few, tmp_pa
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match=r"thesis.txt"):
         fit(start, few, Training(epochs=1), out=tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_a_damaged_checkpoint_is_refused(start, few, tmp_path):

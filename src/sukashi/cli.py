@@ -702,15 +702,15 @@ def _class_map(path: Path | None) -> dict[str, int] | None:
 def _working() -> Iterator[None]:
     """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code."""
     from sukashi import progress
-    from sukashi.errors import LostProcess, ResourceError, SukashiError
+    from sukashi.errors import ResourceError, SukashiError
 
     if not progress.first():
-        # The first process of a training says what all of them find; that it is gone itself, another must say.
+        # The first process of a training says what all of them find, unless another one took that on.
         try:
             yield
-        except LostProcess as error:
-            _stop(str(error), error.exit_code)
         except SukashiError as error:
+            if error.alone:
+                _stop(str(error), error.exit_code)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

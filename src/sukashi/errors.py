@@ -12,6 +12,7 @@ class SukashiError(ValueError):
     """A case that cannot be done right; the message names the value, the rule and the remedy."""
 
     exit_code = 1
+    alone = False  # whether this process of a training says it, and no other
 
 
 class UsageError(SukashiError):
@@ -36,10 +37,6 @@ class ResourceError(SukashiError):
     """No memory, no disk, or a folder another process holds."""
 
     exit_code = 5
-
-
-class LostProcess(ResourceError):
-    """Another process of the same training is gone: said by the first that notices, whichever it is."""
 
 
 @contextmanager

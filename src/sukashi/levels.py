@@ -39,7 +39,8 @@ from sukashi.sites import Found
 from sukashi.source import Reading, Setting, Source
 from sukashi.stats import Interval
 from sukashi.study import check_options, hardware, plan_for, versions
-from sukashi.training import Fitted, Training, fit
+from sukashi.training import Fitted, Training, fit, splits
+from sukashi.training import check as check_training
 from sukashi.types import Batch, Mask, check_ratio
 
 LEAKY = "unenforced"
@@ -133,8 +134,12 @@ def run(
             setting = Setting(source, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
             models.probe(loaded, setting.example)
             if course.scope is None:
-                setting = replace(setting, found=sites.find(loaded.model, setting.example))
+                found = sites.find(loaded.model, setting.example)
+            else:
+                found = Found(sites.weights(loaded.model, course.exclude), {})
+            setting = replace(setting, found=found)
             if seed == 0:
+                notes = _fits(setting, course, given)
                 spec = {
                     **setting.about_model,
                     "weights_sha256": setting.about_model["weights_sha256"] if given else None,
@@ -145,8 +150,7 @@ def run(
             _Walker(setting, course, seed, folder, given, command or "sukashi.levels.run(...)", shown).walk()
     if not first:
         return {}
-    found = collect(folder, course)
-    result = summary(found, course) | {"notes": _notes(setting, found), "out": str(folder)}
+    result = summary(collect(folder, course), course) | {"notes": notes, "out": str(folder)}
     result["report"] = str(
         page.render(
             "levels.html.j2",
@@ -189,9 +193,40 @@ def check(course: Course) -> None:
         raise UsageError(f"{what} is for single weights, and there is no scope: give one, or leave it out")
     if course.seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {course.seeds}")
+    pruned.check_round_to(course.round_to)
+    for name in course.options:
+        if name not in course.criteria:
+            raise UsageError(f"options were given for {name!r}, which is not used: criteria are {course.criteria}")
+    if not (course.training.enforce_mask and course.finetuning.enforce_mask):
+        raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
+    if course.finetuning.size not in (None, course.training.size):
+        raise UsageError(
+            f"size must be the same at every level, got {course.finetuning.size} for fine-tuning and "
+            f"{course.training.size} for training: give both"
+        )
     last = course.training.epochs
     if not 0 <= course.rewind < last or (course.rewind and not facts["rewinds"]):
         raise UsageError(f"rewind must be an epoch below {last} of a schedule that rewinds, got {course.rewind}")
+
+
+def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
+    """Refuse what does not fit the model or the data before hours of training; what is to be known of the data.
+
+    Raises UsageError for layers that a pattern cannot group, and whatever sampling and training refuse.
+    """
+    model, data = setting.loaded.model, setting.data
+    if course.scope is not None:
+        shapes = {site.layer: sparsity.weight_of(model, site).shape for site in setting.found.sites}
+        sparsity.check_shapes(course.scope, shapes)
+    data.train.calibration(setting.source.calibration, 0)
+    rewinds = schedules[course.schedule].facts["rewinds"]
+    used = [*([] if given else [course.training]), *([] if rewinds else [course.finetuning])]
+    notes = dict.fromkeys(data.notes)
+    for training in used:
+        train, validation, made = splits(data, training)
+        check_training(training, train, validation, setting.loaded, tensorboard=False)
+        notes |= dict.fromkeys(made)
+    return list(notes)
 
 
 class _Walker:
@@ -221,7 +256,7 @@ class _Walker:
                 prune=partial(self.prune, criterion),
                 rewind=self.rewind,
                 level=lambda ratio, make, name=contender, home=home, training=training: self.level(
-                    name, home / f"{ratio:.2f}", ratio, make, training
+                    name, home / _named(ratio), ratio, make, training
                 ),
             )
         if progress.first():
@@ -266,12 +301,8 @@ class _Walker:
         course, setting = self.course, replace(self.setting, loaded=network)
         options = course.options.get(criterion, {})
         if course.scope is not None:
-            found = sites.weights(network.model, course.exclude)
-            sparsity.check_shapes(
-                course.scope, {site.layer: sparsity.weight_of(network.model, site).shape for site in found}
-            )
             mask = pruned.weight_mask(
-                *(network, found, setting.calibration(self.seed), criterion, ratio, course.scope),
+                *(network, setting.found.sites, setting.calibration(self.seed), criterion, ratio, course.scope),
                 generator=torch.Generator().manual_seed(self.seed),
                 options=options,
             )
@@ -344,11 +375,16 @@ def _home(out: Path, contender: str, seed: object) -> Path:
     return out / contender.replace("/", "-") / str(seed)
 
 
+def _named(ratio: float) -> str:
+    """The folder of a ratio, with two digits or as many as tell it from every other."""
+    return max(f"{ratio:.2f}", repr(ratio), key=len)
+
+
 def collect(folder: Path, course: Course) -> list[Level]:
     """Every level in the folder of a study, dense ones first."""
     places = [("dense", seed, 0.0, _home(folder, "dense", seed)) for seed in range(course.seeds)]
     places += [
-        (name, seed, ratio, _home(folder, name, seed) / f"{ratio:.2f}")
+        (name, seed, ratio, _home(folder, name, seed) / _named(ratio))
         for name in course.contenders
         for ratio in course.ratios
         for seed in range(course.seeds)
@@ -404,10 +440,11 @@ def verdict(result: Mapping[str, Any], course: Course) -> str:
         rows = [row for row in result["levels"] if row["contender"] == name]
         safe = list(itertools.takewhile(lambda row: row["difference"]["low"] > -LOST, rows))
         last = rows[-1]["difference"]
+        leak = "" if course.contenders[name][1] else f" (where {rows[-1]['zeros']:.0%} are zero in the end)"
         said.append(
             f"{name}: "
             + (f"up to {safe[-1]['ratio']:.0%} of the {removed}" if safe else "at no level")
-            + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {rows[-1]['ratio']:.0%} it is "
+            + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {rows[-1]['ratio']:.0%}{leak} it is "
             f"{100 * last['mean']:+.1f} points from the dense network's ({100 * last['low']:+.1f} to "
             f"{100 * last['high']:+.1f})."
         )
@@ -447,12 +484,6 @@ def draw(result: Mapping[str, Any], course: Course) -> bytes:
     axes.legend(frameon=False, fontsize=9, loc="best")
     page.calm(axes)
     return page.png(figure)
-
-
-def _notes(setting: Setting, levels: Sequence[Level]) -> list[str]:
-    """What is to be known of the data; of trainings alike, the first one's."""
-    of_training = [note for level in levels[:1] for note in level.figures.get("notes", [])]
-    return [*setting.data.notes, *of_training]
 
 
 def _share(right: NDArray[np.float64]) -> dict[str, float | None]:

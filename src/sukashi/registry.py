@@ -75,9 +75,9 @@ class Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.check_options({name: value for name, value in kwargs.items() if name in self.options})
-        if "kinds" in self.facts:
-            sites = kwargs["sites"] if "sites" in kwargs else args[1]
-            self.check_kinds(site.kind for site in sites)
+        # Of a criterion (model, sites, data); an attribution (model, x, target, sites) refuses in words of its own.
+        if "kinds" in self.facts and list(inspect.signature(self.fn).parameters)[1] == "sites":
+            self.check_kinds(site.kind for site in (kwargs["sites"] if "sites" in kwargs else args[1]))
         return self.fn(*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -121,8 +122,8 @@ class Source:
                 f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
             )
         images = self.read()
-        setting = self.beside(images)
         images.train.calibration(self.calibration, 0)
+        setting = self.beside(images)
         return replace(setting, found=sites.find(setting.loaded.model, setting.example)) if units else setting
 
     def beside(self, images: Data) -> Setting:
@@ -202,9 +203,14 @@ class Setting:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """`auto` is CUDA where there is one; of the processes that torchrun has started each takes its own."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device must be auto, cpu or cuda, got {name!r}: auto takes a GPU where there is one")
     if name == "cuda" and not torch.cuda.is_available():
         raise ResourceError("device cuda was asked for and this machine has none: use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    own, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= n_gpus:
+        raise ResourceError(f"each process needs a GPU of its own and this machine has {n_gpus}: start as many")
+    return torch.device("cuda", own)

@@ -31,7 +31,7 @@ def check_scope(scope: str, ratio: float) -> None:
     if scope in SCOPES:
         return
     n, m = _pattern(scope)
-    if not math.isclose(ratio, 1 - n / m):
+    if not math.isclose(ratio, 1 - n / m, abs_tol=1e-6):  # as exact as the ratio we tell
         raise UsageError(f"scope {scope} keeps {n} of every {m} weights: give ratio {1 - n / m:g}, got {ratio:g}")
 
 
@@ -197,7 +197,7 @@ def semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
     no such convolutions: those keep their zeros. Logits are those of the masked model within half precision.
 
     Raises ResourceError on any other device, UsageError for another type or a mask that is not 2:4, ModelError for a
-    mask of another architecture.
+    mask of another architecture and for layers of sizes that torch does not take.
     """
     check_fits(model, mask)
     layers = {site: model.get_submodule(site.layer) for site in mask.keep}
@@ -221,6 +221,13 @@ def semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
     model = copy.deepcopy(model)
     enforce(model, mask)
     for site in linear:
-        sparse = torch.sparse.to_sparse_semi_structured(weight_of(model, site).detach())
+        weight = weight_of(model, site)
+        try:
+            sparse = torch.sparse.to_sparse_semi_structured(weight.detach())
+        except (RuntimeError, ValueError) as error:  # each of torch's backends has sizes it does not take
+            raise ModelError(
+                f"torch has no semi-structured form of layer {site.layer!r}, {tuple(weight.shape)} ({error}): prune "
+                "without it"
+            ) from error
         model.get_submodule(site.layer).weight = nn.Parameter(sparse, requires_grad=False)
     return model

@@ -34,7 +34,7 @@ from sukashi.data import Data, Split
 from sukashi.data.augment import AUGMENTS, derived, draws, view
 from sukashi.data.frames import Frames, unit
 from sukashi.distributed import World, lost, world
-from sukashi.errors import DataError, LostProcess, ModelError, ResourceError, SukashiError, UsageError, writing
+from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError, writing
 from sukashi.models import Loaded
 from sukashi.precision import exact
 from sukashi.types import Mask, pass_size
@@ -44,7 +44,7 @@ DECAYS = {"sgd": 5e-4, "adamw": 0.05}
 MEMORY = 2**31
 
 _DROPS = (0.5, 0.75)  # shares of the epochs after which the step schedule divides by ten
-_SETTLE = 20  # steps between two looks at the losses on a GPU, each of which waits for it
+_SETTLE = {"cpu": 1, "cuda": 20}  # steps from one look at the losses to the next: a GPU is waited for
 
 
 class Training(BaseModel):
@@ -136,7 +136,7 @@ def fit(
     `loaded.mask` is enforced after every step. Minimises the mean cross entropy of each batch of about `batch_size`
     images (an epoch is cut into batches as equal as can be, no image is left out). On CUDA forward passes are in
     bfloat16 where autocast thinks so. Under torchrun each process takes a part of every batch, and BatchNorm sees the
-    whole: but for the order of sums nothing changes.
+    whole: but for the order of sums, and what dropout draws, nothing changes.
 
     `out` holds the run: `checkpoint.safetensors`, written every `seconds` and after every epoch, `history.jsonl` and,
     with `tensorboard`, its log. The same call goes on from there. Images are kept in `memory` bytes of each process
@@ -148,7 +148,7 @@ def fit(
     """
     device = next(loaded.model.parameters()).device if device is None else device
     train, validation, notes = splits(data, training)
-    check(training, train, loaded, tensorboard)
+    check(training, train, validation, loaded, tensorboard)
     checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
     with world(device) as processes, contextlib.ExitStack() as stack:
         try:
@@ -171,8 +171,12 @@ def fit(
                 if tensorboard and processes.rank == 0:
                     _log(out, run.state.history)
             return run.fitted(resumed, notes)
-        except SukashiError:
-            checkpoint.claim(out)
+        except SukashiError as error:
+            # All processes may find it, or only the one whose share of the images it is in.
+            if processes.size > 1:
+                if not checkpoint.claim(out):
+                    raise SystemExit(error.exit_code) from None
+                error.alone = True
             raise
         except RuntimeError as error:
             if processes.size == 1 or not lost(error):
@@ -180,10 +184,12 @@ def fit(
             if not checkpoint.claim(out):
                 raise SystemExit(ResourceError.exit_code) from None  # another process has said so
             step = checkpoint.facts(out / checkpoint.FILE)["step"]
-            raise LostProcess(
+            gone = ResourceError(
                 f"a process of this run is gone, its connection broke: {out} keeps step {step}, give the same command "
                 "again to go on from there"
-            ) from error
+            )
+            gone.alone = True
+            raise gone from error
 
 
 def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[str, ...]]:
@@ -207,11 +213,11 @@ def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[s
     )
 
 
-def check(training: Training, train: Split, loaded: Loaded, tensorboard: bool) -> None:
+def check(training: Training, train: Split, validation: Split | None, loaded: Loaded, tensorboard: bool) -> None:
     """Refuse what cannot be trained, before anything is."""
     if training.warmup >= training.epochs:
         raise UsageError(f"warmup must be below epochs, got {training.warmup} of {training.epochs}: give more epochs")
-    if training.patience and training.validation == 0:
+    if training.patience and validation is None:
         raise UsageError("patience needs validation images and validation is 0: hold some out")
     if len(train) < 2:
         raise DataError(f"{train.name} has {len(train)} image to train on: at least 2 are needed")
@@ -326,6 +332,7 @@ class _Run:
         order = torch.randperm(self.n_images, generator=generator)
         uniform = None if training.augment == "none" else draws(self.n_images, training.seed, number)
         batches = order.tensor_split(self.n_batches)[state.step - number * self.n_batches :]
+        note = f"epoch {number + 1}"
         with contextlib.closing(self.train_frames.batches([processes.share(rows) for rows in batches])) as frames:
             for rows in batches:
                 start, own = time.perf_counter(), processes.share(rows)
@@ -340,7 +347,9 @@ class _Run:
                     self._keep()
                 if self.stop:
                     raise KeyboardInterrupt
-                task.advance(1, note=f"epoch {number + 1}, loss {state.sums['loss'] / state.sums['images']:.3f}")
+                if not self.pending:
+                    note = f"epoch {number + 1}, loss {state.sums['loss'] / state.sums['images']:.3f}"
+                task.advance(1, note=note)
         loss, accuracy = self._validate()
         state.history.append(
             {
@@ -380,7 +389,7 @@ class _Run:
         loss = F.cross_entropy(logits.float(), target, label_smoothing=training.label_smoothing, reduction="sum")
         self.pending.append(processes.total(torch.stack([loss.detach(), loss.new_tensor(float(asked))])))
         last = (state.step + 1) % self.n_batches == 0
-        if not on_gpu or last or len(self.pending) == _SETTLE:
+        if last or len(self.pending) >= _SETTLE[processes.device.type]:
             self._settle()
         state.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, the loss is a mean over all of their images.
@@ -447,7 +456,10 @@ class _Run:
 
     def fitted(self, resumed: int, notes: tuple[str, ...]) -> Fitted:
         model = copy.deepcopy(self.loaded.model).to(self.processes.device)
-        model.load_state_dict(self.state.best or self.result.state_dict())
+        # What is only on its way is not yet chosen among.
+        on_the_way = self.until < self.training.epochs
+        best = None if on_the_way else self.state.best
+        model.load_state_dict(best or self.result.state_dict())
         mask, enforced = self.loaded.mask, self.training.enforce_mask
         zeros = removed = None
         if mask is not None:
@@ -465,7 +477,9 @@ class _Run:
             weights_sha256=models.digest(model),
             mask=mask if enforced else None,
         )
-        return Fitted(loaded, tuple(self.state.history), self.chosen + 1, zeros, removed, resumed, notes)
+        history = tuple(self.state.history)
+        epoch = len(history) if on_the_way else self.chosen + 1
+        return Fitted(loaded, history, epoch, zeros, removed, resumed, notes)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -197,14 +196,14 @@ def _save(out: Path, loaded: Loaded, provenance: Mapping[str, Any], figures: Map
 
 
 def _finished(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = json.loads((out / RECIPE).read_bytes())
-    run = recipe.get("provenance", {}).get("run")
+    recipe = models.read_recipe(out / RECIPE)
+    run = recipe.provenance.get("run")
     if run is None:
         raise UsageError(f"{out} holds a model that was not trained here: choose another --out")
     store.refuse_other(out, run, described)
     (out / checkpoint.FILE).unlink(missing_ok=True)
     report.write(out)
-    return {**_said(out, recipe["figures"]), "resumed": None, "finished": True}
+    return {**_said(out, recipe.figures), "resumed": None, "finished": True}
 
 
 def _said(out: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
