@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +81,17 @@ def pair():
 
 def larger():
     return Wrapped(before=lambda x: nn.functional.avg_pool2d(x, 2), side=16)
+
+
+def vit():
+    return Wrapped(spec="sukashi:digits_vit")
+
+
+def shaken_vit():
+    model = vit()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return model
 
 
 def vit_of_another_size():
@@ -224,7 +234,7 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
             assert (row["difference"], row["p_holm"], row["said"]) == (0, 1, "no detectable change [.000, .000]")
     assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
     alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
-    assert max(alike) < 0.95
+    assert max(alike) < 0.97
     changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
     assert result["verdict"].startswith("1 of 2 models gives other reasons than dense, most of all noisy: ")
@@ -258,11 +268,11 @@ def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     (row,) = (row for row in result["comparisons"] if row["measure"] == "localisation/watermark")
     assert row["said"].startswith("more on the watermark by ")
     assert row["low"] > 0.1
-    most = {row["model"]: row for row in result["pointing"] if row["most"]}
-    assert most["marked"]["concept"] == "watermark"
-    assert most["marked"]["mean"] > 8 * most["marked"]["area"]
-    assert most["clean"]["concept"] != "watermark"
-    assert any(line.startswith("marked points at the watermark: ") for line in result["lines"])
+    at_mark = {row["model"]: row for row in result["pointing"] if row["concept"] == "watermark"}
+    assert at_mark["marked"]["mean"] > 8 * at_mark["marked"]["area"]
+    assert at_mark["clean"]["mean"] == pytest.approx(row["reference"])
+    (line,) = (line for line in result["lines"] if " points at " in line)
+    assert line.startswith("marked points at the watermark: there lies ")
     assert "marked points at the watermark: " in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -281,11 +291,11 @@ def test_folders_are_named_by_what_tells_them_apart(tmp_path):
     assert names == ["digits_cnn", "cut/0.1", "cut/0.5", "digits_cnn (2)", "cut/0.1 (2)"]
 
 
-def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(small, tmp_path):
+def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_path):
     told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "ratio": 0.47, "seed": 0}, "again": {"seed": 1}}
     told["level"] = {"contender": "magnitude/unenforced", "ratio": 0.3, "seed": 2}
     for name, provenance in told.items():
-        pruned.save(tmp_path / name, small["cnn"].loaded, provenance=provenance, figures={})
+        pruned.save(tmp_path / name, trained_cnn, provenance=provenance, figures={})
     found = {name: audited._level(str(tmp_path / name)) for name in told}
     assert found == {"cut": ("drift", 0.5), "again": (None, None), "level": ("magnitude/unenforced, seed 2", 0.3)}
 
@@ -344,17 +354,12 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
 # Families, and what is refused.
 
 
-def test_a_transformer_is_audited_by_its_own_means(small, tmp_path):
-    loaded = small["vit"].loaded
-    harmed = copy.deepcopy(loaded)
-    for parameter in harmed.model.parameters():
-        parameter.data *= 0.8
-    for name, one in (("dense", loaded), ("harmed", replace(harmed))):
-        pruned.save(tmp_path / name, one, provenance={}, figures={})
+def test_a_transformer_is_audited_by_its_own_means(tmp_path):
     result = auditing.audit(
-        [str(tmp_path / "dense"), str(tmp_path / "harmed")],
+        here("vit", "shaken_vit"),
         "digits",
         out=tmp_path / "out",
+        population="all",
         test_images=12,
         options={"deletion": {"step": 16}},
     )

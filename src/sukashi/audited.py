@@ -416,44 +416,44 @@ def _cell_of(path: Path) -> Cell:
     return Cell(ids, silent, kept, curves)
 
 
+_TEXT, _NUMBER = pa.string(), pa.float64()
+_VALUES = pa.schema({"model": _TEXT, "attribution": _TEXT, "measure": _TEXT, "image_id": _TEXT, "value": _NUMBER})
+_CURVES = pa.schema(
+    {"model": _TEXT, "attribution": _TEXT, "order": _TEXT, "percentage": _NUMBER, "image_id": _TEXT}
+    | {"correct": _NUMBER, "probability": _NUMBER}
+)
+
+
 def values_table(cells: Cells) -> bytes:
-    """values.parquet."""
+    """values.parquet: a row for each image and measure of a cell."""
     parts = [
-        {
-            "model": pa.array([label] * len(values)),
-            "attribution": pa.array([name] * len(values)),
-            "measure": pa.array([measure] * len(values)),
-            "image_id": pa.array(cell.image_ids),
-            "value": pa.array(values),
-        }
+        pa.table([*_repeated(label, name, measure, n=len(values)), cell.image_ids, values], schema=_VALUES)
         for (name, label), cell in cells.items()
         for measure, values in cell.values.items()
     ]
-    return _table(parts)
+    return _parquet(parts, _VALUES)
 
 
 def curves_table(cells: Cells) -> bytes:
-    """curves.parquet: a row for each image and percentage."""
+    """curves.parquet: a row for each image and percentage of a curve."""
     parts = []
     for (name, label), cell in cells.items():
-        for order in sorted({column.partition(" ")[0] for column in cell.curves}):
-            percentages = ORDERS[order]
-            n, width = len(cell.image_ids), len(percentages)
-            parts.append(
-                {
-                    "model": pa.array([label] * (n * width)),
-                    "attribution": pa.array([name] * (n * width)),
-                    "order": pa.array([order] * (n * width)),
-                    "percentage": pa.array(np.tile(percentages, n).astype(np.float64)),
-                    "image_id": pa.array(np.repeat(cell.image_ids, width).tolist()),
-                    "correct": pa.array(cell.curves[f"{order} accuracy"].ravel()),
-                    "probability": pa.array(cell.curves[f"{order} probability"].ravel()),
-                }
-            )
-    return _table(parts)
+        for order, percentages in ORDERS.items():
+            if f"{order} accuracy" in cell.curves:
+                n = len(cell.image_ids) * len(percentages)
+                columns = _repeated(label, name, order, n=n)
+                columns.append(np.tile(np.array(percentages, dtype=np.float64), len(cell.image_ids)))
+                columns.append(np.repeat(cell.image_ids, len(percentages)).tolist())
+                columns += [cell.curves[f"{order} {outcome}"].ravel() for outcome in OUTCOMES.values()]
+                parts.append(pa.table(columns, schema=_CURVES))
+    return _parquet(parts, _CURVES)
 
 
-def _table(parts: Sequence[Mapping[str, Any]]) -> bytes:
+def _repeated(*texts: str, n: int) -> list[Any]:
+    return [pa.array([text] * n, pa.string()) for text in texts]
+
+
+def _parquet(parts: Sequence[Any], schema: Any) -> bytes:
     content = io.BytesIO()
-    pq.write_table(pa.concat_tables([pa.table(part) for part in parts]), content)
+    pq.write_table(pa.concat_tables([schema.empty_table(), *parts]), content)
     return content.getvalue()

@@ -56,7 +56,7 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
         ],
         "n_images": len(networks[0].right),
         "verdict": verdict(comparisons, networks),
-        "lines": [*lines(comparisons, names, len(networks) - 1), *aims(points, networks[0].label)],
+        "lines": [*lines(comparisons, names, len(networks) - 1), *aims(comparisons, points)],
         "comparisons": comparisons,
         "similarities": alike(networks, cells, names, seed),
         "pointing": points,
@@ -166,19 +166,29 @@ def lines(comparisons: Sequence[Mapping[str, Any]], names: Sequence[str], n_mode
     return found
 
 
-def aims(points: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
-    """A sentence for each model and attribution that points at another concept than the reference does."""
-    most = {(row["model"], row["attribution"]): row for row in points if row["most"]}
-    found = []
-    for (label, name), row in most.items():
-        usual = most.get((reference, name))
-        if label != reference and (usual is None or usual["concept"] != row["concept"]):
-            found.append(
-                f"{label} points at the {row['concept']}: there lies {row['mean']:.0%} of the positive relevance of "
-                f"its {name} maps, on {row['area']:.1%} of the pixels; {reference} points at "
-                + ("nothing in particular." if usual is None else f"the {usual['concept']}.")
-            )
-    return found
+def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each model and attribution that points at a concept more than the reference: that which grew most.
+
+    Grew by a change in the sense of `compare`, and is above the concept's share of the pixels.
+    """
+    area = {(row["model"], row["attribution"], f"localisation/{row['concept']}"): row["area"] for row in points}
+    grown: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in comparisons:
+        key = row["model"], row["attribution"]
+        if row["measure"].startswith("localisation/") and row["changed"] and row["difference"] > 0:
+            before = grown.get(key)
+            if row["mean"] > area[*key, row["measure"]] and (before is None or _growth(row) > _growth(before)):
+                grown[key] = row
+    return [
+        f"{label} points at the {row['measure'].partition('/')[2]}: there lies {row['mean']:.0%} of the positive "
+        f"relevance of its {name} maps, of the reference's {row['reference']:.0%}, on "
+        f"{area[label, name, row['measure']]:.1%} of the pixels."
+        for (label, name), row in grown.items()
+    ]
+
+
+def _growth(row: Mapping[str, Any]) -> float:
+    return float(row["mean"] / max(row["reference"], 1e-12))
 
 
 def alike(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
@@ -196,11 +206,9 @@ def alike(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed:
 
 
 def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Where maps point: {"model", "attribution", "concept", "n", "mean", "low", "high", "area", "most"}.
+    """Where maps point: {"model", "attribution", "concept", "n", "mean", "low", "high", "area"}.
 
     `mean` is the share of positive relevance on a concept, `area` that of the pixels, in the images that show it.
-    `most` marks for each model and attribution the concept whose share is the highest multiple of its area, where that
-    is above 1 beyond doubt (its interval).
     """
     found: list[dict[str, Any]] = []
     for name in names:
@@ -208,18 +216,13 @@ def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], se
             cell = cells[name, network.label]
             columns = [column for column in cell.values if column.startswith("localisation/")]
             shown = masks(network.setting, cell.image_ids, size_of(network.loaded.preprocess)) if columns else {}
-            rows = []
             for column in columns:
                 values, concept = cell.values[column], column.partition("/")[2]
                 some = np.isfinite(values)
                 if some.any():
                     area = float(shown[concept].double().mean((1, 2))[torch.from_numpy(some)].mean())
                     about = {"model": network.label, "attribution": name, "concept": concept}
-                    rows.append(about | _mean(values, seed) | {"area": area, "most": False})
-            if rows:
-                first = max(rows, key=lambda row: row["mean"] / row["area"])
-                first["most"] = first["low"] is not None and first["low"] > first["area"]
-            found += rows
+                    found.append(about | _mean(values, seed) | {"area": area})
     return found
 
 
