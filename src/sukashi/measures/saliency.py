@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -84,19 +83,21 @@ def gini(
     Raises UsageError for maps of another shape than the images'.
     """
     _check(batch, maps)
-    values = maps.detach().abs().flatten(1)
-    d = values.shape[1]
+    d = maps[0].numel()
     weights = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=maps.device) - d - 1
     found = []
-    for part in values.split(64):
-        ordered = _sorted(part).double()
+    for part in maps.detach().flatten(1).split(4):  # so many maps of 224 pixels stay in a processor's cache
+        ordered = _sorted(part.abs()).double()
         found.append((ordered @ weights) / (d * ordered.sum(1)))
     return torch.cat(found)  # 0 / 0 is NaN, and so is whatever NaN and Inf take part in
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """(B, d) each row from its smallest up, NaN last; on a processor by NumPy, 17 times as fast there as torch."""
-    return values.sort(dim=1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), axis=1))
+    """(B, d) rows from their smallest up, NaN last; on a processor in place by NumPy, 17 times as fast as torch."""
+    if values.is_cuda:
+        return values.sort(dim=1).values
+    values.numpy().sort(axis=1)
+    return values
 
 
 @dataclass(frozen=True)
