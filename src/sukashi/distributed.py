@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
@@ -51,9 +53,9 @@ _groups = itertools.count()  # all processes go through the same trainings
 
 
 @cache
-def _meeting() -> dist.Store:
+def _meeting() -> Store:
     """Where the processes find each other."""
-    store: dist.Store = next(iter(dist.rendezvous("env://")))[0]
+    store: Store = next(iter(rendezvous("env://")))[0]
     return store
 
 
@@ -69,7 +71,7 @@ def world(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     # torchrun's store outlives a group. In the next one, after rank 0 has been busy alone, others would find the old
     # group's addresses there and knock at closed doors: each group has keys of its own.
-    meeting = dist.PrefixStore(f"group {next(_groups)}", _meeting())
+    meeting = PrefixStore(f"group {next(_groups)}", _meeting())
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=meeting, rank=int(os.environ["RANK"]), world_size=size)
     try:

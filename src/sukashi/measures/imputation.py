@@ -1,24 +1,23 @@
 """Noisy linear imputation without the noise: missing pixels become the weighted mean of what surrounds them.
 
 Rong et al. 2022 (sec. 4.3, appendix) take pixels away so that the hole gives away little of its shape: every missing
-pixel equals the mean of its eight neighbours, weighted 1/6 at its sides and 1/12 at its corners (those outside the
-image left out). With S the sum over a neighbourhood by [1, 2, 1] x [1, 2, 1] and D the sum of a pixel's weights that
-lie inside the image, that is
+pixel equals the mean of its eight neighbours, weighted 1/6 at its sides and 1/12 at its corners, those outside the
+image left out. With S the sum over a neighbourhood by [1, 2, 1] x [1, 2, 1] and W what S makes of ones, that is twelve
+times
 
-    A u = D u - (S/12 - 1/3) u = (S/12 - 1/3) of the known pixels,    at the missing ones,
+    W u - S u = S known,    at the missing pixels, u and known being 0 elsewhere,
 
 symmetric and positive definite as long as one pixel is known. Others build this sparse matrix and factorise it image
-by image; here conjugate gradients run over all images and channels at once, preconditioned by one multigrid V-cycle: a
-Jacobi sweep, the same on a grid half as fine (a coarse pixel is missing where its four fine ones are; residuals add up,
-corrections spread unchanged), a Jacobi sweep. In two dimensions the same stencil serves on every grid. No damping: the
-spectrum of D^-1 A reaches 4/3 and its rough half starts at 2/3, so 1 is the best factor.
+by image; here conjugate gradients run over all images and channels at once, preconditioned by one multigrid V-cycle:
+two Jacobi sweeps, the same on a grid half as fine (a coarse pixel is missing where its four fine ones are; residuals
+add up, corrections spread unchanged), two Jacobi sweeps. In two dimensions the same stencil serves on every grid.
 
 Columns lie innermost, (H, W * columns), because then every shift and every coarsening is a slice of long runs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import torch
 from torch import Tensor
@@ -27,9 +26,11 @@ from sukashi.errors import DataError, UsageError
 
 # Numbers in one vector of the solver: a dozen such vectors should lie in a processor's cache.
 CACHED = 2**17
-# On noise and on smooth holes, at 8 to 512 pixels, 1e-4 takes some ten steps and 1e-11 thirty.
+# On noise and on smooth holes, at 8 to 256 pixels, 1e-4 takes three to eight steps.
 LIMIT = 500
 COARSEST = 8
+# Chebyshev's two for [5/9, 13/9], where the rough half of D^-1 A lies (in an image's interior it is [2/3, 4/3]).
+SWEEPS = (1 / (1 + math.sqrt(8) / 9), 1 / (1 - math.sqrt(8) / 9))
 
 
 def impute(x: Tensor, missing: Tensor, *, tolerance: float = 1e-4) -> Tensor:
@@ -63,7 +64,7 @@ def _solve(x: Tensor, missing: Tensor, tolerance: float) -> Tensor:
         return images.permute(2, 3, 0, 1).reshape(height, width * n_columns).contiguous()
 
     def row(values: Tensor) -> Tensor:
-        """(columns,) as a row of the grid: added in long runs, where broadcasting would go by threes."""
+        """(columns,) as a row of the grid: taken in long runs, where broadcasting would go by threes."""
         return values.repeat(width)
 
     def dot(one: Tensor, other: Tensor) -> Tensor:
@@ -72,15 +73,12 @@ def _solve(x: Tensor, missing: Tensor, tolerance: float) -> Tensor:
     known = ~missing[:, None]
     mean = (x * known).sum((2, 3)) / known.sum((2, 3))
     solution = columns((x - mean[:, :, None, None]) * known)
-    holes = columns((~known).to(x.dtype).expand_as(x))
-    product, applied = torch.empty_like(solution), torch.empty_like(solution)
-    grids = _grids(holes.view(height, width, n_columns))
-    step = _Plane(height, width, n_columns, x)
+    grids = _grids(columns((~known).to(x.dtype).expand_as(x)).view(height, width, n_columns))
+    product, step = torch.empty_like(solution), _Plane(height, width, n_columns, x)
     step.values.copy_(solution)
-    # Outside the holes the residual is no residual, and nothing reads it: the V-cycle starts with a product by 0 there.
-    residual = step.around() / 12
+    # Outside the holes this is no residual, and nothing reads it: the V-cycle starts with a product by 0 there.
+    residual = step.around().clone()
     step.values.copy_(_v_cycle(grids, residual))
-    whole = (_weights(height, width, x) + 1 / 3).repeat_interleave(n_columns, dim=1)
     energy = dot(step.values, residual)
     stop = tolerance**2 * energy
     for _ in range(LIMIT):
@@ -88,10 +86,11 @@ def _solve(x: Tensor, missing: Tensor, tolerance: float) -> Tensor:
         if not active.any():
             filled = (solution + row(mean.flatten())).view(height, width, n_images, n_channels).permute(2, 3, 0, 1)
             return torch.where(known, x, filled)
-        torch.mul(whole, step.values, out=applied).add_(step.around(), alpha=-1 / 12)
-        length = row(torch.where(active, energy / dot(step.values, applied), 0))
+        # minus the system's matrix times the step
+        applied = step.around().addcmul_(step.whole, step.values, value=-1)
+        length = row(torch.where(active, energy / -dot(step.values, applied), 0))
         solution.addcmul_(step.values, length)
-        residual.addcmul_(applied, length, value=-1)
+        residual.addcmul_(applied, length)
         towards = _v_cycle(grids, residual)
         after = dot(towards, residual)
         torch.addcmul(towards, step.values, row(torch.where(active, after / energy, 0)), out=step.values)
@@ -100,7 +99,10 @@ def _solve(x: Tensor, missing: Tensor, tolerance: float) -> Tensor:
 
 
 class _Plane:
-    """Columns of (height, width) numbers with zeros around them, and room to sum over neighbourhoods."""
+    """Columns of (height, width) numbers with zeros around them, and room to sum over neighbourhoods.
+
+    `whole` is W: the sum of the weights that lie inside the image, the pixel's own of 4 among them.
+    """
 
     def __init__(self, height: int, width: int, n_columns: int, like: Tensor) -> None:
         n = n_columns
@@ -109,8 +111,8 @@ class _Plane:
             return torch.empty(rows, cells * n, dtype=like.dtype, device=like.device)
 
         framed = room(height + 2, width + 2).zero_()
-        self.values = framed[1:-1, n:-n]
         pairs, threes, rows = room(height + 2, width + 1), room(height + 2, width), room(height + 1, width)
+        self.values = framed[1:-1, n:-n]
         self.total = room(height, width)
         # [1, 2, 1] is [1, 1] twice, and so is each direction: four additions in all.
         self._additions = (
@@ -119,6 +121,8 @@ class _Plane:
             (threes[:-1], threes[1:], rows),
             (rows[:-1], rows[1:], self.total),
         )
+        self.values.fill_(1)
+        self.whole = self.around().clone()
 
     def around(self) -> Tensor:
         """(height, width * columns) sums over neighbourhoods by [1, 2, 1] x [1, 2, 1]; overwritten by the next."""
@@ -127,73 +131,60 @@ class _Plane:
         return self.total
 
 
-class _Grid(NamedTuple):
-    """One grid of the V-cycle: its plane, 1 / D where pixels are missing and 0 elsewhere, and the next one's share.
+class _Grid(_Plane):
+    """One grid of the V-cycle: a plane, its diagonal's inverse, and what it shares with the next, coarser grid.
 
-    `quarters` are views of the plane, one for each of the four fine pixels of every coarse one.
+    `inverse` is 0 at known pixels. `folds` are the additions that sum the four fine pixels of every coarse one, into
+    `folded`, and `quarters` views of the values at each of the four; the last row or column of an odd number has no
+    coarse pixel.
     """
 
-    plane: _Plane
-    inverse: Tensor
-    folds: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    quarters: tuple[Tensor, ...]
+    def __init__(self, holes: Tensor) -> None:
+        height, width, n_columns = holes.shape
+        h, w = height // 2, width // 2
+        super().__init__(height, width, n_columns, holes)
+        self.inverse = holes.flatten(1) / (self.whole - 4)
+        total, values = (t.unflatten(1, (width, n_columns)) for t in (self.total, self.values))
+        halved, folded = holes.new_empty(h, width, n_columns), holes.new_empty(h, w, n_columns)
+        self.folds = (
+            (total[0 : 2 * h : 2], total[1 : 2 * h : 2], halved),
+            (halved[:, 0 : 2 * w : 2], halved[:, 1 : 2 * w : 2], folded),
+        )
+        self.folded = folded.view(h, w * n_columns)
+        self.quarters = [values[i : 2 * h : 2, j : 2 * w : 2] for i in (0, 1) for j in (0, 1)]
+
+    def left(self, residual: Tensor) -> Tensor:
+        """What the values leave of a residual, in `total`; right at missing pixels only."""
+        return self.around().addcmul_(self.whole, self.values, value=-1).add_(residual)
 
 
 def _grids(holes: Tensor) -> list[_Grid]:
-    """From the image's own grid to the coarsest that has missing pixels; `holes` (H, W, columns) is 1 at those.
-
-    The last row or column of an odd number has no coarse pixel.
-    """
-    found: list[_Grid] = []
-    while True:
-        height, width, n_columns = holes.shape
-        h, w = height // 2, width // 2
-        plane = _Plane(height, width, n_columns, holes)
-        weights = _weights(height, width, holes)
-        total, values = (t.unflatten(1, (width, n_columns)) for t in (plane.total, plane.values))
-        halved, folded = holes.new_empty(h, width, n_columns), holes.new_empty(h, w, n_columns)
-        found.append(
-            _Grid(
-                plane,
-                (holes / weights[..., None]).flatten(1),
-                (
-                    (total[0 : 2 * h : 2], total[1 : 2 * h : 2], halved),
-                    (halved[:, 0 : 2 * w : 2], halved[:, 1 : 2 * w : 2], folded),
-                ),
-                tuple(values[i : 2 * h : 2, j : 2 * w : 2] for i in (0, 1) for j in (0, 1)),
-            )
-        )
+    """From the image's own grid to the coarsest that has missing pixels; `holes` (H, W, columns) is 1 at those."""
+    found = [_Grid(holes)]
+    while min(holes.shape[:2]) >= COARSEST:
+        h, w = holes.shape[0] // 2, holes.shape[1] // 2
         both = holes[0 : 2 * h : 2] * holes[1 : 2 * h : 2]
         holes = both[:, 0 : 2 * w : 2] * both[:, 1 : 2 * w : 2]
-        if min(height, width) < COARSEST or not holes.any():
-            return found
+        if not holes.any():
+            break
+        found.append(_Grid(holes))
+    return found
 
 
 def _v_cycle(grids: list[_Grid], residual: Tensor) -> Tensor:
-    """About A^-1 residual, 0 outside the holes; symmetric and positive definite, as conjugate gradients need it."""
+    """About the solution for a residual, 0 outside the holes; symmetric and positive definite, as CG needs it."""
     grid, *coarser = grids
-    values = grid.plane.values
-    torch.mul(grid.inverse, residual, out=values)
+    first, *others = SWEEPS
+    torch.mul(grid.inverse, residual, out=grid.values).mul_(first)
+    for weight in others:
+        grid.values.addcmul_(grid.inverse, grid.left(residual), value=weight)
     if coarser:
-        # After a sweep from zero the residual is that of the neighbours alone: (S - 4) / 12.
-        grid.plane.around().add_(values, alpha=-4)
+        grid.left(residual)
         for one, other, out in grid.folds:
             torch.add(one, other, out=out)
-        correction = _v_cycle(coarser, grid.folds[-1][-1].flatten(1))
+        correction = _v_cycle(coarser, grid.folded)
         for quarter in grid.quarters:
-            quarter.add_(correction.unflatten(1, quarter.shape[1:]), alpha=1 / 12)
-    total = grid.plane.around().add_(values, alpha=-4)
-    torch.add(residual, total, alpha=1 / 12, out=total)
-    return torch.mul(grid.inverse, total, out=values)
-
-
-def _weights(height: int, width: int, like: Tensor) -> Tensor:
-    """(height, width) D: the sum of the weights of a pixel's neighbours that lie inside the image."""
-
-    def line(length: int) -> Tensor:
-        inside = torch.full((length,), 4.0, dtype=like.dtype, device=like.device)
-        inside[0] -= 1
-        inside[-1] -= 1
-        return inside
-
-    return torch.outer(line(height), line(width)) / 12 - 1 / 3
+            quarter.add_(correction.unflatten(1, quarter.shape[1:]))
+    for weight in reversed(SWEEPS):
+        grid.values.addcmul_(grid.inverse, grid.left(residual), value=weight)
+    return grid.values
