@@ -74,6 +74,26 @@ def test_one_process_speaks(monkeypatch):
     assert not progress.first()
 
 
+MEET = """
+import time, torch
+from sukashi.distributed import world
+
+for count in range(3):
+    with world(torch.device("cpu")) as processes:
+        found = processes.total(torch.ones(1))
+        assert found == 2, found
+    time.sleep(0.5 * (processes.rank == 0))  # the first one is busy alone, as between the levels of a schedule
+"""
+
+
+def test_processes_meet_again_for_the_next_training(tmp_path):
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def processes(out, dies):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
@@ -45,6 +49,16 @@ class World:
             return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
+_groups = itertools.count()  # all processes go through the same trainings
+
+
+@cache
+def _meeting() -> Store:
+    """Where the processes find each other."""
+    store: Store = next(iter(rendezvous("env://")))[0]
+    return store
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """The processes torchrun has started (its variables RANK, WORLD_SIZE, LOCAL_RANK), over NCCL on CUDA, else gloo."""
@@ -55,7 +69,11 @@ def world(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # torchrun's store outlives a group. In the next one, after rank 0 has been busy alone, others would find the old
+    # group's addresses there and knock at closed doors: each group has keys of its own.
+    meeting = PrefixStore(f"group {next(_groups)}", _meeting())
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=meeting, rank=int(os.environ["RANK"]), world_size=size)
     try:
         with _SyncedBatchNorm():
             yield World(device, dist.get_rank(), size)
