@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -636,6 +637,8 @@ def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background jobs, and what they start, are born deaf to Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not (list(out.glob("trials/*/result.json")) and list(out.glob("trials/*/journal.jsonl"))):

@@ -16,6 +16,7 @@ from torch import Tensor
 from sukashi.errors import UsageError
 from sukashi.measures import measures
 
+_ROWS = 4  # maps sorted at once: at 224 pixels they stay in a processor's cache
 _LEAST = 6  # pixels a side: SSIM's window reaches five beyond the border, by reflection
 
 
@@ -38,19 +39,22 @@ def gini(maps: Tensor) -> Tensor:
     """
     if maps.dim() != 3:
         raise UsageError(f"maps of shape {tuple(maps.shape)} must be (images, height, width)")
-    values = maps.detach().abs().flatten(1)
+    values = maps.detach().flatten(1)
     d = values.shape[1]
     weights = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=maps.device) - d - 1
     found = []
-    for part in values.split(64):
-        ordered = _sorted(part).double()
+    for part in values.split(_ROWS):
+        ordered = _sorted(part.abs()).double()
         found.append((ordered @ weights) / (d * ordered.sum(1)))
     return torch.cat(found)  # 0 / 0 is NaN, and so is whatever NaN and Inf take part in
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """(B, d) each row from its smallest up, NaN last; on a processor by NumPy, 17 times as fast there as torch."""
-    return values.sort(dim=1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), axis=1))
+    """(B, d) each row from its smallest up, NaN last; on a processor in place, by NumPy: 17 times as fast as torch."""
+    if values.is_cuda:
+        return values.sort(dim=1).values
+    values.numpy().sort(axis=1)
+    return values
 
 
 @measures.register(
