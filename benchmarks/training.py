@@ -26,7 +26,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from sukashi import data as datasets
-from sukashi import models, sites, training
+from sukashi import models, sites, sparsity, training
 from sukashi.models import Loaded
 from sukashi.types import Mask
 
@@ -106,7 +106,8 @@ def main() -> None:
 
 def mask_cost(masked: Loaded, data: datasets.Data, settings: dict[str, Any]) -> float:
     """Time that putting zeros back takes, over that of a step."""
-    weights, keeps = training._masked(copy.deepcopy(masked.model), masked.mask)
+    assert masked.mask is not None
+    weights, keeps = sparsity.weights_of(copy.deepcopy(masked.model), masked.mask)
     spent = []
     for _ in range(50):
         start = clock()

@@ -116,7 +116,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_what_they_left(digits_s
     assert len(lines) == 1, said
     kept = checkpoint.facts(tmp_path / "two" / checkpoint.FILE)["step"]
     assert kept in (4, 5)  # 4 steps are an epoch
-    assert f"keeps step {kept}, give the same command again" in lines[0]
+    assert f"give the same command again, {tmp_path / 'two'} goes on from step {kept}" in lines[0]
     assert codes == [5, -9]
     left = safetensors.torch.load_file(tmp_path / "two" / checkpoint.FILE)
 

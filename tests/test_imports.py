@@ -70,6 +70,8 @@ ORDER = [
     "report",
     "study",
     "tuning",
+    "courses",
+    "levels_page",
     "levels",
     "audit_page",
     "audited",

@@ -16,10 +16,13 @@ SPEC = "sukashi:digits_cnn"
 READING = {"width": 4, "calibration": 2, "test_images": 100}
 
 
-def course(**changes):
-    settings = Training.model_validate({"epochs": 2, "batch_size": 128, "lr": 0.1})
-    given = {"schedule": "lottery", "criteria": ["magnitude"], "ratios": [0.3, 0.6], "scope": "global"}
-    return Course.model_validate({**given, "training": settings, "finetuning": settings, **changes})
+SETTINGS = {"epochs": 2, "batch_size": 128, "lr": 0.1}
+
+
+def course(trained=False, **changes):
+    given = {"schedule": "lottery", "criteria": ["magnitude"], "ratios": [0.3, 0.6], "scope": "global", **changes}
+    used = ([] if trained else ["training"]) + ([] if given["schedule"] == "lottery" else ["finetuning"])
+    return Course.model_validate({**dict.fromkeys(used, SETTINGS), **given})
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,41 @@ def test_a_study_goes_on_from_the_level_it_had_reached(lottery, tmp_path, monkey
         levels.run(SPEC, "digits", chosen.model_copy(update={"rewind": 1}), out=out, **READING)
 
 
+def test_a_study_grows_as_if_all_had_been_asked_for_at_once(lottery, tmp_path, monkeypatch):
+    result, whole, chosen = lottery
+    first = chosen.model_copy(update={"seeds": 1, "ratios": [0.3], "enforce_mask": [True]})
+    out = tmp_path / "study"
+    out.mkdir()  # free like a folder that is not there
+    levels.run(SPEC, "digits", first, out=out, **READING)
+    (out / "magnitude/0/0.30.training").mkdir()  # killed before it could remove this
+    assert {**levels.run(SPEC, "digits", chosen, out=out, **READING), "out": "", "report": ""} == {
+        **result,
+        "out": "",
+        "report": "",
+    }
+    for path in sorted(whole.rglob("model.safetensors")):
+        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert not list(out.rglob("*.training"))
+    monkeypatch.setattr(levels, "fit", None)
+    for less in ({"seeds": 1}, {"ratios": [0.3]}, {"ratios": [0.2, 0.3, 0.6]}, {"criteria": ["random"]}):
+        with pytest.raises(UsageError, match="is an existing output folder of another trial"):
+            levels.run(SPEC, "digits", chosen.model_copy(update=less), out=out, **READING)
+
+
+def test_a_schedule_from_keywords_is_its_course(lottery, weights, tmp_path):
+    result, _, _ = lottery
+    keywords = {**READING, **SETTINGS, "scope": "global", "seeds": 2}
+    found = levels.schedule(SPEC, "digits", "lottery", ["magnitude"], [0.3, 0.6], out=tmp_path / "lottery", **keywords)
+    assert found["levels"] == [row for row in result["levels"] if row["contender"] == "magnitude"]
+    given = {**READING, "width": 8, "weights": weights, "epochs": 1, "round_to": 4}
+    out = tmp_path / "oneshot"
+    levels.schedule(SPEC, "digits", "oneshot", ["random"], [0.5], out=out, **given)
+    told = json.loads((out / "study.json").read_text())["course"]
+    assert told["finetuning"]["lr"] == pytest.approx(Training.model_validate({}).lr / 10)
+    assert told["round_to"] == 4
+    assert "training" not in told
+
+
 def test_a_rewound_network_has_the_weights_it_started_with(tmp_path, monkeypatch):
     begun = {}
     plain = levels.fit
@@ -127,7 +165,9 @@ def test_a_rewound_network_has_the_weights_it_started_with(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("schedule", ["oneshot", "iterative"])
 def test_channels_go_for_real(schedule, weights, tmp_path):
-    chosen = course(schedule=schedule, scope=None, round_to=1, ratios=[0.25, 0.5], criteria=["magnitude", "random"])
+    chosen = course(
+        True, schedule=schedule, scope=None, round_to=1, ratios=[0.25, 0.5], criteria=["magnitude", "random"]
+    )
     given = {**READING, "width": 8, "weights": weights}
     result = levels.run(SPEC, "digits", chosen, out=tmp_path / "out", **given)
     assert [row["removed"] for row in result["levels"]] == pytest.approx([0.25, 0.5, 0.25, 0.5], abs=0.04)
@@ -163,13 +203,16 @@ def test_channels_go_for_real(schedule, weights, tmp_path):
         ({"scope": None, "round_to": 0}, "round_to must be at least 1"),
         ({"options": {"wanda": {}}}, "options were given for 'wanda', which is not used"),
         ({"training": Training(enforce_mask=False)}, "take it out of the settings of training"),
-        ({"finetuning": Training(size=9)}, "size must be the same at every level, got 9 for fine-tuning and None"),
+        ({"schedule": "oneshot", "finetuning": {"size": 9}}, "size must be the same at every level"),
+        ({"finetuning": {}}, "finetuning would train nothing, lottery trains every level anew"),
+        ({"schedule": "oneshot", "weights": "x"}, "training would train nothing, the model brings its weights"),
     ],
 )
 def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(levels.Source, "read", None)
+    weights = changes.pop("weights", None)
     with pytest.raises(UsageError, match=message):
-        levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **READING)
+        levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", weights=weights, **READING)
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +222,7 @@ def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path,
         ({"exclude": ["fc9"]}, {}, "no convolution or linear layer 'fc9' to exclude"),
         ({"scope": "2:4", "ratios": [0.5]}, {}, r"layer 'conv1' reads 9 inputs, which scope 2:4 cannot group"),
         ({}, {"calibration": 1000}, "a calibration set needs 1000 of every class"),
-        ({"schedule": "oneshot", "finetuning": Training(epochs=2, warmup=2)}, {}, "warmup must be below epochs"),
+        ({"schedule": "oneshot", "finetuning": {"epochs": 2, "warmup": 2}}, {}, "warmup must be below epochs"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
@@ -221,10 +264,6 @@ def test_a_study_file_holds_a_course(lottery, tmp_path):
         spec = "{SPEC}"
         width = {READING["width"]}
         [training]
-        epochs = 2
-        batch_size = 128
-        lr = 0.1
-        [finetuning]
         epochs = 2
         batch_size = 128
         lr = 0.1

@@ -5,6 +5,7 @@ sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and sa
 sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
 sukashi.train(model, data, out=folder, epochs=20)           train, from random weights or given ones
 sukashi.finetune(folder, data, out=folder, epochs=5)        train on, cuts and masks kept
+sukashi.schedule(model, data, how, criteria, ratios, out=folder)   prune and train, level by level
 sukashi.audit([model, ...], data, out=folder)               saliency maps of cuts beside those of the first model
 sukashi.grid.run("study.toml")                              a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sukashi import grid, report
     from sukashi.auditing import audit
+    from sukashi.levels import schedule
     from sukashi.models import load
     from sukashi.study import check, compare, prune
     from sukashi.tuning import finetune, train
 
-__all__ = ["audit", "check", "compare", "finetune", "grid", "load", "prune", "report", "train"]
+__all__ = ["audit", "check", "compare", "finetune", "grid", "load", "prune", "report", "schedule", "train"]
 
 # torch takes seconds to import and the command line must not wait for it.
 _HOMES = {
@@ -31,6 +33,7 @@ _HOMES = {
     "check": ("sukashi.study", "check"),
     "compare": ("sukashi.study", "compare"),
     "prune": ("sukashi.study", "prune"),
+    "schedule": ("sukashi.levels", "schedule"),
     "load": ("sukashi.models", "load"),
     "train": ("sukashi.tuning", "train"),
     "finetune": ("sukashi.tuning", "finetune"),

@@ -159,6 +159,7 @@ def _shares(
 _reads = _shares(reading=_reading)
 _audits = _shares(reading=_reading, without=("model", "calibration", "test_images"))
 _trains = _shares(reading=_reading, settings=_training, without=("calibration",))
+_schedules = _shares(reading=_reading, settings=_training)
 
 
 @app.command()
@@ -383,7 +384,7 @@ def finetune(
 
 
 @app.command()
-@_trains
+@_schedules
 def schedule(
     reading: dict[str, Any],
     settings: dict[str, Any],
@@ -395,32 +396,34 @@ def schedule(
         str | None, typer.Option(help="Remove single weights: global, layer, row or N:M. Without it, units.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="With --scope: a layer to leave alone. Repeatable.")] = None,
+    round_to: Annotated[int, typer.Option(help="Without --scope: keep a multiple of this many units a site.")] = 8,
     seeds: Annotated[int, typer.Option(help="Number of seeds, counted from 0.")] = 1,
     rewind: Annotated[int, typer.Option(help="Epoch to whose weights lottery goes back; 0 is the start.")] = 0,
+    memory: MemoryOption = 2.0,
     options: OptionsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prune and train to each of several ratios, one saved network a ratio, with accuracy over seeds and a report."""
     with _working():
-        from sukashi import levels, tuning
+        from sukashi import levels
 
         names = _names(criteria)
-        enforce = settings.pop("enforce_mask")
-        trained = tuning.settings_of({name: value for name, value in settings.items() if value is not None})
-        course = levels.Course(
-            schedule=how,
+        result = levels.schedule(
+            how=how,
             criteria=names,
             ratios=_ratios(ratios),
+            out=out,
             scope=scope,
-            exclude=exclude or [],
+            exclude=exclude or (),
+            round_to=round_to,
             seeds=seeds,
-            enforce_mask=[enforce is not False],
             rewind=rewind,
             options=_options(options, names),
-            training=trained,
-            finetuning=trained,
+            memory=memory,
+            command=_command(),
+            **reading,
+            **{name: value for name, value in settings.items() if value is not None},
         )
-        result = levels.run(course=course, out=out, command=_command(), **reading)
     if not result:
         return  # another process speaks
     if as_json:

@@ -89,6 +89,11 @@ def lost(error: BaseException) -> bool:
     )
 
 
+def unused(error: BaseException) -> bool:
+    """Whether an error says that parameters had no gradient, for which the other processes would wait."""
+    return "Expected to have finished reduction" in str(error)
+
+
 class _Total(torch.autograd.Function):
     """The sum over processes; its gradient is the sum of theirs."""
 

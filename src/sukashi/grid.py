@@ -38,13 +38,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sukashi import levels, progress, report, store, study
+from sukashi.courses import Course
 from sukashi.errors import UsageError
-from sukashi.levels import Course
 from sukashi.measures import accuracy
 from sukashi.registry import nearest
 from sukashi.source import CALIBRATION, TEST_IMAGES, Reading, Source
 from sukashi.store import Store
-from sukashi.training import Training
+from sukashi.training import Finetuning, Training
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
@@ -183,7 +183,8 @@ def _levels(
     return levels.run(
         file.model.spec,
         place.data(file.data) if data is None else data,
-        Course.model_validate(file.model_dump(exclude=own)),
+        # What the file does not say stays unsaid: a course refuses settings that would do nothing.
+        Course.model_validate(file.model_dump(exclude=own, exclude_unset=True)),
         out=place.path(file.out) if out is None else out,
         title=file.title,
         command=command,
@@ -218,7 +219,7 @@ def _checked(path: Path, kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             tables: dict[str, type[BaseModel]] = {"models": _Model, "model": _Model}
-            tables |= {"training": Training, "finetuning": Training}
+            tables |= {"training": Training, "finetuning": Finetuning}
             known = tables.get(str(first["loc"][0]), kind) if len(first["loc"]) > 1 else kind
             raise UsageError(
                 f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known.model_fields)}"

@@ -1,6 +1,6 @@
 """Levels: networks pruned and trained to every ratio of a list, by criteria and seeds, each kept as a saved folder.
 
-    study.json                    what the study is; another one is refused
+    study.json                    what the study is; it may grow (see `courses.grown`), another one is refused
     dense/SEED/                   the dense network of a seed
     CONTENDER/SEED/0.50/          the network that has lost half, a saved folder like any other
     CONTENDER/SEED/0.50.training/ the training under way, until it is finished
@@ -13,85 +13,31 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
-from sukashi import models, page, progress, pruned, sites, sparsity, stats, store, surgery
-from sukashi.criteria import UNITS
-from sukashi.criteria import criteria as registry
+from sukashi import models, page, progress, pruned, sites, sparsity, store, surgery, training
+from sukashi.courses import Course, check, check_used, grown
 from sukashi.errors import UsageError
+from sukashi.levels_page import Level, draw, summary, verdict
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.schedules import schedules
 from sukashi.sites import Found
 from sukashi.source import Reading, Setting, Source
-from sukashi.stats import Interval
-from sukashi.study import check_options, hardware, plan_for, versions
-from sukashi.training import Fitted, Training, fit, splits
-from sukashi.training import check as check_training
-from sukashi.types import Batch, Mask, check_ratio
+from sukashi.study import hardware, plan_for, versions
+from sukashi.training import Finetuning, Fitted, Training, fit, splits
+from sukashi.tuning import Settings, settings_of
+from sukashi.types import Batch, Mask
 
-LEAKY = "unenforced"
-LOST = 0.02  # Suwal et al. 2025, sec. 3.1, speak of one to two points
 CORRECT = "correct.npz"
-
-
-def _default() -> Training:
-    return Training.model_validate({})
-
-
-class Course(BaseModel):
-    """How networks get to their levels; a study file's own keys.
-
-    `scope` makes it single weights (see `sparsity.mask_of`), None units, whose widths are rounded up to multiples of
-    `round_to`. `training` makes the dense network where none was given, and every level of a schedule that rewinds;
-    `finetuning` the levels of the others. `enforce_mask` may ask for both: what training under a mask leaves, and what
-    it leaves where only the start was masked. `rewind` is the epoch to whose weights a schedule rewinds, 0 the start.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    schedule: str
-    criteria: list[str]
-    ratios: list[float]
-    scope: str | None = None
-    exclude: list[str] = []
-    round_to: int = pruned.ROUND_TO
-    seeds: int = 1
-    enforce_mask: list[bool] = [True]
-    rewind: int = 0
-    options: dict[str, dict[str, Any]] = {}
-    training: Training = Field(default_factory=_default)
-    finetuning: Training = Field(default_factory=_default)
-
-    @property
-    def contenders(self) -> dict[str, tuple[str, bool]]:
-        """{name: (criterion, whether masks are enforced)}."""
-        both = [(name, enforced) for name in self.criteria for enforced in self.enforce_mask]
-        return {name if enforced else f"{name}/{LEAKY}": (name, enforced) for name, enforced in both}
-
-
-@dataclass(frozen=True)
-class Level:
-    """A network of a study: which it is, which test images it gets right (B,), and what its recipe says of it."""
-
-    contender: str
-    seed: int
-    ratio: float
-    correct: NDArray[np.bool_]
-    figures: Mapping[str, Any]
 
 
 def run(
@@ -101,6 +47,7 @@ def run(
     *,
     out: str | Path,
     title: str = "",
+    memory: float = training.MEMORY / 2**30,
     command: str | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
@@ -108,7 +55,7 @@ def run(
 
     Levels that are there are kept and a training that was interrupted goes on: the same call ends in the same networks.
     Ratios are fractions removed of the dense network's units, or of its weights with a scope. Accuracy is that of at
-    most `test_images` test images, which nothing was chosen on.
+    most `test_images` test images, which nothing was chosen on. `memory` is as in `train`.
 
     Returns {"dense_accuracy", "levels": [{"contender", "ratio", "accuracy", "difference", "removed", "zeros"}],
     "pairs": [{"first", "second", "ratio", "difference"}], "notes", "out", "report"}. Accuracy and differences (from the
@@ -124,13 +71,14 @@ def run(
         raise UsageError(
             f"{course.schedule} goes back to weights before training, and {model} has trained ones: leave them out"
         )
+    check_used(course, given)
     images = source.read()
     folder = Path(out)
     first = progress.first()
     n_levels = course.seeds * (1 + len(course.contenders) * len(course.ratios))
     with progress.task("levels", n_levels) as shown:
         for seed in range(course.seeds):
-            loaded = _sized(source.build(images, seed), course.training.size)
+            loaded = _sized(source.build(images, seed), course.size)
             setting = Setting(source, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
             models.probe(loaded, setting.example)
             if course.scope is None:
@@ -144,10 +92,13 @@ def run(
                     **setting.about_model,
                     "weights_sha256": setting.about_model["weights_sha256"] if given else None,
                 }
-                about = {"model": spec, "data": setting.about_data, "course": course.model_dump()}
+                unused = {"training", "finetuning"} - set(course.used(given))
+                about = {"model": spec, "data": setting.about_data, "course": course.model_dump(exclude=unused)}
                 if first:
-                    store.claim(folder / "study.json", about)
-            _Walker(setting, course, seed, folder, given, command or "sukashi.levels.run(...)", shown).walk()
+                    store.claim(folder / "study.json", about, grown)
+            walker = _Walker(setting, course, seed, folder, given, command or "sukashi.levels.run(...)", shown)
+            walker.memory = int(memory * 2**30)
+            walker.walk()
     if not first:
         return {}
     result = summary(collect(folder, course), course) | {"notes": notes, "out": str(folder)}
@@ -169,44 +120,57 @@ def run(
     return result
 
 
-def check(course: Course) -> None:
-    """Refuse a course that means nothing, before anything is loaded."""
-    facts = schedules[course.schedule].facts
-    for name in course.criteria:
-        check_options(name, course.options.get(name, {}))
-        registry[name].check_kinds(UNITS if course.scope is None else ("weight",))
-    for what, several in (
-        ("criteria", course.criteria),
-        ("ratios", course.ratios),
-        ("enforce_mask", course.enforce_mask),
-    ):
-        if not several or len(set(several)) != len(several):
-            raise UsageError(f"{what} must be different values, at least one, got {several}")
-    for ratio in course.ratios:
-        check_ratio(ratio)
-        if course.scope is not None:
-            sparsity.check_scope(course.scope, ratio)
-    if min(course.ratios) == 0 or list(course.ratios) != sorted(course.ratios):
-        raise UsageError(f"ratios must ascend from above 0, got {course.ratios}: the dense network is level 0 anyway")
-    if course.scope is None and (course.exclude or False in course.enforce_mask):
-        what = "exclude" if course.exclude else "enforce_mask = false"
-        raise UsageError(f"{what} is for single weights, and there is no scope: give one, or leave it out")
-    if course.seeds < 1:
-        raise UsageError(f"seeds must be at least 1, got {course.seeds}")
-    pruned.check_round_to(course.round_to)
-    for name in course.options:
-        if name not in course.criteria:
-            raise UsageError(f"options were given for {name!r}, which is not used: criteria are {course.criteria}")
-    if not (course.training.enforce_mask and course.finetuning.enforce_mask):
-        raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
-    if course.finetuning.size not in (None, course.training.size):
-        raise UsageError(
-            f"size must be the same at every level, got {course.finetuning.size} for fine-tuning and "
-            f"{course.training.size} for training: give both"
-        )
-    last = course.training.epochs
-    if not 0 <= course.rewind < last or (course.rewind and not facts["rewinds"]):
-        raise UsageError(f"rewind must be an epoch below {last} of a schedule that rewinds, got {course.rewind}")
+class Scheduled(Settings, total=False):
+    """Those of `train`, and of `Reading`."""
+
+    calibration: int
+
+
+def schedule(
+    model: str,
+    data: str,
+    how: str,
+    criteria: Sequence[str],
+    ratios: Sequence[float],
+    *,
+    out: str | Path,
+    scope: str | None = None,
+    exclude: Sequence[str] = (),
+    round_to: int = pruned.ROUND_TO,
+    seeds: int = 1,
+    rewind: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    memory: float = training.MEMORY / 2**30,
+    command: str | None = None,
+    **settings: Unpack[Scheduled],
+) -> dict[str, Any]:
+    """The levels of a schedule, as `run` gives them, from keywords instead of a `Course`.
+
+    Settings are those of `train`, for the dense network where none was given and for every level; where levels are
+    fine-tuned (oneshot, iterative) they are so with a tenth of the learning rate that is usual, unless `lr` is given.
+    """
+    given: dict[str, Any] = dict(settings)
+    reading: Any = {name: given.pop(name) for name in list(given) if name in Reading.__annotations__}
+    enforced = given.pop("enforce_mask", True)
+    trains: dict[str, Training] = {}
+    if schedules[how].facts["rewinds"] or Source(model, data, **reading).untrained:
+        trains["training"] = settings_of(given)
+    if not schedules[how].facts["rewinds"]:
+        trains["finetuning"] = settings_of(given, Finetuning)
+    course = Course(
+        schedule=how,
+        criteria=list(criteria),
+        ratios=list(ratios),
+        scope=scope,
+        exclude=list(exclude),
+        round_to=round_to,
+        seeds=seeds,
+        enforce_mask=[enforced],
+        rewind=rewind,
+        options={name: dict(chosen) for name, chosen in (options or {}).items()},
+        **trains,  # type: ignore[arg-type]
+    )
+    return run(model, data, course, out=out, memory=memory, command=command or "sukashi.schedule(...)", **reading)
 
 
 def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
@@ -219,12 +183,10 @@ def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
         shapes = {site.layer: sparsity.weight_of(model, site).shape for site in setting.found.sites}
         sparsity.check_shapes(course.scope, shapes)
     data.train.calibration(setting.source.calibration, 0)
-    rewinds = schedules[course.schedule].facts["rewinds"]
-    used = [*([] if given else [course.training]), *([] if rewinds else [course.finetuning])]
     notes = dict.fromkeys(data.notes)
-    for training in used:
-        train, validation, made = splits(data, training)
-        check_training(training, train, validation, setting.loaded, tensorboard=False)
+    for chosen in course.used(given).values():
+        train, validation, made = splits(data, chosen)
+        training.check(chosen, train, validation, setting.loaded, tensorboard=False)
         notes |= dict.fromkeys(made)
     return list(notes)
 
@@ -237,6 +199,7 @@ class _Walker:
     ) -> None:
         self.setting, self.course, self.seed, self.out = setting, course, seed, out
         self.given, self.command, self.shown = given, command, shown
+        self.memory = training.MEMORY
         self.test: Batch | None = None
         self.n_units = sum(site.n_units for site in setting.found.sites)
         self.start = setting.loaded
@@ -267,11 +230,11 @@ class _Walker:
     ) -> Loaded:
         """The network of a level: the one kept in `home`, or a new one, trained where there are settings for it."""
         self.shown.advance(0, note=f"{contender}, seed {self.seed}, {ratio:.0%}")
+        under_way = home.with_name(f"{home.name}.training")
         if (home / models.RECIPE).exists():
             network = models.load(self.start.spec, weights=home)
             network.model.to(self.setting.device)
         else:
-            under_way = home.with_name(f"{home.name}.training")
             found = make()
             if training is None:
                 network, figures = found, {}
@@ -285,7 +248,8 @@ class _Walker:
                 }
             if progress.first():
                 self.save(network, found.mask, home, contender, ratio, figures)
-                shutil.rmtree(under_way, ignore_errors=True)
+        if progress.first():
+            shutil.rmtree(under_way, ignore_errors=True)
         self.shown.advance()
         return network
 
@@ -293,7 +257,14 @@ class _Walker:
         seeded = training.model_copy(update={"seed": training.seed + self.seed})
         source = self.setting.source
         return fit(
-            network, self.setting.data, seeded, out=out, device=self.setting.device, workers=source.workers, until=until
+            network,
+            self.setting.data,
+            seeded,
+            out=out,
+            device=self.setting.device,
+            workers=source.workers,
+            memory=self.memory,
+            until=until,
         )
 
     def prune(self, criterion: str, network: Loaded, ratio: float) -> Loaded:
@@ -395,101 +366,3 @@ def collect(folder: Path, course: Course) -> list[Level]:
             correct = np.unpackbits(arrays["correct"], count=int(arrays["n"])).astype(bool)
         found.append(Level(contender, seed, ratio, correct, models.read_recipe(home / models.RECIPE).figures))
     return found
-
-
-def summary(levels: Sequence[Level], course: Course) -> dict[str, Any]:
-    """The figures of a study's levels, over seeds and images."""
-    right = {(level.contender, level.ratio, level.seed): level.correct.astype(float) for level in levels}
-
-    def over_seeds(contender: str, ratio: float) -> NDArray[np.float64]:
-        return np.array([right[contender, ratio, seed] for seed in range(course.seeds)])
-
-    dense = over_seeds("dense", 0.0)
-    rows, pairs = [], []
-    for name in course.contenders:
-        for ratio in course.ratios:
-            of_level = [level for level in levels if (level.contender, level.ratio) == (name, ratio)]
-            rows.append(
-                {
-                    "contender": name,
-                    "ratio": ratio,
-                    "accuracy": _share(over_seeds(name, ratio)),
-                    "difference": _bounds(stats.crossed(over_seeds(name, ratio) - dense)),
-                    "removed": float(np.mean([level.figures["removed"] for level in of_level])),
-                    "zeros": float(np.mean([level.figures["zeros"] for level in of_level])),
-                }
-            )
-    for one, other in itertools.combinations(course.contenders, 2):
-        for ratio in course.ratios:
-            difference = _bounds(stats.crossed(over_seeds(one, ratio) - over_seeds(other, ratio)))
-            pairs.append({"first": one, "second": other, "ratio": ratio, "difference": difference})
-    return {
-        "dense_accuracy": _share(dense),
-        "seeds": course.seeds,
-        "n_images": dense.shape[1],
-        "levels": rows,
-        "pairs": pairs,
-    }
-
-
-def verdict(result: Mapping[str, Any], course: Course) -> str:
-    """One sentence for each contender: how far it goes before accuracy may have fallen by more than LOST."""
-    removed = "weights" if course.scope else "units"
-    said = []
-    for name in course.contenders:
-        rows = [row for row in result["levels"] if row["contender"] == name]
-        safe = list(itertools.takewhile(lambda row: row["difference"]["low"] > -LOST, rows))
-        last = rows[-1]["difference"]
-        leak = "" if course.contenders[name][1] else f" (where {rows[-1]['zeros']:.0%} are zero in the end)"
-        said.append(
-            f"{name}: "
-            + (f"up to {safe[-1]['ratio']:.0%} of the {removed}" if safe else "at no level")
-            + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {rows[-1]['ratio']:.0%}{leak} it is "
-            f"{100 * last['mean']:+.1f} points from the dense network's ({100 * last['low']:+.1f} to "
-            f"{100 * last['high']:+.1f})."
-        )
-    return " ".join(said)
-
-
-def draw(result: Mapping[str, Any], course: Course) -> bytes:
-    """Accuracy by level with intervals, a line for each contender; as a PNG."""
-    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    dense = result["dense_accuracy"]
-    axes.axhspan(dense["low"], dense["high"], color=page.FAINT, alpha=0.5, linewidth=0)
-    page.level(axes, dense["mean"], "dense", "--")
-    for place, name in enumerate(course.contenders):
-        rows = [row for row in result["levels"] if row["contender"] == name]
-        mean, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("mean", "low", "high"))
-        colour = page.colour(name.partition("/")[0], place)
-        # Side by side, that intervals at one ratio do not hide each other.
-        x = np.array([row["ratio"] for row in rows]) + 0.006 * (place - (len(course.contenders) - 1) / 2)
-        axes.errorbar(
-            x,
-            mean,
-            (mean - low, high - mean),
-            color=colour,
-            linestyle=":" if name.endswith(LEAKY) else "-",
-            marker="o",
-            markersize=4,
-            linewidth=1.6,
-            elinewidth=1,
-            capsize=2.5,
-            label=name,
-        )
-    removed = "weights" if course.scope else "units"
-    axes.set(xlabel=f"fraction of {removed} removed", ylabel="accuracy on test images")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    page.calm(axes)
-    return page.png(figure)
-
-
-def _share(right: NDArray[np.float64]) -> dict[str, float | None]:
-    found = stats.crossed(right)
-    return {"mean": found.mean, "low": max(0.0, found.low), "high": min(1.0, found.high)}
-
-
-def _bounds(found: Interval) -> dict[str, float | None]:
-    return {"mean": found.mean, "low": found.low, "high": found.high}

@@ -22,7 +22,7 @@ import shutil
 import socket
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -330,18 +330,25 @@ def write(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def claim(file: Path, about: Mapping[str, Any]) -> None:
+def claim(
+    file: Path, about: Mapping[str, Any], grown: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] | None = None
+) -> None:
     """Make a folder and write into it what it is for, or find there that it is for the same.
 
-    Raises UsageError where the folder is for something else.
+    `grown(kept, asked)` may allow that more is asked for than before. Raises UsageError where the folder is for
+    something else.
     """
-    asked = json.loads(canonical(about))
+    asked, folder = json.loads(canonical(about)), file.parent
     if file.exists():
-        refuse_other(file.parent, _read_json(file), asked)
-        return
-    check_free(file.parent)
-    with writing(file.parent):
-        file.parent.mkdir(parents=True)
+        kept = _read_json(file)
+        if kept == asked:
+            return
+        if grown is None or not grown(kept, asked):
+            refuse_other(folder, kept, asked)
+    elif not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        check_free(folder)  # an empty folder is free: what was killed before its first file leaves one
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write(file, canonical(asked, indent=1) + b"\n")
 
 

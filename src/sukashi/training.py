@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,11 @@ from sukashi.checkpoint import State
 from sukashi.data import Data, Split
 from sukashi.data.augment import AUGMENTS, derived, draws, view
 from sukashi.data.frames import Frames, unit
-from sukashi.distributed import World, lost, world
+from sukashi.distributed import World, lost, unused, world
 from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError, writing
 from sukashi.models import Loaded
 from sukashi.precision import exact
-from sukashi.types import Mask, pass_size
+from sukashi.types import pass_size
 
 RATES = {"sgd": 0.05, "adamw": 1e-3}
 DECAYS = {"sgd": 5e-4, "adamw": 0.05}
@@ -61,6 +61,7 @@ class Training(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    rates: ClassVar[Mapping[str, float]] = RATES
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1)
@@ -82,10 +83,10 @@ class Training(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _by_optimizer(cls, given: Any) -> Any:
-        optimizer = given.get("optimizer", "sgd") if isinstance(given, dict) else None
-        if optimizer not in RATES:
+        optimizer = given.get("optimizer", "sgd") if isinstance(given, dict) else ""
+        if optimizer not in cls.rates:
             return given
-        return {"lr": RATES[optimizer], "weight_decay": DECAYS[optimizer]} | given
+        return {"lr": cls.rates[optimizer], "weight_decay": DECAYS[optimizer]} | given
 
     def rate(self, step: int, per_epoch: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -95,6 +96,12 @@ class Training(BaseModel):
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
         return self.lr * 0.1 ** sum(step >= drop * total for drop in _DROPS)
+
+
+class Finetuning(Training):
+    """The same for a network that is trained already: `lr` is a tenth where it is not given."""
+
+    rates = {name: rate / 10 for name, rate in RATES.items()}
 
 
 @dataclass(frozen=True)
@@ -171,25 +178,28 @@ def fit(
                 if tensorboard and processes.rank == 0:
                     _log(out, run.state.history)
             return run.fitted(resumed, notes)
-        except SukashiError as error:
-            # All processes may find it, or only the one whose share of the images it is in.
-            if processes.size > 1:
-                if not checkpoint.claim(out):
-                    raise SystemExit(error.exit_code) from None
-                error.alone = True
-            raise
-        except RuntimeError as error:
-            if processes.size == 1 or not lost(error):
+        except (SukashiError, RuntimeError) as error:
+            found = error if isinstance(error, SukashiError) else _meant(error, out)
+            if processes.size == 1 or found is None:
                 raise
+            # All processes may find it, or only the one whose share of the images it is in.
             if not checkpoint.claim(out):
-                raise SystemExit(ResourceError.exit_code) from None  # another process has said so
-            step = checkpoint.facts(out / checkpoint.FILE)["step"]
-            gone = ResourceError(
-                f"a process of this run is gone, its connection broke: {out} keeps step {step}, give the same command "
-                "again to go on from there"
-            )
-            gone.alone = True
-            raise gone from error
+                raise SystemExit(found.exit_code) from None
+            found.alone = True
+            raise found from None
+
+
+def _meant(error: RuntimeError, out: Path) -> SukashiError | None:
+    """What an error of torch's means in a run of several processes, where that is known."""
+    if unused(error):
+        return ModelError("some weights take no part in the model's logits: train it in one process, or leave them out")
+    if not lost(error):
+        return None
+    kept = out / checkpoint.FILE
+    where = f"from step {checkpoint.facts(kept)['step']}" if kept.exists() else "from the start"
+    return ResourceError(
+        f"a process of this run is gone, its connection broke: give the same command again, {out} goes on {where}"
+    )
 
 
 def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[str, ...]]:
@@ -223,9 +233,15 @@ def check(training: Training, train: Split, validation: Split | None, loaded: Lo
         raise DataError(f"{train.name} has {len(train)} image to train on: at least 2 are needed")
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if len(train) // _n_batches(len(train), training.batch_size) < n_processes:
-        raise UsageError(f"batch_size {training.batch_size} leaves some of {n_processes} processes without images")
+        raise UsageError(
+            f"batch_size {training.batch_size} leaves some of {n_processes} processes without images: give more"
+        )
+    if validation is not None and len(validation) < n_processes:
+        raise UsageError(
+            f"{len(validation)} validation images leave some of {n_processes} processes without one: hold out more"
+        )
     if loaded.mask is not None:
-        _masked(loaded.model, loaded.mask)
+        sparsity.check_fits(loaded.model, loaded.mask)
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("--tensorboard needs tensorboard: pip install 'sukashi[tensorboard]'")
 
@@ -256,25 +272,6 @@ def _n_batches(n_images: int, batch_size: int) -> int:
     return -(-n_images // batch_size)
 
 
-def _masked(model: nn.Module, mask: Mask) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights a mask speaks of, and for each 1 where it stays, else 0."""
-    weights, keeps = [], []
-    for site, keep in mask.keep.items():
-        try:
-            weight = model.get_parameter(f"{site.layer}.weight")
-        except AttributeError:
-            weight = None
-        if site.kind != "weight" or weight is None or weight.shape != keep.shape:
-            found = "nothing" if weight is None else f"weights {tuple(weight.shape)}"
-            raise ModelError(
-                f"the mask is of another architecture: it has {site.kind} {tuple(keep.shape)} at {site.layer!r}, the "
-                f"model {found}: use the model it was made for"
-            )
-        weights.append(weight.data)
-        keeps.append(keep.to(weight))
-    return weights, keeps
-
-
 class _Run:
     """One training under way in this process."""
 
@@ -292,7 +289,7 @@ class _Run:
         self.n_images, self.n_batches = len(train), _n_batches(len(train), training.batch_size)
         model = copy.deepcopy(loaded.model).to(processes.device).to(memory_format=torch.channels_last)
         model.requires_grad_().train()
-        self.weights, self.keeps = ([], []) if loaded.mask is None else _masked(model, loaded.mask)
+        self.weights, self.keeps = ([], []) if loaded.mask is None else sparsity.weights_of(model, loaded.mask)
         if loaded.mask is not None:
             sparsity.enforce(model, loaded.mask)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer]
@@ -463,9 +460,7 @@ class _Run:
         mask, enforced = self.loaded.mask, self.training.enforce_mask
         zeros = removed = None
         if mask is not None:
-            n_weights = sum(keep.numel() for keep in self.keeps)
-            zeros = sum(int((weight == 0).sum()) for weight in _masked(model, mask)[0]) / n_weights
-            removed = mask.n_removed / n_weights
+            zeros, removed = sparsity.zeros(model, mask)["sparsity"], mask.n_removed / mask.n_units
             if not enforced:
                 notes += (
                     f"the mask was not enforced: it removes {removed:.1%} of the weights it speaks of, {zeros:.1%} of "

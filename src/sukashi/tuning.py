@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from pydantic import ValidationError
 
@@ -19,8 +19,9 @@ from sukashi.models import RECIPE, Loaded
 from sukashi.registry import nearest
 from sukashi.source import Opening, Source
 from sukashi.study import by_class, hardware, versions
-from sukashi.training import RATES, Fitted, Training
+from sukashi.training import Finetuning, Fitted, Training
 
+_Kind = TypeVar("_Kind", bound=Training)
 _BATCH = 128  # test images decoded at once
 
 
@@ -66,7 +67,7 @@ def train(
     "images_per_second", "waiting", "removed" and "zeros" (see `training.Fitted`), "notes", "resumed" (the step), and
     "finished" (whether it was so before)}.
     """
-    return _run(model, data, Path(out), {}, tensorboard, memory, command or "sukashi.train(...)", settings)
+    return _run(model, data, Path(out), Training, tensorboard, memory, command or "sukashi.train(...)", settings)
 
 
 def finetune(
@@ -85,14 +86,13 @@ def finetune(
     """
     if Source(model, data, **_opening(settings)).untrained:
         raise UsageError(f"fine-tuning starts from weights and {model} has none: give --weights, or use sukashi train")
-    rate = RATES.get(settings.get("optimizer", "sgd"), 1.0) / 10
-    return _run(model, data, Path(out), {"lr": rate}, tensorboard, memory, command or "sukashi.finetune(...)", settings)
+    return _run(model, data, Path(out), Finetuning, tensorboard, memory, command or "sukashi.finetune(...)", settings)
 
 
-def settings_of(given: Mapping[str, Any]) -> Training:
+def settings_of(given: Mapping[str, Any], kind: type[_Kind] = Training) -> _Kind:  # type: ignore[assignment]
     """Training settings, checked: UsageError for an unknown name or a value out of range."""
     try:
-        return Training(**given)
+        return kind(**given)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -109,17 +109,16 @@ def _run(
     model: str,
     data: str,
     out: Path,
-    defaults: Mapping[str, Any],
+    kind: type[Training],
     tensorboard: bool,
     memory: float,
     command: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     opening = _opening(settings)
-    chosen = settings_of(dict(defaults) | {name: v for name, v in settings.items() if name not in opening})
+    chosen = settings_of({name: value for name, value in settings.items() if name not in opening}, kind)
     if not memory >= 0:
         raise UsageError(f"memory must be at least 0 GiB, got {memory}: 0 decodes every image when it is asked for")
-    tuned = bool(defaults)
     source = Source(model, data, **opening)
     images = source.read()
     loaded = source.build(images, chosen.seed)
@@ -144,7 +143,7 @@ def _run(
     if not progress.first():
         return {}
     test = images.test.limit(source.test_images)
-    figures = _figures(fitted, loaded if tuned else None, images, test, source.workers)
+    figures = _figures(fitted, loaded if kind is Finetuning else None, images, test, source.workers)
     provenance = {
         "command": command,
         "run": described,
