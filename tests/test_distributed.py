@@ -75,23 +75,27 @@ def test_one_process_speaks(monkeypatch):
 
 
 MEET = """
-import time, torch
+import os, signal, time, torch
 from sukashi.distributed import world
 
 for count in range(3):
     with world(torch.device("cpu")) as processes:
+        if (count, processes.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, 1, "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
         found = processes.total(torch.ones(1))
         assert found == 2, found
     time.sleep(0.5 * (processes.rank == 0))  # the first one is busy alone, as between the levels of a schedule
 """
 
 
-def test_processes_meet_again_for_the_next_training(tmp_path):
+def test_processes_meet_again_for_the_next_training_and_when_one_was_started_anew(tmp_path):
     script = tmp_path / "meet.py"
     script.write_text(MEET)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "-9" in done.stderr, "one was killed"
 
 
 def processes(out, dies):

@@ -69,9 +69,10 @@ def world(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # torchrun's store outlives a group. In the next one, after rank 0 has been busy alone, others would find the old
-    # group's addresses there and knock at closed doors: each group has keys of its own.
-    meeting = PrefixStore(f"group {next(_groups)}", _meeting())
+    # torchrun's store outlives a group, and even processes that it starts again (--max-restarts). In the next group
+    # others would find the old addresses there and knock at closed doors: each group has keys of its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    meeting = PrefixStore(f"attempt {attempt}, group {next(_groups)}", _meeting())
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=meeting, rank=int(os.environ["RANK"]), world_size=size)
     try:
