@@ -58,6 +58,9 @@ of the network's computation goes through: the pixels, and what the last linear 
   by the rule (beyond 1 or below 0 where biases speak against the logit, or many times over).
 - *no law*: a slope, or a slope times an activation, sums to nothing in particular; DL-Backtrace's contrastive mode is
   two streams subtracted, which has no total to keep.
+- `chefer` has no row: its map is made of the positive parts of slopes times relevance and sums to nothing in
+  particular. The relevance it carries stays 1 in sum over the tokens at every residual sum, to 1e-6 with its default
+  `layer_scale=identity`; the paper's LayerScale rule is off by more than a tenth (tests/test_transformer.py).
 - *refused*: the method says so before any work; the reasons stand below the table.
 
 What is not near zero, and why: AttnLRP (`attention=attn`, the default on transformers) halves products and takes
