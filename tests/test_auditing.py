@@ -1,6 +1,7 @@
 """Audits: every figure again from the kept values, planted effects found, killed runs, and what is refused."""
 
 import copy
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -175,6 +176,60 @@ def test_curves_are_kept_and_give_the_area_over_them(done):
         assert value == pytest.approx(np.mean([rows[0]["probability"] - row["probability"] for row in rows[1:]]))
 
 
+def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherwise(folders, tmp_path, monkeypatch):
+    plain_maps, calls = audited.maps_of, []
+
+    def shaken(network, seed):
+        other = copy.deepcopy(network.setting)
+        for parameter in other.loaded.model.parameters():
+            parameter.data += 0.1 * parameter.std()  # as no rounding would, so that it is seen
+        return dataclasses.replace(network, setting=other)
+
+    def counted(network, batch, *args):
+        calls.append((network.label, len(batch)))
+        return plain_maps(network, batch, *args)
+
+    monkeypatch.setattr(audited, "rounded", shaken)
+    monkeypatch.setattr(audited, "maps_of", counted)
+    asked = {"attributions": ["saliency"], "measures": ["gini", *ALIKE], **READING}
+    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    (dense, _) = networks = audited.opened(folders[:2], "digits", "both", READING)
+    images = dense.batch[torch.from_numpy(dense.rows)]
+    maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, shaken(dense, 0)))
+    kept = table(tmp_path / "out" / "values.parquet")
+    rows = {(row["model"], row["measure"]): row for row in result["similarities"]}
+    for measure in ALIKE:
+        expected = measures[measure](maps, other).numpy()
+        values = [row["value"] for row in kept if row["model"] == "dense" and row["measure"] == measure]
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
+        assert expected.mean() < 0.999
+        assert rows["dense", measure]["mean"] == pytest.approx(expected.mean(), abs=1e-5)
+        assert rows["same", measure]["mean"] == pytest.approx(1)
+    # Once for all measures of the reference and for its comparison with others, and once rounded.
+    assert [n for label, n in calls if label == "dense" and n > 8] == [len(dense.rows)] * 2
+    assert [n for label, n in calls if label == "same" and n > 8] == [len(networks[1].rows)]
+
+
+def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(folders):
+    (dense, _) = audited.opened(folders[:2], "digits", "both", READING)
+    weight = next(dense.loaded.model.parameters())
+    weight.data.view(-1)[::3] = 0
+    before = copy.deepcopy(dense.loaded.model.state_dict())
+    found, again, other = (audited.rounded(dense, seed).loaded.model for seed in (0, 0, 1))
+    signs = []
+    for name, parameter in found.named_parameters():
+        old, new = before[name].double(), parameter.double()
+        assert torch.equal(new[old == 0], old[old == 0])
+        moved = (new / old - 1)[old != 0] / 2**-23
+        assert ((moved.abs() > 0.4) & (moved.abs() < 1.6)).all()  # by one, rounded to what float32 has
+        signs.append(moved.sign())
+    assert 0.4 < (torch.cat(signs) > 0).double().mean() < 0.6
+    for name, value in dense.loaded.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(next(found.parameters()), next(again.parameters()))
+    assert not torch.equal(next(found.parameters()), next(other.parameters()))
+
+
 def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path):
     result = sukashi.audit(
         here("plain", "blind"), "digits", out=tmp_path / "out", population="all", attributions=["saliency"], **READING
@@ -235,6 +290,14 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
     assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
     alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
     assert max(alike) < 0.97
+    assert {row["model"] for row in result["similarities"]} == {"dense", "same", "noisy"}
+    assert all(row["mean"] > 0.999 for row in result["similarities"] if row["model"] == "dense"), "rounding is little"
+    least = {row["attribution"]: row for row in result["similarities"] if row["model"] == "noisy"}
+    for name in least:
+        (line,) = (
+            line for line in result["lines"] if line.startswith(f"{name}: rank_correlation with the map of dense")
+        )
+        assert line.endswith(" for noisy, the lowest of 2; rounding alone leaves 1.000 [1.000, 1.000].")
     changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
     assert result["verdict"].startswith("1 of 2 models gives other reasons than dense, most of all noisy: ")

@@ -32,6 +32,8 @@ SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
 def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> dict[str, Any]:
     """What the values of all cells say; every row a dictionary of plain numbers."""
     comparisons = compare(networks, cells, names, seed)
+    similarities = alike(networks, cells, names, seed)
+    likeness = nearness(similarities, names, networks[0].label)
     points = pointing(networks, cells, names, seed)
     return {
         "reference": networks[0].label,
@@ -56,9 +58,9 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
         ],
         "n_images": len(networks[0].right),
         "verdict": verdict(comparisons, networks),
-        "lines": [*lines(comparisons, names, len(networks) - 1), *aims(comparisons, points)],
+        "lines": [*lines(comparisons, names, len(networks) - 1), *likeness, *aims(comparisons, points)],
         "comparisons": comparisons,
-        "similarities": alike(networks, cells, names, seed),
+        "similarities": similarities,
         "pointing": points,
         "moved": moved(networks, cells, names),
     }
@@ -79,6 +81,8 @@ def compare(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
             cell = cells[name, network.label]
             at = _places(of_reference.image_ids, cell.image_ids)
             for measure in of_reference.values:
+                if _is_similarity(measure):
+                    continue  # has no value of its own for each model: see `alike`
                 a, b = cell.values[measure], of_reference.values[measure][at]
                 both = np.isfinite(a) & np.isfinite(b)
                 if not both.any():
@@ -166,6 +170,31 @@ def lines(comparisons: Sequence[Mapping[str, Any]], names: Sequence[str], n_mode
     return found
 
 
+def nearness(similarities: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> list[str]:
+    """A sentence for each attribution: how like the reference's the maps are that are least so, and what noise leaves.
+
+    By the first measure of similarity there is.
+    """
+    found = []
+    for name in names:
+        rows = [row for row in similarities if row["attribution"] == name]
+        rows = [row for row in rows if row["measure"] == rows[0]["measure"]]
+        others = [row for row in rows if row["model"] != reference]
+        if not others:
+            continue
+        least = min(others, key=lambda row: row["mean"])
+        said = f"{name}: {least['measure']} with the map of {reference} is {_bounded(least)} for {least['model']}"
+        said += f", the lowest of {len(others)}" if len(others) > 1 else ""
+        own = [f"; rounding alone leaves {_bounded(row)}" for row in rows if row["model"] == reference]
+        found.append("".join([said, *own, "."]))
+    return found
+
+
+def _bounded(row: Mapping[str, Any]) -> str:
+    bounds = "" if row["low"] is None else f" [{_short(row['low'])}, {_short(row['high'])}]"
+    return f"{_short(row['mean'])}{bounds}"
+
+
 def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each model and attribution that points at a concept more than the reference: that which grew most.
 
@@ -194,11 +223,14 @@ def _growth(row: Mapping[str, Any]) -> float:
 def alike(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """How like the reference's the maps of each model are: {"model", "attribution", "measure", "n", "mean", "low",
     "high"}, a bootstrap over images.
+
+    The rows of the reference itself hold its maps against those it has when `audited.rounded` otherwise: what is no
+    less alike than they are was not moved by a cut, but by noise.
     """
     return [
         {"model": network.label, "attribution": name, "measure": measure, **_mean(cell.values[measure], seed)}
         for name in names
-        for network in networks[1:]
+        for network in networks
         for cell in (cells[name, network.label],)
         for measure in cell.values
         if _is_similarity(measure) and np.isfinite(cell.values[measure]).any()
