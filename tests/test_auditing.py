@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import functools
+import html
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sukashi
-from sukashi import audited, auditing, models, pruned, sites
+from sukashi import audit_page, audited, auditing, data, models, pruned, sites, verdicts
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
 from sukashi.errors import DataError, ModelError, UsageError
@@ -300,9 +303,11 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
         assert line.endswith(" for noisy, the lowest of 2; rounding alone leaves 1.000 [1.000, 1.000].")
     changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
-    assert result["verdict"].startswith("1 of 2 models gives other reasons than dense, most of all noisy: ")
+    assert result["verdict"].startswith(
+        "The maps of 1 of 2 models changed beside those of dense, most of all noisy's: by "
+    )
     assert {row["model"] for row in result["moved"]} == {"noisy"}
-    page = (out / "report.html").read_text()
+    page = html.unescape((out / "report.html").read_text())
     assert result["verdict"] in page
     for figure in ("changes", "morf", "gallery-saliency", "gallery-integrated_gradients"):
         assert (out / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
@@ -318,6 +323,51 @@ def test_a_change_is_said_in_the_sense_of_its_measure():
     assert said({**down, "measure": "localisation/mark"}) == "less on the mark by 1.021 [-.018, 1.500]"
     unsure = {"changed": False, "difference": 0.1, "low": 0.01, "high": 0.2, "measure": "gini"}
     assert said(unsure) == "no detectable change once corrected [.010, .200]"
+    assert said({**unsure, "low": -10.02, "high": -0.0001}) == "no detectable change once corrected [-10.020, .000]"
+
+
+def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_path):
+    asked = {"attributions": ["saliency"], "measures": ["ssim"], **READING}
+    result = auditing.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
+    assert result["comparisons"] == []
+    assert result["verdict"] == "No measure with a value for each model was compared with dense's on the same images."
+    (line,) = result["lines"]
+    assert line.startswith("saliency: ssim with the map of dense is .")
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert line in page
+    assert "rounded otherwise" in page
+
+
+def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, tmp_path):
+    asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
+    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    assert result["verdict"] == (
+        "No detectable change: on average over images gini and aopc do not tell the maps of same from dense's."
+    )
+
+
+def test_beside_values_without_spread_a_change_is_large_and_comes_first():
+    from sukashi.verdicts import lines
+
+    row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]"}
+    rows = [
+        {**row, "model": "a", "size": 3.0, "weight": "large"},
+        {**row, "model": "b", "size": None, "weight": "large"},
+    ]
+    assert lines(rows, ["lrp"], 2) == ["lrp: sparser in 2 of 2 models, most in b by .1 [.1, .2] (gini, large)."]
+    assert [verdicts._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
+        *("large", "slight", "small", "moderate", "large")
+    ]
+
+
+def test_a_map_of_one_pixel_is_drawn_in_its_colour():
+    spot = np.zeros((20, 20))
+    spot[3, 4] = 2.0
+    about = {"pixels": np.zeros((20, 20, 3)), "title": "x", "wrong": (), "marked": ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bright, dark = (audit_page.draw_gallery([audit_page.Picture(maps={"a": m}, **about)]) for m in (spot, 0 * spot))
+    assert bright != dark
 
 
 def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):

@@ -33,8 +33,9 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
     """What the values of all cells say; every row a dictionary of plain numbers."""
     comparisons = compare(networks, cells, names, seed)
     similarities = alike(networks, cells, names, seed)
-    likeness = nearness(similarities, names, networks[0].label)
     points = pointing(networks, cells, names, seed)
+    said_of_each = lines(comparisons, names, len(networks) - 1) if comparisons else []
+    likeness = nearness(similarities, names, networks[0].label)
     return {
         "reference": networks[0].label,
         "attributions": list(names),
@@ -58,7 +59,7 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
         ],
         "n_images": len(networks[0].right),
         "verdict": verdict(comparisons, networks),
-        "lines": [*lines(comparisons, names, len(networks) - 1), *likeness, *aims(comparisons, points)],
+        "lines": [*said_of_each, *likeness, *aims(comparisons, points)],
         "comparisons": comparisons,
         "similarities": similarities,
         "pointing": points,
@@ -131,22 +132,31 @@ def said(row: Mapping[str, Any]) -> str:
 
 
 def _weight(size: float | None) -> str:
-    return next(word for least, word in SIZES.items() if size is None or abs(size) < least or least == math.inf)
+    # Beside values that are all the same any difference is large.
+    return next((word for least, word in SIZES.items() if size is not None and abs(size) < least), "large")
+
+
+def _most(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(rows, key=lambda row: math.inf if row["size"] is None else abs(row["size"]))
 
 
 def verdict(comparisons: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> str:
-    """One sentence: how many models changed, and which most."""
+    """One sentence: the maps of how many models changed, on average over images, and whose most."""
     others = [network.label for network in networks[1:]]
     reference = networks[0].label
     changes = [row for row in comparisons if row["changed"]]
     changed = [label for label in others if any(row["model"] == label for row in changes)]
+    if not comparisons:
+        return f"No measure with a value for each model was compared with {reference}'s on the same images."
     if not changed:
-        return f"No detectable change: by no measure do the maps of {page.listed(others)} differ from {reference}'s."
-    most = max(changes, key=lambda row: abs(row["size"] or 0))
-    who = f"{len(changed)} of {len(others)} models" if len(others) > 1 else others[0]
-    give = "gives" if len(changed) == 1 else "give"
+        measures = page.listed(list(dict.fromkeys(row["measure"].partition("/")[0] for row in comparisons)))
+        whose = f"the maps of {page.listed(others)} from {reference}'s"
+        return f"No detectable change: on average over images {measures} do not tell {whose}."
+    most = _most(changes)
+    whose = f"{len(changed)} of {len(others)} models" if len(others) > 1 else others[0]
+    which = f", most of all {most['model']}'s" if len(others) > 1 else ""
     return (
-        f"{who} {give} other reasons than {reference}, most of all {most['model']}: its {most['attribution']} maps are "
+        f"The maps of {whose} changed beside those of {reference}{which}: by {most['attribution']} they are "
         f"{most['said']}, a {most['weight']} change."
     )
 
@@ -161,12 +171,12 @@ def lines(comparisons: Sequence[Mapping[str, Any]], names: Sequence[str], n_mode
                 by_word.setdefault(row["said"].partition(" by ")[0], []).append(row)
         phrases = []
         for word, rows in by_word.items():
-            most = max(rows, key=lambda row: abs(row["size"] or 0))
+            most = _most(rows)
             labels = {row["model"] for row in rows}
             how_many = f" in {len(labels)} of {n_models} models, most in {most['model']}" if n_models > 1 else ""
             amount = most["said"].partition(" by ")[2]
             phrases.append(f"{word}{how_many} by {amount} ({most['measure']}, {most['weight']})")
-        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change") + ".")
+        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change on average") + ".")
     return found
 
 
@@ -306,5 +316,6 @@ def _mean(values: Array, seed: int) -> dict[str, Any]:
 
 
 def _short(value: float) -> str:
-    """.021, -.004, 1.200."""
-    return f"{value:.3f}".replace("0.", ".", 1)
+    """.021, -.004, 10.200."""
+    whole, _, part = f"{round(value, 3) + 0.0:.3f}".partition(".")  # no -.000
+    return f"{whole.removesuffix('0') if abs(value) < 1 else whole}.{part}"
