@@ -384,6 +384,13 @@ def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     at_mark = {row["model"]: row for row in result["pointing"] if row["concept"] == "watermark"}
     assert at_mark["marked"]["mean"] > 8 * at_mark["marked"]["area"]
     assert at_mark["clean"]["mean"] == pytest.approx(row["reference"])
+    kept = [row for row in table(tmp_path / "out" / "values.parquet") if not np.isnan(row["value"])]
+    for row in result["pointing"]:
+        about = row["model"], f"localisation/{row['concept']}"
+        ids = [each["image_id"] for each in kept if (each["model"], each["measure"]) == about]
+        truth = data.load(f"shapes:watermark=1,n={N}").ground_truth(ids)[row["concept"]]
+        assert row["n"] == len(ids)
+        assert row["area"] == pytest.approx(float(F.interpolate(truth[:, None].float(), (32, 32)).mean()), rel=1e-6)
     (line,) = (line for line in result["lines"] if " points at " in line)
     assert line.startswith("marked points at the watermark: there lies ")
     assert "marked points at the watermark: " in (tmp_path / "out" / "report.html").read_text()

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sukashi import page, stats
@@ -253,16 +252,20 @@ def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], se
     `mean` is the share of positive relevance on a concept, `area` that of the pixels, in the images that show it.
     """
     found: list[dict[str, Any]] = []
+    reference = networks[0]
+    every = cells[names[0], reference.label]
+    columns = [column for column in every.values if column.startswith("localisation/")]
+    truth = masks(reference.setting, every.image_ids, size_of(reference.loaded.preprocess)) if columns else {}
+    areas = {concept: mask.double().mean((1, 2)).numpy() for concept, mask in truth.items()}
     for name in names:
         for network in networks:
             cell = cells[name, network.label]
-            columns = [column for column in cell.values if column.startswith("localisation/")]
-            shown = masks(network.setting, cell.image_ids, size_of(network.loaded.preprocess)) if columns else {}
+            at = _places(every.image_ids, cell.image_ids)
             for column in columns:
                 values, concept = cell.values[column], column.partition("/")[2]
                 some = np.isfinite(values)
                 if some.any():
-                    area = float(shown[concept].double().mean((1, 2))[torch.from_numpy(some)].mean())
+                    area = float(areas[concept][at][some].mean())
                     about = {"model": network.label, "attribution": name, "concept": concept}
                     found.append(about | _mean(values, seed) | {"area": area})
     return found
