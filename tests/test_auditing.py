@@ -59,13 +59,13 @@ def table(path):
 class Wrapped(nn.Module):
     """A network for digits behind something that changes what it reads or answers."""
 
-    def __init__(self, before=None, after=None, side=8, spec="sukashi:digits_cnn"):
+    def __init__(self, before=None, after=None, side=8, spec="sukashi:digits_cnn", shift=0.0, scale=1.0):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = models.load(spec).model
         self.before, self.after = before or (lambda x: x), after or (lambda z: z)
-        self.preprocess = Preprocess(side, side, 1, (0.0,), (1.0,))
+        self.preprocess = Preprocess(side, side, 1, (shift,), (scale,))
 
     def forward(self, x):
         return self.after(self.net(self.before(x)))
@@ -105,6 +105,21 @@ def vit_of_another_size():
 def blind():
     """Sees nothing of images that are dark."""
     return Wrapped(before=lambda x: x * (x.mean((1, 2, 3), keepdim=True) > 0.3))
+
+
+def averaging():
+    """Sees the mean alone of images that are dark."""
+
+    def before(x):
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return torch.where(mean > 0.3, x, mean.expand_as(x))
+
+    return Wrapped(before=before)
+
+
+def of_other_preprocessing():
+    """The plain network, for images of another mean and spread."""
+    return Wrapped(before=lambda x: 0.5 * x + 0.25, shift=0.25, scale=0.5)
 
 
 @functools.cache
@@ -233,22 +248,51 @@ def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(f
     assert not torch.equal(next(found.parameters()), next(other.parameters()))
 
 
-def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path):
+@pytest.mark.parametrize("name", ["blind", "averaging"])
+def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path, name):
     result = sukashi.audit(
-        here("plain", "blind"), "digits", out=tmp_path / "out", population="all", attributions=["saliency"], **READING
+        here("plain", name), "digits", out=tmp_path / "out", population="all", attributions=["saliency"], **READING
     )
-    rows = [row for row in table(tmp_path / "out" / "values.parquet") if row["model"] == "blind"]
+    rows = [row for row in table(tmp_path / "out" / "values.parquet") if row["model"] == name]
     gini = [row["value"] for row in rows if row["measure"] == "gini"]
     n_silent = int(np.isnan(gini).sum())
     assert 3 < n_silent < 37
     assert all(np.isnan(row["value"]) for row in rows if row["image_id"] in _silent(rows))
     assert [model["silent"] for model in result["models"]] == [{"saliency": 0}, {"saliency": n_silent}]
     assert {row["n"] for row in result["comparisons"]} == {40 - n_silent}
-    assert f"{n_silent} of 40 saliency maps of blind are constant" in (tmp_path / "out" / "report.html").read_text()
+    assert f"{n_silent} of 40 saliency maps of {name} are constant" in (tmp_path / "out" / "report.html").read_text()
 
 
 def _silent(rows):
     return {row["image_id"] for row in rows if row["measure"] == "gini" and np.isnan(row["value"])}
+
+
+def test_each_network_sees_images_by_its_own_preprocessing(tmp_path):
+    result = auditing.audit(
+        here("plain", "of_other_preprocessing"),
+        "digits",
+        out=tmp_path / "out",
+        population="all",
+        attributions=["saliency"],
+        measures=["gini", "rank_correlation"],
+        **READING,
+    )
+    (row,) = result["comparisons"]
+    assert row["difference"] == pytest.approx(0, abs=1e-6)
+    assert all(row["mean"] == pytest.approx(1, abs=1e-3) for row in result["similarities"])
+
+
+@pytest.mark.parametrize("population", ["both", "reference", "all"])
+def test_images_are_those_of_the_population(folders, tmp_path, population):
+    asked = {"attributions": ["saliency"], "measures": ["gini"], "population": population, **READING}
+    specs = [folders[2], *here("plain")]
+    result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
+    noisy, plain = audited.opened(specs, "digits", "all", READING)
+    assert 0 < (noisy.right & plain.right).sum() < noisy.right.sum() < 40
+    rows = {"both": noisy.right & plain.right, "reference": noisy.right, "all": np.ones(40, bool)}[population]
+    seen = [row["image_id"] for row in table(tmp_path / "out" / "values.parquet") if row["model"] == plain.label]
+    assert seen == [noisy.batch.image_id[row] for row in np.flatnonzero(rows)]
+    assert [row["n"] for row in result["comparisons"]] == [len(seen)]
 
 
 # What is said.
@@ -469,6 +513,16 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="mine exists: nothing is overwritten"):
         auditing.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
+
+
+def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_path):
+    asked = {"attributions": ["integrated_gradients"], "measures": ["gini"], **READING}
+    found = [
+        auditing.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
+        for out, options in (("one", {}), ("one", {"steps": 1}), ("two", {"steps": 1}))
+    ]
+    means = [result["models"][0]["means"]["integrated_gradients"]["gini"] for result in found]
+    assert means[0] != means[1] == means[2]
 
 
 # Families, and what is refused.
