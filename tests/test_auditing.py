@@ -1,8 +1,11 @@
 """Audits: every figure again from the kept values, planted effects found, killed runs, and what is refused."""
 
 import copy
+import dataclasses
 import functools
+import html
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sukashi
-from sukashi import audited, auditing, models, pruned, sites
+from sukashi import audit_page, audited, auditing, data, models, pruned, sites, verdicts
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
 from sukashi.errors import DataError, ModelError, UsageError
@@ -55,13 +59,13 @@ def table(path):
 class Wrapped(nn.Module):
     """A network for digits behind something that changes what it reads or answers."""
 
-    def __init__(self, before=None, after=None, side=8, spec="sukashi:digits_cnn"):
+    def __init__(self, before=None, after=None, side=8, spec="sukashi:digits_cnn", shift=0.0, scale=1.0):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = models.load(spec).model
         self.before, self.after = before or (lambda x: x), after or (lambda z: z)
-        self.preprocess = Preprocess(side, side, 1, (0.0,), (1.0,))
+        self.preprocess = Preprocess(side, side, 1, (shift,), (scale,))
 
     def forward(self, x):
         return self.after(self.net(self.before(x)))
@@ -101,6 +105,21 @@ def vit_of_another_size():
 def blind():
     """Sees nothing of images that are dark."""
     return Wrapped(before=lambda x: x * (x.mean((1, 2, 3), keepdim=True) > 0.3))
+
+
+def averaging():
+    """Sees the mean alone of images that are dark."""
+
+    def before(x):
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return torch.where(mean > 0.3, x, mean.expand_as(x))
+
+    return Wrapped(before=before)
+
+
+def of_other_preprocessing():
+    """The plain network, for images of another mean and spread."""
+    return Wrapped(before=lambda x: 0.5 * x + 0.25, shift=0.25, scale=0.5)
 
 
 @functools.cache
@@ -175,22 +194,105 @@ def test_curves_are_kept_and_give_the_area_over_them(done):
         assert value == pytest.approx(np.mean([rows[0]["probability"] - row["probability"] for row in rows[1:]]))
 
 
-def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path):
+def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherwise(folders, tmp_path, monkeypatch):
+    plain_maps, calls = audited.maps_of, []
+
+    def shaken(network, seed):
+        other = copy.deepcopy(network.setting)
+        for parameter in other.loaded.model.parameters():
+            parameter.data += 0.1 * parameter.std()  # as no rounding would, so that it is seen
+        return dataclasses.replace(network, setting=other)
+
+    def counted(network, batch, *args):
+        calls.append((network.label, len(batch)))
+        return plain_maps(network, batch, *args)
+
+    monkeypatch.setattr(audited, "rounded", shaken)
+    monkeypatch.setattr(audited, "maps_of", counted)
+    asked = {"attributions": ["saliency"], "measures": ["gini", *ALIKE], **READING}
+    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    (dense, _) = networks = audited.opened(folders[:2], "digits", "both", READING)
+    images = dense.batch[torch.from_numpy(dense.rows)]
+    maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, shaken(dense, 0)))
+    kept = table(tmp_path / "out" / "values.parquet")
+    rows = {(row["model"], row["measure"]): row for row in result["similarities"]}
+    for measure in ALIKE:
+        expected = measures[measure](maps, other).numpy()
+        values = [row["value"] for row in kept if row["model"] == "dense" and row["measure"] == measure]
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
+        assert expected.mean() < 0.999
+        assert rows["dense", measure]["mean"] == pytest.approx(expected.mean(), abs=1e-5)
+        assert rows["same", measure]["mean"] == pytest.approx(1)
+    # Once for all measures of the reference and for its comparison with others, and once rounded.
+    assert [n for label, n in calls if label == "dense" and n > 8] == [len(dense.rows)] * 2
+    assert [n for label, n in calls if label == "same" and n > 8] == [len(networks[1].rows)]
+
+
+def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(folders):
+    (dense, _) = audited.opened(folders[:2], "digits", "both", READING)
+    weight = next(dense.loaded.model.parameters())
+    weight.data.view(-1)[::3] = 0
+    before = copy.deepcopy(dense.loaded.model.state_dict())
+    found, again, other = (audited.rounded(dense, seed).loaded.model for seed in (0, 0, 1))
+    signs = []
+    for name, parameter in found.named_parameters():
+        old, new = before[name].double(), parameter.double()
+        assert torch.equal(new[old == 0], old[old == 0])
+        moved = (new / old - 1)[old != 0] / 2**-23
+        assert ((moved.abs() > 0.4) & (moved.abs() < 1.6)).all()  # by one, rounded to what float32 has
+        signs.append(moved.sign())
+    assert 0.4 < (torch.cat(signs) > 0).double().mean() < 0.6
+    for name, value in dense.loaded.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(next(found.parameters()), next(again.parameters()))
+    assert not torch.equal(next(found.parameters()), next(other.parameters()))
+
+
+@pytest.mark.parametrize("name", ["blind", "averaging"])
+def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path, name):
     result = sukashi.audit(
-        here("plain", "blind"), "digits", out=tmp_path / "out", population="all", attributions=["saliency"], **READING
+        here("plain", name), "digits", out=tmp_path / "out", population="all", attributions=["saliency"], **READING
     )
-    rows = [row for row in table(tmp_path / "out" / "values.parquet") if row["model"] == "blind"]
+    rows = [row for row in table(tmp_path / "out" / "values.parquet") if row["model"] == name]
     gini = [row["value"] for row in rows if row["measure"] == "gini"]
     n_silent = int(np.isnan(gini).sum())
     assert 3 < n_silent < 37
     assert all(np.isnan(row["value"]) for row in rows if row["image_id"] in _silent(rows))
     assert [model["silent"] for model in result["models"]] == [{"saliency": 0}, {"saliency": n_silent}]
     assert {row["n"] for row in result["comparisons"]} == {40 - n_silent}
-    assert f"{n_silent} of 40 saliency maps of blind are constant" in (tmp_path / "out" / "report.html").read_text()
+    assert f"{n_silent} of 40 saliency maps of {name} are constant" in (tmp_path / "out" / "report.html").read_text()
 
 
 def _silent(rows):
     return {row["image_id"] for row in rows if row["measure"] == "gini" and np.isnan(row["value"])}
+
+
+def test_each_network_sees_images_by_its_own_preprocessing(tmp_path):
+    result = auditing.audit(
+        here("plain", "of_other_preprocessing"),
+        "digits",
+        out=tmp_path / "out",
+        population="all",
+        attributions=["saliency"],
+        measures=["gini", "rank_correlation"],
+        **READING,
+    )
+    (row,) = result["comparisons"]
+    assert row["difference"] == pytest.approx(0, abs=1e-6)
+    assert all(row["mean"] == pytest.approx(1, abs=1e-3) for row in result["similarities"])
+
+
+@pytest.mark.parametrize("population", ["both", "reference", "all"])
+def test_images_are_those_of_the_population(folders, tmp_path, population):
+    asked = {"attributions": ["saliency"], "measures": ["gini"], "population": population, **READING}
+    specs = [folders[2], *here("plain")]
+    result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
+    noisy, plain = audited.opened(specs, "digits", "all", READING)
+    assert 0 < (noisy.right & plain.right).sum() < noisy.right.sum() < 40
+    rows = {"both": noisy.right & plain.right, "reference": noisy.right, "all": np.ones(40, bool)}[population]
+    seen = [row["image_id"] for row in table(tmp_path / "out" / "values.parquet") if row["model"] == plain.label]
+    assert seen == [noisy.batch.image_id[row] for row in np.flatnonzero(rows)]
+    assert [row["n"] for row in result["comparisons"]] == [len(seen)]
 
 
 # What is said.
@@ -235,11 +337,21 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
     assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
     alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
     assert max(alike) < 0.97
+    assert {row["model"] for row in result["similarities"]} == {"dense", "same", "noisy"}
+    assert all(row["mean"] > 0.999 for row in result["similarities"] if row["model"] == "dense"), "rounding is little"
+    least = {row["attribution"]: row for row in result["similarities"] if row["model"] == "noisy"}
+    for name in least:
+        (line,) = (
+            line for line in result["lines"] if line.startswith(f"{name}: rank_correlation with the map of dense")
+        )
+        assert line.endswith(" for noisy, the lowest of 2; rounding alone leaves 1.000 [1.000, 1.000].")
     changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
-    assert result["verdict"].startswith("1 of 2 models gives other reasons than dense, most of all noisy: ")
+    assert result["verdict"].startswith(
+        "The maps of 1 of 2 models changed beside those of dense, most of all noisy's: by "
+    )
     assert {row["model"] for row in result["moved"]} == {"noisy"}
-    page = (out / "report.html").read_text()
+    page = html.unescape((out / "report.html").read_text())
     assert result["verdict"] in page
     for figure in ("changes", "morf", "gallery-saliency", "gallery-integrated_gradients"):
         assert (out / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
@@ -255,6 +367,51 @@ def test_a_change_is_said_in_the_sense_of_its_measure():
     assert said({**down, "measure": "localisation/mark"}) == "less on the mark by 1.021 [-.018, 1.500]"
     unsure = {"changed": False, "difference": 0.1, "low": 0.01, "high": 0.2, "measure": "gini"}
     assert said(unsure) == "no detectable change once corrected [.010, .200]"
+    assert said({**unsure, "low": -10.02, "high": -0.0001}) == "no detectable change once corrected [-10.020, .000]"
+
+
+def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_path):
+    asked = {"attributions": ["saliency"], "measures": ["ssim"], **READING}
+    result = auditing.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
+    assert result["comparisons"] == []
+    assert result["verdict"] == "No measure with a value for each model was compared with dense's on the same images."
+    (line,) = result["lines"]
+    assert line.startswith("saliency: ssim with the map of dense is .")
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert line in page
+    assert "rounded otherwise" in page
+
+
+def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, tmp_path):
+    asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
+    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    assert result["verdict"] == (
+        "No detectable change: on average over images gini and aopc do not tell the maps of same from dense's."
+    )
+
+
+def test_beside_values_without_spread_a_change_is_large_and_comes_first():
+    from sukashi.verdicts import lines
+
+    row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]"}
+    rows = [
+        {**row, "model": "a", "size": 3.0, "weight": "large"},
+        {**row, "model": "b", "size": None, "weight": "large"},
+    ]
+    assert lines(rows, ["lrp"], 2) == ["lrp: sparser in 2 of 2 models, most in b by .1 [.1, .2] (gini, large)."]
+    assert [verdicts._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
+        *("large", "slight", "small", "moderate", "large")
+    ]
+
+
+def test_a_map_of_one_pixel_is_drawn_in_its_colour():
+    spot = np.zeros((20, 20))
+    spot[3, 4] = 2.0
+    about = {"pixels": np.zeros((20, 20, 3)), "title": "x", "wrong": (), "marked": ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bright, dark = (audit_page.draw_gallery([audit_page.Picture(maps={"a": m}, **about)]) for m in (spot, 0 * spot))
+    assert bright != dark
 
 
 def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
@@ -271,6 +428,13 @@ def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     at_mark = {row["model"]: row for row in result["pointing"] if row["concept"] == "watermark"}
     assert at_mark["marked"]["mean"] > 8 * at_mark["marked"]["area"]
     assert at_mark["clean"]["mean"] == pytest.approx(row["reference"])
+    kept = [row for row in table(tmp_path / "out" / "values.parquet") if not np.isnan(row["value"])]
+    for row in result["pointing"]:
+        about = row["model"], f"localisation/{row['concept']}"
+        ids = [each["image_id"] for each in kept if (each["model"], each["measure"]) == about]
+        truth = data.load(f"shapes:watermark=1,n={N}").ground_truth(ids)[row["concept"]]
+        assert row["n"] == len(ids)
+        assert row["area"] == pytest.approx(float(F.interpolate(truth[:, None].float(), (32, 32)).mean()), rel=1e-6)
     (line,) = (line for line in result["lines"] if " points at " in line)
     assert line.startswith("marked points at the watermark: there lies ")
     assert "marked points at the watermark: " in (tmp_path / "out" / "report.html").read_text()
@@ -349,6 +513,16 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="mine exists: nothing is overwritten"):
         auditing.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
+
+
+def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_path):
+    asked = {"attributions": ["integrated_gradients"], "measures": ["gini"], **READING}
+    found = [
+        auditing.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
+        for out, options in (("one", {}), ("one", {"steps": 1}), ("two", {"steps": 1}))
+    ]
+    means = [result["models"][0]["means"]["integrated_gradients"]["gini"] for result in found]
+    assert means[0] != means[1] == means[2]
 
 
 # Families, and what is refused.

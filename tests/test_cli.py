@@ -832,7 +832,7 @@ def test_an_audit(sukashi, refused, tmp_path, weights):
     assert {row["said"].partition(" [")[0] for row in result["comparisons"]} == {"no detectable change"}
     shown = sukashi(*args)
     assert (shown.code, shown.err) == (0, "")
-    assert "No detectable change: by no measure do the maps of digits_cnn (2) differ from digits_cnn's." in shown.out
+    assert "on average over images gini and deletion do not tell the maps of digits_cnn (2) from" in shown.out
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in shown.out
     refused(2, ["deletion.step was 16, now 8"], *args[:-1], "deletion.step=8")
     refused(2, ["no option 'stpe'", "'step'"], *args[:-1], "deletion.stpe=8")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from sukashi import stats
 from sukashi.errors import UsageError
 from sukashi.stats import bootstrap, crossed, holm, interval, least_images, mcnemar, not_lower, paired, share
 
@@ -50,6 +51,17 @@ def test_bootstrap_is_the_enumerated_distribution() -> None:
     ours = bootstrap(many, generator=rng(3), n_resamples=20_000)
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.01)
     assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.01)
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, drawn, counts = rng().normal(size=90), [], stats._counts
+    whole = bootstrap(values, generator=rng(1))
+    monkeypatch.setattr(stats, "BLOCK", 1000)
+    monkeypatch.setattr(stats, "_counts", lambda n, size, generator: drawn.append(size) or counts(n, size, generator))
+    found = bootstrap(values, generator=rng(1))
+    assert (found.low, found.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+    assert max(drawn) == 11
+    assert sum(drawn) == 10_000
 
 
 def test_the_generator_decides() -> None:

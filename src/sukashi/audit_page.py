@@ -52,7 +52,7 @@ def write(
     """The path of `report.html`, written into a folder."""
     measures = list(dict.fromkeys(row["measure"] for row in result["comparisons"]))
     first = [name for name in measures if "/" not in name]
-    figures = {"changes": draw_changes(result, first)}
+    figures = {"changes": draw_changes(result, first)} if first else {}
     if any("morf accuracy" in found for found in curves.values()):
         figures["morf"] = draw_curves(result, curves, percentages)
     figures |= {f"gallery-{name}": draw_gallery(found) for name, found in pictures.items()}
@@ -220,7 +220,7 @@ def draw_gallery(pictures: Sequence[Picture]) -> bytes:
         write(-8, (line + 0.5) * SIDE, _broken(picture.title), ha="right")
         shares = {label: _share(found) for label, found in picture.maps.items()}
         known = [found for found in shares.values() if found is not None]
-        top = float(np.quantile(np.abs(known), 0.99)) if known else 1.0
+        top = (np.quantile(np.abs(known), 0.99) or np.max(np.abs(known))) if known else 1.0
         signed = any((found < 0).any() for found in known)
         _place(whole, line, 0, np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], 3)))
         for column, (label, found) in enumerate(shares.items(), start=1):

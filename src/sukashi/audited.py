@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +91,9 @@ class Network:
 @dataclass(frozen=True)
 class Cell:
     """What was measured of one network and attribution: for each measure a value of each image (B,), NaN for none.
+
+    Measures of similarity are of its maps and the reference's; in the reference's own cell, of its maps and those that
+    it has when `rounded` otherwise.
 
     `silent` (B,) marks maps that are constant or not finite, `curves` are ROAD's: {"morf accuracy": (B, P)}.
     """
@@ -225,6 +229,27 @@ def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any
     return saliency_map(found, channels(name))
 
 
+def rounded(network: Network, seed: int) -> Network:
+    """The network as other rounding could have left it: every weight w is w (1 + e) or w (1 - e), drawn by `seed`.
+
+    e is the precision of the weights, 2^-23 in float32. By as much numbers move in any layer where sums are taken in
+    another order, by another device, batch or kernel. Weights of 0 stay: what was cut stays cut.
+    """
+    model = copy.deepcopy(network.loaded.model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            sign = torch.randn(weight.shape, generator=generator).sign().to(weight)
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * sign)
+    return replace(network, setting=replace(network.setting, loaded=replace(network.loaded, model=model)))
+
+
+def parts(network: Network, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows, as many at a time as are explained and measured at once."""
+    size = min(BATCH, pass_size(network.batch.x))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 # --- cells
 
 
@@ -248,7 +273,7 @@ class Auditor:
     def try_out(self, name: str) -> None:
         """Measure two images, so that a measure that can't have such maps says so before the work."""
         rows = self.rows[:2]
-        maps = maps_of(self.reference, self.reference.batch[torch.from_numpy(rows)], name, self.options.get(name, {}))
+        maps = self._maps(self.reference, name, rows)
         self._measure(self.reference, rows, maps, maps)
 
     def run(self, names: Sequence[str], folder: Path) -> Cells:
@@ -265,8 +290,8 @@ class Auditor:
                     if path.exists():
                         shown.advance(len(rows), note=f"{name}, {network.label}")
                     else:
-                        if self.compares and of_reference is None:
-                            of_reference = torch.cat([maps.cpu() for _, maps in self._parts(self.reference, name)])
+                        if of_reference is None:
+                            of_reference = self._of_reference(name)
                         store.write(path, self._cell(network, name, rows, of_reference, shown))
                     found[name, network.label] = _cell_of(path)
         return found
@@ -275,7 +300,7 @@ class Auditor:
         """A hash of all that decides a cell."""
         told = {
             "network": network.identity,
-            "reference": None if network is self.reference else self.reference.identity,
+            "reference": "itself, rounded" if network is self.reference else self.reference.identity,
             "attribution": [name, channels(name), self.options.get(name, {})],
             "measures": {measure: self.options.get(measure, {}) for measure in self.measures},
             "data": self.reference.setting.data.sha256,
@@ -284,33 +309,35 @@ class Auditor:
         }
         return hashlib.sha256(store.canonical(told)).hexdigest()[:16]
 
-    def _parts(
-        self, network: Network, name: str, rows: NDArray[np.int64] | None = None
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Rows and their maps, some at a time."""
-        rows = self.rows if rows is None else rows
-        size = min(BATCH, pass_size(network.batch.x))
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            yield part, maps_of(network, network.batch[torch.from_numpy(part)], name, self.options.get(name, {}))
+    @cached_property
+    def _rounded(self) -> Network:
+        return rounded(self.reference, self.seed)
+
+    def _of_reference(self, name: str) -> Tensor:
+        """Maps of all rows, (N, H, W) on the CPU: made once for an attribution, for all cells that need them."""
+        return torch.cat([self._maps(self.reference, name, part).cpu() for part in parts(self.reference, self.rows)])
+
+    def _maps(self, network: Network, name: str, rows: NDArray[np.int64]) -> Tensor:
+        return maps_of(network, network.batch[torch.from_numpy(rows)], name, self.options.get(name, {}))
 
     def _cell(
-        self, network: Network, name: str, rows: NDArray[np.int64], of_reference: Tensor | None, shown: progress.Task
+        self, network: Network, name: str, rows: NDArray[np.int64], of_reference: Tensor, shown: progress.Task
     ) -> bytes:
         values: dict[str, list[Tensor]] = {}
-        for part, maps in self._parts(network, name, rows):
-            beside = None
-            if of_reference is not None and network is not self.reference:
-                beside = of_reference[np.searchsorted(self.rows, part)].to(maps.device)
+        for part in parts(network, rows):
+            known = of_reference[np.searchsorted(self.rows, part)].to(network.setting.device)
+            maps, beside = known, known
+            if network is not self.reference:
+                maps = self._maps(network, name, part)
+            elif self.compares:
+                beside = self._maps(self._rounded, name, part)
             for column, found in self._measure(network, part, maps, beside).items():
                 values.setdefault(column, []).append(found.cpu())
             shown.advance(len(part), note=f"{name}, {network.label}")
         ids = np.array([network.batch.image_id[row] for row in rows], dtype=np.str_)
         return store.packed(image_ids=ids, **{column: torch.cat(parts).numpy() for column, parts in values.items()})
 
-    def _measure(
-        self, network: Network, rows: NDArray[np.int64], maps: Tensor, of_reference: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _measure(self, network: Network, rows: NDArray[np.int64], maps: Tensor, beside: Tensor) -> dict[str, Tensor]:
         """Columns (B, ...) of a cell: `silent`, one for each measure, and one for each curve of ROAD."""
         part = network.batch[torch.from_numpy(rows)]
         part = Batch(part.x.to(maps.device), part.target.to(maps.device), part.image_id)
@@ -323,14 +350,14 @@ class Auditor:
         for name in self.measures:
             method, options = registry[name], self.options.get(name, {})
             reads = method.facts.get("reads", ())
-            if name in of_curves or ("reference" in reads and of_reference is None):
+            if name in of_curves:
                 continue
             if not reads:
                 found[name] = method(network.loaded.model, part, maps=maps, generator=generator, **options)
                 continue
             truth = {f"{name}/{concept}": mask[rows].to(maps.device) for concept, mask in self.truth.items()}
             for column, mask in truth.items() if "masks" in reads else ((name, None),):
-                given = {"maps": maps, "reference": of_reference, "masks": mask}
+                given = {"maps": maps, "reference": beside, "masks": mask}
                 found[column] = method(*(given[each] for each in reads), **options)
         for column, values in found.items():
             if column != "silent" and column not in CURVES:
@@ -349,10 +376,8 @@ class Auditor:
         for name in names:
             pairs = [(place[pair["image_id"]], pair["model"]) for pair in moved if pair["attribution"] == name]
             rows = [(row, "") for row in usual] + pairs
-            at = torch.tensor([row for row, _ in rows])
-            maps = {
-                n.label: maps_of(n, n.batch[at], name, self.options.get(name, {})).cpu().numpy() for n in self.networks
-            }
+            at = np.array([row for row, _ in rows])
+            maps = {n.label: self._maps(n, name, at).cpu().numpy() for n in self.networks}
             found[name] = [
                 Picture(
                     pixels=_pixels(self.reference, row),

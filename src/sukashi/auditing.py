@@ -2,7 +2,7 @@
 
     audit.json       what is asked of which reference: another audit is refused, models and attributions may be added
     cells/KEY.npz    one network and one attribution: every value of every image, named by a hash of what decides them
-    values.parquet   model, attribution, measure, image_id, value
+    values.parquet   model, attribution, measure, image_id, value; similarities of the reference are what noise leaves
     curves.parquet   model, attribution, order, percentage, image_id, correct, probability: ROAD's curves
     results.json  report.html  figures/
 
@@ -66,10 +66,11 @@ def audit(
 
     Differences are paired by image: the model's value minus the reference's, their mean with a bootstrap interval, a
     paired t test, and Holm's correction over all comparisons. Maps that are constant or not finite are counted and left
-    out. `seed` draws ROAD's noise and the bootstrap.
+    out. Maps have a floor of noise: similarities of the reference are those of its maps and what other rounding makes
+    of them (`audited.rounded`). `seed` draws ROAD's noise, that rounding and the bootstrap.
 
-    Returns {"reference", "models", "images", "comparisons", "similarities", "pointing", "moved", "refused", "notes",
-    "verdict", "lines", "out", "report"}, see those functions of `verdicts` for the rows.
+    Returns {"reference", "attributions", "models", "n_images", "comparisons", "similarities", "pointing", "moved",
+    "refused", "notes", "verdict", "lines", "out", "report"}, see those functions of `verdicts` for the rows.
 
     Raises UsageError for unknown names, models of different input sizes and a folder of another audit, DataError where
     there is no image to compare on, ModelError where every attribution refuses.

@@ -503,7 +503,7 @@ def audit(
         str, typer.Option(help="Images both the reference and the model get right, or the reference, or all.")
     ] = "both",
     test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 500,
-    seed: Annotated[int, typer.Option(help="Of ROAD's noise and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of ROAD's noise, the rounding and the bootstrap.")] = 0,
     options: OptionsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,6 +15,8 @@ from sukashi.errors import UsageError
 
 Array = NDArray[np.float64]
 
+BLOCK = 10_000_000  # counts at a time, 80 MB
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -71,7 +73,8 @@ def bootstrap(
     n = len(x)
     if n == 1:
         return Interval(_plain(x.mean()), None, None, 1)
-    low, high = _quantiles(_counts(n, n_resamples, generator) @ x / n, level)
+    means = [_counts(n, size, generator) @ x / n for size in _blocks(n_resamples, n)]
+    low, high = _quantiles(np.concatenate(means), level)
     return Interval(_plain(x.mean()), low, high, n)
 
 
@@ -121,9 +124,7 @@ def resamples(
 
     Seeds and images are drawn independently, with replacement (the pigeonhole bootstrap, Owen 2007).
     """
-    block = max(1, 10_000_000 // n_images)  # 80 MB of counts at a time
-    for start in range(0, n_resamples, block):
-        size = min(block, n_resamples - start)
+    for size in _blocks(n_resamples, n_images):
         of_seeds = _counts(n_seeds, size, generator)
         yield of_seeds, _counts(n_images, size, generator)
 
@@ -227,6 +228,13 @@ def _checked(values: ArrayLike, level: float) -> Array:
     if not np.isfinite(x).all():
         raise UsageError("an interval of NaN or Inf means nothing: leave the failed trials out and say so")
     return x
+
+
+def _blocks(n_resamples: int, n: int) -> Iterator[int]:
+    """How many resamples of n things are drawn at once."""
+    size = max(1, BLOCK // n)
+    for start in range(0, n_resamples, size):
+        yield min(size, n_resamples - start)
 
 
 def _counts(n: int, n_resamples: int, generator: np.random.Generator) -> Array:

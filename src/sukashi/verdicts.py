@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sukashi import page, stats
@@ -32,7 +31,10 @@ SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
 def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> dict[str, Any]:
     """What the values of all cells say; every row a dictionary of plain numbers."""
     comparisons = compare(networks, cells, names, seed)
+    similarities = alike(networks, cells, names, seed)
     points = pointing(networks, cells, names, seed)
+    said_of_each = lines(comparisons, names, len(networks) - 1) if comparisons else []
+    likeness = nearness(similarities, names, networks[0].label)
     return {
         "reference": networks[0].label,
         "attributions": list(names),
@@ -56,9 +58,9 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
         ],
         "n_images": len(networks[0].right),
         "verdict": verdict(comparisons, networks),
-        "lines": [*lines(comparisons, names, len(networks) - 1), *aims(comparisons, points)],
+        "lines": [*said_of_each, *likeness, *aims(comparisons, points)],
         "comparisons": comparisons,
-        "similarities": alike(networks, cells, names, seed),
+        "similarities": similarities,
         "pointing": points,
         "moved": moved(networks, cells, names),
     }
@@ -79,6 +81,8 @@ def compare(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
             cell = cells[name, network.label]
             at = _places(of_reference.image_ids, cell.image_ids)
             for measure in of_reference.values:
+                if _is_similarity(measure):
+                    continue  # has no value of its own for each model: see `alike`
                 a, b = cell.values[measure], of_reference.values[measure][at]
                 both = np.isfinite(a) & np.isfinite(b)
                 if not both.any():
@@ -127,22 +131,31 @@ def said(row: Mapping[str, Any]) -> str:
 
 
 def _weight(size: float | None) -> str:
-    return next(word for least, word in SIZES.items() if size is None or abs(size) < least or least == math.inf)
+    # Beside values that are all the same any difference is large.
+    return next((word for least, word in SIZES.items() if size is not None and abs(size) < least), "large")
+
+
+def _most(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(rows, key=lambda row: math.inf if row["size"] is None else abs(row["size"]))
 
 
 def verdict(comparisons: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> str:
-    """One sentence: how many models changed, and which most."""
+    """One sentence: the maps of how many models changed, on average over images, and whose most."""
     others = [network.label for network in networks[1:]]
     reference = networks[0].label
     changes = [row for row in comparisons if row["changed"]]
     changed = [label for label in others if any(row["model"] == label for row in changes)]
+    if not comparisons:
+        return f"No measure with a value for each model was compared with {reference}'s on the same images."
     if not changed:
-        return f"No detectable change: by no measure do the maps of {page.listed(others)} differ from {reference}'s."
-    most = max(changes, key=lambda row: abs(row["size"] or 0))
-    who = f"{len(changed)} of {len(others)} models" if len(others) > 1 else others[0]
-    give = "gives" if len(changed) == 1 else "give"
+        measures = page.listed(list(dict.fromkeys(row["measure"].partition("/")[0] for row in comparisons)))
+        whose = f"the maps of {page.listed(others)} from {reference}'s"
+        return f"No detectable change: on average over images {measures} do not tell {whose}."
+    most = _most(changes)
+    whose = f"{len(changed)} of {len(others)} models" if len(others) > 1 else others[0]
+    which = f", most of all {most['model']}'s" if len(others) > 1 else ""
     return (
-        f"{who} {give} other reasons than {reference}, most of all {most['model']}: its {most['attribution']} maps are "
+        f"The maps of {whose} changed beside those of {reference}{which}: by {most['attribution']} they are "
         f"{most['said']}, a {most['weight']} change."
     )
 
@@ -157,13 +170,38 @@ def lines(comparisons: Sequence[Mapping[str, Any]], names: Sequence[str], n_mode
                 by_word.setdefault(row["said"].partition(" by ")[0], []).append(row)
         phrases = []
         for word, rows in by_word.items():
-            most = max(rows, key=lambda row: abs(row["size"] or 0))
+            most = _most(rows)
             labels = {row["model"] for row in rows}
             how_many = f" in {len(labels)} of {n_models} models, most in {most['model']}" if n_models > 1 else ""
             amount = most["said"].partition(" by ")[2]
             phrases.append(f"{word}{how_many} by {amount} ({most['measure']}, {most['weight']})")
-        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change") + ".")
+        found.append(f"{name}: " + ("; ".join(phrases) or "no detectable change on average") + ".")
     return found
+
+
+def nearness(similarities: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> list[str]:
+    """A sentence for each attribution: how like the reference's the maps are that are least so, and what noise leaves.
+
+    By the first measure of similarity there is.
+    """
+    found = []
+    for name in names:
+        rows = [row for row in similarities if row["attribution"] == name]
+        rows = [row for row in rows if row["measure"] == rows[0]["measure"]]
+        others = [row for row in rows if row["model"] != reference]
+        if not others:
+            continue
+        least = min(others, key=lambda row: row["mean"])
+        said = f"{name}: {least['measure']} with the map of {reference} is {_bounded(least)} for {least['model']}"
+        said += f", the lowest of {len(others)}" if len(others) > 1 else ""
+        own = [f"; rounding alone leaves {_bounded(row)}" for row in rows if row["model"] == reference]
+        found.append("".join([said, *own, "."]))
+    return found
+
+
+def _bounded(row: Mapping[str, Any]) -> str:
+    bounds = "" if row["low"] is None else f" [{_short(row['low'])}, {_short(row['high'])}]"
+    return f"{_short(row['mean'])}{bounds}"
 
 
 def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -194,11 +232,14 @@ def _growth(row: Mapping[str, Any]) -> float:
 def alike(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """How like the reference's the maps of each model are: {"model", "attribution", "measure", "n", "mean", "low",
     "high"}, a bootstrap over images.
+
+    The rows of the reference itself hold its maps against those it has when `audited.rounded` otherwise: what is no
+    less alike than they are was not moved by a cut, but by noise.
     """
     return [
         {"model": network.label, "attribution": name, "measure": measure, **_mean(cell.values[measure], seed)}
         for name in names
-        for network in networks[1:]
+        for network in networks
         for cell in (cells[name, network.label],)
         for measure in cell.values
         if _is_similarity(measure) and np.isfinite(cell.values[measure]).any()
@@ -211,16 +252,20 @@ def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], se
     `mean` is the share of positive relevance on a concept, `area` that of the pixels, in the images that show it.
     """
     found: list[dict[str, Any]] = []
+    reference = networks[0]
+    every = cells[names[0], reference.label]
+    columns = [column for column in every.values if column.startswith("localisation/")]
+    truth = masks(reference.setting, every.image_ids, size_of(reference.loaded.preprocess)) if columns else {}
+    areas = {concept: mask.double().mean((1, 2)).numpy() for concept, mask in truth.items()}
     for name in names:
         for network in networks:
             cell = cells[name, network.label]
-            columns = [column for column in cell.values if column.startswith("localisation/")]
-            shown = masks(network.setting, cell.image_ids, size_of(network.loaded.preprocess)) if columns else {}
+            at = _places(every.image_ids, cell.image_ids)
             for column in columns:
                 values, concept = cell.values[column], column.partition("/")[2]
                 some = np.isfinite(values)
                 if some.any():
-                    area = float(shown[concept].double().mean((1, 2))[torch.from_numpy(some)].mean())
+                    area = float(areas[concept][at][some].mean())
                     about = {"model": network.label, "attribution": name, "concept": concept}
                     found.append(about | _mean(values, seed) | {"area": area})
     return found
@@ -274,5 +319,6 @@ def _mean(values: Array, seed: int) -> dict[str, Any]:
 
 
 def _short(value: float) -> str:
-    """.021, -.004, 1.200."""
-    return f"{value:.3f}".replace("0.", ".", 1)
+    """.021, -.004, 10.200."""
+    whole, _, part = f"{round(value, 3) + 0.0:.3f}".partition(".")  # no -.000
+    return f"{whole.removesuffix('0') if abs(value) < 1 else whole}.{part}"
