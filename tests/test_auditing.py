@@ -362,7 +362,7 @@ def test_a_change_is_said_in_the_sense_of_its_measure():
 
     row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
-    assert said({**row, "measure": "deletion"}) == "less faithful by .021 [.018, .024]"
+    assert said({**row, "measure": "deletion"}) == "slower to fall by .021 [.018, .024]"
     down = {"changed": True, "difference": -1.021, "low": -1.5, "high": 0.018}
     assert said({**down, "measure": "localisation/mark"}) == "less on the mark by 1.021 [-.018, 1.500]"
     unsure = {"changed": False, "difference": 0.1, "low": 0.01, "high": 0.2, "measure": "gini"}
@@ -402,6 +402,27 @@ def test_beside_values_without_spread_a_change_is_large_and_comes_first():
     assert [verdicts._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
         *("large", "slight", "small", "moderate", "large")
     ]
+
+
+def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_cnn, folders, tmp_path):
+    blind = copy.deepcopy(trained_cnn)
+    *_, last = blind.model.parameters()  # the biases of its answers
+    last.data[3] += 100
+    pruned.save(tmp_path / "blind", blind, provenance={}, figures={})
+    asked = {"attributions": ["saliency"], "measures": ["gini", "ssim"], "population": "all", **READING}
+    result = auditing.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
+    assert result["verdict"].endswith("blind gets no more right than guessing would.")
+    assert [model["guesses"] for model in result["models"]] == [False, True]
+    assert result["lines"] == result["moved"] == []
+    specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
+    result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
+    first = "1 of 3 models gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models changed"
+    assert result["verdict"].startswith(first)
+    assert not any("blind" in line for line in result["lines"])
+    last_names = [{row["model"].rpartition("/")[2] for row in result[rows]} for rows in ("moved", "comparisons")]
+    assert last_names == [{"noisy"}, {"blind", "noisy", "same"}]
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert "blind: not shown to get more of the 40 test images right than guessing would" in page
 
 
 def test_a_map_of_one_pixel_is_drawn_in_its_colour():
@@ -511,6 +532,7 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
         with pytest.raises(UsageError, match=words):
             auditing.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("of mine")
     with pytest.raises(UsageError, match="mine exists: nothing is overwritten"):
         auditing.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
 

@@ -66,6 +66,7 @@ def write(
         result=result,
         rows=rows,
         first=first,
+        guessing=[model["label"] for model in result["models"] if model["guesses"]],
         silent=[
             f"{n} of {model['n_images']} {name} maps of {model['label']} are constant or not finite, and left out"
             for model in result["models"]
@@ -235,8 +236,8 @@ def draw_gallery(pictures: Sequence[Picture]) -> bytes:
                     (line + 1) * SIDE - 10,
                     "wrong",
                     ha="right",
-                    color="white",
                     fontweight="bold",
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
                 )
             if label == picture.marked:
                 corner = (column * SIDE + 2, line * SIDE + 2)

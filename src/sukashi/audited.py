@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sukashi import models, progress, sites, store
+from sukashi import models, progress, sites, stats, store
 from sukashi.attributions import attributions as explainers
 from sukashi.attributions.maps import Channels, saliency_map
 from sukashi.audit_page import Picture
@@ -75,6 +75,11 @@ class Network:
     @property
     def loaded(self) -> Loaded:
         return self.setting.loaded
+
+    @property
+    def guesses(self) -> bool:
+        """Whether it is not shown to get more test images right than one in as many as there are classes."""
+        return bool(stats.share(int(self.right.sum()), len(self.right)).low <= 1 / self.loaded.n_classes)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

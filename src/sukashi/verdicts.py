@@ -19,9 +19,10 @@ PAIRS = 5  # of maps that changed most, for each attribution
 WORDS = {
     "gini": ("sparser", "less sparse"),
     "road": ("more faithful", "less faithful"),
-    "aopc": ("more faithful", "less faithful"),
-    "insertion": ("more faithful", "less faithful"),
-    "deletion": ("more faithful", "less faithful"),
+    # Of these a network that breaks sooner, whatever pixels go, has more by the same maps: ROAD takes that off.
+    "aopc": ("quicker to fall", "slower to fall"),
+    "deletion": ("quicker to fall", "slower to fall"),
+    "insertion": ("quicker to rise", "slower to rise"),
     "localisation": ("more on the {}", "less on the {}"),
 }
 # Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
@@ -33,8 +34,10 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
     comparisons = compare(networks, cells, names, seed)
     similarities = alike(networks, cells, names, seed)
     points = pointing(networks, cells, names, seed)
-    said_of_each = lines(comparisons, names, len(networks) - 1) if comparisons else []
-    likeness = nearness(similarities, names, networks[0].label)
+    guessing = {network.label for network in networks[1:] if network.guesses}
+    told = [row for row in comparisons if row["model"] not in guessing]
+    said_of_each = lines(told, names, len(networks) - 1 - len(guessing)) if told else []
+    likeness = nearness([row for row in similarities if row["model"] not in guessing], names, networks[0].label)
     return {
         "reference": networks[0].label,
         "attributions": list(names),
@@ -44,6 +47,7 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
                 "series": network.series,
                 "ratio": network.ratio,
                 "accuracy": float(network.right.mean()),
+                "guesses": network.guesses,
                 "n_images": len(network.rows),
                 "silent": {name: int(cells[name, network.label].silent.sum()) for name in names},
                 "means": {
@@ -58,7 +62,7 @@ def summary(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
         ],
         "n_images": len(networks[0].right),
         "verdict": verdict(comparisons, networks),
-        "lines": [*said_of_each, *likeness, *aims(comparisons, points)],
+        "lines": [*said_of_each, *likeness, *aims(told, points)],
         "comparisons": comparisons,
         "similarities": similarities,
         "pointing": points,
@@ -140,9 +144,20 @@ def _most(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def verdict(comparisons: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> str:
-    """One sentence: the maps of how many models changed, on average over images, and whose most."""
-    others = [network.label for network in networks[1:]]
+    """What is said first: the maps of how many models changed, on average over images, and whose most.
+
+    Models that guess are counted and then left out: whatever their maps show, they do not know these classes.
+    """
+    others = [network.label for network in networks[1:] if not network.guesses]
+    n_guess = len(networks) - 1 - len(others)
+    if n_guess:
+        rest = verdict(comparisons, [networks[0], *(n for n in networks[1:] if not n.guesses)]) if others else ""
+        whose = f"{n_guess} of {len(networks) - 1} models" if len(networks) > 2 else networks[1].label
+        verb = "gets" if len(networks) == 2 or n_guess == 1 else "get"
+        of_rest = f" Of the other {len(others)}: " if len(others) > 1 else " "
+        return f"{whose} {verb} no more right than guessing would.{of_rest if rest else ''}{rest}"
     reference = networks[0].label
+    comparisons = [row for row in comparisons if row["model"] in others]
     changes = [row for row in comparisons if row["changed"]]
     changed = [label for label in others if any(row["model"] == label for row in changes)]
     if not comparisons:
@@ -272,7 +287,7 @@ def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], se
 
 
 def moved(networks: Sequence[Network], cells: Cells, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The pairs of maps that changed most, PAIRS for each attribution and no image twice.
+    """The pairs of maps that changed most, PAIRS for each attribution and no image twice, of models that don't guess.
 
     {"attribution", "model", "image_id", "target", "measure", "value"}: by the first measure of similarity there is, or
     by the difference in the first measure.
@@ -283,6 +298,8 @@ def moved(networks: Sequence[Network], cells: Cells, names: Sequence[str]) -> li
         of_reference = cells[name, networks[0].label]
         pairs = []
         for network in networks[1:]:
+            if network.guesses:
+                continue
             cell = cells[name, network.label]
             measure = next(filter(_is_similarity, cell.values), next(iter(cell.values)))
             values, change = cell.values[measure], -cell.values[measure]
