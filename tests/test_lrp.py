@@ -340,16 +340,50 @@ def test_one_pass_gives_what_one_pass_a_site_gives_and_batches_do_not_matter(sma
             torch.testing.assert_close(parts[site], together[site], rtol=1e-9, atol=1e-12)
 
 
-def test_what_it_cannot_do_is_refused():
-    class Gate(nn.Module):
-        def forward(self, x):
-            return (x * x.relu()).flatten(1)
+class Gated(nn.Module):
+    def __init__(self, gate):
+        super().__init__()
+        self.squeeze, self.excite, self.gate = nn.Linear(4, 2), nn.Linear(2, 4), gate
+        self.head = nn.Linear(4 * 9, 3)
 
+    def forward(self, x):
+        s = self.excite(F.relu(self.squeeze(x.mean((2, 3)))))
+        return self.head((x * self.gate(s)[:, :, None, None]).flatten(1))
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()])
+def test_a_gate_is_its_formulas(gate):
+    torch.manual_seed(0)
+    model = Gated(gate).double().eval()
+    x = noise(3, 4, 3, 3)
+    found = relevance(model, x, site=Site("", "pixel", 4), rule="epsilon")
+    for row in range(3):
+        with torch.no_grad():
+            mean = x[row].mean((1, 2))
+            h = F.relu(model.squeeze(mean))
+            s = model.excite(h)
+            g = gate(s)
+            z = x[row] * g[:, None, None]
+            logits = model.head(z.flatten()[None])[0]
+        r = shares("epsilon", z.flatten(), *dense(model.head, (36,)))[:, TARGET[row]] * logits[TARGET[row]]
+        half = r.view(4, 3, 3) / 2
+        slope = torch.tensor([float(torch.func.grad(gate)(one)) for one in s], dtype=torch.float64)
+        r_s = s * slope / g * half.sum((1, 2))
+        r_h = shares("epsilon", h, *dense(model.excite, (2,))) @ r_s
+        r_mean = shares("epsilon", mean, *dense(model.squeeze, (4,))) @ r_h
+        spread = x[row] / x[row].sum((1, 2), keepdim=True) * r_mean[:, None, None]
+        torch.testing.assert_close(found[row], half + spread, rtol=1e-9, atol=1e-12)
+
+
+def test_what_it_cannot_do_is_refused():
+    x = noise(3, 4, 3, 3)
+    for name in ("Mul", "Sigmoid"):
+        model = Gated(nn.Sigmoid() if name == "Sigmoid" else nn.ReLU()).double()
+        with pytest.raises(ModelError, match=rf"lrp has no rule for {name} \(layer '"):
+            relevance(model, x, site=Site("", "pixel", 4), attention="cp")
+    with pytest.raises(ModelError, match=r"lrp has no rule for Softmax \(layer '0'\)"):
+        relevance(nn.Sequential(nn.Softmax(1), nn.Flatten()), x, site=Site("", "pixel", 4))
     x = noise(3, 3, 4, 4)
-    with pytest.raises(ModelError, match=r"lrp has no rule for Mul \(layer 'mul'\)"):
-        relevance(Gate(), x)
-    with pytest.raises(ModelError, match=r"lrp has no rule for Sigmoid \(layer '0'\)"):
-        relevance(nn.Sequential(nn.Sigmoid(), nn.Flatten()), x)
     for rule in ("epsilon", "gamma", "epsilon_plus"):
         with pytest.raises(UsageError, match="bias=False"):
             relevance(convolutional(), x, rule=rule, bias=False)

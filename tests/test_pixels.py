@@ -13,8 +13,6 @@ FAMILIES = (
     *("torchvision:resnet18", "torchvision:vgg16_bn", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0"),
     *("timm:vit_tiny_patch16_224", "sukashi:cifar_resnet20", "sukashi:digits_cnn", "sukashi:digits_vit"),
 )
-# Beside what their facts say.
-NO_RULE = {("lrp", "torchvision:efficientnet_b0")}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -31,7 +29,7 @@ def test_an_attribution_maps_the_pixels_or_refuses_by_name(shown, method):
     pixels, target = sites.input_site(x), torch.tensor([1])
     steps = {"steps": 2} if "steps" in method.options else {}
     fact = "refuses" if "vit" in name else "needs"
-    if "attention" in method.facts.get(fact, ()) or (method.name, name) in NO_RULE:
+    if "attention" in method.facts.get(fact, ()):
         with pytest.raises(ModelError, match=f"^{method.name} "):
             method(model, x, target, [pixels])
         return

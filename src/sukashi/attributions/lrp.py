@@ -25,7 +25,7 @@ from sukashi.attributions.rules import (
     stable,
     weighted,
 )
-from sukashi.canonical import Add, Scale, canonical
+from sukashi.canonical import Add, Mul, Scale, canonical
 from sukashi.errors import UsageError
 from sukashi.layers import AttentionCore
 from sukashi.types import Site
@@ -64,14 +64,15 @@ def lrp(
     Transformers (Achtibat et al. 2024): the deviation that LayerNorm divides by is a constant; `attention` is `attn`
     (AttnLRP: softmax by its slope, the two factors of a matrix product half each) or `cp` (CP-LRP, Ali et al. 2022:
     attention weights are constants, so q and k get nothing). CP-LRP conserves relevance but for biases; AttnLRP does
-    not in sum.
+    not in sum. The gates of squeeze-and-excitation are attention to channels, and have the rules of `attn`: half for
+    each factor of the product, the sigmoid by its slope (where its input is near 0 its output is not, so a sigmoid
+    that passed relevance on would divide by nothing). `cp` has none for them.
 
     In the implementation a gradient carries R / x, so that most of the rules are autograd's own; relevance is read as
     that gradient times the activation. `batch_size` bounds the images in the one pass that serves all sites.
 
-    Raises ModelError for a model without canonical form or with an operation that has no rule (products of two
-    activations among them), UsageError for `bias=False` with another rule than alpha1beta0, DataError for a target that
-    is no class number an image.
+    Raises ModelError for a model without canonical form or with an operation that has no rule, UsageError for
+    `bias=False` with another rule than alpha1beta0, DataError for a target that is no class number an image.
     """
     if not bias and rule != "alpha1beta0":
         raise UsageError(f"bias=False with rule {rule!r} divides by what may be zero: use rule 'alpha1beta0'")
@@ -93,6 +94,8 @@ def lrp(
         nn.LayerNorm: _layer_norm,
         AttentionCore: partial(_attention, attention == "cp"),
     }
+    if attention == "attn":
+        rules |= {Mul: _product, **dict.fromkeys((nn.Sigmoid, nn.Hardsigmoid))}
     ruled(form, rules, "lrp")
 
     def explain(rows: slice) -> dict[Site, Tensor]:
@@ -163,6 +166,10 @@ def _attention(cp: bool, module: nn.Module, qkv: Tensor) -> Tensor:
     if cp:
         return module.merge(scores.softmax(-1).detach() @ v)
     return module.merge(_halved(_halved(scores).softmax(-1) @ v))
+
+
+def _product(module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    return _halved(plain(module, a, b))
 
 
 def _halved(product: Tensor) -> Tensor:
