@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from sukashi import cli, demo, models, progress, study
+from sukashi import cli, demo, models, progress, study, training, tuning
 from sukashi.errors import ResourceError, UsageError
 from sukashi.source import Source
 
@@ -288,8 +289,8 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
         (2, ["--round-to", "0"], ["round_to must be at least 1, got 0"]),
         (2, ["--criterion", "drfit"], ["did you mean 'drift'?"]),
         (2, ["--set", "cswap.alpha=0.1"], ["'cswap'", "not among random"]),
-        (2, ["--criterion", "wanda"], ["wanda scores sites of kind weight, not 'channel'", "with a scope"]),
-        (2, ["--criterion", "taylor", "--scope", "row"], ["taylor scores", "not 'weight'"]),
+        (2, ["--criterion", "wanda"], ["wanda scores sites of kind weight, not 'channel'", "--scope row"]),
+        (2, ["--criterion", "taylor", "--scope", "row"], ["taylor scores", "not 'weight'", "without --scope"]),
         (2, ["--scope", "rows"], ["scope must be global, layer, row or N:M", "got 'rows'"]),
         (2, ["--scope", "2:4", "--ratio", "0.6"], ["keeps 2 of every 4 weights: give ratio 0.5, got 0.6"]),
         (2, ["--scope", "row", "--mode", "zero"], ["mode zero is for units, and scope row removes single weights"]),
@@ -958,6 +959,29 @@ def test_the_options_of_training_have_one_home(sukashi):
     assert "--label-smoothing" in shown
     assert "--test-images" in shown
     assert "--calibration" not in shown
+
+
+def test_help_tells_the_defaults_of_training():
+    options = inspect.signature(cli._training, eval_str=True).parameters
+    fields = {name: field.default for name, field in training.Training.model_fields.items()}
+    assert list(options) == list(fields)
+    told = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in fields.items()}
+    told["enforce_mask"] = "--enforce-mask"
+    assert fields["enforce_mask"] is True
+    for name, by_optimizer in (("lr", training.RATES), ("weight_decay", training.DECAYS)):
+        told[name] = ", ".join(f"{value:g} for {optimizer}" for optimizer, value in by_optimizer.items())
+    assert fields["size"] is None
+    told["size"] = None
+    for name, option in options.items():
+        text = option.annotation.__metadata__[0].help
+        found = re.search(r"[Dd]efault (.+?)(?=[.;:]( |$)|, a tenth)", text)
+        assert (found and found[1]) == told[name], text
+    documented = inspect.getdoc(tuning.train)
+    for name, value in fields.items():
+        written = f'"{value}"' if isinstance(value, str) else "True" if value is True else told[name]
+        assert (name if name in ("lr", "weight_decay") else f"{name}={written}") in documented
+    # What is said of fine-tuning:
+    assert training.Finetuning.rates == {name: rate / 10 for name, rate in training.RATES.items()}
 
 
 def test_trainings_that_are_refused(refused, tmp_path):

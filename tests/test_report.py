@@ -407,6 +407,12 @@ def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no study and no saved model"):
         report.write(tmp_path)
+    for name, content in (("study.json", {"course": {}}), ("recipe.json", {"provenance": {"course": {}}})):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+        with pytest.raises(UsageError, match="is a schedule's"):
+            report.write(folder)
     with Store(tmp_path / "study").writing({"seeds": 1}):
         pass
     with pytest.raises(UsageError, match="no finished trial"):

@@ -106,7 +106,7 @@ def test_a_mask_never_empties_a_site(n_removed):
 
 @pytest.mark.parametrize("ratio", [50, 1, 1.0, -0.1, math.nan, math.inf, "0.5", None])
 def test_a_ratio_is_a_fraction_removed(ratio):
-    rule = rf"ratio must be in \[0, 1\), got {ratio}: it is the fraction of units REMOVED"
+    rule = rf"ratio must be in \[0, 1\), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
     with pytest.raises(UsageError, match=rule):
         check_ratio(ratio)
     check_ratio(0)

@@ -56,21 +56,34 @@ def audit(
 ) -> dict[str, Any]:
     """What cuts did to the reasons of a network: saliency maps of the first model beside those of the others.
 
-    `models` are specs (which share `weights`, `width` and so on) or saved folders. A map is an attribution of the
-    image's class at the pixels; those that refuse a model are left out for all, with the reason. By default
-    `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are BASICS, insertion
-    and deletion for transformers, and localisation where the data know where the evidence is. Images are the
-    `test_images` first of the test split, of those the ones that the reference and the model both get right
-    (`population`: both, reference or all). Each model sees them by its own preprocessing, at the same size.
+    `models` are specs (which share `weights`, `width` and so on) or saved folders, the reference first. A map is an
+    attribution of the image's class at the pixels; an attribution that refuses a model is left out for all, with the
+    reason. By default `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are
+    gini, road, aopc, rank_correlation, ssim and top_overlap, for transformers insertion and deletion too, and
+    localisation where the data know where the evidence is (`sukashi list measures` tells what each computes).
     `options` are those of attributions and measures by name; road and aopc have none here.
+
+    Images are `test_images` (500) of the test split, evenly over the classes, and of those the ones that the reference
+    and the model both get right (`population`: "both", "reference" or "all"). Each model sees them by its own
+    preprocessing, at the same size. `seed` draws ROAD's noise, the rounding below and the bootstrap. How models and
+    data are read is as in `sukashi.train`: weights, width, only, device, workers and so on.
 
     Differences are paired by image: the model's value minus the reference's, their mean with a bootstrap interval, a
     paired t test, and Holm's correction over all comparisons. Maps that are constant or not finite are counted and left
-    out. Maps have a floor of noise: similarities of the reference are those of its maps and what other rounding makes
-    of them (`audited.rounded`). `seed` draws ROAD's noise, that rounding and the bootstrap.
+    out. Maps have a floor of noise: similarities of the reference are those of its maps and the maps it has with every
+    weight moved by the precision of float32. A model not shown to get more images right than guessing would is told
+    by name, and left out of the verdict and the lines.
 
-    Returns {"reference", "attributions", "models", "n_images", "comparisons", "similarities", "pointing", "moved",
-    "refused", "notes", "verdict", "lines", "out", "report"}, see those functions of `verdicts` for the rows.
+    Returns a dictionary:
+        reference, attributions, n_images, refused ({attribution: reason}), notes, out, report
+        models        of each: label, series, ratio, accuracy, guesses, n_images, silent, means
+        comparisons   a row for each model, attribution and measure: n, reference and mean (means over images),
+                      difference, low, high, p, p_holm, size (in standard deviations over images), weight (that in a
+                      word), changed, said (in words)
+        similarities  how like the reference's maps are: model, attribution, measure, n, mean, low, high
+        pointing      where the data know of concepts: model, attribution, concept, n, mean, low, high, area
+        moved         the pairs of maps that changed most: attribution, model, image_id, target, measure, value
+        verdict, lines   the sentences the page begins with
 
     Raises UsageError for unknown names, models of different input sizes and a folder of another audit, DataError where
     there is no image to compare on, ModelError where every attribution refuses.

@@ -103,26 +103,49 @@ def _reading(
 
 
 def _training(
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step, over all processes.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default 0.05 for sgd, 0.001 for adamw.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Default 0.0005 for sgd, 0.05 for adamw.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, or step: a tenth after 1/2 and 3/4 of them.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Epochs in which the rate rises.")] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="Share of each target given to all classes.")] = None,
-    augment: Annotated[str | None, typer.Option(help="none, crop_flip, resized_crop or affine.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights; 0 = none.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop so many epochs after the best; 0 = never.")] = None,
-    validation: Annotated[float | None, typer.Option(help="Share of each class to choose on, without a val.")] = None,
-    enforce_mask: Annotated[
-        bool | None, typer.Option("--enforce-mask/--no-enforce-mask", help="Keep zeros of a mask zero.")
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images; default 20.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step, over all processes; default 128.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw; default sgd.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate; default 0.05 for sgd, 0.001 for adamw, a tenth to fine-tune."),
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images instead of the model's own.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and views.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd; default 0.9.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default 0.0005 for sgd, 0.05 for adamw.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Of the rate: cosine, or step (a tenth after 1/2 and 3/4 of the epochs); default cosine."),
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Epochs in which the rate rises; default 0.")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of each target given to all classes; default 0.")
+    ] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="Random views: none, crop_flip, resized_crop or affine; default none.")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of a moving average of the weights; default 0: no average.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop so many epochs after the best; default 0: run to the end.")
+    ] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(help="Share of each class held out to choose on, where the data bring no val; default 0.1."),
+    ] = None,
+    enforce_mask: Annotated[
+        bool | None,
+        typer.Option("--enforce-mask/--no-enforce-mask", help="Keep the zeros of a mask zero; default --enforce-mask."),
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images, instead of the model's own.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of random weights, order of images, views and dropout; default 0.")
+    ] = None,
 ) -> None:
-    """The settings that train and finetune share, named as those of `training.Training`; None leaves its default."""
+    """The settings that train and finetune share, named as those of `training.Training`; None leaves its default.
+
+    The defaults are told in words, because their home imports torch and help must not wait for it.
+    """
 
 
 def _shares(
@@ -244,7 +267,7 @@ def check(
 def prune(
     reading: dict[str, Any],
     criterion: Annotated[str, typer.Option(help="See `sukashi list criteria`.")],
-    ratio: Annotated[float, typer.Option(help="Fraction of units to remove, in [0, 1).")],
+    ratio: Annotated[float, typer.Option(help="Fraction to remove of units, or with --scope of weights; in [0, 1).")],
     out: Annotated[Path, typer.Option(help="Folder for the cut model; must not exist.")],
     mode: ModeOption = "cut",
     round_to: Annotated[
@@ -390,7 +413,12 @@ def schedule(
     settings: dict[str, Any],
     how: Annotated[str, typer.Argument(help="oneshot, iterative or lottery; see `sukashi list schedules`.")],
     criteria: Annotated[str, typer.Option(help="Names joined by commas; see `sukashi list criteria`.")],
-    ratios: Annotated[str, typer.Option(help="Fractions removed of the dense network: START:STOP:STEP or a,b,c.")],
+    ratios: Annotated[
+        str,
+        typer.Option(
+            help="Fractions removed of the dense network's units, or with --scope weights: START:STOP:STEP or a,b,c."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the networks; an interrupted schedule is resumed.")],
     scope: Annotated[
         str | None, typer.Option(help="Remove single weights: global, layer, row or N:M. Without it, units.")
@@ -493,17 +521,21 @@ def audit(
     levels: Annotated[str, typer.Option(help="What to look at, joined by commas: saliency.")] = "saliency",
     attributions: Annotated[
         str | None,
-        typer.Option(help="Default saliency,integrated_gradients, and chefer for transformers."),
+        typer.Option(help="Default saliency,integrated_gradients; for transformers chefer too."),
     ] = None,
     measures: Annotated[
         str | None,
-        typer.Option(help="Default gini,road,aopc, likeness to the reference's maps, and more where it fits."),
+        typer.Option(
+            help="Default gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, "
+            "where the data know where the evidence is localisation too."
+        ),
     ] = None,
     population: Annotated[
-        str, typer.Option(help="Images both the reference and the model get right, or the reference, or all.")
+        str,
+        typer.Option(help="Images looked at: both (reference and model get them right), reference (it does) or all."),
     ] = "both",
     test_images: Annotated[int, typer.Option(help="Test images at most, evenly over the classes.")] = 500,
-    seed: Annotated[int, typer.Option(help="Of ROAD's noise, the rounding and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws ROAD's noise, the rounding and the bootstrap.")] = 0,
     options: OptionsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -549,14 +581,14 @@ def audit(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="A study file (TOML): models, data, criteria, samplings, seeds.")],
+    file: Annotated[Path, typer.Argument(help="A study file (TOML): comparisons of models, or a schedule.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results instead of the file's.")] = None,
     data: Annotated[str | None, typer.Option(help="Data instead of the file's.")] = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a study file: a comparison for each of its models, resumed where it was, and one page about all of them."""
+    """Run a study file: a comparison for each of its models, or the levels of a schedule; resumed, with one page."""
     with _working():
         from sukashi import grid
 
@@ -585,13 +617,13 @@ def study(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The --out of a compare or a prune.")],
+    folder: Annotated[Path, typer.Argument(help="The --out of a compare, prune, train or finetune.")],
     margin: Annotated[
         float | None, typer.Option(help="Accuracy may be this much lower and count as lossless; default as compared.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the report of a folder again."""
+    """Write the page of a compare, prune, train or finetune again; schedule, audit and study write theirs when run."""
     with _working():
         from sukashi import report as reports
 

@@ -144,10 +144,29 @@ def schedule(
     command: str | None = None,
     **settings: Unpack[Scheduled],
 ) -> dict[str, Any]:
-    """The levels of a schedule, as `run` gives them, from keywords instead of a `Course`.
+    """Networks pruned and trained to every ratio of a list, by criteria and seeds, saved in `out` with a page.
 
-    Settings are those of `train`, for the dense network where none was given and for every level; where levels are
-    fine-tuned (oneshot, iterative) they are so with a tenth of the learning rate that is usual, unless `lr` is given.
+    `how` is "oneshot" (each ratio from the dense network: prune, fine-tune), "iterative" (each from the one before) or
+    "lottery" (each from the one before, rewound to the weights before training, or after `rewind` epochs, and trained
+    anew). Ratios ascend, and are fractions removed of the dense network's units or, with a `scope` ("global", "layer",
+    "row" or N:M), of its weights without the layers `exclude`. `options` holds options by criterion.
+
+    Settings are those of `sukashi.train`, and `calibration` (images a class for the criteria). They hold for the dense
+    network, where none was given, and for every level; where levels are fine-tuned (oneshot, iterative) it is with a
+    tenth of the learning rate that is usual, unless `lr` is given. With `enforce_mask=False` the weights a mask removes
+    are zero at the start of a level only. Seeds count from 0, and are added to the setting `seed`.
+
+    Levels that are there are kept and a training that was interrupted goes on: the same call ends in the same networks.
+    Each is a saved folder, as in `out/magnitude/0/0.50` (criterion, seed, ratio); `sukashi.load` rebuilds it.
+
+    Returns {"dense_accuracy", "levels": [{"contender", "ratio", "accuracy", "difference", "removed", "zeros"}],
+    "pairs": [{"first", "second", "ratio", "difference"}], "notes", "out", "report"}. Accuracy and differences (from the
+    dense network of the same seed; of two contenders at the same ratio) are {"mean", "low", "high"}, for new seeds and
+    new images. `removed` is the mean fraction removed, `zeros` that of weights which are zero in the end. Under
+    torchrun all processes but the first get an empty dictionary.
+
+    Raises UsageError for settings that contradict each other and a folder of another study, and whatever loading,
+    criteria and training raise.
     """
     given: dict[str, Any] = dict(settings)
     reading: Any = {name: given.pop(name) for name in list(given) if name in Reading.__annotations__}

@@ -68,9 +68,13 @@ class Method:
         """Refuse sites of a kind that is not among the method's own `kinds`."""
         for kind in kinds:
             if kind not in self.facts["kinds"]:
+                remedy = (
+                    "without --scope it removes units"
+                    if kind == "weight"
+                    else "prune and schedule remove single weights with a scope, such as --scope row"
+                )
                 raise UsageError(
-                    f"{self.name} scores sites of kind {', '.join(self.facts['kinds'])}, not {kind!r}: criteria of "
-                    "single weights go with a scope, those of units without one"
+                    f"{self.name} scores sites of kind {', '.join(self.facts['kinds'])}, not {kind!r}: {remedy}"
                 )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -105,17 +105,22 @@ class _Pair:
 
 
 def write(folder: Path | str, margin: float | None = None) -> Path:
-    """The path of `report.html`, written with `figures/*.png` into a folder that `compare` or `prune` filled.
+    """The path of `report.html`, written with `figures/*.png` into a folder of `compare`, `prune` or `train`.
 
     `margin` is that of the lossless point, by default the one of the last run.
 
-    Raises: UsageError where the folder holds neither or nothing is finished, DataError where a file is broken.
+    Raises: UsageError where the folder holds none of these or nothing is finished, DataError where a file is broken.
     """
     folder = Path(folder)
     if (folder / "study.json").exists():
-        shown, figures = _compared(Store(folder), margin)
+        kept = Store(folder)
+        if "course" in kept.study:
+            raise _of_schedule(folder)
+        shown, figures = _compared(kept, margin)
     elif (folder / "recipe.json").exists():
         recipe = _recipe(folder)
+        if "course" in recipe.get("provenance", {}):
+            raise _of_schedule(folder)
         if "history" in recipe.get("figures", {}):
             shown, figures = _trained(recipe)
             return page.render("training.html.j2", folder, figures, **shown)
@@ -123,6 +128,10 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
     else:
         raise UsageError(f"{folder} holds no study and no saved model: give the --out of a compare, a prune or a train")
     return page.render("report.html.j2", folder, figures, **shown)
+
+
+def _of_schedule(folder: Path) -> UsageError:
+    return UsageError(f"{folder} is a schedule's, whose levels share a page: give its command again, which writes that")
 
 
 def write_grid(

@@ -58,14 +58,26 @@ def train(
 ) -> dict[str, Any]:
     """A network trained from random weights (drawn by `seed`) or from those given, saved to the folder `out`.
 
-    Settings are those of `training.Training` and of a `Source`; `memory` is in GiB. The test split is measured once, at
-    the end, on `test_images` of it. `sukashi.load(out)` rebuilds the network. An interrupted call is resumed by giving
-    it again; given once more it returns what was found. Under torchrun all processes call it, and all but the first get
-    an empty dictionary.
+    Settings, with their defaults: epochs=20, batch_size=128 (over all processes), optimizer="sgd" or "adamw", lr (0.05
+    for sgd, 0.001 for adamw), momentum=0.9, weight_decay (5e-4, 0.05), schedule="cosine" or "step", warmup=0 (epochs),
+    label_smoothing=0, augment="none", "crop_flip", "resized_crop" or "affine", ema=0, patience=0 (both off),
+    validation=0.1 (of each class held out, where the data bring no val split), enforce_mask=True, size=None (side of
+    the images, instead of the model's own), seed=0. How the model and the data are read: weights=None, width=None,
+    n_classes=None, pretrained=False, output=None, skip_bad=False, class_map=None, only=None, max_pixels, test_images,
+    device="auto", workers=0; see `sukashi train --help`. `memory` is how many GiB of images a process keeps.
 
-    Returns {"out", "report", "accuracy", "n_images", "epochs", "epoch" (whose weights these are), "validation",
-    "images_per_second", "waiting", "removed" and "zeros" (see `training.Fitted`), "notes", "resumed" (the step), and
-    "finished" (whether it was so before)}.
+    The test split is measured once, at the end, on `test_images` of it. `sukashi.load(out)` rebuilds the network. An
+    interrupted call is resumed by giving it again; given once more it returns what was found. Under torchrun all
+    processes call it, and all but the first get an empty dictionary.
+
+    Returns {"out", "report", "accuracy" (test images), "accuracy_before" (None), "n_images", "epochs" (done), "epoch"
+    (whose weights these are), "validation": {"loss", "accuracy"}, "images_per_second", "waiting" (share of the time
+    spent on getting images ready), "removed" and "zeros" (shares of the weights a mask speaks of that it removes, and
+    that are zero in the end; None without a mask), "notes", "resumed" (the step this call went on from), "finished"
+    (whether it was so before)}.
+
+    Raises UsageError for settings that contradict each other and a folder of another run, DataError for too few images,
+    ModelError where the loss is not finite (the last checkpoint is kept), ResourceError where nothing can be written.
     """
     return _run(model, data, Path(out), Training, tensorboard, memory, command or "sukashi.train(...)", settings)
 
@@ -80,9 +92,15 @@ def finetune(
     command: str | None = None,
     **settings: Unpack[Settings],
 ) -> dict[str, Any]:
-    """The same from weights or a saved folder, whose cuts and mask stay, with a tenth of the learning rate.
+    """A network trained on from weights or a saved folder, whose cuts and mask stay, saved to the folder `out`.
 
-    Returns what `train` does, and "accuracy_before".
+    `model` is a folder that `prune`, `train`, `finetune` or `schedule` wrote, or a name with `weights` or `pretrained`.
+    Settings and resuming are those of `sukashi.train`, but for `lr`, which is a tenth where it is not given: 0.005 for
+    sgd, 1e-4 for adamw.
+
+    Returns what `sukashi.train` does, with "accuracy_before": that of the network as it was given, on the same images.
+
+    Raises UsageError for a model without weights, and what `sukashi.train` raises.
     """
     if Source(model, data, **_opening(settings)).untrained:
         raise UsageError(f"fine-tuning starts from weights and {model} has none: give --weights, or use sukashi train")

@@ -324,4 +324,6 @@ class Trial:
 def check_ratio(ratio: float) -> None:
     """Refuse a ratio outside [0, 1)."""
     if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
-        raise UsageError(f"ratio must be in [0, 1), got {ratio}: it is the fraction of units REMOVED")
+        raise UsageError(
+            f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
+        )
