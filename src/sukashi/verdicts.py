@@ -79,6 +79,7 @@ def compare(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
     reference's values, and in words. Where all images differ by the same, t has no value and p is that of the signs.
     """
     found: list[dict[str, Any]] = []
+    differences, spreads = [], []
     for name in names:
         of_reference = cells[name, networks[0].label]
         for network in networks[1:]:
@@ -92,27 +93,24 @@ def compare(networks: Sequence[Network], cells: Cells, names: Sequence[str], see
                 if not both.any():
                     continue
                 a, b = a[both], b[both]
-                tested = stats.paired(a, b, generator=np.random.default_rng(seed))
-                p = tested.p_t if tested.p_t is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0
-                spread = float(b.std(ddof=1)) if len(b) > 1 else 0.0
-                difference = tested.bootstrap.mean
+                p = stats.t_test(a - b)
+                differences.append(a - b)
+                spreads.append(float(b.std(ddof=1)) if len(b) > 1 else 0.0)
                 found.append(
                     {
                         "model": network.label,
                         "attribution": name,
                         "measure": measure,
-                        "n": len(a),
                         "reference": float(b.mean()),
                         "mean": float(a.mean()),
-                        "difference": difference,
-                        "low": tested.bootstrap.low,
-                        "high": tested.bootstrap.high,
-                        "p": p,
-                        "size": difference / spread if spread else None,
+                        "p": p if p is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0,
                     }
                 )
-    for row, corrected in zip(found, stats.holm([row["p"] for row in found]).tolist(), strict=True):
-        row |= {"p_holm": corrected, "changed": corrected < CERTAIN, "weight": _weight(row["size"])}
+    corrected = stats.holm([row["p"] for row in found]).tolist()
+    for row, p_holm, spread, bounds in zip(found, corrected, spreads, _means(differences, seed), strict=True):
+        row |= {"n": bounds["n"], "difference": bounds["mean"], "low": bounds["low"], "high": bounds["high"]}
+        row |= {"p_holm": p_holm, "changed": p_holm < CERTAIN, "size": row["difference"] / spread if spread else None}
+        row |= {"weight": _weight(row["size"])}
         row["said"] = said(row)
     return found
 
@@ -251,13 +249,16 @@ def alike(networks: Sequence[Network], cells: Cells, names: Sequence[str], seed:
     The rows of the reference itself hold its maps against those it has when `audited.rounded` otherwise: what is no
     less alike than they are was not moved by a cut, but by noise.
     """
-    return [
-        {"model": network.label, "attribution": name, "measure": measure, **_mean(cell.values[measure], seed)}
+    found = {
+        (network.label, name, measure): values[np.isfinite(values)]
         for name in names
         for network in networks
-        for cell in (cells[name, network.label],)
-        for measure in cell.values
-        if _is_similarity(measure) and np.isfinite(cell.values[measure]).any()
+        for measure, values in cells[name, network.label].values.items()
+        if _is_similarity(measure) and np.isfinite(values).any()
+    }
+    return [
+        {"model": label, "attribution": name, "measure": measure} | bounds
+        for (label, name, measure), bounds in zip(found, _means([*found.values()], seed), strict=True)
     ]
 
 
@@ -272,6 +273,7 @@ def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], se
     columns = [column for column in every.values if column.startswith("localisation/")]
     truth = masks(reference.setting, every.image_ids, size_of(reference.loaded.preprocess)) if columns else {}
     areas = {concept: mask.double().mean((1, 2)).numpy() for concept, mask in truth.items()}
+    shares = []
     for name in names:
         for network in networks:
             cell = cells[name, network.label]
@@ -281,9 +283,9 @@ def pointing(networks: Sequence[Network], cells: Cells, names: Sequence[str], se
                 some = np.isfinite(values)
                 if some.any():
                     area = float(areas[concept][at][some].mean())
-                    about = {"model": network.label, "attribution": name, "concept": concept}
-                    found.append(about | _mean(values, seed) | {"area": area})
-    return found
+                    shares.append(values[some])
+                    found.append({"model": network.label, "attribution": name, "concept": concept, "area": area})
+    return [row | bounds for row, bounds in zip(found, _means(shares, seed), strict=True)]
 
 
 def moved(networks: Sequence[Network], cells: Cells, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -330,9 +332,16 @@ def _places(of: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
     return np.array([place[image_id] for image_id in wanted])
 
 
-def _mean(values: Array, seed: int) -> dict[str, Any]:
-    found = stats.bootstrap(values[np.isfinite(values)], generator=np.random.default_rng(seed))
-    return {"n": found.n, "mean": found.mean, "low": found.low, "high": found.high}
+def _means(rows: Sequence[Array], seed: int) -> list[dict[str, Any]]:
+    """{"n", "mean", "low", "high"} of each row of values, a bootstrap: rows of one length are drawn together."""
+    found: dict[int, dict[str, Any]] = {}
+    for n in {len(row) for row in rows}:
+        at = [i for i, row in enumerate(rows) if len(row) == n]
+        drawn = stats.bootstrap(np.stack([rows[i] for i in at], 1), generator=np.random.default_rng(seed))
+        bounds = {"mean": drawn.mean, "low": drawn.low, "high": drawn.high}
+        for column, i in enumerate(at):
+            found[i] = {"n": n} | {name: None if b is None else float(b[column]) for name, b in bounds.items()}
+    return [found[i] for i in range(len(rows))]
 
 
 def _short(value: float) -> str:
