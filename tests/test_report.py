@@ -407,6 +407,13 @@ def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no study and no saved model"):
         report.write(tmp_path)
+    (tmp_path / "audit.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds an audit: give the same audit command again, finished cells are kept"):
+        report.write(tmp_path)
+    with Store(tmp_path / "levels").writing({"course": {}}):
+        pass
+    with pytest.raises(UsageError, match="the levels of a schedule: give the same schedule or study command again"):
+        report.write(tmp_path / "levels")
     with Store(tmp_path / "study").writing({"seeds": 1}):
         pass
     with pytest.raises(UsageError, match="no finished trial"):

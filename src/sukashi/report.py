@@ -120,6 +120,8 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
             shown, figures = _trained(recipe)
             return page.render("training.html.j2", folder, figures, **shown)
         shown, figures = _pruned(folder, recipe)
+    elif (folder / "audit.json").exists():
+        raise UsageError(f"{folder} holds an audit: give the same audit command again, finished cells are kept")
     else:
         raise UsageError(f"{folder} holds no study and no saved model: give the --out of a compare, a prune or a train")
     return page.render("report.html.j2", folder, figures, **shown)
@@ -158,6 +160,11 @@ def write_grid(
 
 
 def _compared(study: Store, margin: float | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    if "course" in study.study:
+        raise UsageError(
+            f"{study.folder} holds the levels of a schedule: give the same schedule or study command again, nothing is "
+            "trained again"
+        )
     groups = _groups(study.finished())
     if not groups:
         raise UsageError(
