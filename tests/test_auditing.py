@@ -333,7 +333,8 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
     result, out = done
     for row in result["comparisons"]:
         if row["model"] == "same":
-            assert (row["difference"], row["p_holm"], row["said"]) == (0, 1, "no detectable change [.000, .000]")
+            said = f"no detectable change in {row['n']} images [.000, .000]"
+            assert (row["difference"], row["p_holm"], row["said"]) == (0, 1, said)
     assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
     alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
     assert max(alike) < 0.97
@@ -347,9 +348,7 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
         assert line.endswith(" for noisy, the lowest of 2; rounding alone leaves 1.000 [1.000, 1.000].")
     changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
-    assert result["verdict"].startswith(
-        "The maps of 1 of 2 models changed beside those of dense, most of all noisy's: by "
-    )
+    assert result["verdict"].startswith("The maps of 1 of 2 models, noisy, changed beside those of dense: by ")
     assert {row["model"] for row in result["moved"]} == {"noisy"}
     page = html.unescape((out / "report.html").read_text())
     assert result["verdict"] in page
@@ -360,21 +359,26 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
 def test_a_change_is_said_in_the_sense_of_its_measure():
     from sukashi.verdicts import said
 
-    row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024}
+    row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
-    assert said({**row, "measure": "deletion"}) == "slower to fall by .021 [.018, .024]"
-    down = {"changed": True, "difference": -1.021, "low": -1.5, "high": 0.018}
+    assert said({**row, "measure": "deletion"}) == "slower to take probability by .021 [.018, .024]"
+    assert said({**row, "measure": "road/probability"}) == (
+        "more faithful in probability by .021 [.018, .024], which moves with confidence"
+    )
+    assert said({**row, "measure": "gini", "n": 19}) == "too few images to say (19)"
+    down = {**row, "difference": -1.021, "low": -1.5, "high": 0.018}
     assert said({**down, "measure": "localisation/mark"}) == "less on the mark by 1.021 [-.018, 1.500]"
-    unsure = {"changed": False, "difference": 0.1, "low": 0.01, "high": 0.2, "measure": "gini"}
-    assert said(unsure) == "no detectable change once corrected [.010, .200]"
-    assert said({**unsure, "low": -10.02, "high": -0.0001}) == "no detectable change once corrected [-10.020, .000]"
+    unsure = {**row, "changed": False, "low": 0.01, "high": 0.2, "measure": "gini"}
+    assert said(unsure) == "no detectable change once corrected in 20 images [.010, .200]"
+    low = said({**unsure, "low": -10.02, "high": -0.0001})
+    assert low == "no detectable change once corrected in 20 images [-10.020, .000]"
 
 
 def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_path):
     asked = {"attributions": ["saliency"], "measures": ["ssim"], **READING}
     result = auditing.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
     assert result["comparisons"] == []
-    assert result["verdict"] == "No measure with a value for each model was compared with dense's on the same images."
+    assert result["verdict"] == "No measure with a value for each model was compared with dense's on 20 images or more."
     (line,) = result["lines"]
     assert line.startswith("saliency: ssim with the map of dense is .")
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
@@ -386,19 +390,33 @@ def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, t
     asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
     result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
     assert result["verdict"] == (
-        "No detectable change: on average over images gini and aopc do not tell the maps of same from dense's."
+        f"No detectable change in {result['models'][1]['n_images']} images: on average gini and aopc do not tell the "
+        "maps of same from dense's, which does not show that they are the same."
     )
+    assert result["measures"] == ["gini", "aopc"]
+    assert {row["measure"] for row in result["comparisons"]} == {"gini", "aopc", "aopc/probability"}
 
 
 def test_beside_values_without_spread_a_change_is_large_and_comes_first():
     from sukashi.verdicts import lines
 
-    row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]"}
+    row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]", "n": 20}
     rows = [
         {**row, "model": "a", "size": 3.0, "weight": "large"},
         {**row, "model": "b", "size": None, "weight": "large"},
     ]
-    assert lines(rows, ["lrp"], 2) == ["lrp: sparser in 2 of 2 models, most in b by .1 [.1, .2] (gini, large)."]
+    assert lines(rows, ["lrp"], 2) == [
+        "lrp: sparser in 2 of 2 models, in SD most in b, by .1 [.1, .2] (gini, large: beside values all the same)."
+    ]
+    assert lines(rows[:1], ["lrp"], 1) == ["lrp: sparser by .1 [.1, .2] (gini, large: 3.00 SD)."]
+    rows[1] |= {"said": "less sparse by .2 [.1, .3]", "size": -0.25, "weight": "small"}
+    assert lines(rows, ["lrp"], 3) == [
+        "lrp: sparser in 1 of 3 models, a, by .1 [.1, .2] (gini, large: 3.00 SD), "
+        "but less sparse in 1 of 3 models, b, by .2 [.1, .3] (gini, small: .25 SD)."
+    ]
+    same = [row | {"changed": False, "said": "no detectable change in 20 images [.0, .1]"} for row in rows]
+    same[1]["n"] = 31
+    assert lines(same, ["lrp", "saliency"], 2) == ["lrp: no detectable change on average in 20 to 31 images."]
     assert [verdicts._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
         *("large", "slight", "small", "moderate", "large")
     ]
@@ -416,13 +434,89 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     assert result["lines"] == result["moved"] == []
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
     result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
-    first = "1 of 3 models gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models changed"
-    assert result["verdict"].startswith(first)
+    first = "blind gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models, "
+    assert result["models"][1]["label"].endswith("blind")
+    assert first in result["verdict"]
     assert not any("blind" in line for line in result["lines"])
     last_names = [{row["model"].rpartition("/")[2] for row in result[rows]} for rows in ("moved", "comparisons")]
     assert last_names == [{"noisy"}, {"blind", "noisy", "same"}]
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert "blind: not shown to get more of the 40 test images right than guessing would" in page
+
+
+def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(folders, tmp_path, monkeypatch):
+    """Probabilities halved change those measures alone, and 19 images change nothing that is said."""
+    plain = audited._of_curves
+
+    def surer(model, *args):
+        found = plain(model, *args)
+        change = 0.5 * float(next(model.parameters()).detach().double().sum() != total)
+        return {name: values + change * name.endswith("/probability") for name, values in found.items()}
+
+    total = float(next(models.load(folders[0]).model.parameters()).detach().double().sum())
+    monkeypatch.setattr(audited, "_of_curves", surer)
+    specs = [*folders[:2], folders[2]]
+    asked = {"attributions": ["saliency"], "measures": ["road", "aopc"], "population": "all"}
+    result = auditing.audit(specs, "digits", out=tmp_path / "out", test_images=40, **asked)
+    by_measure = {row["measure"]: row for row in result["comparisons"] if row["model"] == "noisy"}
+    assert by_measure["aopc/probability"]["changed"]
+    assert by_measure["aopc/probability"]["said"].endswith(", which moves with confidence")
+    told = " ".join([result["verdict"], *result["lines"]])
+    assert "probability" not in told
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    table, rest = page.split("</table>", 1)
+    assert "<th>road</th><th>aopc</th></tr>" in table
+    assert "aopc/probability" not in table
+    assert "road/probability and aopc/probability: of the target's probability" in rest
+    row = by_measure["road"]
+    assert " ".join(table.split()).count(f"{row['reference']:.3f} → ") >= 1
+    few = auditing.audit(specs, "digits", out=tmp_path / "few", test_images=19, **asked)
+    assert not any(row["changed"] for row in few["comparisons"])
+    assert few["verdict"] == "same and noisy have too few images to say anything (19)."
+    assert few["lines"] == []
+    assert [model["few"] for model in few["models"]] == [True] * 3
+    shown = html.unescape((tmp_path / "few" / "report.html").read_text())
+    assert "same (19), noisy (19): too few images to say anything, below 20" in shown
+    assert "no detectable change" not in shown.replace("That no change is detectable", "")
+
+
+def test_models_stand_by_ratio_where_a_series_has_two_and_each_in_its_place_otherwise():
+    def found(*levels):
+        others = [{"label": str(i), "series": name, "ratio": ratio} for i, (name, ratio) in enumerate(levels)]
+        groups = audit_page.series({"models": [{"label": "dense"}, *others]})
+        return {name: [model["label"] for model in models] for name, models in groups.items()}
+
+    assert found(("a", 0.6), ("b", 0.3), ("a", 0.3)) == {"a": ["2", "0"], "b": ["1"]}
+    assert found(("a", 0.5), ("b", 0.5), ("a", 0.5)) == {"": ["0", "1", "2"]}
+    assert found(("a", 0.5), ("b", 0.3)) == {"": ["0", "1"]}
+    assert found(("a", 0.5), ("a", 0.3), (None, None)) == {"": ["0", "1", "2"]}
+
+
+def test_each_model_without_a_ratio_has_its_name_below_its_place(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(audit_page.page, "png", lambda figure: drawn.append(figure) or b"")
+    labels = ["dense", "one", "two", "three"]
+    result = {
+        "reference": "dense",
+        "attributions": ["lrp"],
+        "models": [{"label": label, "series": "cut", "ratio": 0.5} for label in labels],
+        "comparisons": [
+            {"model": label, "attribution": "lrp", "measure": measure, "difference": 0.1, "low": 0.0, "high": 0.2}
+            for label in labels[1:]
+            for measure in ("gini", "road")
+        ],
+    }
+    audit_page.draw_changes(result, ["gini", "road"])
+    (top, bottom) = drawn[0].axes
+    assert [tick.get_text() for tick in bottom.get_xticklabels()] == labels[1:]
+    assert [tick.get_text() for tick in top.get_xticklabels()] == [""] * 3
+    assert [line.get_xdata()[0] for line in bottom.lines if line.get_marker() == "o"] == [0]
+    assert not bottom.texts
+    for model, ratio in zip(result["models"][1:], (0.025, 0.05, 0.5), strict=True):
+        model["ratio"] = ratio
+    audit_page.draw_changes(result, ["gini", "road"])
+    form = drawn[1].axes[0].xaxis.get_major_formatter()
+    assert [form(x) for x in (0.025, 0.35)] == ["2.5%", "35%"]
 
 
 def test_a_map_of_one_pixel_is_drawn_in_its_colour():
@@ -436,9 +530,10 @@ def test_a_map_of_one_pixel_is_drawn_in_its_colour():
 
 
 def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
+    spec = f"shapes:watermark=1,n={2 * N}"  # so that FEW images at least have the mark
     result = auditing.audit(
         here("clean", "marked"),
-        f"shapes:watermark=1,n={N}",
+        spec,
         out=tmp_path / "out",
         attributions=["lrp"],
         measures=["localisation", "gini"],
@@ -453,7 +548,7 @@ def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     for row in result["pointing"]:
         about = row["model"], f"localisation/{row['concept']}"
         ids = [each["image_id"] for each in kept if (each["model"], each["measure"]) == about]
-        truth = data.load(f"shapes:watermark=1,n={N}").ground_truth(ids)[row["concept"]]
+        truth = data.load(spec).ground_truth(ids)[row["concept"]]
         assert row["n"] == len(ids)
         assert row["area"] == pytest.approx(float(F.interpolate(truth[:, None].float(), (32, 32)).mean()), rel=1e-6)
     (line,) = (line for line in result["lines"] if " points at " in line)
@@ -579,6 +674,12 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
     ("names", "options", "error", "words"),
     [
         (["plain"], {}, UsageError, "needs a reference and a model to hold against it, got 1"),
+        (["plain", "plain"], {"attributions": "saliency"}, UsageError, r"got the string 'saliency'.*\['saliency'\]"),
+        (["plain", "plain"], {"measures": "gini,road"}, UsageError, r"give a list, \['gini', 'road'\]"),
+        (["plain", "plain"], {"levels": "saliency"}, UsageError, "levels must be a list"),
+        (["plain", "plain"], {"test_image": 3}, UsageError, "unknown setting 'test_image': did you mean 'test_images'"),
+        (["plain", "plain"], {"attribution": []}, UsageError, "did you mean 'attributions'"),
+        (["plain", "plain"], {"calibration": 3}, UsageError, "unknown setting 'calibration'"),
         (["plain", "plain"], {"levels": ["salience"]}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"attributions": ["salency"]}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"attributions": []}, UsageError, "attributions must be different names, at least one"),
@@ -603,6 +704,13 @@ def test_what_cannot_be_audited_is_refused_and_leaves_nothing(tmp_path, names, o
     with pytest.raises(error, match=words):
         auditing.audit(here(*names), "digits", out=tmp_path / "out", **{**READING, **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_one_folder_is_no_list_of_models(folders, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"models must be a list, got the string .*dense': give a list, the reference "
+    ):
+        sukashi.audit(folders[0], "digits", out=tmp_path / "out")
 
 
 def test_weights_are_for_specs_alone(folders, tmp_path):

@@ -413,6 +413,9 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
         (folder / name).write_text(json.dumps(content))
         with pytest.raises(UsageError, match="is a schedule's"):
             report.write(folder)
+    (tmp_path / "audit.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds an audit: give the same audit command again, finished cells are kept"):
+        report.write(tmp_path)
     with Store(tmp_path / "study").writing({"seeds": 1}):
         pass
     with pytest.raises(UsageError, match="no finished trial"):

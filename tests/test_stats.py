@@ -64,6 +64,18 @@ def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(drawn) == 10_000
 
 
+def test_columns_get_the_bootstrap_they_would_get_alone() -> None:
+    values = rng().normal(size=(30, 2, 3))
+    together = bootstrap(values, generator=rng(1), n_resamples=500)
+    for at in np.ndindex(2, 3):
+        alone = bootstrap(values[:, *at], generator=rng(1), n_resamples=500)
+        found = [bounds[at] for bounds in (together.mean, together.low, together.high)]
+        assert found == [alone.mean, alone.low, alone.high]
+    one = bootstrap(values[:1], generator=rng(1))
+    np.testing.assert_array_equal(one.mean, values[0])
+    assert (one.low, one.n) == (None, 1)
+
+
 def test_the_generator_decides() -> None:
     values = rng().normal(size=9)
     first, again, other = (bootstrap(values, generator=rng(seed)) for seed in (1, 1, 2))

@@ -46,13 +46,13 @@ def write(
     *,
     percentages: Sequence[float],
     population: str,
+    least: int,
     command: str,
     settings: Mapping[str, Any],
 ) -> Path:
-    """The path of `report.html`, written into a folder."""
-    measures = list(dict.fromkeys(row["measure"] for row in result["comparisons"]))
-    first = [name for name in measures if "/" not in name]
-    figures = {"changes": draw_changes(result, first)} if first else {}
+    """The path of `report.html`, written into a folder; below `least` images a model has too few."""
+    drawn = [measure for measure in result["measures"] if "/" not in measure]
+    figures = {"changes": draw_changes(result, drawn)} if drawn else {}
     if any("morf accuracy" in found for found in curves.values()):
         figures["morf"] = draw_curves(result, curves, percentages)
     figures |= {f"gallery-{name}": draw_gallery(found) for name, found in pictures.items()}
@@ -65,8 +65,15 @@ def write(
         figures,
         result=result,
         rows=rows,
-        first=first,
         guessing=[model["label"] for model in result["models"] if model["guesses"]],
+        few=[f"{model['label']} ({model['n_images']})" for model in result["models"] if model["few"]],
+        least=least,
+        n_series=2 if "" in (groups := series(result)) else len(groups),
+        unspoken=[
+            measure
+            for measure in dict.fromkeys(row["measure"] for row in result["comparisons"])
+            if measure not in result["measures"]
+        ],
         silent=[
             f"{n} of {model['n_images']} {name} maps of {model['label']} are constant or not finite, and left out"
             for model in result["models"]
@@ -85,29 +92,29 @@ def write(
 
 
 def series(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The models beside the reference by what pruned them, in order of ratio; one series where that isn't known."""
+    """The models beside the reference by what pruned them, in order of ratio.
+
+    One series named "", as they come, where that isn't known or no series has two ratios: there is nothing to follow.
+    """
     others = result["models"][1:]
     if any(model["ratio"] is None for model in others):
         return {"": others}
     found: dict[str, list[Mapping[str, Any]]] = {}
     for model in sorted(others, key=lambda model: model["ratio"]):
         found.setdefault(model["series"], []).append(model)
-    return found
+    return found if any(models[0]["ratio"] < models[-1]["ratio"] for models in found.values()) else {"": others}
 
 
 def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
     """Differences from the reference with intervals: a row of panels a measure, a column an attribution."""
     groups, names = series(result), result["attributions"]
-    figure, panels = _panels(len(measures), len(names))
-    rows = {(row["model"], row["attribution"], row["measure"]): row for row in result["comparisons"]}
     by_ratio = "" not in groups
     order = [model["label"] for model in result["models"][1:]]
+    figure, panels = _panels(len(measures), len(names), below=0.4 if by_ratio else 0.04 * max(map(len, order)))
+    rows = {(row["model"], row["attribution"], row["measure"]): row for row in result["comparisons"]}
     for i, measure in enumerate(measures):
         for j, name in enumerate(names):
             axes = panels[i][j]
-            reference = [
-                row["reference"] for row in rows.values() if row["attribution"] == name and row["measure"] == measure
-            ]
             axes.axhline(0, color=page.INK, linewidth=0.9, linestyle="--")
             for place, (group, of_group) in enumerate(groups.items()):
                 found = [(model, rows.get((model["label"], name, measure))) for model in of_group]
@@ -134,30 +141,14 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
                 axes.set_title(name, fontsize=10, color=page.INK)
             if j == 0:
                 axes.set_ylabel(f"{measure}, change")
-            if reference:
-                axes.annotate(
-                    f"{result['reference']}: {np.mean(reference):.3f}",
-                    (1, 1),
-                    (-3, -3),
-                    xycoords="axes fraction",
-                    textcoords="offset points",
-                    ha="right",
-                    va="top",
-                    fontsize=8,
-                    color=page.INK,
-                )
             axes.margins(y=0.2)
             if by_ratio:
-                axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+                axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}%")  # 2.5% is not 2%
                 if i == len(measures) - 1:
                     axes.set_xlabel("removed")
             else:
-                axes.set_xticks(
-                    range(len(order)),
-                    order,
-                    rotation=30 if len(order) > 2 else 0,
-                    ha="right" if len(order) > 2 else "center",
-                )
+                named = order if i == len(measures) - 1 else [""] * len(order)
+                axes.set_xticks(range(len(order)), named, rotation=30, ha="right")
                 axes.set_xlim(-0.6, len(order) - 0.4)
             page.calm(axes)
     if by_ratio:
@@ -172,6 +163,9 @@ def draw_curves(
     """Accuracy while the most relevant pixels go: a row for each attribution, a column for each series of models."""
     groups, names = series(result), result["attributions"]
     figure, panels = _panels(len(names), len(groups))
+    together = "" in groups
+    if together:
+        figure.set_figwidth(2 * PANEL[0])  # as wide again for the names of all models
     share = np.array(percentages) / 100
     for i, name in enumerate(names):
         for j, (group, of_group) in enumerate(groups.items()):
@@ -198,7 +192,10 @@ def draw_curves(
             if i == len(names) - 1:
                 axes.set_xlabel("most relevant pixels removed")
             page.calm(axes)
-            axes.legend(frameon=False, fontsize=7.5, loc="best")
+            if not together:
+                axes.legend(frameon=False, fontsize=7.5, loc="best")
+    if together:
+        figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     return page.png(figure)
 
 
@@ -254,8 +251,8 @@ def _place(whole: Array, line: int, column: int, colours: Array) -> None:
     whole[top : top + inner, left : left + inner] = colours[rows][:, columns]
 
 
-def _panels(n_rows: int, n_columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(PANEL[0] * max(n_columns, 1), PANEL[1] * n_rows + 0.4), layout="constrained")
+def _panels(n_rows: int, n_columns: int, below: float = 0.4) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(PANEL[0] * n_columns, PANEL[1] * n_rows + below), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 

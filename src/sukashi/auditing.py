@@ -12,6 +12,7 @@ tests are made of them in the end, pair by pair.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,6 +20,7 @@ from typing import Any, Unpack
 from sukashi import audit_page, store, verdicts
 from sukashi.attributions import attributions as explainers
 from sukashi.audited import (
+    FEW,
     OF_CURVES,
     ORDERS,
     POPULATIONS,
@@ -75,7 +77,7 @@ def audit(
     by name, and left out of the verdict and the lines.
 
     Returns a dictionary:
-        reference, attributions, n_images, refused ({attribution: reason}), notes, out, report
+        reference, attributions, measures, n_images, refused ({attribution: reason}), notes, out, report
         models        of each: label, series, ratio, accuracy, guesses, n_images, silent, means
         comparisons   a row for each model, attribution and measure: n, reference and mean (means over images),
                       difference, low, high, p, p_holm, size (in standard deviations over images), weight (that in a
@@ -83,13 +85,15 @@ def audit(
         similarities  how like the reference's maps are: model, attribution, measure, n, mean, low, high
         pointing      where the data know of concepts: model, attribution, concept, n, mean, low, high, area
         moved         the pairs of maps that changed most: attribution, model, image_id, target, measure, value
-        verdict, lines   the sentences the page begins with
+        verdict, lines   the sentences the page begins with; they speak of `measures` alone, which leaves out those in
+                         probability, and not of models that guess or have too few images (`audited.FEW`)
 
-    Raises UsageError for unknown names, models of different input sizes and a folder of another audit, DataError where
-    there is no image to compare on, ModelError where every attribution refuses.
+
+    Raises UsageError for unknown names and keywords, models of different input sizes and a folder of another audit,
+    DataError where there is no image to compare on, ModelError where every attribution refuses.
     """
     asked = dict(options or {})
-    _check(models, levels, attributions, measures, population, asked)
+    _check(models, levels, attributions, measures, population, asked, reading)
     reading.setdefault("test_images", TEST_IMAGES)
     networks = opened(models, data, population, reading)
     reference = networks[0]
@@ -136,6 +140,7 @@ def audit(
                 shown,
                 percentages=ORDERS["morf"],
                 population=POPULATIONS[population],
+                least=FEW,
                 command=command or "sukashi.audit(...)",
                 settings=settings,
             )
@@ -151,8 +156,18 @@ def _check(
     measures: Sequence[str] | None,
     population: str,
     options: Mapping[str, Mapping[str, Any]],
+    reading: Mapping[str, Any],
 ) -> None:
     """Refuse what means nothing, before anything is loaded."""
+    for name in reading:
+        if name not in Opening.__annotations__:
+            known = [*inspect.getfullargspec(audit).kwonlyargs, *Opening.__annotations__]
+            raise UsageError(f"unknown setting {name!r}{nearest(name, known)}")
+    lists = {"models": models, "levels": levels, "attributions": attributions, "measures": measures}
+    for what, given in lists.items():
+        if isinstance(given, str):
+            like = "the reference first, then those to hold against it" if what == "models" else repr(given.split(","))
+            raise UsageError(f"{what} must be a list, got the string {given!r}: give a list, {like}")
     if len(models) < 2:
         raise UsageError(f"an audit needs a reference and a model to hold against it, got {len(models)}: give more")
     for level in levels:
@@ -160,8 +175,8 @@ def _check(
             raise UsageError(f"unknown level {level!r}{nearest(level, LEVELS)}")
     if population not in POPULATIONS:
         raise UsageError(f"unknown population {population!r}{nearest(population, POPULATIONS)}")
-    for what, given in (("levels", levels), ("attributions", attributions), ("measures", measures)):
-        if given is not None and (not given or len(set(given)) != len(given)):
+    for what, given in lists.items():
+        if what != "models" and given is not None and (not given or len(set(given)) != len(given)):
             raise UsageError(f"{what} must be different names, at least one, got {list(given)}")
     for name in attributions or ():
         explainers[name]

@@ -125,13 +125,18 @@ def write(folder: Path | str, margin: float | None = None) -> Path:
             shown, figures = _trained(recipe)
             return page.render("training.html.j2", folder, figures, **shown)
         shown, figures = _pruned(folder, recipe)
+    elif (folder / "audit.json").exists():
+        raise UsageError(f"{folder} holds an audit: give the same audit command again, finished cells are kept")
     else:
         raise UsageError(f"{folder} holds no study and no saved model: give the --out of a compare, a prune or a train")
     return page.render("report.html.j2", folder, figures, **shown)
 
 
 def _of_schedule(folder: Path) -> UsageError:
-    return UsageError(f"{folder} is a schedule's, whose levels share a page: give its command again, which writes that")
+    return UsageError(
+        f"{folder} is a schedule's, whose levels share a page: give the same schedule or study command again, which "
+        "writes that and trains nothing"
+    )
 
 
 def write_grid(
