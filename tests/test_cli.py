@@ -772,7 +772,7 @@ def test_a_study_file(sukashi, refused, tmp_path):
     assert f"sukashi study {file}" in log
     refused(2, ["cannot read", "nowhere.toml"], "study", tmp_path / "nowhere.toml")
     file.write_text("criteria = 3")
-    refused(2, ["study.toml", "out: Field required"], "study", file)
+    refused(2, ["study.toml", "has no 'out': add out = ", "or give --out"], "study", file)
 
 
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
@@ -962,7 +962,7 @@ def test_the_options_of_training_have_one_home(sukashi):
 
 def test_trainings_that_are_refused(refused, tmp_path):
     out = ["--data", "digits", "--out", tmp_path / "run"]
-    refused(2, ["lr = -1.0", "greater than 0"], "train", NET, *out, "--lr", "-1")
+    refused(2, ["lr must be greater than 0, got -1.0"], "train", NET, *out, "--lr", "-1")
     refused(2, ["fine-tuning starts from weights", "--weights"], "finetune", NET, *out)
     refused(2, ["warmup must be below epochs"], "train", NET, *out, "--epochs", "1", "--warmup", "1")
     refused(4, ["fails on images of shape"], "train", NET, *out, "--size", "12")

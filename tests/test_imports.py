@@ -18,6 +18,7 @@ ORDER = [
     "types",
     "stats",
     "registry",
+    "strict",
     "progress",
     "precision",
     "distributed",

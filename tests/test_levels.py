@@ -234,6 +234,24 @@ def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criteria": "magnitude"}, r'^criteria must be a list like \["magnitude"\], got \'magnitude\'$'),
+        ({"ratios": 0.5}, r"^ratios must be a list like \[0.3, 0.6, 0.9\], got 0.5$"),
+        ({"ratios": (0.5, "0.6")}, r"^ratios.1 must be a number, got '0.6'$"),
+        ({"how": "one"}, "unknown schedule 'one': did you mean 'oneshot'"),
+        ({"scop": "global"}, "unknown setting 'scop': did you mean 'scope'"),
+        ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+        ({"seeds": 1.5}, "seeds must be a whole number like 1, got 1.5"),
+    ],
+)
+def test_wrong_keywords_are_refused_in_a_sentence(tmp_path, changes, message):
+    given = {"how": "oneshot", "criteria": ["magnitude"], "ratios": (0.5,), "out": tmp_path / "out", **changes}
+    with pytest.raises(UsageError, match=message):
+        levels.schedule(SPEC, "digits", **given)
+
+
 def test_every_ratio_has_a_folder_of_its_own():
     assert [levels._named(ratio) for ratio in (0.1, 0.3, 0.99, 0.995, 1 / 3)] == [
         *("0.10", "0.30", "0.99", "0.995", "0.3333333333333333")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from sukashi.models import Loaded
 from sukashi.schedules import schedules
 from sukashi.sites import Found
 from sukashi.source import Reading, Setting, Source
+from sukashi.strict import checked
 from sukashi.study import hardware, plan_for, versions
 from sukashi.training import Finetuning, Fitted, Training, fit, splits
 from sukashi.tuning import Settings, settings_of
@@ -126,6 +127,10 @@ class Scheduled(Settings, total=False):
     calibration: int
 
 
+# Of `schedule`, beside the settings of a training.
+_KEYWORDS = (*Reading.__annotations__, "scope", "exclude", "round_to", "seeds", "rewind", "options", "memory")
+
+
 def schedule(
     model: str,
     data: str,
@@ -152,25 +157,31 @@ def schedule(
     given: dict[str, Any] = dict(settings)
     reading: Any = {name: given.pop(name) for name in list(given) if name in Reading.__annotations__}
     enforced = given.pop("enforce_mask", True)
-    trains: dict[str, Training] = {}
-    if schedules[how].facts["rewinds"] or Source(model, data, **reading).untrained:
-        trains["training"] = settings_of(given)
-    if not schedules[how].facts["rewinds"]:
-        trains["finetuning"] = settings_of(given, Finetuning)
-    course = Course(
-        schedule=how,
-        criteria=list(criteria),
-        ratios=list(ratios),
-        scope=scope,
-        exclude=list(exclude),
-        round_to=round_to,
-        seeds=seeds,
-        enforce_mask=[enforced],
-        rewind=rewind,
-        options={name: dict(chosen) for name, chosen in (options or {}).items()},
-        **trains,  # type: ignore[arg-type]
-    )
+    rewinds = schedules[how].facts["rewinds"]
+    trains = {}
+    if rewinds or Source(model, data, **reading).untrained:
+        trains["training"] = settings_of(given, Training, _KEYWORDS)
+    if not rewinds:
+        trains["finetuning"] = settings_of(given, Finetuning, _KEYWORDS)
+    asked = {
+        "schedule": how,
+        "criteria": _listed(criteria),
+        "ratios": _listed(ratios),
+        "scope": scope,
+        "exclude": _listed(exclude),
+        "round_to": round_to,
+        "seeds": seeds,
+        "enforce_mask": [enforced],
+        "rewind": rewind,
+        "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
+    }
+    course = checked(Course, asked | trains)
     return run(model, data, course, out=out, memory=memory, command=command or "sukashi.schedule(...)", **reading)
+
+
+def _listed(given: Any) -> Any:
+    """What can be made a list; a name is none, though its letters could be one."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
 
 
 def _fits(setting: Setting, course: Course, given: bool) -> list[str]:

@@ -84,7 +84,7 @@ class Training(BaseModel):
     @classmethod
     def _by_optimizer(cls, given: Any) -> Any:
         optimizer = given.get("optimizer", "sgd") if isinstance(given, dict) else ""
-        if optimizer not in cls.rates:
+        if optimizer not in list(cls.rates):  # a list, for what was given may have no hash
             return given
         return {"lr": cls.rates[optimizer], "weight_decay": DECAYS[optimizer]} | given
 

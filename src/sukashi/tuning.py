@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
-
-from pydantic import ValidationError
 
 from sukashi import checkpoint, models, progress, pruned, report, store, training
 from sukashi.data import Data, Split
 from sukashi.errors import UsageError, writing
 from sukashi.measures import accuracy
 from sukashi.models import RECIPE, Loaded
-from sukashi.registry import nearest
 from sukashi.source import Opening, Source
+from sukashi.strict import checked
 from sukashi.study import by_class, hardware, versions
 from sukashi.training import Finetuning, Fitted, Training
 
@@ -89,16 +87,13 @@ def finetune(
     return _run(model, data, Path(out), Finetuning, tensorboard, memory, command or "sukashi.finetune(...)", settings)
 
 
-def settings_of(given: Mapping[str, Any], kind: type[_Kind] = Training) -> _Kind:  # type: ignore[assignment]
-    """Training settings, checked: UsageError for an unknown name or a value out of range."""
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UsageError(f"unknown training setting {name!r}{nearest(name, Training.model_fields)}") from None
-        raise UsageError(f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+def settings_of(
+    given: Mapping[str, Any],
+    kind: type[_Kind] = Training,  # type: ignore[assignment]
+    known: Iterable[str] = (*Opening.__annotations__, "tensorboard", "memory"),
+) -> _Kind:
+    """Training settings, checked: UsageError for a name that is none, nor `known`, or a value out of range."""
+    return checked(kind, given, known=known)
 
 
 def _opening(settings: Mapping[str, Any]) -> Any:
