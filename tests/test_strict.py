@@ -58,5 +58,5 @@ def test_what_is_wrong_is_said(given, said):
 def test_keywords_have_no_file():
     with pytest.raises(UsageError, match=r"^unknown setting 'wood': did you mean 'woods'\? Known: name, .*, woods$"):
         checked(Tree, {"wood": 1}, known=["woods"])
-    with pytest.raises(UsageError, match='^name must be a string like "oak", got 1$'):
+    with pytest.raises(UsageError, match=r'^name must be a string like "oak", got 1$'):
         checked(Tree, {**GOOD, "name": 1})

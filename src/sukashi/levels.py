@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from sukashi import models, page, progress, pruned, sites, sparsity, store, surgery, training
 from sukashi.courses import Course, check, check_used, grown
 from sukashi.errors import UsageError
-from sukashi.levels_page import Level, draw, summary, verdict
+from sukashi.levels_page import Level, cautions, draw, summary
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.schedules import schedules
@@ -58,10 +58,13 @@ def run(
     Ratios are fractions removed of the dense network's units, or of its weights with a scope. Accuracy is that of at
     most `test_images` test images, which nothing was chosen on. `memory` is as in `train`.
 
-    Returns {"dense_accuracy", "levels": [{"contender", "ratio", "accuracy", "difference", "removed", "zeros"}],
-    "pairs": [{"first", "second", "ratio", "difference"}], "notes", "out", "report"}. Accuracy and differences (from the
-    dense network of the same seed; of two contenders at the same ratio) are {"mean", "low", "high"}, for new seeds and
-    new images. `removed` is the mean fraction removed, `zeros` that of weights which are zero in the end.
+    Returns {"dense_accuracy", "seeds", "n_images", "removes" (units or weights), "levels": [{"contender", "ratio",
+    "accuracy", "difference", "removed", "parameters", "zeros"}], "pairs": [{"first", "second", "ratio", "removed",
+    "difference", "so"}], "verdict", "lines", "notes", "out", "report", "finished" (whether it was so before)}.
+    Accuracy and differences (from the dense network of the same seed; of two contenders at the same ratio) are
+    {"mean", "low", "high"}, for new seeds and new images. `ratio` was asked for; `removed` is the mean fraction that
+    was removed of what `removes` says, `parameters` that of all parameters, `zeros` that of weights which are zero in
+    the end. A pair's `removed` are those of the two; where they are more than a point apart, `so` is "not comparable".
 
     Raises UsageError for settings that contradict each other, and whatever loading, criteria and training raise.
     """
@@ -75,6 +78,7 @@ def run(
     check_used(course, given)
     images = source.read()
     folder = Path(out)
+    finished = all((home / models.RECIPE).exists() for *_, home in _places(folder, course))
     first = progress.first()
     n_levels = course.seeds * (1 + len(course.contenders) * len(course.ratios))
     with progress.task("levels", n_levels) as shown:
@@ -102,7 +106,8 @@ def run(
             walker.walk()
     if not first:
         return {}
-    result = summary(collect(folder, course), course) | {"notes": notes, "out": str(folder)}
+    result = summary(collect(folder, course), course)
+    result |= {"notes": [*notes, *cautions(result, course)], "out": str(folder)}
     result["report"] = str(
         page.render(
             "levels.html.j2",
@@ -111,14 +116,12 @@ def run(
             title=title or f"{course.schedule}: {model}",
             result=result,
             course=course,
-            removed="weights" if course.scope else "units",
-            verdict=verdict(result, course),
             command=command or "sukashi.levels.run(...)",
             settings=dict(page.flat(about | {"versions": versions(), "hardware": hardware(setting.device)})),
         )
     )
     store.write(folder / "results.json", store.canonical(result, indent=1) + b"\n")
-    return result
+    return result | {"finished": finished}
 
 
 class Scheduled(Settings, total=False):
@@ -362,17 +365,20 @@ def _named(ratio: float) -> str:
     return max(f"{ratio:.2f}", repr(ratio), key=len)
 
 
+def _places(folder: Path, course: Course) -> Iterator[tuple[str, int, float, Path]]:
+    """Contender, seed, ratio and folder of every level, dense ones first."""
+    for seed in range(course.seeds):
+        yield "dense", seed, 0.0, _home(folder, "dense", seed)
+    for name in course.contenders:
+        for ratio in course.ratios:
+            for seed in range(course.seeds):
+                yield name, seed, ratio, _home(folder, name, seed) / _named(ratio)
+
+
 def collect(folder: Path, course: Course) -> list[Level]:
     """Every level in the folder of a study, dense ones first."""
-    places = [("dense", seed, 0.0, _home(folder, "dense", seed)) for seed in range(course.seeds)]
-    places += [
-        (name, seed, ratio, _home(folder, name, seed) / _named(ratio))
-        for name in course.contenders
-        for ratio in course.ratios
-        for seed in range(course.seeds)
-    ]
     found = []
-    for contender, seed, ratio, home in places:
+    for contender, seed, ratio, home in _places(folder, course):
         with np.load(home / CORRECT, allow_pickle=False) as arrays:
             correct = np.unpackbits(arrays["correct"], count=int(arrays["n"])).astype(bool)
         found.append(Level(contender, seed, ratio, correct, models.read_recipe(home / models.RECIPE).figures))
