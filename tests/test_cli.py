@@ -965,7 +965,15 @@ def test_trainings_that_are_refused(refused, tmp_path):
     refused(2, ["lr must be greater than 0, got -1.0"], "train", NET, *out, "--lr", "-1")
     refused(2, ["fine-tuning starts from weights", "--weights"], "finetune", NET, *out)
     refused(2, ["warmup must be below epochs"], "train", NET, *out, "--epochs", "1", "--warmup", "1")
-    refused(4, ["fails on images of shape"], "train", NET, *out, "--size", "12")
+    refused(
+        4,
+        ["does not run on images of 12 x 12 pixels", "leave --size out, its own is 8 x 8"],
+        "train",
+        NET,
+        *out,
+        "--size",
+        "12",
+    )
 
 
 def test_a_loss_that_is_not_finite_names_the_step(sukashi, tmp_path):
@@ -973,6 +981,7 @@ def test_a_loss_that_is_not_finite_names_the_step(sukashi, tmp_path):
     assert found.code == 4
     assert "step 2" in found.err or "step 3" in found.err
     assert "last checkpoint is kept" in found.err
+    assert "with another --out" in found.err
 
 
 def test_other_processes_of_a_training_are_silent(sukashi, monkeypatch, tmp_path):

@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_is_refused(start, few, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(start, few, tmp_path):
-    with pytest.raises(ModelError, match=r"step \d+.*last checkpoint is kept.*lower --lr"):
+    with pytest.raises(ModelError, match=r"step \d+.*last checkpoint is kept.*lower --lr.*another --out"):
         fit(start, few, Training(epochs=3, lr=1e18), out=tmp_path / "run", seconds=0)
     kept = safetensors.torch.load_file(tmp_path / "run" / checkpoint.FILE)
     assert all(tensor.isfinite().all() for name, tensor in kept.items() if name.startswith("model."))

@@ -83,8 +83,9 @@ def run(
     n_levels = course.seeds * (1 + len(course.contenders) * len(course.ratios))
     with progress.task("levels", n_levels) as shown:
         for seed in range(course.seeds):
-            loaded = _sized(source.build(images, seed), course.size)
-            setting = Setting(source, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
+            loaded = models.resized(source.build(images, seed), course.size)
+            read = images.read_in(loaded.preprocess.channels)
+            setting = Setting(source, loaded, read, Found((), {}), next(loaded.model.parameters()).device)
             models.probe(loaded, setting.example)
             if course.scope is None:
                 found = sites.find(loaded.model, setting.example)
@@ -350,10 +351,6 @@ class _Walker:
             return 0.0 if mask is None else mask.n_removed / mask.n_units
         now = sum(site.n_units for site in sites.find(network.model, self.setting.example).sites)
         return 1 - now / self.n_units
-
-
-def _sized(loaded: Loaded, size: int | None) -> Loaded:
-    return loaded if size is None else replace(loaded, preprocess=replace(loaded.preprocess, height=size, width=size))
 
 
 def _home(out: Path, contender: str, seed: object) -> Path:

@@ -449,7 +449,9 @@ class _Run:
             self.keep(self.state)
 
     def _refuse(self, fault: str) -> NoReturn:
-        raise ModelError(f"{fault}: the last checkpoint is kept; give a lower --lr or a longer --warmup")
+        raise ModelError(
+            f"{fault}: the last checkpoint is kept; give a lower --lr or a longer --warmup, with another --out"
+        )
 
     def fitted(self, resumed: int, notes: tuple[str, ...]) -> Fitted:
         model = copy.deepcopy(self.loaded.model).to(self.processes.device)

@@ -116,9 +116,8 @@ def _run(
         raise UsageError(f"memory must be at least 0 GiB, got {memory}: 0 decodes every image when it is asked for")
     source = Source(model, data, **opening)
     images = source.read()
-    loaded = source.build(images, chosen.seed)
-    if chosen.size is not None:
-        loaded = replace(loaded, preprocess=replace(loaded.preprocess, height=chosen.size, width=chosen.size))
+    loaded = models.resized(source.build(images, chosen.seed), chosen.size)
+    images = images.read_in(loaded.preprocess.channels)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
@@ -185,7 +184,7 @@ def _save(out: Path, loaded: Loaded, provenance: Mapping[str, Any], figures: Map
         for path in sorted(draft.iterdir(), key=lambda path: path.name == RECIPE):
             path.replace(out / path.name)
         draft.rmdir()
-        (out / checkpoint.FILE).unlink(missing_ok=True)
+        checkpoint.clear(out)
     report.write(out)
 
 
@@ -195,7 +194,7 @@ def _finished(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     if run is None:
         raise UsageError(f"{out} holds a model that was not trained here: choose another --out")
     store.refuse_other(out, run, described)
-    (out / checkpoint.FILE).unlink(missing_ok=True)
+    checkpoint.clear(out)
     report.write(out)
     return {**_said(out, recipe.figures), "resumed": None, "finished": True}
 
