@@ -66,6 +66,7 @@ ORDER = [
     "schedules",
     "store",
     "checkpoint",
+    "settings",
     "training",
     "page",
     "report",

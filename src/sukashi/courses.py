@@ -12,8 +12,8 @@ from sukashi.criteria import UNITS
 from sukashi.criteria import criteria as registry
 from sukashi.errors import UsageError
 from sukashi.schedules import schedules
+from sukashi.settings import Finetuning, Training
 from sukashi.study import check_options
-from sukashi.training import Finetuning, Training
 from sukashi.types import check_ratio
 
 LEAKY = "unenforced"

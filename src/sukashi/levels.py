@@ -30,11 +30,12 @@ from sukashi.levels_page import Level, cautions, draw, summary
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.schedules import schedules
+from sukashi.settings import Finetuning, Training, check_training, splits
 from sukashi.sites import Found
 from sukashi.source import Reading, Setting, Source
 from sukashi.strict import checked
 from sukashi.study import hardware, plan_for, versions
-from sukashi.training import Finetuning, Fitted, Training, fit, splits
+from sukashi.training import Fitted, fit
 from sukashi.tuning import Settings, settings_of
 from sukashi.types import Batch, Mask
 
@@ -201,7 +202,7 @@ def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
     notes = dict.fromkeys(data.notes)
     for chosen in course.used(given).values():
         train, validation, made = splits(data, chosen)
-        training.check(chosen, train, validation, setting.loaded, tensorboard=False)
+        check_training(chosen, train, validation, setting.loaded, tensorboard=False)
         notes |= dict.fromkeys(made)
     return list(notes)
 

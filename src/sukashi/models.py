@@ -643,7 +643,7 @@ def _patches(model: nn.Module, example: Tensor, spec: str) -> dict[str, Callable
         said = " and ".join(f"{height} x {width}" for height, width in fits if min(height, width) > 0)
         raise ModelError(
             f"{spec} cuts images into patches of {patch[0]} x {patch[1]} pixels, of which {side[0]} x {side[1]} is no "
-            f"multiple, so that pixels would never be read: the nearest sizes that are one are {said}"
+            f"multiple, so that pixels would never be read: the nearest multiples are {said}"
         )
 
     return {

@@ -14,10 +14,11 @@ from sukashi.data import Data, Split
 from sukashi.errors import UsageError, writing
 from sukashi.measures import accuracy
 from sukashi.models import RECIPE, Loaded
+from sukashi.settings import Finetuning, Training, about
 from sukashi.source import Opening, Source
 from sukashi.strict import checked
 from sukashi.study import by_class, hardware, versions
-from sukashi.training import Finetuning, Fitted, Training
+from sukashi.training import Fitted
 
 _Kind = TypeVar("_Kind", bound=Training)
 _BATCH = 128  # test images decoded at once
@@ -122,7 +123,7 @@ def _run(
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
     loaded = replace(loaded, class_names=images.class_names)
-    described = training.about(loaded, images, chosen)
+    described = about(loaded, images, chosen)
     if (out / RECIPE).exists():
         return _finished(out, described) if progress.first() else {}
     fitted = training.fit(
