@@ -697,7 +697,7 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
             "no test image to audit reversed_answers on, of 40, that the ref",
         ),
         (["plain", "pair"], {}, ModelError, "gives a tuple, not logits"),
-        (["plain", "vit_of_another_size"], {}, ModelError, r"fails on images of shape \(2, 1, 12, 12\)"),
+        (["plain", "vit_of_another_size"], {}, ModelError, "does not run on images of 12 x 12 pixels in 1 channel "),
     ],
 )
 def test_what_cannot_be_audited_is_refused_and_leaves_nothing(tmp_path, names, options, error, words):

@@ -773,7 +773,7 @@ def test_a_study_file(sukashi, refused, tmp_path):
     assert f"sukashi study {file}" in log
     refused(2, ["cannot read", "nowhere.toml"], "study", tmp_path / "nowhere.toml")
     file.write_text("criteria = 3")
-    refused(2, ["study.toml", "out: Field required"], "study", file)
+    refused(2, ["study.toml", "has no 'out': add out = ", "or give --out"], "study", file)
 
 
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
@@ -986,10 +986,18 @@ def test_help_tells_the_defaults_of_training():
 
 def test_trainings_that_are_refused(refused, tmp_path):
     out = ["--data", "digits", "--out", tmp_path / "run"]
-    refused(2, ["lr = -1.0", "greater than 0"], "train", NET, *out, "--lr", "-1")
+    refused(2, ["lr must be greater than 0, got -1.0"], "train", NET, *out, "--lr", "-1")
     refused(2, ["fine-tuning starts from weights", "--weights"], "finetune", NET, *out)
     refused(2, ["warmup must be below epochs"], "train", NET, *out, "--epochs", "1", "--warmup", "1")
-    refused(4, ["fails on images of shape"], "train", NET, *out, "--size", "12")
+    refused(
+        4,
+        ["does not run on images of 12 x 12 pixels", "leave --size out, its own is 8 x 8"],
+        "train",
+        NET,
+        *out,
+        "--size",
+        "12",
+    )
 
 
 def test_a_loss_that_is_not_finite_names_the_step(sukashi, tmp_path):
@@ -997,6 +1005,7 @@ def test_a_loss_that_is_not_finite_names_the_step(sukashi, tmp_path):
     assert found.code == 4
     assert "step 2" in found.err or "step 3" in found.err
     assert "last checkpoint is kept" in found.err
+    assert "with another --out" in found.err
 
 
 def test_other_processes_of_a_training_are_silent(sukashi, monkeypatch, tmp_path):

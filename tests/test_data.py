@@ -833,6 +833,22 @@ def test_only_some_classes_are_numbered_as_asked(tmp_path):
     assert some.notes[-1].endswith("2 of the 3 classes of " + whole.name + ": c, a")
 
 
+def test_notes_of_some_classes_count_these(digit_data):
+    some = data.load("digits", only=["0", "1"])
+    held_out = f"digits has no test split: 20% of each class held out by seed 0, {len(some.test)} images"
+    assert held_out in some.notes
+    assert len(some.test) < 100 < len(digit_data.test)
+    assert some.notes == digit_data.only(["0", "1"]).notes
+    again = some.only(["1", "0"])
+    assert [note for note in again.notes if "held out" in note] == [held_out]
+
+
+def test_that_grey_is_repeated_is_said_where_it_is(digit_data):
+    repeated = "1797 image(s) of digits: greyscale: repeated where a model wants three channels"
+    assert repeated in digit_data.read_in(3).notes
+    assert [note for note in digit_data.notes if note != repeated] == list(digit_data.read_in(1).notes)
+
+
 @pytest.mark.parametrize(
     ("only", "message"),
     [(["cat", "cow"], "no class 'cow'"), (["cat", "cat"], "different classes"), (["dog"], "at least two")],

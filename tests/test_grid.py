@@ -161,7 +161,7 @@ def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home,
     [
         ("seeds = 2", "sedes = 2", "unknown key 'sedes': did you mean 'seeds'?"),
         ("width = 8", "wdith = 8", "unknown key 'models.cnn.wdith': did you mean 'width'?"),
-        ("seeds = 2", "seeds = 'two'", "seeds: Input should be a valid integer"),
+        ("seeds = 2", "seeds = 'two'", r"study.toml: seeds must be a whole number like 3, got 'two'"),
         ("seeds = 2", "seeds = ", "is no TOML"),
         ("[models.cnn]", '[models."../cnn"]', "letters, digits, _ or -: '../cnn'"),
         ('["taylor", "magnitude"]]', '["taylor", "drift"]]', "pairs 'drift', which it does not compare"),
@@ -198,6 +198,44 @@ def test_files_that_are_not_there_or_hold_no_model(tmp_path):
         grid.run(tmp_path / "empty.toml")
 
 
+def test_keys_that_are_missing_or_of_another_kind_of_study(tmp_path):
+    def refused(text, words):
+        (tmp_path / "study.toml").write_text(text)
+        with pytest.raises(UsageError, match=words):
+            grid.run(tmp_path / "study.toml")
+
+    levels_of = {"schedule": '"oneshot"', "criteria": '["magnitude"]', "ratios": "[0.5]", "out": '"o"', "data": '"x"'}
+    model = '\n[model]\nspec = "sukashi:digits_cnn"\n'
+
+    def course(tail=model, **changes):
+        return "\n".join(f"{key} = {value}" for key, value in (levels_of | changes).items() if value) + tail
+
+    # A name that is misspelt leaves another one missing, and is what can be put right.
+    refused(course(ratios=None, ratio="[0.5]"), "study.toml has an unknown key 'ratio': did you mean 'ratios'?")
+    refused(course(ratios=None), r"study.toml has no 'ratios': add ratios = \[0.3, 0.6, 0.9\]$")
+    refused(course(data=None), r"has no 'data': add data = \"digits\", or give --data$")
+    refused(course(""), r"has no 'model': add \[model\] with spec = \"sukashi:digits_cnn\"$")
+    refused(course("\n[model]\nwidth = 8"), r"has no 'spec' in \[model\]: add spec = \"sukashi:digits_cnn\"$")
+    refused(
+        course(model.replace("model", "models.a")), r"has a schedule, .*write \[model\] in place of \[models.NAME\]$"
+    )
+    refused(course(criteria='"magnitude"'), r"criteria must be a list like \[\"magnitude\"\], got 'magnitude'$")
+    refused(course(seeds="1.5"), "seeds must be a whole number like 1, got 1.5$")
+    refused(course(model + "[training]\nlr = 0\n"), "training.lr must be greater than 0, got 0$")
+    refused(course(model + "[training]\nlr = 0.1\nepoch = 1\n"), "unknown key 'training.epoch': did you mean 'epochs'?")
+    refused(course(schedule=None), r"has no schedule, .*write \[models.NAME\] in place of \[model\]")
+    refused(course("", schedule=None), r"has no 'models': add \[models.NAME\] with spec = ")
+    refused(STUDY.replace('["taylor", "magnitude"],', '["taylor"],'), "pairs.0 must have at least 2 items, not 1, got")
+
+
+def test_data_and_out_need_not_be_in_the_file(home, done, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    text = STUDY.replace('out = "results"', "").replace('data = "digits"', "")
+    (tmp_path / "study.toml").write_text(text)
+    again = grid.run(tmp_path / "study.toml", data="digits", out=home / "results")
+    assert again["models"] == done["models"]
+
+
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parent.parent / "studies").glob("*.toml")), ids=lambda p: p.stem
 )
@@ -205,6 +243,6 @@ def test_the_studies_that_come_along_keep_the_rules(path):
     given = grid._toml(path)
     assert set(given["criteria"]) <= set(criteria.names())
     if "schedule" in given:
-        levels.check(grid._checked(path, grid._Levels, given))
+        levels.check(grid._course(path, given))
     else:
         assert grid._grid(path, given).models

@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from sukashi import grid, levels, models, progress, sites
+from sukashi import cli, grid, levels, levels_page, models, progress, sites, stats
 from sukashi.errors import SukashiError, UsageError
 from sukashi.levels import Course
+from sukashi.levels_page import Level
 from sukashi.training import Training
 
 SPEC = "sukashi:digits_cnn"
@@ -96,10 +97,11 @@ def test_a_study_goes_on_from_the_level_it_had_reached(lottery, tmp_path, monkey
         shutil.rmtree(out / gone)
     again = levels.run(SPEC, "digits", chosen, out=out, **READING)
     assert {**again, "out": "", "report": ""} == {**result, "out": "", "report": ""}
+    assert not again["finished"]
     for path in sorted(whole.rglob("model.safetensors")):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
     monkeypatch.setattr(levels, "fit", None)
-    assert levels.run(SPEC, "digits", chosen, out=out, **READING)["levels"] == again["levels"]
+    assert levels.run(SPEC, "digits", chosen, out=out, **READING) == {**again, "finished": True}
     with pytest.raises(UsageError, match=r"course.rewind was 0, now 1"):
         levels.run(SPEC, "digits", chosen.model_copy(update={"rewind": 1}), out=out, **READING)
 
@@ -183,6 +185,130 @@ def test_channels_go_for_real(schedule, weights, tmp_path):
     assert torch.equal(weights_of(dense), weights_of(models.load(SPEC, width=8, weights=weights)))
 
 
+@pytest.fixture(scope="module")
+def rounded(weights, tmp_path_factory):
+    """Channels in widths of multiples of 4, of 8: what goes is not what was asked for, nor the same for both."""
+    out = tmp_path_factory.mktemp("rounded") / "out"
+    changes = {"schedule": "oneshot", "scope": None, "round_to": 4, "ratios": [0.3, 0.55]}
+    chosen = course(True, criteria=["magnitude", "random"], **changes)
+    return levels.run(SPEC, "digits", chosen, out=out, **{**READING, "width": 8, "weights": weights}), out, chosen
+
+
+def test_what_was_removed_is_counted_in_the_networks_themselves(rounded):
+    result, out, _ = rounded
+    sizes = {}
+    for name in ("dense", "magnitude", "random"):
+        for folder in (out / name / "0").glob("**/recipe.json"):
+            network = models.load(str(folder.parent)).model
+            n_units = sum(site.n_units for site in sites.find(network, torch.zeros(2, 1, 8, 8)).sites)
+            sizes[name, folder.parent.name] = n_units, sum(p.numel() for p in network.parameters())
+    n_units, n_parameters = sizes["dense", "0"]
+    for row in result["levels"]:
+        units, parameters = sizes[row["contender"], f"{row['ratio']:.2f}"]
+        assert row["removed"] == pytest.approx(1 - units / n_units)
+        assert row["parameters"] == pytest.approx(1 - parameters / n_parameters)
+    assert result["removes"] == "units"
+    assert any(abs(row["removed"] - row["ratio"]) > 0.02 for row in result["levels"])
+    assert any("were asked for: widths are rounded up to multiples of 4" in note for note in result["notes"])
+    for pair in result["pairs"]:
+        rows = {row["contender"]: row for row in result["levels"] if row["ratio"] == pair["ratio"]}
+        assert pair["removed"] == [rows["magnitude"]["removed"], rows["random"]["removed"]]
+
+
+def told(rows, round_to=8, scope=None, n_images=400, n_seeds=1):
+    """The summary of levels: {contender: [(asked for, removed, share right)]} on the same images in every seed."""
+    ratios = [ratio for ratio, _, _ in next(iter(rows.values()))]
+    used = {} if scope else {"round_to": round_to}
+    chosen = Course(schedule="iterative", criteria=list(rows), ratios=ratios, seeds=n_seeds, scope=scope, **used)
+    right = np.arange(n_images)
+    found = []
+    for seed in range(n_seeds):
+        figures = {"removed": 0.0, "parameters": 1000, "zeros": 0.0}
+        found.append(Level("dense", seed, 0.0, right < 0.95 * n_images, figures))
+        for name, of_name in rows.items():
+            for ratio, removed, share in of_name:
+                figures = {"removed": removed, "parameters": 1000 - 1000 * removed**2, "zeros": 0.0}
+                found.append(Level(name, seed, ratio, right < share * n_images, figures))
+    return levels_page.summary(found, chosen), chosen
+
+
+def test_the_words_are_about_what_was_removed():
+    result, chosen = told(
+        {"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)], "random": [(0.3, 0.295, 0.9), (0.9, 0.8125, 0.6)]}
+    )
+    assert result["verdict"] == "Accuracy is at most 2 points lower up to 25.0% of the units removed (magnitude)"
+    magnitude, random = result["lines"]
+    assert magnitude.startswith("magnitude: up to 25.0% of the units removed (30% asked for) accuracy is shown")
+    assert "; at 75.0% (90% asked for) it is -15.0 points from the dense network's" in magnitude
+    assert random.startswith("random: at no level accuracy is shown")
+    assert levels_page.cautions(result, chosen) == [
+        "magnitude: 25.0% and 75.0% of the units were removed, 30% and 90% were asked for: widths are rounded up to "
+        "multiples of 8",
+        "random: 81.2% of the units were removed, 90% were asked for: widths are rounded up to multiples of 8",
+    ]
+    assert [row["parameters"] for row in result["levels"]] == pytest.approx([0.25**2, 0.75**2, 0.295**2, 0.8125**2])
+
+
+def test_only_levels_of_one_size_are_called_better_or_worse():
+    result, _ = told(
+        {
+            "magnitude": [(0.1, 0.1, 0.9), (0.5, 0.5, 0.9), (0.9, 0.75, 0.8)],
+            "random": [(0.1, 0.1, 0.9), (0.5, 0.491, 0.6), (0.9, 0.8125, 0.6)],
+        }
+    )
+    assert [pair["so"] for pair in result["pairs"]] == ["not separated", "better", "not comparable"]
+    assert result["pairs"][2]["removed"] == [0.75, 0.8125]
+    assert result["verdict"] == "At no level is accuracy shown to be at most 2 points lower"
+    turned = [{**pair, "removed": pair["removed"][::-1]} for pair in result["pairs"]]
+    assert [levels_page._so(pair) for pair in turned] == [pair["so"] for pair in result["pairs"]]
+
+
+def test_levels_as_asked_for_need_no_word_about_it():
+    result, chosen = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
+    assert levels_page.cautions(result, chosen) == []
+    assert result["verdict"] == "Accuracy is at most 2 points lower up to 60.0% of the weights removed (magnitude)"
+    assert "asked for" not in result["lines"][0]
+
+
+def test_the_figure_stands_where_it_was_measured(monkeypatch):
+    result, chosen = told({"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)]})
+    figures = []
+    monkeypatch.setattr(levels_page.page, "png", lambda figure: figures.append(figure) or b"")
+    levels_page.draw(result, chosen)
+    (axes,) = figures[0].axes
+    drawn = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert drawn.get_xdata() == pytest.approx([0.25, 0.75])
+    assert "units" in axes.get_xlabel()
+
+
+def test_one_network_has_the_interval_of_its_training():
+    one, _ = told({"magnitude": [(0.5, 0.5, 0.9)]})
+    found = stats.share(380, 400)
+    assert one["dense_accuracy"] == {"mean": found.mean, "low": found.low, "high": found.high}
+    two, _ = told({"magnitude": [(0.5, 0.5, 0.9)]}, n_seeds=2)
+    assert two["dense_accuracy"]["low"] == pytest.approx(stats.crossed([np.arange(400) < 380] * 2).low)
+
+
+def test_page_and_command_line_show_the_same(rounded, capsys):
+    result, out, _ = rounded
+    cli._print_levels(result)
+    shown, page = capsys.readouterr().out, (out / "report.html").read_text()
+    assert f"<h1>{result['verdict']}</h1>" in page
+    assert '<p class="title">oneshot: sukashi:digits_cnn' in page
+    for row in result["levels"]:
+        for figure in (row["removed"], row["ratio"], row["parameters"]):
+            assert f"<td>{figure:.1%}</td>" in page
+            assert f"{figure:.1%}" in shown
+        assert f"{100 * row['accuracy']['low']:.1f} to" in shown
+        assert f"<strong>{100 * row['accuracy']['mean']:.1f}</strong>" in page
+    for said in (*result["lines"], *result["notes"]):
+        assert said in shown.replace("\n", " ") or said in shown
+        assert said.replace("'", "&#39;") in page
+    assert "nothing was done" not in shown
+    cli._print_levels({**result, "finished": True})
+    assert f"{result['out']} was finished already: nothing was done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -232,6 +358,24 @@ def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
     with pytest.raises(SukashiError, match=message):
         levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **{**READING, **reading})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criteria": "magnitude"}, r'^criteria must be a list like \["magnitude"\], got \'magnitude\'$'),
+        ({"ratios": 0.5}, r"^ratios must be a list like \[0.3, 0.6, 0.9\], got 0.5$"),
+        ({"ratios": (0.5, "0.6")}, r"^ratios.1 must be a number, got '0.6'$"),
+        ({"how": "one"}, "unknown schedule 'one': did you mean 'oneshot'"),
+        ({"scop": "global"}, "unknown setting 'scop': did you mean 'scope'"),
+        ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+        ({"seeds": 1.5}, "seeds must be a whole number like 1, got 1.5"),
+    ],
+)
+def test_wrong_keywords_are_refused_in_a_sentence(tmp_path, changes, message):
+    given = {"how": "oneshot", "criteria": ["magnitude"], "ratios": (0.5,), "out": tmp_path / "out", **changes}
+    with pytest.raises(UsageError, match=message):
+        levels.schedule(SPEC, "digits", **given)
 
 
 def test_every_ratio_has_a_folder_of_its_own():

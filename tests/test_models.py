@@ -115,6 +115,8 @@ def test_preprocess_is_that_of_the_source():
         ("timm:vit_tiny_patch16_224.nothing", "unknown weights 'nothing'"),
         ("torchvision:resnt18", "did you mean 'torchvision:resnet18'"),
         ("torchvision:fcn_resnet50", "unknown model"),
+        ("nope", "unknown model 'nope', and no such folder: Known"),
+        ("runs/nope", "^no such folder 'runs/nope': give a saved model's, with recipe.json in it, or a model's name$"),
         ("resnet18", "did you mean 'torchvision:resnet18'"),
         ("hf-hub:timm/resnet18", "unknown model"),
         ("timm:hf-hub:timm/resnet18", "unknown model"),
@@ -433,7 +435,7 @@ def test_probe_puts_buffers_back():
 
 
 def test_probe_of_a_wrong_shape():
-    with pytest.raises(ModelError, match=r"\(2, 3, 8, 8\)"):
+    with pytest.raises(ModelError, match="images of 8 x 8 pixels in 3 channels"):
         models.probe(models.load("test_models:plain"), torch.randn(2, 3, 8, 8))
 
 
@@ -449,3 +451,69 @@ def test_trained_weights(real_weights, spec, options, file):
     loaded = models.load(spec, weights=real_weights / file, **options)
     assert loaded.n_classes == 10
     assert loaded.preprocess.mean == (0.485, 0.456, 0.406)
+
+
+# --- sizes and patches
+
+
+class Patchy(nn.Module):
+    """Reads images through one layer, and through one more that halves what is left."""
+
+    def __init__(self, first, side, more=None):
+        super().__init__()
+        self.first, self.more = first, more or nn.Identity()
+        self.preprocess = Preprocess(*side, 1, (0.0,), (1.0,))
+
+    def forward(self, x):
+        return self.more(self.first(x)).mean((2, 3))
+
+
+def patchy(*given, **more):
+    model = Patchy(*given, **more)
+    return models.Loaded(model.eval(), "mine:net", {}, model.preprocess, 4, None, "")
+
+
+def probed(loaded):
+    view = loaded.preprocess
+    return models.probe(loaded, torch.randn(2, view.channels, view.height, view.width))
+
+
+@pytest.mark.parametrize(
+    ("layer", "side", "words"),
+    [
+        (nn.Conv2d(1, 4, 2, 2), (9, 9), "patches of 2 x 2 pixels, of which 9 x 9 is .*: .* are 8 x 8 and 10 x 10$"),
+        (nn.Conv2d(1, 4, (2, 5), (2, 5)), (8, 9), "patches of 2 x 5 pixels, .* are 8 x 5 and 8 x 10$"),
+        (nn.Conv2d(1, 4, 4, 4, padding="valid"), (10, 8), "of which 10 x 8 is .* are 8 x 8 and 12 x 8$"),
+    ],
+)
+def test_patches_that_leave_pixels_over_are_refused(layer, side, words):
+    with pytest.raises(ModelError, match=words):
+        probed(patchy(layer, side))
+
+
+@pytest.mark.parametrize(
+    ("layer", "side", "more"),
+    [
+        (nn.Conv2d(1, 4, 2, 2), (8, 8), None),
+        (nn.Conv2d(1, 4, 1, 1), (9, 9), None),
+        (nn.Conv2d(1, 4, 3, 2), (10, 10), None),
+        (nn.Conv2d(1, 4, 2, 2, padding=1), (9, 9), None),
+        (nn.Conv2d(1, 1, 3, 1, 1), (9, 9), nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 4, 3, 3))),
+    ],
+)
+def test_other_convolutions_may_end_where_they_like(layer, side, more):
+    assert probed(patchy(layer, side, more=more)).shape == (2, 4)
+
+
+def test_another_size_is_taken_or_refused_in_our_words():
+    vit, cnn = models.load("sukashi:digits_vit", width=8), models.load("sukashi:cifar_resnet20")
+    assert models.resized(vit, None) is vit
+    assert models.resized(cnn, 17).preprocess.width == 17
+    with pytest.raises(ModelError, match=r"digits_vit cuts images into patches of 2 x 2 .* 8 x 8 and 10 x 10$"):
+        models.resized(vit, 9)
+    with pytest.raises(
+        ModelError,
+        match=r"^sukashi:digits_vit does not run on images of 12 x 12 pixels in 1 channel "
+        r"\(RuntimeError: .*\): leave --size out, its own is 8 x 8$",
+    ):
+        models.resized(vit, 12)

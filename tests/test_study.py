@@ -182,7 +182,7 @@ def test_what_is_kept_of_a_trial(undisturbed, digits_split):
         assert kept["class_names"] == list("0123456789")
         assert kept["class_counts"] == digits_split.test.limit(100).counts.tolist()
         assert kept["chance"] == 0.1
-        assert kept["notes"] == list(digits_split.notes)
+        assert kept["notes"] == list(digits_split.read_in(1).notes)
         curve = record.curve()
         assert np.shape(kept["class_accuracy"]) == (len(curve.ratio), 10)
         weighted = np.array(kept["class_accuracy"]) @ kept["class_counts"] / 100
@@ -269,7 +269,7 @@ def test_check_says_what_would_happen(weights, tmp_path, monkeypatch, digits_spl
     assert list(found["refused"]) == ["fc2"]
     assert found["class_names"] == list("0123456789")
     assert found["class_counts"] == {s.name: s.counts.tolist() for s in (digits_split.train, digits_split.test)}
-    assert found["notes"] == list(digits_split.notes)
+    assert found["notes"] == list(digits_split.read_in(1).notes)
     # Every criterion has an estimate: one that asks about single units must be given its number of visits.
     assert set(found["estimated_seconds"]) == set(criteria.names())
     assert (found["unmeasured"], found["cannot"]) == ([], {})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sukashi
-from sukashi import cli, models, pruned, study, training, tuning
+from sukashi import checkpoint, cli, models, pruned, study, training, tuning
 from sukashi.data import Split
 from sukashi.errors import ModelError, UsageError
 
@@ -55,6 +55,32 @@ def test_the_same_call_again_says_that_it_is_finished(trained, monkeypatch):
         sukashi.train(NET, "digits", out=trained["out"], **SHORT | {"epochs": 3})
 
 
+def test_a_finished_folder_holds_nothing_of_the_run_under_way(trained):
+    out = Path(trained["out"])
+    assert checkpoint.claim(out)
+    assert (out / ".said").stat().st_mode & 0o777 == 0o644
+    (out / checkpoint.FILE).write_bytes(b"left by a kill")
+    assert sukashi.train(NET, "digits", out=out, **SHORT)["finished"]
+    assert not (out / ".said").exists()
+    assert not (out / checkpoint.FILE).exists()
+
+
+def test_that_another_process_spoke_is_forgotten_when_the_run_is_finished(tmp_path, monkeypatch):
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *a, out, **k: (fit(*a, out=out, **k), checkpoint.claim(out))[0])
+    sukashi.train(NET, "digits", out=tmp_path / "run", **SHORT | {"epochs": 1})
+    assert not (tmp_path / "run" / ".said").exists()
+
+
+def test_notes_are_about_what_the_network_reads(trained, tmp_path):
+    grey = "1797 image(s) of digits: greyscale: repeated where a model wants three channels"
+    assert grey not in trained["notes"]
+    colour = sukashi.train(
+        "sukashi:cifar_resnet20", "digits", out=tmp_path / "run", size=8, epochs=1, test_images=20, validation=0.0
+    )
+    assert grey in colour["notes"]
+
+
 def test_the_seed_draws_the_weights(trained, tmp_path):
     same = sukashi.train(NET, "digits", out=tmp_path / "same", **SHORT)
     other = sukashi.train(NET, "digits", out=tmp_path / "other", **SHORT, seed=1)
@@ -96,7 +122,9 @@ def test_a_finetune_has_a_tenth_of_the_rate(trained, tmp_path):
 def test_a_size_of_ones_own(tmp_path):
     run = sukashi.train(NET, "shapes:n=60,size=24", out=tmp_path / "run", epochs=1, size=8, width=4, test_images=60)
     assert sukashi.load(run["out"]).preprocess.height == 8
-    with pytest.raises(ModelError, match="fails on images of shape"):
+    with pytest.raises(ModelError, match="patches of 2 x 2 pixels"):
+        sukashi.train("sukashi:digits_vit", "digits", out=tmp_path / "other", **SHORT, size=9)
+    with pytest.raises(ModelError, match=r"does not run on images of 12 x 12 pixels .*: leave --size out"):
         sukashi.train(NET, "digits", out=tmp_path / "other", **SHORT, size=12)  # its linear layer knows 8
     assert not (tmp_path / "other").exists()
 
@@ -104,10 +132,12 @@ def test_a_size_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lr": -1.0}, r"lr = -1.0: .*greater than 0"),
-        ({"augment": "mixup"}, r"augment = 'mixup'.*'none'"),
-        ({"epoch": 3}, r"unknown training setting 'epoch'.*epochs"),
-        ({"calibration": 3}, r"unknown training setting 'calibration'"),
+        ({"lr": -1.0}, r"lr must be greater than 0, got -1.0"),
+        ({"augment": "mixup"}, r"augment must be 'none', .*, got 'mixup'"),
+        ({"epoch": 3}, r"unknown setting 'epoch': did you mean 'epochs'"),
+        ({"calibration": 3}, r"unknown setting 'calibration'"),
+        ({"wieghts": "x"}, r"unknown setting 'wieghts': did you mean 'weights'"),
+        ({"optimizer": ["sgd"]}, r"optimizer must be 'sgd' or 'adamw', got \['sgd'\]"),
         ({"epochs": 2, "warmup": 2}, "warmup must be below epochs"),
         ({"memory": -1.0}, "memory must be at least 0"),
     ],
@@ -116,6 +146,16 @@ def test_bad_settings(tmp_path, settings, words):
     with pytest.raises(UsageError, match=words):
         sukashi.train(NET, "digits", out=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_folder_is_given_with_and_folders_that_are_not_there(trained, tmp_path):
+    out = {"data": "digits", "out": tmp_path / "run"}
+    with pytest.raises(UsageError, match=r"brings its own weights: leave --weights out$"):
+        sukashi.finetune(trained["out"], weights="x.safetensors", **out)
+    with pytest.raises(UsageError, match=r"brings its own classes: leave --classes out$"):
+        sukashi.finetune(trained["out"], n_classes=10, **out)
+    with pytest.raises(UsageError, match=r"^no such folder 'runs/nope': "):
+        sukashi.finetune("runs/nope", **out)
 
 
 def test_fine_tuning_starts_from_weights(tmp_path):

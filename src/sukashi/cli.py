@@ -461,21 +461,34 @@ def schedule(
 
 
 def _print_levels(result: dict[str, Any]) -> None:
+    of_weights = result["removes"] == "weights"
     table = Table(
-        "contender", "removed", "zeros", "accuracy", "95 % interval", "from dense", "", box=None, pad_edge=False
+        *("contender", f"{result['removes']} removed", "asked for"),
+        *("zeros at the end" if of_weights else "parameters removed", "accuracy, %", "95 % interval"),
+        *("against dense, points", "95 % interval"),
+        box=None,
+        pad_edge=False,
     )
     for row in result["levels"]:
         right, change = row["accuracy"], row["difference"]
+        less = row["zeros" if of_weights else "parameters"]
         table.add_row(
-            *(row["contender"], f"{row['removed']:.1%}", f"{row['zeros']:.1%}", f"{right['mean']:.3f}"),
-            f"{right['low']:.3f} to {right['high']:.3f}",
+            *(row["contender"], f"{row['removed']:.1%}", f"{row['ratio']:.1%}", f"{less:.1%}"),
+            f"{100 * right['mean']:.1f}",
+            f"{100 * right['low']:.1f} to {100 * right['high']:.1f}",
             f"{100 * change['mean']:+.1f}",
             f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
         )
     _to_stdout(table)
-    print(f"\ndense accuracy {result['dense_accuracy']['mean']:.3f}")
+    dense = result["dense_accuracy"]
+    print(f"\ndense accuracy {100 * dense['mean']:.1f} % ({100 * dense['low']:.1f} to {100 * dense['high']:.1f})")
+    print(f"\n{result['verdict']}")
+    for line in result["lines"]:
+        print(line)
     for note in result["notes"]:
         print(f"note: {note}")
+    if result["finished"]:
+        print(f"\n{result['out']} was finished already: nothing was done")
     print(f"\nReport: {result['report']}")
 
 

@@ -12,8 +12,8 @@ from sukashi.criteria import UNITS
 from sukashi.criteria import criteria as registry
 from sukashi.errors import UsageError
 from sukashi.schedules import schedules
+from sukashi.settings import Finetuning, Training
 from sukashi.study import check_options
-from sukashi.training import Finetuning, Training
 from sukashi.types import check_ratio
 
 LEAKY = "unenforced"
@@ -32,9 +32,9 @@ class Course(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    schedule: str
-    criteria: list[str]
-    ratios: list[float]
+    schedule: str = Field(examples=["oneshot"])
+    criteria: list[str] = Field(examples=[["magnitude"]])
+    ratios: list[float] = Field(examples=[[0.3, 0.6, 0.9]])
     scope: str | None = None
     exclude: list[str] = []
     round_to: int = pruned.ROUND_TO

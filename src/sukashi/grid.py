@@ -33,9 +33,9 @@ import tomllib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sukashi import levels, progress, report, store, study
 from sukashi.courses import Course
@@ -44,9 +44,10 @@ from sukashi.measures import accuracy
 from sukashi.registry import nearest
 from sukashi.source import CALIBRATION, TEST_IMAGES, Reading, Source
 from sukashi.store import Store
-from sukashi.training import Finetuning, Training
+from sukashi.strict import checked
 
-_Kind = TypeVar("_Kind", bound=BaseModel)
+_OUT, _DATA = Field(examples=["../runs/mine"]), Field(examples=["digits"])
+_SPEC = "sukashi:digits_cnn"
 
 
 class _Strict(BaseModel):
@@ -54,7 +55,7 @@ class _Strict(BaseModel):
 
 
 class _Model(_Strict):
-    spec: str
+    spec: str = Field(examples=[_SPEC])
     weights: str | None = None
     width: int | None = None
     n_classes: int | None = None
@@ -63,9 +64,9 @@ class _Model(_Strict):
 
 
 class _Levels(Course):
-    out: str
-    data: str
-    model: _Model
+    out: str = _OUT
+    data: str = _DATA
+    model: _Model = Field(examples=[{"spec": _SPEC}])
     title: str = ""
     only: list[str] | None = None
     calibration: int = CALIBRATION
@@ -74,10 +75,10 @@ class _Levels(Course):
 
 
 class _File(_Strict):
-    out: str
-    data: str
-    criteria: list[str]
-    models: dict[str, _Model]
+    out: str = _OUT
+    data: str = _DATA
+    criteria: list[str] = Field(examples=[["magnitude"]])
+    models: dict[str, _Model] = Field(examples=[{"NAME": {"spec": _SPEC}}])
     title: str = ""
     sampling: list[str] = ["random"]
     ratios: list[float] = list(study.RATIOS)
@@ -111,10 +112,11 @@ def run(
     does not fit the data, is refused before the first one is compared.
     """
     path = Path(path)
-    given = _toml(path)
+    replaced = {name: str(value) for name, value in (("out", out), ("data", data)) if value is not None}
+    given = _toml(path) | replaced
     said = command or f"sukashi study {path}"
     if "schedule" in given:
-        return _levels(path, _checked(path, _Levels, given), out, data, device, workers, said)
+        return _levels(path, _course(path, given), out, data, device, workers, said)
     file = _grid(path, given)
     place = _Places(path, file.environment)
     folder = place.path(file.out) if out is None else Path(out)
@@ -211,24 +213,16 @@ def _toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
 
 
-def _checked(path: Path, kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            tables: dict[str, type[BaseModel]] = {"models": _Model, "model": _Model}
-            tables |= {"training": Training, "finetuning": Finetuning}
-            known = tables.get(str(first["loc"][0]), kind) if len(first["loc"]) > 1 else kind
-            raise UsageError(
-                f"{path} has an unknown key {where!r}{nearest(str(first['loc'][-1]), known.model_fields)}"
-            ) from None
-        raise UsageError(f"{path}: {where}: {first['msg']}") from None
+def _course(path: Path, given: Mapping[str, Any]) -> _Levels:
+    if "models" in given:
+        raise UsageError(f"{path} has a schedule, and so one model: write [model] in place of [models.NAME]")
+    return checked(_Levels, given, file=path, options=("out", "data"))
 
 
 def _grid(path: Path, given: Mapping[str, Any]) -> _File:
-    file = _checked(path, _File, given)
+    if "model" in given:
+        raise UsageError(f"{path} has no schedule, and so compares models: write [models.NAME] in place of [model]")
+    file = checked(_File, given, file=path, options=("out", "data"))
     if not file.models:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,14 +26,16 @@ import torch
 from sukashi import models, page, progress, pruned, sites, sparsity, store, surgery, training
 from sukashi.courses import Course, check, check_used, grown
 from sukashi.errors import UsageError
-from sukashi.levels_page import Level, draw, summary, verdict
+from sukashi.levels_page import Level, cautions, draw, summary
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.schedules import schedules
+from sukashi.settings import Finetuning, Training, check_training, splits
 from sukashi.sites import Found
 from sukashi.source import Reading, Setting, Source
+from sukashi.strict import checked
 from sukashi.study import hardware, plan_for, versions
-from sukashi.training import Finetuning, Fitted, Training, fit, splits
+from sukashi.training import Fitted, fit
 from sukashi.tuning import Settings, settings_of
 from sukashi.types import Batch, Mask
 
@@ -57,10 +59,13 @@ def run(
     Ratios are fractions removed of the dense network's units, or of its weights with a scope. Accuracy is that of at
     most `test_images` test images, which nothing was chosen on. `memory` is as in `train`.
 
-    Returns {"dense_accuracy", "levels": [{"contender", "ratio", "accuracy", "difference", "removed", "zeros"}],
-    "pairs": [{"first", "second", "ratio", "difference"}], "notes", "out", "report"}. Accuracy and differences (from the
-    dense network of the same seed; of two contenders at the same ratio) are {"mean", "low", "high"}, for new seeds and
-    new images. `removed` is the mean fraction removed, `zeros` that of weights which are zero in the end.
+    Returns {"dense_accuracy", "seeds", "n_images", "removes" (units or weights), "levels": [{"contender", "ratio",
+    "accuracy", "difference", "removed", "parameters", "zeros"}], "pairs": [{"first", "second", "ratio", "removed",
+    "difference", "so"}], "verdict", "lines", "notes", "out", "report", "finished" (whether it was so before)}.
+    Accuracy and differences (from the dense network of the same seed; of two contenders at the same ratio) are
+    {"mean", "low", "high"}, for new seeds and new images. `ratio` was asked for; `removed` is the mean fraction that
+    was removed of what `removes` says, `parameters` that of all parameters, `zeros` that of weights which are zero in
+    the end. A pair's `removed` are those of the two; where they are more than a point apart, `so` is "not comparable".
 
     Raises UsageError for settings that contradict each other, and whatever loading, criteria and training raise.
     """
@@ -74,12 +79,14 @@ def run(
     check_used(course, given)
     images = source.read()
     folder = Path(out)
+    finished = all((home / models.RECIPE).exists() for *_, home in _places(folder, course))
     first = progress.first()
     n_levels = course.seeds * (1 + len(course.contenders) * len(course.ratios))
     with progress.task("levels", n_levels) as shown:
         for seed in range(course.seeds):
-            loaded = _sized(source.build(images, seed), course.size)
-            setting = Setting(source, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
+            loaded = models.resized(source.build(images, seed), course.size)
+            read = images.read_in(loaded.preprocess.channels)
+            setting = Setting(source, loaded, read, Found((), {}), next(loaded.model.parameters()).device)
             models.probe(loaded, setting.example)
             if course.scope is None:
                 found = sites.find(loaded.model, setting.example)
@@ -101,7 +108,8 @@ def run(
             walker.walk()
     if not first:
         return {}
-    result = summary(collect(folder, course), course) | {"notes": notes, "out": str(folder)}
+    result = summary(collect(folder, course), course)
+    result |= {"notes": [*notes, *cautions(result, course)], "out": str(folder)}
     result["report"] = str(
         page.render(
             "levels.html.j2",
@@ -110,20 +118,22 @@ def run(
             title=title or f"{course.schedule}: {model}",
             result=result,
             course=course,
-            removed="weights" if course.scope else "units",
-            verdict=verdict(result, course),
             command=command or "sukashi.levels.run(...)",
             settings=dict(page.flat(about | {"versions": versions(), "hardware": hardware(setting.device)})),
         )
     )
     store.write(folder / "results.json", store.canonical(result, indent=1) + b"\n")
-    return result
+    return result | {"finished": finished}
 
 
 class Scheduled(Settings, total=False):
     """Those of `train`, and of `Reading`."""
 
     calibration: int
+
+
+# Of `schedule`, beside the settings of a training.
+_KEYWORDS = (*Reading.__annotations__, "scope", "exclude", "round_to", "seeds", "rewind", "options", "memory")
 
 
 def schedule(
@@ -171,25 +181,31 @@ def schedule(
     given: dict[str, Any] = dict(settings)
     reading: Any = {name: given.pop(name) for name in list(given) if name in Reading.__annotations__}
     enforced = given.pop("enforce_mask", True)
-    trains: dict[str, Training] = {}
-    if schedules[how].facts["rewinds"] or Source(model, data, **reading).untrained:
-        trains["training"] = settings_of(given)
-    if not schedules[how].facts["rewinds"]:
-        trains["finetuning"] = settings_of(given, Finetuning)
-    course = Course(
-        schedule=how,
-        criteria=list(criteria),
-        ratios=list(ratios),
-        scope=scope,
-        exclude=list(exclude),
-        round_to=round_to,
-        seeds=seeds,
-        enforce_mask=[enforced],
-        rewind=rewind,
-        options={name: dict(chosen) for name, chosen in (options or {}).items()},
-        **trains,  # type: ignore[arg-type]
-    )
+    rewinds = schedules[how].facts["rewinds"]
+    trains = {}
+    if rewinds or Source(model, data, **reading).untrained:
+        trains["training"] = settings_of(given, Training, _KEYWORDS)
+    if not rewinds:
+        trains["finetuning"] = settings_of(given, Finetuning, _KEYWORDS)
+    asked = {
+        "schedule": how,
+        "criteria": _listed(criteria),
+        "ratios": _listed(ratios),
+        "scope": scope,
+        "exclude": _listed(exclude),
+        "round_to": round_to,
+        "seeds": seeds,
+        "enforce_mask": [enforced],
+        "rewind": rewind,
+        "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
+    }
+    course = checked(Course, asked | trains)
     return run(model, data, course, out=out, memory=memory, command=command or "sukashi.schedule(...)", **reading)
+
+
+def _listed(given: Any) -> Any:
+    """What can be made a list; a name is none, though its letters could be one."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
 
 
 def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
@@ -205,7 +221,7 @@ def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
     notes = dict.fromkeys(data.notes)
     for chosen in course.used(given).values():
         train, validation, made = splits(data, chosen)
-        training.check(chosen, train, validation, setting.loaded, tensorboard=False)
+        check_training(chosen, train, validation, setting.loaded, tensorboard=False)
         notes |= dict.fromkeys(made)
     return list(notes)
 
@@ -357,10 +373,6 @@ class _Walker:
         return 1 - now / self.n_units
 
 
-def _sized(loaded: Loaded, size: int | None) -> Loaded:
-    return loaded if size is None else replace(loaded, preprocess=replace(loaded.preprocess, height=size, width=size))
-
-
 def _home(out: Path, contender: str, seed: object) -> Path:
     return out / contender.replace("/", "-") / str(seed)
 
@@ -370,17 +382,20 @@ def _named(ratio: float) -> str:
     return max(f"{ratio:.2f}", repr(ratio), key=len)
 
 
+def _places(folder: Path, course: Course) -> Iterator[tuple[str, int, float, Path]]:
+    """Contender, seed, ratio and folder of every level, dense ones first."""
+    for seed in range(course.seeds):
+        yield "dense", seed, 0.0, _home(folder, "dense", seed)
+    for name in course.contenders:
+        for ratio in course.ratios:
+            for seed in range(course.seeds):
+                yield name, seed, ratio, _home(folder, name, seed) / _named(ratio)
+
+
 def collect(folder: Path, course: Course) -> list[Level]:
     """Every level in the folder of a study, dense ones first."""
-    places = [("dense", seed, 0.0, _home(folder, "dense", seed)) for seed in range(course.seeds)]
-    places += [
-        (name, seed, ratio, _home(folder, name, seed) / _named(ratio))
-        for name in course.contenders
-        for ratio in course.ratios
-        for seed in range(course.seeds)
-    ]
     found = []
-    for contender, seed, ratio, home in places:
+    for contender, seed, ratio, home in _places(folder, course):
         with np.load(home / CORRECT, allow_pickle=False) as arrays:
             correct = np.unpackbits(arrays["correct"], count=int(arrays["n"])).astype(bool)
         found.append(Level(contender, seed, ratio, correct, models.read_recipe(home / models.RECIPE).figures))

@@ -17,6 +17,7 @@ from sukashi.courses import LEAKY, Course
 from sukashi.stats import Interval
 
 LOST = 0.02  # Suwal et al. 2025, sec. 3.1, speak of one to two points
+SAME = 0.01  # fractions removed that are further apart are not the same level
 
 
 @dataclass(frozen=True)
@@ -31,57 +32,125 @@ class Level:
 
 
 def summary(levels: Sequence[Level], course: Course) -> dict[str, Any]:
-    """The figures of a study's levels, over seeds and images."""
+    """The figures of a study's levels, over seeds and images; those of `levels.run`, but for where it was done."""
     right = {(level.contender, level.ratio, level.seed): level.correct.astype(float) for level in levels}
+    whole = {level.seed: level.figures["parameters"] for level in levels if level.contender == "dense"}
 
     def over_seeds(contender: str, ratio: float) -> NDArray[np.float64]:
         return np.array([right[contender, ratio, seed] for seed in range(course.seeds)])
 
     dense = over_seeds("dense", 0.0)
-    rows, pairs = [], []
+    rows = {}
     for name in course.contenders:
         for ratio in course.ratios:
             of_level = [level for level in levels if (level.contender, level.ratio) == (name, ratio)]
-            rows.append(
-                {
-                    "contender": name,
-                    "ratio": ratio,
-                    "accuracy": _share(over_seeds(name, ratio)),
-                    "difference": _bounds(stats.crossed(over_seeds(name, ratio) - dense)),
-                    "removed": float(np.mean([level.figures["removed"] for level in of_level])),
-                    "zeros": float(np.mean([level.figures["zeros"] for level in of_level])),
-                }
-            )
+            rows[name, ratio] = {
+                "contender": name,
+                "ratio": ratio,
+                "accuracy": _share(over_seeds(name, ratio)),
+                "difference": _bounds(stats.crossed(over_seeds(name, ratio) - dense)),
+                "removed": float(np.mean([level.figures["removed"] for level in of_level])),
+                "parameters": float(np.mean([1 - lvl.figures["parameters"] / whole[lvl.seed] for lvl in of_level])),
+                "zeros": float(np.mean([level.figures["zeros"] for level in of_level])),
+            }
+    pairs = []
     for one, other in itertools.combinations(course.contenders, 2):
         for ratio in course.ratios:
             difference = _bounds(stats.crossed(over_seeds(one, ratio) - over_seeds(other, ratio)))
-            pairs.append({"first": one, "second": other, "ratio": ratio, "difference": difference})
-    return {
+            removed = [rows[name, ratio]["removed"] for name in (one, other)]
+            pair = {"first": one, "second": other, "ratio": ratio, "removed": removed, "difference": difference}
+            pairs.append(pair | {"so": _so(pair)})
+    found = {
         "dense_accuracy": _share(dense),
         "seeds": course.seeds,
         "n_images": dense.shape[1],
-        "levels": rows,
+        "removes": "weights" if course.scope else "units",
+        "levels": list(rows.values()),
         "pairs": pairs,
     }
+    return found | {"verdict": _verdict(found, course), "lines": _lines(found, course)}
 
 
-def verdict(result: Mapping[str, Any], course: Course) -> str:
-    """One sentence for each contender: how far it goes before accuracy may have fallen by more than LOST."""
-    removed = "weights" if course.scope else "units"
+def cautions(result: Mapping[str, Any], course: Course) -> list[str]:
+    """Where other fractions were removed than asked for, and why."""
+    if course.scope is not None:
+        why = "whole numbers of each group go"
+    elif course.round_to > 1:
+        why = f"widths are rounded up to multiples of {course.round_to}"
+    else:
+        why = "one unit of each layer stays"
     said = []
     for name in course.contenders:
-        rows = [row for row in result["levels"] if row["contender"] == name]
-        safe = list(itertools.takewhile(lambda row: row["difference"]["low"] > -LOST, rows))
-        last = rows[-1]["difference"]
-        leak = "" if course.contenders[name][1] else f" (where {rows[-1]['zeros']:.0%} are zero in the end)"
+        rows = [row for row in _rows(result, name) if _apart(row["removed"], row["ratio"])]
+        if rows:
+            removed = page.listed([page.percent(row["removed"]) for row in rows])
+            asked = page.listed([_asked(row) for row in rows])
+            said.append(f"{name}: {removed} of the {result['removes']} were removed, {asked} were asked for: {why}")
+    return said
+
+
+def _rows(result: Mapping[str, Any], contender: str) -> list[Any]:
+    return [row for row in result["levels"] if row["contender"] == contender]
+
+
+def _apart(one: float, other: float) -> bool:
+    """Whether two fractions removed are not to be spoken of as one."""
+    return abs(one - other) > SAME
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['ratio']:.4g}%"
+
+
+def _so(pair: Mapping[str, Any]) -> str:
+    """What a pair's difference says of its first."""
+    if _apart(*pair["removed"]):
+        return "not comparable"
+    low, high = pair["difference"]["low"], pair["difference"]["high"]
+    return "better" if low > 0 else "worse" if high < 0 else "not separated"
+
+
+def _safe(result: Mapping[str, Any], contender: str) -> list[Any]:
+    """The first levels at which accuracy is shown not to have fallen by more than LOST."""
+    return list(itertools.takewhile(lambda row: row["difference"]["low"] > -LOST, _rows(result, contender)))
+
+
+def _verdict(result: Mapping[str, Any], course: Course) -> str:
+    """How far one may go, as a heading. What was only masked at the start is no level of sparsity."""
+    names = [name for name, (_, enforced) in course.contenders.items() if enforced] or list(course.contenders)
+    furthest = {name: safe[-1]["removed"] for name in names if (safe := _safe(result, name))}
+    if not furthest:
+        return f"At no level is accuracy shown to be at most {100 * LOST:g} points lower"
+    most = max(furthest.values())
+    who = page.listed([name for name in furthest if furthest[name] == most])
+    return (
+        f"Accuracy is at most {100 * LOST:g} points lower up to {page.percent(most)} of the {result['removes']} "
+        f"removed ({who})"
+    )
+
+
+def _lines(result: Mapping[str, Any], course: Course) -> list[str]:
+    """One sentence for each contender: how far it goes before accuracy may have fallen by more than LOST."""
+
+    def level(row: Mapping[str, Any], of: str = "") -> str:
+        asked = f" ({_asked(row)} asked for)" if _apart(row["removed"], row["ratio"]) else ""
+        return f"{page.percent(row['removed'])}{of}{asked}"
+
+    of = f" of the {result['removes']} removed"
+
+    said = []
+    for name in course.contenders:
+        safe, row = _safe(result, name), _rows(result, name)[-1]
+        last = row["difference"]
+        leak = "" if course.contenders[name][1] else f" (where {row['zeros']:.0%} are zero in the end)"
         said.append(
             f"{name}: "
-            + (f"up to {safe[-1]['ratio']:.0%} of the {removed}" if safe else "at no level")
-            + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {rows[-1]['ratio']:.0%}{leak} it is "
+            + (f"up to {level(safe[-1], of)}" if safe else "at no level")
+            + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {level(row)}{leak} it is "
             f"{100 * last['mean']:+.1f} points from the dense network's ({100 * last['low']:+.1f} to "
             f"{100 * last['high']:+.1f})."
         )
-    return " ".join(said)
+    return said
 
 
 def draw(result: Mapping[str, Any], course: Course) -> bytes:
@@ -92,11 +161,11 @@ def draw(result: Mapping[str, Any], course: Course) -> bytes:
     axes.axhspan(dense["low"], dense["high"], color=page.FAINT, alpha=0.5, linewidth=0)
     page.level(axes, dense["mean"], "dense", "--")
     for place, name in enumerate(course.contenders):
-        rows = [row for row in result["levels"] if row["contender"] == name]
+        rows = _rows(result, name)
         mean, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("mean", "low", "high"))
         colour = page.colour(name.partition("/")[0], place)
-        # Side by side, that intervals at one ratio do not hide each other.
-        x = np.array([row["ratio"] for row in rows]) + 0.006 * (place - (len(course.contenders) - 1) / 2)
+        # Side by side, that intervals at one level do not hide each other.
+        x = np.array([row["removed"] for row in rows]) + 0.006 * (place - (len(course.contenders) - 1) / 2)
         axes.errorbar(
             x,
             mean,
@@ -110,8 +179,7 @@ def draw(result: Mapping[str, Any], course: Course) -> bytes:
             capsize=2.5,
             label=name,
         )
-    removed = "weights" if course.scope else "units"
-    axes.set(xlabel=f"fraction of {removed} removed", ylabel="accuracy on test images")
+    axes.set(xlabel=f"fraction of the {result['removes']} that was removed", ylabel="accuracy on test images")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(frameon=False, fontsize=9, loc="best")
@@ -120,6 +188,9 @@ def draw(result: Mapping[str, Any], course: Course) -> bytes:
 
 
 def _share(right: NDArray[np.float64]) -> dict[str, float | None]:
+    """Of one seed the interval that the page of its training shows, which is for images alone too."""
+    if len(right) == 1:
+        return _bounds(stats.share(int(right.sum()), right.size))
     found = stats.crossed(right)
     return {"mean": found.mean, "low": max(0.0, found.low), "high": min(1.0, found.high)}
 

@@ -10,9 +10,11 @@ import importlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,7 +28,7 @@ from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from sukashi import sparsity, surgery
+from sukashi import hooks, sparsity, surgery
 from sukashi.architectures import OWN
 from sukashi.errors import ModelError, SukashiError, UsageError
 from sukashi.layers import explicit_attention, fused_names
@@ -171,9 +173,8 @@ def load(
     if folder is not None and Path(folder).is_dir():
         own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
         if own or (folder is spec and weights is not None):
-            raise UsageError(
-                f"{folder} is a saved folder and brings its own {next(iter(own), 'weights')}: leave it out"
-            )
+            wrong = next(iter(own), "weights").removeprefix("n_")
+            raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
         return _open(Path(folder), None if folder is spec else spec)
     if weights is not None and pretrained:
         raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
@@ -228,7 +229,8 @@ def _check_name(spec: object) -> None:
 def probe(loaded: Loaded, example: Tensor) -> Tensor:
     """Logits (B, K) of an example (B, C, H, W), once it is certain that they mean something.
 
-    Raises ModelError where the model does not run on the example, does not give one finite (B, K) tensor with
+    Raises ModelError where the model does not run on the example, cuts it into patches that leave pixels over, does not
+    give one finite (B, K) tensor with
     K = n_classes, gives other logits in a second pass, changes its buffers, or lets images of a batch change each
     other's logits. Weights, buffers and train mode are as found afterwards.
     """
@@ -236,6 +238,17 @@ def probe(loaded: Loaded, example: Tensor) -> Tensor:
     if logits.shape[1] != loaded.n_classes:
         raise ModelError(f"{loaded.spec} gives {logits.shape[1]} classes, {loaded.n_classes} were expected")
     return logits
+
+
+def resized(loaded: Loaded, size: int | None) -> Loaded:
+    """The same network for square images of this side, or None its own. Raises ModelError where it takes none such."""
+    own = loaded.preprocess
+    if size is None or size == own.height == own.width:
+        return loaded
+    changed = replace(loaded, preprocess=replace(own, height=size, width=size))
+    example = _noise(changed.preprocess).to(next(loaded.model.parameters()).device)
+    _logits(loaded.model, example, loaded.spec, f"leave --size out, its own is {own.height} x {own.width}")
+    return changed
 
 
 # Architectures.
@@ -248,9 +261,7 @@ def _build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     """Model, preprocessing and class names (or None) of a spec, with the architecture's own weights."""
     source, colon, name = spec.partition(":")
     if not colon or not name:
-        raise UsageError(
-            f"unknown model {spec!r}{nearest(spec, names())}; or a saved folder, or package.module:callable"
-        )
+        raise _unknown(spec)
     if "width" in options and source in ("timm", "torchvision"):
         raise UsageError(f"{spec} has no option width: only models of our own and import paths may")
     try:
@@ -314,9 +325,7 @@ def _torchvision(spec: str, options: Mapping[str, Any], pretrained: bool) -> Bui
 def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     module, _, name = spec.partition(":")
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) or not name.isidentifier():
-        raise UsageError(
-            f"unknown model {spec!r}{nearest(spec, names())}; or a saved folder, or package.module:callable"
-        )
+        raise _unknown(spec)
     if pretrained:
         raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights, or load them in {name}")
     try:
@@ -337,6 +346,12 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
 
 
 _SOURCES: dict[str, Builder] = {"sukashi": _own, "timm": _timm, "torchvision": _torchvision}
+
+
+def _unknown(spec: str) -> UsageError:
+    if os.sep in spec and ":" not in spec:
+        return UsageError(f"no such folder {spec!r}: give a saved model's, with {RECIPE} in it, or a model's name")
+    return UsageError(f"unknown model {spec!r}, and no such folder{nearest(spec, names())}; or package.module:callable")
 
 
 def _closest(name: str, known: list[str]) -> str:
@@ -574,18 +589,22 @@ def _noise(preprocess: Preprocess) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, example: Tensor, spec: str) -> Tensor:
+def _logits(model: nn.Module, example: Tensor, spec: str, remedy: str = "check size and width") -> Tensor:
     """Logits (B, K) of the example, after the checks that `probe` speaks of (all but that of K)."""
     modes = [module.training for module in model.modules()]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.eval()
     try:
-        first, second, alone = model(example), model(example), model(example[:1])
+        with hooks.visited(model, _patches(model, example, spec)):
+            first = model(example)
+        second, alone = model(example), model(example[:1])
     except SukashiError:
         raise
     except Exception as error:
+        channels, height, width = example.shape[1:]
         raise ModelError(
-            f"{spec} fails on images of shape {tuple(example.shape)} ({_brief(error)}): check size and width"
+            f"{spec} does not run on images of {height} x {width} pixels in {channels} channel"
+            f"{'s' if channels > 1 else ''} ({_brief(error)}): {remedy}"
         ) from error
     finally:
         changed = [name for name, buffer in model.named_buffers() if not _same(buffer, before[name])]
@@ -607,6 +626,33 @@ def _logits(model: nn.Module, example: Tensor, spec: str) -> Tensor:
     if (first[:1] - alone).abs().max() > _ALONE * first.abs().max():
         raise ModelError(f"{spec} gives an image other logits in other company: images must not depend on each other")
     return first
+
+
+def _patches(model: nn.Module, example: Tensor, spec: str) -> dict[str, Callable[[Tensor], None]]:
+    """For each convolution that may cut images into patches a look at what it reads, which refuses a rest.
+
+    Such a convolution steps as far as it reaches: pixels that do not fill a patch are never read. One that reaches
+    further than it steps has read them, or ends in padding, as everybody expects.
+    """
+
+    def look(patch: tuple[int, ...], x: Tensor) -> None:
+        side = x.shape[2:]
+        if x.shape != example.shape or all(n % p == 0 for n, p in zip(side, patch, strict=True)):
+            return
+        fits = ([p * whole(n / p) for n, p in zip(side, patch, strict=True)] for whole in (math.floor, math.ceil))
+        said = " and ".join(f"{height} x {width}" for height, width in fits if min(height, width) > 0)
+        raise ModelError(
+            f"{spec} cuts images into patches of {patch[0]} x {patch[1]} pixels, of which {side[0]} x {side[1]} is no "
+            f"multiple, so that pixels would never be read: the nearest multiples are {said}"
+        )
+
+    return {
+        name: partial(look, module.kernel_size)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride != (1, 1)
+        and module.padding in ((0, 0), "valid")
+    }
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -129,6 +129,7 @@ class Source:
     def beside(self, images: Data) -> Setting:
         """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
         loaded = self.build(images)
+        images = images.read_in(loaded.preprocess.channels)
         if self.untrained:
             random_weights = (
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"

@@ -10,98 +10,36 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
-import importlib.util
-import json
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from sukashi import checkpoint, models, progress, sparsity, store
+from sukashi import checkpoint, models, progress, sparsity
 from sukashi.checkpoint import State
 from sukashi.data import Data, Split
 from sukashi.data.augment import AUGMENTS, derived, draws, view
 from sukashi.data.frames import Frames, unit
 from sukashi.distributed import World, lost, unused, world
-from sukashi.errors import DataError, ModelError, ResourceError, SukashiError, UsageError, writing
+from sukashi.errors import ModelError, ResourceError, SukashiError, writing
 from sukashi.models import Loaded
 from sukashi.precision import exact
+from sukashi.settings import Finetuning, Training, about, check_training, n_batches, splits
 from sukashi.types import pass_size
 
-RATES = {"sgd": 0.05, "adamw": 1e-3}
-DECAYS = {"sgd": 5e-4, "adamw": 0.05}
+__all__ = ["MEMORY", "Finetuning", "Fitted", "Training", "fit"]
+
 MEMORY = 2**31
 
-_DROPS = (0.5, 0.75)  # shares of the epochs after which the step schedule divides by ten
 _SETTLE = {"cpu": 1, "cuda": 20}  # steps from one look at the losses to the next: a GPU is waited for
-
-
-class Training(BaseModel):
-    """How a network is trained. `sukashi train --help` says what each setting means.
-
-    `lr` and `weight_decay` follow the optimiser where they are not given. `warmup` counts epochs in which the rate
-    rises linearly from 0; after it, `cosine` falls to 0 and `step` is divided by 10 after half and three quarters of
-    the epochs. `ema` is the decay d of a moving average of the weights, min(d, (1 + t) / (10 + t)) in step t, which is
-    then what is validated and kept; 0 keeps the last weights. `patience` stops after so many epochs without a lower
-    loss on the validation images and keeps the epoch with the lowest; 0 runs to the end and keeps the last.
-    `validation` is the fraction of each class held out where the data brings no split for it. `size` replaces the side
-    of the images the architecture asks for. Without `enforce_mask` the weights a mask removes are only zero at the
-    start, as in the code published with Suwal et al. 2025.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    rates: ClassVar[Mapping[str, float]] = RATES
-
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(128, ge=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.0, gt=0, validate_default=True)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "step"] = "cosine"
-    warmup: int = Field(0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    augment: Literal["none", "crop_flip", "resized_crop", "affine"] = "none"
-    ema: float = Field(0.0, ge=0, lt=1)
-    patience: int = Field(0, ge=0)
-    validation: float = Field(0.1, ge=0, lt=1)
-    enforce_mask: bool = True
-    size: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_optimizer(cls, given: Any) -> Any:
-        optimizer = given.get("optimizer", "sgd") if isinstance(given, dict) else ""
-        if optimizer not in cls.rates:
-            return given
-        return {"lr": cls.rates[optimizer], "weight_decay": DECAYS[optimizer]} | given
-
-    def rate(self, step: int, per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        warm, total = self.warmup * per_epoch, self.epochs * per_epoch
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
-        return self.lr * 0.1 ** sum(step >= drop * total for drop in _DROPS)
-
-
-class Finetuning(Training):
-    """The same for a network that is trained already: `lr` is a tenth where it is not given."""
-
-    rates = {name: rate / 10 for name, rate in RATES.items()}
 
 
 @dataclass(frozen=True)
@@ -155,7 +93,7 @@ def fit(
     """
     device = next(loaded.model.parameters()).device if device is None else device
     train, validation, notes = splits(data, training)
-    check(training, train, validation, loaded, tensorboard)
+    check_training(training, train, validation, loaded, tensorboard)
     checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
     with world(device) as processes, contextlib.ExitStack() as stack:
         try:
@@ -202,76 +140,6 @@ def _meant(error: RuntimeError, out: Path) -> SukashiError | None:
     )
 
 
-def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[str, ...]]:
-    """The images to train on, those to choose on (or None), and how the latter were made."""
-    if data.val is not None:
-        return data.train, data.val, ()
-    if training.validation == 0:
-        return data.train, None, (f"{data.name} has no validation split and none was held out",)
-    train, validation = data.train.validation(training.validation)
-    if len(validation) == 0:
-        raise DataError(
-            f"{data.name} has no validation split, and {training.validation:g} of each class is no image: hold out more"
-        )
-    return (
-        train,
-        validation,
-        (
-            f"{data.name} has no validation split: {training.validation:.0%} of each class of the training split held "
-            f"out by the hash of the images' ids, {len(validation)} images",
-        ),
-    )
-
-
-def check(training: Training, train: Split, validation: Split | None, loaded: Loaded, tensorboard: bool) -> None:
-    """Refuse what cannot be trained, before anything is."""
-    if training.warmup >= training.epochs:
-        raise UsageError(f"warmup must be below epochs, got {training.warmup} of {training.epochs}: give more epochs")
-    if training.patience and validation is None:
-        raise UsageError("patience needs validation images and validation is 0: hold some out")
-    if len(train) < 2:
-        raise DataError(f"{train.name} has {len(train)} image to train on: at least 2 are needed")
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if len(train) // _n_batches(len(train), training.batch_size) < n_processes:
-        raise UsageError(
-            f"batch_size {training.batch_size} leaves some of {n_processes} processes without images: give more"
-        )
-    if validation is not None and len(validation) < n_processes:
-        raise UsageError(
-            f"{len(validation)} validation images leave some of {n_processes} processes without one: hold out more"
-        )
-    if loaded.mask is not None:
-        sparsity.check_fits(loaded.model, loaded.mask)
-    if tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard needs tensorboard: pip install 'sukashi[tensorboard]'")
-
-
-def about(loaded: Loaded, data: Data, training: Training) -> dict[str, Any]:
-    """What decides the weights that come out: a run goes on only where it is equal."""
-    kept = None
-    if loaded.mask is not None:
-        whole = hashlib.sha256()
-        for site, keep in loaded.mask.keep.items():
-            whole.update(f"{site.layer} {tuple(keep.shape)} ".encode() + keep.cpu().numpy().tobytes())
-        kept = whole.hexdigest()
-    facts = {
-        "model": {
-            "spec": loaded.spec,
-            **loaded.options,
-            "preprocess": asdict(loaded.preprocess),
-            "weights": models.digest(loaded.model),
-            "mask": kept,
-        },
-        "data": {"name": data.name, "sha256": data.sha256},
-        "training": training.model_dump(),
-    }
-    return dict(json.loads(store.canonical(facts)))
-
-
-def _n_batches(n_images: int, batch_size: int) -> int:
-    return -(-n_images // batch_size)
-
-
 class _Run:
     """One training under way in this process."""
 
@@ -286,7 +154,7 @@ class _Run:
         frames: Callable[[Split], Frames],
     ) -> None:
         self.loaded, self.training, self.processes, self.keep = loaded, training, processes, keep
-        self.n_images, self.n_batches = len(train), _n_batches(len(train), training.batch_size)
+        self.n_images, self.n_batches = len(train), n_batches(len(train), training.batch_size)
         model = copy.deepcopy(loaded.model).to(processes.device).to(memory_format=torch.channels_last)
         model.requires_grad_().train()
         self.weights, self.keeps = ([], []) if loaded.mask is None else sparsity.weights_of(model, loaded.mask)
@@ -449,7 +317,9 @@ class _Run:
             self.keep(self.state)
 
     def _refuse(self, fault: str) -> NoReturn:
-        raise ModelError(f"{fault}: the last checkpoint is kept; give a lower --lr or a longer --warmup")
+        raise ModelError(
+            f"{fault}: the last checkpoint is kept; give a lower --lr or a longer --warmup, with another --out"
+        )
 
     def fitted(self, resumed: int, notes: tuple[str, ...]) -> Fitted:
         model = copy.deepcopy(self.loaded.model).to(self.processes.device)

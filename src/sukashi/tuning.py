@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
-
-from pydantic import ValidationError
 
 from sukashi import checkpoint, models, progress, pruned, report, store, training
 from sukashi.data import Data, Split
 from sukashi.errors import UsageError, writing
 from sukashi.measures import accuracy
 from sukashi.models import RECIPE, Loaded
-from sukashi.registry import nearest
+from sukashi.settings import Finetuning, Training, about
 from sukashi.source import Opening, Source
+from sukashi.strict import checked
 from sukashi.study import by_class, hardware, versions
-from sukashi.training import Finetuning, Fitted, Training
+from sukashi.training import Fitted
 
 _Kind = TypeVar("_Kind", bound=Training)
 _BATCH = 128  # test images decoded at once
@@ -107,16 +106,13 @@ def finetune(
     return _run(model, data, Path(out), Finetuning, tensorboard, memory, command or "sukashi.finetune(...)", settings)
 
 
-def settings_of(given: Mapping[str, Any], kind: type[_Kind] = Training) -> _Kind:  # type: ignore[assignment]
-    """Training settings, checked: UsageError for an unknown name or a value out of range."""
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UsageError(f"unknown training setting {name!r}{nearest(name, Training.model_fields)}") from None
-        raise UsageError(f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+def settings_of(
+    given: Mapping[str, Any],
+    kind: type[_Kind] = Training,  # type: ignore[assignment]
+    known: Iterable[str] = (*Opening.__annotations__, "tensorboard", "memory"),
+) -> _Kind:
+    """Training settings, checked: UsageError for a name that is none, nor `known`, or a value out of range."""
+    return checked(kind, given, known=known)
 
 
 def _opening(settings: Mapping[str, Any]) -> Any:
@@ -139,14 +135,13 @@ def _run(
         raise UsageError(f"memory must be at least 0 GiB, got {memory}: 0 decodes every image when it is asked for")
     source = Source(model, data, **opening)
     images = source.read()
-    loaded = source.build(images, chosen.seed)
-    if chosen.size is not None:
-        loaded = replace(loaded, preprocess=replace(loaded.preprocess, height=chosen.size, width=chosen.size))
+    loaded = models.resized(source.build(images, chosen.seed), chosen.size)
+    images = images.read_in(loaded.preprocess.channels)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
     loaded = replace(loaded, class_names=images.class_names)
-    described = training.about(loaded, images, chosen)
+    described = about(loaded, images, chosen)
     if (out / RECIPE).exists():
         return _finished(out, described) if progress.first() else {}
     fitted = training.fit(
@@ -208,7 +203,7 @@ def _save(out: Path, loaded: Loaded, provenance: Mapping[str, Any], figures: Map
         for path in sorted(draft.iterdir(), key=lambda path: path.name == RECIPE):
             path.replace(out / path.name)
         draft.rmdir()
-        (out / checkpoint.FILE).unlink(missing_ok=True)
+        checkpoint.clear(out)
     report.write(out)
 
 
@@ -218,7 +213,7 @@ def _finished(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     if run is None:
         raise UsageError(f"{out} holds a model that was not trained here: choose another --out")
     store.refuse_other(out, run, described)
-    (out / checkpoint.FILE).unlink(missing_ok=True)
+    checkpoint.clear(out)
     report.write(out)
     return {**_said(out, recipe.figures), "resumed": None, "finished": True}
 

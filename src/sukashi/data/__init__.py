@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sukashi import progress
 from sukashi.data import downloads, files
-from sukashi.data.images import Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
+from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
 from sukashi.data.shapes import Shapes
 from sukashi.data.splits import Batches, Split
 from sukashi.errors import DataError, ModelError, UsageError
@@ -80,15 +80,21 @@ class Data:
         old = [self.class_names.index(wanted) for wanted in class_names]
         train, test = self.train.only(old), self.test.only(old)
         listed = ", ".join(class_names)
+        held_out, now = f", {len(self.test)} images", f", {len(test)} images"  # the end of the note of `load`
+        notes = (note.removesuffix(held_out) + now if note.endswith(held_out) else note for note in self.notes)
         return replace(
             self,
             class_names=tuple(class_names),
             train=train,
             test=test,
             val=None if self.val is None else self.val.only(old),
-            notes=(*self.notes, f"{len(old)} of the {self.n_classes} classes of {self.name}: {listed}"),
+            notes=(*notes, f"{len(old)} of the {self.n_classes} classes of {self.name}: {listed}"),
             sha256=hashlib.sha256(f"{self.sha256} only {listed}".encode()).hexdigest(),
         )
+
+    def read_in(self, channels: int) -> Data:
+        """The same data without notes that say nothing to a model which reads so many channels."""
+        return replace(self, notes=tuple(note for note in self.notes if channels > 1 or not note.endswith(GREY)))
 
     @property
     def has_ground_truth(self) -> bool:

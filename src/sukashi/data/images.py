@@ -25,12 +25,12 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
 _ORIENTATION = 0x0112
 
-_GREY = "greyscale: repeated where a model wants three channels"
+GREY = "greyscale: repeated where a model wants three channels"
 _ROTATED = "EXIF orientation: applied"
 _DEEP = "16-bit grey: divided by 65535"
 _MODES = {
-    "1": _GREY,
-    "L": _GREY,
+    "1": GREY,
+    "L": GREY,
     "I": _DEEP,
     "I;16": _DEEP,
     "I;16B": _DEEP,
@@ -171,7 +171,7 @@ class Pixels:
     pixels: np.ndarray
 
     def check(self, row: int) -> tuple[bytes, list[str]]:
-        return _digest(self.pixels[row].tobytes()), [_GREY] if self.pixels.ndim == 3 else []
+        return _digest(self.pixels[row].tobytes()), [GREY] if self.pixels.ndim == 3 else []
 
     def image(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])
