@@ -427,12 +427,14 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     blind = copy.deepcopy(trained_cnn)
     *_, last = blind.model.parameters()  # the biases of its answers
     last.data[3] += 100
-    pruned.save(tmp_path / "blind", blind, provenance={}, figures={})
+    pruned.save(tmp_path / "blind", blind, provenance={}, figures={"history": []})
     asked = {"attributions": ["saliency"], "measures": ["gini", "ssim"], "population": "all", **READING}
     result = auditing.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result["verdict"].endswith("blind gets no more right than guessing would.")
     assert [model["guesses"] for model in result["models"]] == [False, True]
     assert result["lines"] == result["moved"] == []
+    (note,) = (note for note in result["notes"] if note.startswith("trained after the cut: "))
+    assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
     result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
     first = "blind gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models, "
@@ -578,9 +580,14 @@ def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_p
     told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "ratio": 0.47, "seed": 0}, "again": {"seed": 1}}
     told["level"] = {"contender": "magnitude/unenforced", "ratio": 0.3, "seed": 2}
     for name, provenance in told.items():
-        pruned.save(tmp_path / name, trained_cnn, provenance=provenance, figures={})
+        history = {"history": []} if name == "level" else {}
+        pruned.save(tmp_path / name, trained_cnn, provenance=provenance, figures=history)
     found = {name: audited._level(str(tmp_path / name)) for name in told}
-    assert found == {"cut": ("drift", 0.5), "again": (None, None), "level": ("magnitude/unenforced, seed 2", 0.3)}
+    assert found == {
+        "cut": ("drift", 0.5, False),
+        "again": (None, None, False),
+        "level": ("magnitude/unenforced, seed 2", 0.3, True),
+    }
 
 
 # Kept.

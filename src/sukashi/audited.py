@@ -64,7 +64,8 @@ OF_TRANSFORMERS = ("insertion", "deletion")
 class Network:
     """A model of the audit: its column's name, the series and ratio it was pruned in and to (or None), what is right.
 
-    `right` (N,) says which of the test images it gets right, `rows` are those on which it is audited.
+    `right` (N,) says which of the test images it gets right, `rows` are those on which it is audited, `trained` whether
+    it was trained after it was cut, as its recipe tells.
     """
 
     label: str
@@ -74,6 +75,7 @@ class Network:
     rows: NDArray[np.int64]
     series: str | None
     ratio: float | None
+    trained: bool
 
     @property
     def loaded(self) -> Loaded:
@@ -155,8 +157,8 @@ def opened(specs: Sequence[str], data: str, population: str, reading: Opening) -
                     f"there is no test image to audit {whose} on, of {len(right)}, that "
                     f"{POPULATIONS[population]}: give more --test-images or another --population"
                 )
-            series, ratio = _level(spec) if folder else (None, None)
-            found.append(Network(label, setting, batch, right, np.flatnonzero(kept), series, ratio))
+            level = _level(spec) if folder else (None, None, False)
+            found.append(Network(label, setting, batch, right, np.flatnonzero(kept), *level))
             shown.advance(note=label)
     return found
 
@@ -186,13 +188,14 @@ def labels(specs: Sequence[str]) -> list[str]:
     return found
 
 
-def _level(folder: str) -> tuple[str | None, float | None]:
-    """By what a saved model was pruned and how far, where its recipe says so."""
-    told = models.read_recipe(Path(folder) / models.RECIPE).provenance
+def _level(folder: str) -> tuple[str | None, float | None, bool]:
+    """By what a saved model was pruned and how far, where its recipe says so; and whether it was trained then."""
+    recipe = models.read_recipe(Path(folder) / models.RECIPE)
+    told, trained = recipe.provenance, "history" in recipe.figures
     series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked", told.get("ratio"))
     if not isinstance(series, str) or not isinstance(ratio, int | float):
-        return None, None
-    return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio)
+        return None, None, trained
+    return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio), trained
 
 
 def channels(name: str) -> Channels:

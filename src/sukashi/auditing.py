@@ -25,6 +25,7 @@ from sukashi.audited import (
     ORDERS,
     POPULATIONS,
     Auditor,
+    Network,
     channels,
     curves_table,
     explaining,
@@ -122,7 +123,7 @@ def audit(
         shown = auditor.gallery(names, result["moved"])
         result |= {
             "refused": refused,
-            "notes": list(dict.fromkeys(note for n in networks for note in n.setting.data.notes)),
+            "notes": [*dict.fromkeys(note for n in networks for note in n.setting.data.notes), *_trained(networks)],
             "out": str(folder),
         }
         settings = {
@@ -147,6 +148,17 @@ def audit(
         )
         store.write(folder / "results.json", store.canonical(result, indent=1) + b"\n")
     return result
+
+
+def _trained(networks: Sequence[Network]) -> list[str]:
+    """That trainings differ by more than images do, where a model was trained after its cut."""
+    trained = [network.label for network in networks[1:] if network.trained]
+    if not trained:
+        return []
+    return [
+        f"trained after the cut: {', '.join(trained)}; intervals are for new images, and another training can say the "
+        "opposite: audit several seeds before a change is laid to the cut"
+    ]
 
 
 def _check(
