@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from sukashi import cli, demo, models, progress, study, training, tuning
+from sukashi import cli, demo, models, progress, settings, study, tuning
 from sukashi.errors import ResourceError, UsageError
 from sukashi.source import Source
 
@@ -963,12 +963,12 @@ def test_the_options_of_training_have_one_home(sukashi):
 
 def test_help_tells_the_defaults_of_training():
     options = inspect.signature(cli._training, eval_str=True).parameters
-    fields = {name: field.default for name, field in training.Training.model_fields.items()}
+    fields = {name: field.default for name, field in settings.Training.model_fields.items()}
     assert list(options) == list(fields)
     told = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in fields.items()}
     told["enforce_mask"] = "--enforce-mask"
     assert fields["enforce_mask"] is True
-    for name, by_optimizer in (("lr", training.RATES), ("weight_decay", training.DECAYS)):
+    for name, by_optimizer in (("lr", settings.RATES), ("weight_decay", settings.DECAYS)):
         told[name] = ", ".join(f"{value:g} for {optimizer}" for optimizer, value in by_optimizer.items())
     assert fields["size"] is None
     told["size"] = None
@@ -981,7 +981,7 @@ def test_help_tells_the_defaults_of_training():
         written = f'"{value}"' if isinstance(value, str) else "True" if value is True else told[name]
         assert (name if name in ("lr", "weight_decay") else f"{name}={written}") in documented
     # What is said of fine-tuning:
-    assert training.Finetuning.rates == {name: rate / 10 for name, rate in training.RATES.items()}
+    assert settings.Finetuning.rates == {name: rate / 10 for name, rate in settings.RATES.items()}
 
 
 def test_trainings_that_are_refused(refused, tmp_path):
