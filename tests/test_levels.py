@@ -236,9 +236,9 @@ def test_the_words_are_about_what_was_removed():
     result, chosen = told(
         {"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)], "random": [(0.3, 0.295, 0.9), (0.9, 0.8125, 0.6)]}
     )
-    assert result["verdict"] == "Accuracy is at most 2 points lower up to 25.0% of the units removed (magnitude)"
+    assert result["verdict"] == "Accuracy is at most 2 points lower at 25.0% of the units removed (magnitude)"
     magnitude, random = result["lines"]
-    assert magnitude.startswith("magnitude: up to 25.0% of the units removed (30% asked for) accuracy is shown")
+    assert magnitude.startswith("magnitude: at 25.0% of the units removed (30% asked for) accuracy is shown")
     assert "; at 75.0% (90% asked for) it is -15.0 points from the dense network's" in magnitude
     assert random.startswith("random: at no level accuracy is shown")
     assert levels_page.cautions(result, chosen) == [
@@ -263,10 +263,16 @@ def test_only_levels_of_one_size_are_called_better_or_worse():
     assert [levels_page._so(pair) for pair in turned] == [pair["so"] for pair in result["pairs"]]
 
 
+def test_a_later_level_may_be_shown_where_an_earlier_one_is_not():
+    result, _ = told({"magnitude": [(0.1, 0.1, 0.9), (0.5, 0.5, 0.95), (0.7, 0.7, 0.96)]}, scope="global")
+    assert result["verdict"] == "Accuracy is at most 2 points lower at 70.0% of the weights removed (magnitude)"
+    assert result["lines"][0].startswith("magnitude: at 50.0% and 70.0% of the weights removed accuracy is shown")
+
+
 def test_levels_as_asked_for_need_no_word_about_it():
     result, chosen = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
     assert levels_page.cautions(result, chosen) == []
-    assert result["verdict"] == "Accuracy is at most 2 points lower up to 60.0% of the weights removed (magnitude)"
+    assert result["verdict"] == "Accuracy is at most 2 points lower at 60.0% of the weights removed (magnitude)"
     assert "asked for" not in result["lines"][0]
 
 

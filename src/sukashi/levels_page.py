@@ -111,8 +111,8 @@ def _so(pair: Mapping[str, Any]) -> str:
 
 
 def _safe(result: Mapping[str, Any], contender: str) -> list[Any]:
-    """The first levels at which accuracy is shown not to have fallen by more than LOST."""
-    return list(itertools.takewhile(lambda row: row["difference"]["low"] > -LOST, _rows(result, contender)))
+    """The levels at which accuracy is shown not to have fallen by more than LOST: where one is not, a later one may."""
+    return [row for row in _rows(result, contender) if row["difference"]["low"] > -LOST]
 
 
 def _verdict(result: Mapping[str, Any], course: Course) -> str:
@@ -124,13 +124,13 @@ def _verdict(result: Mapping[str, Any], course: Course) -> str:
     most = max(furthest.values())
     who = page.listed([name for name in furthest if furthest[name] == most])
     return (
-        f"Accuracy is at most {100 * LOST:g} points lower up to {page.percent(most)} of the {result['removes']} "
-        f"removed ({who})"
+        f"Accuracy is at most {100 * LOST:g} points lower at {page.percent(most)} of the {result['removes']} removed "
+        f"({who})"
     )
 
 
 def _lines(result: Mapping[str, Any], course: Course) -> list[str]:
-    """One sentence for each contender: how far it goes before accuracy may have fallen by more than LOST."""
+    """One sentence for each contender: where accuracy has not fallen by more than LOST, and its last level."""
 
     def level(row: Mapping[str, Any], of: str = "") -> str:
         asked = f" ({_asked(row)} asked for)" if _apart(row["removed"], row["ratio"]) else ""
@@ -145,7 +145,7 @@ def _lines(result: Mapping[str, Any], course: Course) -> list[str]:
         leak = "" if course.contenders[name][1] else f" (where {row['zeros']:.0%} are zero in the end)"
         said.append(
             f"{name}: "
-            + (f"up to {level(safe[-1], of)}" if safe else "at no level")
+            + (f"at {page.listed([*map(level, safe[:-1]), level(safe[-1], of)])}" if safe else "at no level")
             + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {level(row)}{leak} it is "
             f"{100 * last['mean']:+.1f} points from the dense network's ({100 * last['low']:+.1f} to "
             f"{100 * last['high']:+.1f})."
