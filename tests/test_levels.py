@@ -269,6 +269,20 @@ def test_a_later_level_may_be_shown_where_an_earlier_one_is_not():
     assert result["lines"][0].startswith("magnitude: at 50.0% and 70.0% of the weights removed accuracy is shown")
 
 
+def test_equal_answers_to_few_images_show_nothing():
+    rows = {"magnitude": [(0.3, 0.3, 0.95)]}
+    least = stats.least_images(levels_page.LOST)
+    enough, chosen = told(rows, n_images=least)
+    assert "lower at 30.0%" in enough["verdict"]
+    assert levels_page.cautions(enough, chosen) == []
+    few, chosen = told(rows, n_images=least - 1)
+    assert few["verdict"] == "At no level is accuracy shown to be at most 2 points lower"
+    assert few["lines"][0].startswith("magnitude: at no level")
+    assert levels_page.cautions(few, chosen) == [
+        "188 test images can't show that accuracy is at most 2 points lower, 189 are needed"
+    ]
+
+
 def test_levels_as_asked_for_need_no_word_about_it():
     result, chosen = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
     assert levels_page.cautions(result, chosen) == []

@@ -72,14 +72,19 @@ def summary(levels: Sequence[Level], course: Course) -> dict[str, Any]:
 
 
 def cautions(result: Mapping[str, Any], course: Course) -> list[str]:
-    """Where other fractions were removed than asked for, and why."""
+    """That the images are too few for a verdict; where other fractions were removed than asked for, and why."""
     if course.scope is not None:
         why = "whole numbers of each group go"
     elif course.round_to > 1:
         why = f"widths are rounded up to multiples of {course.round_to}"
     else:
         why = "one unit of each layer stays"
-    said = []
+    said, least = [], stats.least_images(LOST)
+    if result["n_images"] < least:
+        said.append(
+            f"{result['n_images']} test images can't show that accuracy is at most {100 * LOST:g} points lower, "
+            f"{least} are needed"
+        )
     for name in course.contenders:
         rows = [row for row in _rows(result, name) if _apart(row["removed"], row["ratio"])]
         if rows:
@@ -111,7 +116,12 @@ def _so(pair: Mapping[str, Any]) -> str:
 
 
 def _safe(result: Mapping[str, Any], contender: str) -> list[Any]:
-    """The levels at which accuracy is shown not to have fallen by more than LOST: where one is not, a later one may."""
+    """The levels at which accuracy is shown not to have fallen by more than LOST: where one is not, a later one may.
+
+    Of equal answers the interval is a point, however few they are: below `stats.least_images` there is no such level.
+    """
+    if result["n_images"] < stats.least_images(LOST):
+        return []
     return [row for row in _rows(result, contender) if row["difference"]["low"] > -LOST]
 
 
