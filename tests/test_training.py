@@ -351,6 +351,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(start, few, tmp_path, monkeypatch
     assert models.digest(found.loaded.model) == models.digest(whole.loaded.model)
 
 
+def test_a_refusal_is_said_whatever_an_earlier_run_has_left(start, few, tmp_path):
+    run = tmp_path / "run"
+    fit(start, few, Training(epochs=1), out=run)
+    assert checkpoint.claim(run)
+    assert not checkpoint.claim(run), "once a run"
+    with pytest.raises(UsageError, match="another trial"), checkpoint.held(run, {}):
+        pass
+    assert checkpoint.claim(run)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UsageError, match="is a file"), checkpoint.held(file, {}):
+        pass
+
+
 def test_a_folder_in_use_is_refused(start, few, tmp_path):
     with checkpoint.held(tmp_path / "run", {}), pytest.raises(ResourceError, match="in use"):
         fit(start, few, Training(epochs=1), out=tmp_path / "run")

@@ -113,6 +113,9 @@ class Checkpoints:
 def held(out: Path, described: Mapping[str, Any]) -> Iterator[None]:
     """The folder of a run, held for this process; UsageError where it holds another run, or something else."""
     kept = out / FILE
+    with contextlib.suppress(OSError):  # where there is none; and where nothing can be removed, nothing is held below
+        # Before anything is refused: one that another run has left would keep everybody silent.
+        (out / _SAID).unlink()
     if out.is_dir() and not kept.exists():
         foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if foreign:
@@ -124,7 +127,7 @@ def held(out: Path, described: Mapping[str, Any]) -> Iterator[None]:
     with store.lock(out):
         if kept.exists():
             store.refuse_other(out, facts(kept)["about"], described)
-        for path in (*out.glob(".*.tmp"), out / _SAID):
+        for path in out.glob(".*.tmp"):
             path.unlink(missing_ok=True)
         yield
 
