@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -496,6 +497,7 @@ def test_patches_that_leave_pixels_over_are_refused(layer, side, words):
     [
         (nn.Conv2d(1, 4, 2, 2), (8, 8), None),
         (nn.Conv2d(1, 4, 1, 1), (9, 9), None),
+        (nn.Conv2d(1, 4, 2, 2, dilation=3), (9, 9), None),
         (nn.Conv2d(1, 4, 3, 2), (10, 10), None),
         (nn.Conv2d(1, 4, 2, 2, padding=1), (9, 9), None),
         (nn.Conv2d(1, 1, 3, 1, 1), (9, 9), nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 4, 3, 3))),
@@ -503,6 +505,39 @@ def test_patches_that_leave_pixels_over_are_refused(layer, side, words):
 )
 def test_other_convolutions_may_end_where_they_like(layer, side, more):
     assert probed(patchy(layer, side, more=more)).shape == (2, 4)
+
+
+class ByName(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def test_patches_are_seen_and_taken_where_the_layer_is_called_by_keyword():
+    assert probed(patchy(ByName(nn.Conv2d(1, 4, 2, 2)), (8, 8))).shape == (2, 4)
+    with pytest.raises(ModelError, match="patches of 2 x 2 pixels, of which 9 x 9"):
+        probed(patchy(ByName(nn.Conv2d(1, 4, 2, 2)), (9, 9)))
+
+
+def test_the_size_an_architecture_was_made_for_is_its_own_affair(monkeypatch):
+    # As timm:vit_so400m_patch14_siglip_384, whose 27 x 27 patches leave 6 pixels over.
+    made = timm.create_model
+    small = {"img_size": 30, "patch_size": 14, "embed_dim": 24, "depth": 1}
+
+    def create(name, **options):
+        model = made(name, **options, **small)
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 30, 30)}
+        return model
+
+    monkeypatch.setattr(models.timm, "create_model", create)
+    loaded = models.load("timm:vit_tiny_patch16_224", n_classes=4)
+    assert (loaded.preprocess.height, loaded.preprocess.width) == (30, 30)
+    assert probed(loaded).shape == (2, 4)
 
 
 def test_another_size_is_taken_or_refused_in_our_words():

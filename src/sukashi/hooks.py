@@ -172,13 +172,14 @@ def read_by(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 def visited(model: nn.Module, visit: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Inside, {layer: visitor}: each visitor is given what its layer reads, call after call.
 
-    In the pass ModelError for a layer that is called by keyword.
+    In the pass ModelError for a layer that is called by another keyword than `input`, torch's own.
     """
 
-    def show(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        visit[name](_read(name, args).detach())
+    def show(name: str, module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
+        named = (more["input"],) if "input" in more else ()
+        visit[name](_read(name, args or named).detach())
 
-    with _pre_hooks(model, {name: partial(show, name) for name in visit}):
+    with _pre_hooks(model, {name: partial(show, name) for name in visit}, keywords=True):
         yield
 
 
@@ -200,11 +201,11 @@ def channel_axis(module: nn.Module) -> int:
 
 
 @contextmanager
-def _pre_hooks(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
+def _pre_hooks(model: nn.Module, hooks: Mapping[str, Any], keywords: bool = False) -> Iterator[None]:
     handles: list[RemovableHandle] = []
     try:
         for name, hook in hooks.items():
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=keywords))
         yield
     finally:
         for handle in handles:

@@ -195,7 +195,7 @@ def load(
         preprocess = _stated_preprocess(file, preprocess)
         _fill(model, fused_names(model, file.tensors), file.path)
     model = _prepare(model, options)
-    logits = _logits(model, _noise(preprocess), spec)
+    logits = _logits(model, _noise(preprocess), spec, whole=not ours)
     known = stated if stated is not None else n_classes
     if known is not None and logits.shape[1] != known:
         raise ModelError(f"{spec} gives {logits.shape[1]} classes, {known} were expected: check n_classes and weights")
@@ -229,25 +229,29 @@ def _check_name(spec: object) -> None:
 def probe(loaded: Loaded, example: Tensor) -> Tensor:
     """Logits (B, K) of an example (B, C, H, W), once it is certain that they mean something.
 
-    Raises ModelError where the model does not run on the example, cuts it into patches that leave pixels over, does not
-    give one finite (B, K) tensor with
+    Raises ModelError where the model does not run on the example, does not give one finite (B, K) tensor with
     K = n_classes, gives other logits in a second pass, changes its buffers, or lets images of a batch change each
-    other's logits. Weights, buffers and train mode are as found afterwards.
+    other's logits; and for an import path, whose size its author wrote, where it cuts the example into patches that
+    leave pixels over. Weights, buffers and train mode are as found afterwards.
     """
-    logits = _logits(loaded.model, example, loaded.spec)
+    logits = _logits(loaded.model, example, loaded.spec, whole=not takes_classes(loaded.spec))
     if logits.shape[1] != loaded.n_classes:
         raise ModelError(f"{loaded.spec} gives {logits.shape[1]} classes, {loaded.n_classes} were expected")
     return logits
 
 
 def resized(loaded: Loaded, size: int | None) -> Loaded:
-    """The same network for square images of this side, or None its own. Raises ModelError where it takes none such."""
+    """The same network for square images of this side, or None its own.
+
+    Raises ModelError where it takes none such, or would leave pixels unread that do not fill a patch.
+    """
     own = loaded.preprocess
     if size is None or size == own.height == own.width:
         return loaded
     changed = replace(loaded, preprocess=replace(own, height=size, width=size))
     example = _noise(changed.preprocess).to(next(loaded.model.parameters()).device)
-    _logits(loaded.model, example, loaded.spec, f"leave --size out, its own is {own.height} x {own.width}")
+    remedy = f"leave --size out, its own is {own.height} x {own.width}"
+    _logits(loaded.model, example, loaded.spec, whole=True, remedy=remedy)
     return changed
 
 
@@ -589,13 +593,19 @@ def _noise(preprocess: Preprocess) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, example: Tensor, spec: str, remedy: str = "check size and width") -> Tensor:
-    """Logits (B, K) of the example, after the checks that `probe` speaks of (all but that of K)."""
+def _logits(
+    model: nn.Module, example: Tensor, spec: str, *, whole: bool, remedy: str = "check size and width"
+) -> Tensor:
+    """Logits (B, K) of the example, after the checks that `probe` speaks of (all but that of K).
+
+    `whole` refuses patches that leave pixels over. A library's architecture may do so at the size it was made for:
+    SigLIP so400m reads 384 x 384 pixels in patches of 14 x 14.
+    """
     modes = [module.training for module in model.modules()]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.eval()
     try:
-        with hooks.visited(model, _patches(model, example, spec)):
+        with hooks.visited(model, _patches(model, example, spec) if whole else {}):
             first = model(example)
         second, alone = model(example), model(example[:1])
     except SukashiError:
@@ -650,7 +660,7 @@ def _patches(model: nn.Module, example: Tensor, spec: str) -> dict[str, Callable
         name: partial(look, module.kernel_size)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
-        and module.kernel_size == module.stride != (1, 1)
+        and module.kernel_size == module.stride != (1, 1) == module.dilation
         and module.padding in ((0, 0), "valid")
     }
 
