@@ -389,6 +389,7 @@ def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
         ({"how": "one"}, "unknown schedule 'one': did you mean 'oneshot'"),
         ({"scop": "global"}, "unknown setting 'scop': did you mean 'scope'"),
         ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+        ({"memory": -1}, "memory must be at least 0 GiB, got -1"),
         ({"seeds": 1.5}, "seeds must be a whole number like 1, got 1.5"),
     ],
 )
@@ -396,6 +397,12 @@ def test_wrong_keywords_are_refused_in_a_sentence(tmp_path, changes, message):
     given = {"how": "oneshot", "criteria": ["magnitude"], "ratios": (0.5,), "out": tmp_path / "out", **changes}
     with pytest.raises(UsageError, match=message):
         levels.schedule(SPEC, "digits", **given)
+
+
+def test_the_folder_of_a_comparison_is_refused(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"model": {}, "data": {}}))
+    with pytest.raises(UsageError, match="is an existing output folder of another trial"):
+        levels.run(SPEC, "digits", course(), out=tmp_path, **READING)
 
 
 def test_every_ratio_has_a_folder_of_its_own():

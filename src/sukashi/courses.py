@@ -113,6 +113,8 @@ def grown(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
 
     It grows by seeds, criteria (with options of theirs), masks not enforced, and ratios above those it has.
     """
+    if "course" not in kept:  # a comparison's
+        return False
     old, new = kept["course"], asked["course"]
     growing = ("criteria", "enforce_mask", "seeds", "options", "ratios")
     if {**kept, "course": {k: v for k, v in old.items() if k not in growing}} != {

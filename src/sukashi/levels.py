@@ -30,7 +30,7 @@ from sukashi.levels_page import Level, cautions, draw, summary
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.schedules import schedules
-from sukashi.settings import Finetuning, Training, check_training, splits
+from sukashi.settings import Finetuning, Training, check_training, memory_of, splits
 from sukashi.sites import Found
 from sukashi.source import Reading, Setting, Source
 from sukashi.strict import checked
@@ -70,6 +70,7 @@ def run(
     Raises UsageError for settings that contradict each other, and whatever loading, criteria and training raise.
     """
     check(course)
+    n_bytes = memory_of(memory)
     source = Source(model, data, **reading)
     given = not source.untrained
     if given and schedules[course.schedule].facts["rewinds"]:
@@ -104,7 +105,7 @@ def run(
                 if first:
                     store.claim(folder / "study.json", about, grown)
             walker = _Walker(setting, course, seed, folder, given, command or "sukashi.levels.run(...)", shown)
-            walker.memory = int(memory * 2**30)
+            walker.memory = n_bytes
             walker.walk()
     if not first:
         return {}

@@ -127,6 +127,13 @@ def check_training(
         raise UsageError("--tensorboard needs tensorboard: pip install 'sukashi[tensorboard]'")
 
 
+def memory_of(gib: float) -> int:
+    """Bytes of images that a process may keep. Raises UsageError below 0 GiB."""
+    if not gib >= 0:
+        raise UsageError(f"memory must be at least 0 GiB, got {gib}: 0 decodes every image when it is asked for")
+    return int(gib * 2**30)
+
+
 def about(loaded: Loaded, data: Data, training: Training) -> dict[str, Any]:
     """What decides the weights that come out: a run goes on only where it is equal."""
     kept = None

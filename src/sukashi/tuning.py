@@ -14,7 +14,7 @@ from sukashi.data import Data, Split
 from sukashi.errors import UsageError, writing
 from sukashi.measures import accuracy
 from sukashi.models import RECIPE, Loaded
-from sukashi.settings import Finetuning, Training, about
+from sukashi.settings import Finetuning, Training, about, memory_of
 from sukashi.source import Opening, Source
 from sukashi.strict import checked
 from sukashi.study import by_class, hardware, versions
@@ -131,8 +131,7 @@ def _run(
 ) -> dict[str, Any]:
     opening = _opening(settings)
     chosen = settings_of({name: value for name, value in settings.items() if name not in opening}, kind)
-    if not memory >= 0:
-        raise UsageError(f"memory must be at least 0 GiB, got {memory}: 0 decodes every image when it is asked for")
+    n_bytes = memory_of(memory)
     source = Source(model, data, **opening)
     images = source.read()
     loaded = models.resized(source.build(images, chosen.seed), chosen.size)
@@ -150,7 +149,7 @@ def _run(
         chosen,
         out=out,
         workers=source.workers,
-        memory=int(memory * 2**30),
+        memory=n_bytes,
         tensorboard=tensorboard,
     )
     if not progress.first():
