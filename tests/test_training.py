@@ -143,6 +143,32 @@ def test_the_average_is_kept(start, few, tmp_path):
     assert not torch.equal(state(found.loaded)["conv1.weight"], state(last.loaded)["conv1.weight"])
 
 
+class Tied(nn.Module):
+    """Two layers that share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x.flatten(1)).relu()).relu())
+
+
+def test_the_average_follows_by_its_decay_tied_weights_too(few, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Tied().eval()
+    tied = Loaded(model, "mynet:tied", {}, Preprocess(8, 8, 1, (0.0,), (1.0,)), 10, None, models.digest(model))
+    fit(tied, few, Training(epochs=1, batch_size=500, ema=0.9), out=tmp_path)
+    kept = safetensors.torch.load_file(tmp_path / checkpoint.FILE)
+    for name, before in state(tied).items():
+        # One step, of decay (1 + 0) / (10 + 0).
+        expected = 0.1 * before + 0.9 * kept[f"model.{name}"]
+        torch.testing.assert_close(kept[f"average.{name}"], expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(before, expected, rtol=0, atol=1e-5)
+
+
 def test_patience_keeps_the_best_epoch_on_validation_images(start, few, tmp_path):
     given = Training(epochs=30, batch_size=32, lr=0.3, weight_decay=0.0, patience=2)
     found = fit(start, few, given, out=tmp_path / "run")

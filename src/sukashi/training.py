@@ -269,7 +269,9 @@ class _Run:
     @torch.no_grad()
     def _follow(self, average: nn.Module, decay: float) -> None:
         """Move the average towards the weights and buffers; counts are copied. Zeros stay zero."""
-        pairs = list(zip(average.state_dict().values(), self.state.model.state_dict().values(), strict=True))
+        both = zip(average.state_dict().values(), self.state.model.state_dict().values(), strict=True)
+        # Tied weights have two names and move once.
+        pairs = list({old.data_ptr(): (old, new) for old, new in both}.values())
         slow = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([old for old, _ in slow], [new for _, new in slow], 1 - decay)
         for old, new in pairs:
