@@ -84,6 +84,7 @@ for count in range(3):
             os.kill(os.getpid(), signal.SIGKILL)
         found = processes.total(torch.ones(1))
         assert found == 2, found
+        assert processes.first(torch.full((2,), float(processes.rank))).sum() == 0, "what the first one has"
     time.sleep(0.5 * (processes.rank == 0))  # the first one is busy alone, as between the levels of a schedule
 """
 

@@ -35,6 +35,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def first(self, values: Tensor) -> Tensor:
+        """What the first process has, in all of them; in place."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+        return values
+
     def share(self, rows: Tensor) -> Tensor:
         """This process's part of the rows (B,): consecutive, as long as the others' or by one different."""
         return rows.tensor_split(self.size)[self.rank]

@@ -158,8 +158,10 @@ class _Run:
         model = copy.deepcopy(loaded.model).to(processes.device).to(memory_format=torch.channels_last)
         model.requires_grad_().train()
         self.weights, self.keeps = ([], []) if loaded.mask is None else sparsity.weights_of(model, loaded.mask)
-        if loaded.mask is not None:
-            sparsity.enforce(model, loaded.mask)
+        if self.weights:
+            # Each process has made its own mask: where one bit differed, their weights would drift apart unseen.
+            self.keeps = [processes.first(keep) for keep in self.keeps]
+            torch._foreach_mul_(self.weights, self.keeps)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer]
         chosen = {"momentum": training.momentum} if training.optimizer == "sgd" else {}
         optimizer = kind(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, **chosen)
