@@ -432,6 +432,9 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     result = auditing.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result["verdict"].endswith("blind gets no more right than guessing would.")
     assert [model["guesses"] for model in result["models"]] == [False, True]
+    result = auditing.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
+    assert "blind, the reference, gets no more right than guessing would. " in result["verdict"]
+    result = auditing.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result["lines"] == result["moved"] == []
     (note,) = (note for note in result["notes"] if note.startswith("trained after the cut: "))
     assert "blind; intervals are for new images" in note

@@ -68,6 +68,14 @@ def test_shares_are_consecutive_and_whole():
     assert [len(part) for part in parts] == [3, 2, 2]
 
 
+def test_restarts_that_are_left(monkeypatch):
+    assert not distributed.starts_again()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert distributed.starts_again()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not distributed.starts_again()
+
+
 def test_one_process_speaks(monkeypatch):
     assert progress.first()
     monkeypatch.setenv("RANK", "1")

@@ -577,6 +577,8 @@ def audit(
         return
     table = Table("model", "attribution", "measure", result["reference"], "model", "so", box=None, pad_edge=False)
     for row in result["comparisons"]:
+        if row["measure"] not in result["measures"]:
+            continue  # in probability: on the page, beside what that says
         told = row["said"] + (f", {row['weight']}" if row["changed"] else "")
         table.add_row(
             *(row["model"], row["attribution"], row["measure"], f"{row['reference']:.3f}", f"{row['mean']:.3f}", told)

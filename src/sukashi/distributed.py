@@ -101,6 +101,12 @@ def unused(error: BaseException) -> bool:
     return "Expected to have finished reduction" in str(error)
 
 
+def starts_again() -> bool:
+    """Whether torchrun has restarts left for processes that die (--max-restarts)."""
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done < most
+
+
 class _Total(torch.autograd.Function):
     """The sum over processes; its gradient is the sum of theirs."""
 

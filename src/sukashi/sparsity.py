@@ -44,7 +44,8 @@ def check_shapes(scope: str, shapes: Mapping[str, Sequence[int]]) -> None:
         n_inputs = math.prod(shape[1:])
         if n_inputs % m:
             raise UsageError(
-                f"layer {layer!r} reads {n_inputs} inputs, which scope {scope} cannot group by {m}: exclude it"
+                f"layer {layer!r} reads {n_inputs} inputs, which scope {scope} cannot group by {m}: exclude it "
+                f"(--exclude {layer})"
             )
 
 

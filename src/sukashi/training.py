@@ -28,7 +28,7 @@ from sukashi.checkpoint import State
 from sukashi.data import Data, Split
 from sukashi.data.augment import AUGMENTS, derived, draws, view
 from sukashi.data.frames import Frames, unit
-from sukashi.distributed import World, lost, unused, world
+from sukashi.distributed import World, lost, starts_again, unused, world
 from sukashi.errors import ModelError, ResourceError, SukashiError, writing
 from sukashi.models import Loaded
 from sukashi.precision import exact
@@ -135,9 +135,8 @@ def _meant(error: RuntimeError, out: Path) -> SukashiError | None:
         return None
     kept = out / checkpoint.FILE
     where = f"from step {checkpoint.facts(kept)['step']}" if kept.exists() else "from the start"
-    return ResourceError(
-        f"a process of this run is gone, its connection broke: give the same command again, {out} goes on {where}"
-    )
+    how = "torchrun starts it again" if starts_again() else "give the same command again"
+    return ResourceError(f"a process of this run is gone, its connection broke: {how}, {out} goes on {where}")
 
 
 class _Run:

@@ -180,6 +180,8 @@ def verdict(told: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> s
     few = [network for network in others if network.few and not network.guesses]
     rest = [network.label for network in others if not (network.guesses or network.few)]
     said = []
+    if networks[0].guesses:
+        said.append(f"{networks[0].label}, the reference, gets no more right than guessing would.")
     if guessing:
         verb = "gets" if len(guessing) == 1 else "get"
         said.append(f"{_whose(guessing, others)} {verb} no more right than guessing would.")
