@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
+import wanda  # the benchmark beside this one
 from sukashi import data as datasets
 from sukashi import models, sites, sparsity, training
 from sukashi.models import Loaded
@@ -111,6 +112,7 @@ def main() -> None:
                 ),
                 "mask_overhead": round(mask_cost(masked, data, settings), 4),
                 "data_share": round(middle["waiting"], 4),
+                "wanda_speedup": wanda.race(wanda.options([]))["wanda_speedup"],
             }
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,19 +125,12 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
                 shift = 0.006 * (place - (len(groups) - 1) / 2)
                 x = [model["ratio"] + shift if by_ratio else order.index(model["label"]) for model, _ in known]
                 mean, low, high = (np.array([row[key] for _, row in known]) for key in ("difference", "low", "high"))
-                axes.errorbar(
-                    x,
-                    mean,
-                    (np.maximum(mean - low, 0), np.maximum(high - mean, 0)),
-                    color=page.colour(group.partition(",")[0], place) if group else page.OTHERS[0],
-                    linestyle="-" if by_ratio else "none",
-                    marker="o",
-                    markersize=4,
-                    linewidth=1.5,
-                    elinewidth=1,
-                    capsize=2.5,
-                    label=group,
-                )
+                colour = page.colour(group.partition(",")[0], place) if group else page.OTHERS[0]
+                style = "-" if by_ratio else "none"
+                page.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.5, label=group)
+                guesses = [i for i, (model, _) in enumerate(known) if model["guesses"]]
+                hollow = {"markersize": 4, "markerfacecolor": "white", "color": colour, "zorder": 3}
+                axes.plot(np.array(x)[guesses], mean[guesses], "o", **hollow)
             if i == 0:
                 axes.set_title(name, fontsize=10, color=page.INK)
             if j == 0:
@@ -172,7 +166,10 @@ def draw_curves(
             axes = panels[i][j]
             lines = [(result["reference"], page.INK, "--")]
             shades = colormaps["viridis"](np.linspace(0.05, 0.88, max(2, len(of_group))))
-            lines += [(model["label"], shade, "-") for model, shade in zip(of_group, shades, strict=False)]
+            lines += [
+                (model["label"], shade, ":" if model["guesses"] else "-")
+                for model, shade in zip(of_group, shades, strict=False)
+            ]
             for label, colour, style in lines:
                 values = curves[name, label]["morf accuracy"]
                 values = values[np.isfinite(values).all(1)]
@@ -264,4 +261,4 @@ def _share(found: Array) -> Array | None:
 
 def _broken(name: str) -> str:
     """A long name on several lines."""
-    return name.replace("/", "\n").replace("_", "\n") if len(name) > 9 else name
+    return re.sub("[/_ ]", "\n", name) if len(name) > 9 else name

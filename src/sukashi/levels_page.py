@@ -176,19 +176,8 @@ def draw(result: Mapping[str, Any], course: Course) -> bytes:
         colour = page.colour(name.partition("/")[0], place)
         # Side by side, that intervals at one level do not hide each other.
         x = np.array([row["removed"] for row in rows]) + 0.006 * (place - (len(course.contenders) - 1) / 2)
-        axes.errorbar(
-            x,
-            mean,
-            (mean - low, high - mean),
-            color=colour,
-            linestyle=":" if name.endswith(LEAKY) else "-",
-            marker="o",
-            markersize=4,
-            linewidth=1.6,
-            elinewidth=1,
-            capsize=2.5,
-            label=name,
-        )
+        style = ":" if name.endswith(LEAKY) else "-"
+        page.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.6, label=name)
     axes.set(xlabel=f"fraction of the {result['removes']} that was removed", ylabel="accuracy on test images")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

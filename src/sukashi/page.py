@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -72,6 +73,12 @@ def level(axes: Axes, height: float, name: str, style: str) -> None:
     axes.annotate(
         name, (1, height), (-3, 3), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=8
     )
+
+
+def bars(axes: Axes, x: Any, mean: Any, low: Any, high: Any, **style: Any) -> None:
+    """Means with their intervals as a line of points with bars."""
+    below, above = np.maximum(mean - low, 0), np.maximum(high - mean, 0)
+    axes.errorbar(x, mean, (below, above), marker="o", markersize=4, elinewidth=1, capsize=2.5, **style)
 
 
 def calm(axes: Axes) -> None:
