@@ -505,7 +505,7 @@ def test_each_model_without_a_ratio_has_its_name_below_its_place(monkeypatch):
     result = {
         "reference": "dense",
         "attributions": ["lrp"],
-        "models": [{"label": label, "series": "cut", "ratio": 0.5} for label in labels],
+        "models": [{"label": label, "series": "cut", "ratio": 0.5, "guesses": label == "three"} for label in labels],
         "comparisons": [
             {"model": label, "attribution": "lrp", "measure": measure, "difference": 0.1, "low": 0.0, "high": 0.2}
             for label in labels[1:]
@@ -516,7 +516,7 @@ def test_each_model_without_a_ratio_has_its_name_below_its_place(monkeypatch):
     (top, bottom) = drawn[0].axes
     assert [tick.get_text() for tick in bottom.get_xticklabels()] == labels[1:]
     assert [tick.get_text() for tick in top.get_xticklabels()] == [""] * 3
-    assert [line.get_xdata()[0] for line in bottom.lines if line.get_marker() == "o"] == [0]
+    assert [line.get_xdata()[0] for line in bottom.lines if line.get_marker() == "o"] == [0, 2], "hollow where guessed"
     assert not bottom.texts
     for model, ratio in zip(result["models"][1:], (0.025, 0.05, 0.5), strict=True):
         model["ratio"] = ratio

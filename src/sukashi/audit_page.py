@@ -129,8 +129,9 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
                 style = "-" if by_ratio else "none"
                 page.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.5, label=group)
                 guesses = [i for i, (model, _) in enumerate(known) if model["guesses"]]
-                hollow = {"markersize": 4, "markerfacecolor": "white", "color": colour, "zorder": 3}
-                axes.plot(np.array(x)[guesses], mean[guesses], "o", **hollow)
+                hollow: dict[str, Any] = {"markersize": 4, "markerfacecolor": "white", "color": colour, "zorder": 3}
+                if guesses:
+                    axes.plot(np.array(x)[guesses], mean[guesses], "o", **hollow)
             if i == 0:
                 axes.set_title(name, fontsize=10, color=page.INK)
             if j == 0:
