@@ -37,10 +37,10 @@ from captum import attr
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from sukashi import sites as finder
 from sukashi.attributions import attributions
-from sukashi.layers import explicit_attention
-from sukashi.types import Site
+from sukashi.core.types import Site
+from sukashi.network import sites as finder
+from sukashi.network.layers import explicit_attention
 
 IMAGES, SIZE, STEPS, ROUNDS = 2, 64, 16, 5
 # DeepLIFT has no steps, but a baseline an image: as many rows in a pass of captum's as the others have.

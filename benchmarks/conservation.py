@@ -23,9 +23,9 @@ from torch import nn
 
 from sukashi import models
 from sukashi.attributions import attributions
-from sukashi.errors import ModelError
-from sukashi.layers import explicit_attention
-from sukashi.types import Member, Site
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Member, Site
+from sukashi.network.layers import explicit_attention
 
 CNNS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "cifar_resnet20")
 MODELS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "vit_b_16", "deit3_small", "cifar_resnet20")

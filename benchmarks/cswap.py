@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from sukashi import data as datasets
-from sukashi import demo, models
-from sukashi import sites as finder
+from sukashi import models
+from sukashi.core.types import Batch, Mask
 from sukashi.criteria.causal import CausalTest, true_class_probability, usable
 from sukashi.criteria.engine import Engine
-from sukashi.criteria.sweep import unit_orders
-from sukashi.types import Batch, Mask
+from sukashi.criteria.progressive import unit_orders
+from sukashi.experiments import demo
+from sukashi.network import sites as finder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import naive

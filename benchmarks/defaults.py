@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from sukashi import data as datasets
-from sukashi import models, stats
-from sukashi import sites as finder
+from sukashi import models
+from sukashi.core import stats
 from sukashi.criteria import criteria
 from sukashi.measures import accuracy
+from sukashi.network import sites as finder
 
 RATIOS = [round(0.05 * i, 2) for i in range(1, 20)]
 VARIANTS: dict[str, list[dict[str, Any]]] = {

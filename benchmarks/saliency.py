@@ -34,10 +34,10 @@ import torchvision
 from torch import Tensor, nn
 
 from sukashi import models
+from sukashi.core.types import Batch
 from sukashi.measures import measures
+from sukashi.measures.faithfulness import PERCENTAGES
 from sukashi.measures.imputation import impute
-from sukashi.measures.saliency import PERCENTAGES
-from sukashi.types import Batch
 
 ROUNDS = 5
 MEMORY = (16, 32, 64)

@@ -28,15 +28,17 @@ from torchvision.transforms import v2
 
 import wanda  # the benchmark beside this one
 from sukashi import data as datasets
-from sukashi import models, sites, sparsity, training
+from sukashi import models
+from sukashi.core.types import Mask
 from sukashi.models import Loaded
-from sukashi.types import Mask
+from sukashi.network import sites, sparsity
+from sukashi.training import loop
 
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
 def plain(
-    model: nn.Module, x: torch.Tensor, target: torch.Tensor, settings: training.Training, layout: torch.memory_format
+    model: nn.Module, x: torch.Tensor, target: torch.Tensor, settings: loop.Training, layout: torch.memory_format
 ) -> float:
     """Images a second of the loop anybody would write."""
     model = copy.deepcopy(model).train().to(memory_format=layout)
@@ -58,11 +60,11 @@ def plain(
     return settings.epochs * len(x) / (clock() - start)
 
 
-def ours(loaded: Loaded, data: datasets.Data, settings: training.Training) -> tuple[float, float]:
+def ours(loaded: Loaded, data: datasets.Data, settings: loop.Training) -> tuple[float, float]:
     """Images a second, and the share of its time that the loop spends on getting images ready."""
     with tempfile.TemporaryDirectory() as folder:
         start = clock()
-        history = training.fit(loaded, data, settings, out=Path(folder) / "run").history
+        history = loop.fit(loaded, data, settings, out=Path(folder) / "run").history
         rate = settings.epochs * len(data.train) / (clock() - start)
     return rate, statistics.mean(entry["waiting"] for entry in history)
 
@@ -90,11 +92,11 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in (*layouts, "ours", "masked", "waiting")}
     for turn in range(given.turns + 1):
         found = {
-            name: plain(loaded.model, batch.x, batch.target, training.Training(**settings), layout)
+            name: plain(loaded.model, batch.x, batch.target, loop.Training(**settings), layout)
             for name, layout in layouts.items()
         }
-        found["ours"], found["waiting"] = ours(loaded, data, training.Training(**settings))
-        found["masked"], _ = ours(masked, data, training.Training(**settings))
+        found["ours"], found["waiting"] = ours(loaded, data, loop.Training(**settings))
+        found["masked"], _ = ours(masked, data, loop.Training(**settings))
         if turn:  # the first warms up
             for name, value in found.items():
                 rates[name].append(value)
@@ -127,7 +129,7 @@ def mask_cost(masked: Loaded, data: datasets.Data, settings: dict[str, Any]) -> 
         start = clock()
         torch._foreach_mul_(weights, keeps)
         spent.append(clock() - start)
-    rate, _ = ours(masked, data, training.Training(**settings))
+    rate, _ = ours(masked, data, loop.Training(**settings))
     return statistics.median(spent) / (settings["batch_size"] / rate)
 
 

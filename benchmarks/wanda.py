@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sukashi import sites, sparsity
+from sukashi.core.types import Batch
 from sukashi.criteria import criteria
-from sukashi.types import Batch
+from sukashi.network import sites, sparsity
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:

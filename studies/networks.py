@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from sukashi.types import Preprocess
+from sukashi.core.types import Preprocess
 
 SIZE = 64
 

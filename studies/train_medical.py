@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sukashi import data, models, store
+from sukashi import data, models
+from sukashi.core import files
+from sukashi.core.types import Batch
 from sukashi.measures.accuracy import evaluate
-from sukashi.types import Batch
 
 NETWORKS = ("vgg=networks:vgg", "resnet=networks:resnet", "vit=networks:vit")
 
@@ -37,7 +38,7 @@ def main() -> None:
     for name, spec in (network.split("=", 1) for network in given.network or NETWORKS):
         weights = given.out / f"{name}.safetensors"
         if not weights.exists():
-            store.write(weights, train(spec, images, given.epochs, given.patience, given.seed))
+            files.write(weights, train(spec, images, given.epochs, given.patience, given.seed))
 
 
 def train(spec: str, images: data.Data, epochs: int, patience: int, seed: int) -> bytes:

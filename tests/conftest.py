@@ -68,7 +68,8 @@ def randomised():
 
 
 def _trained(spec, digits):
-    from sukashi import demo, models
+    from sukashi import models
+    from sukashi.experiments import demo
 
     preprocess = models.load(spec).preprocess
     return demo.train_digits(spec, digits.train.whole(preprocess, 0), epochs=8)
@@ -93,7 +94,7 @@ def vit(trained_vit, digits_calibration):
 
 
 def _case(model, data):
-    from sukashi import sites
+    from sukashi.network import sites
 
     return model, sites.find(model, data.x[:2]).sites, data
 
@@ -105,7 +106,7 @@ def small(digits_split):
     `data` are eight training digits a class, two of them mislabelled. "cnn weights" and "vit weights" are the same with
     sites of single weights. Tests must not change them.
     """
-    from sukashi import sites
+    from sukashi.network import sites
 
     found = {name: _small(f"sukashi:digits_{name}", digits_split) for name in ("cnn", "vit")}
     for name, case in list(found.items()):
@@ -116,7 +117,7 @@ def small(digits_split):
 @pytest.fixture(scope="session")
 def small64(small):
     """The same in float64, where two ways to compute one number never fall on two sides of a threshold."""
-    from sukashi.types import Batch
+    from sukashi.core.types import Batch
 
     found = {}
     for name, case in small.items():
@@ -126,7 +127,8 @@ def small64(small):
 
 
 def _small(spec, digits):
-    from sukashi import models, sites
+    from sukashi import models
+    from sukashi.network import sites
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

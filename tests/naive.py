@@ -8,8 +8,8 @@ import numpy as np
 import scipy.stats
 import torch
 
-from sukashi import hooks
-from sukashi.types import Mask
+from sukashi.core.types import Mask
+from sukashi.network import hooks
 
 
 def logits_of(model, mask, x, chunk=256):

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from sukashi.architectures import OWN
-from sukashi.layers import explicit_attention
+from sukashi.models.architectures import OWN
+from sukashi.network.layers import explicit_attention
 
 # name -> input size, units; the counts are written down from the architectures, not from what find() says
 ZOO = {

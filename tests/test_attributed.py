@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sukashi import progress
-from sukashi import sites as finder
 from sukashi.attributions import attributions
+from sukashi.core import progress
+from sukashi.core.errors import DataError, UsageError
+from sukashi.core.types import Batch, Site
 from sukashi.criteria import criteria
-from sukashi.errors import DataError, UsageError
-from sukashi.layers import AttentionCore
-from sukashi.types import Batch, Site
+from sukashi.network import sites as finder
+from sukashi.network.layers import AttentionCore
 
 
 @pytest.fixture(scope="module", params=["cnn", "vit"])

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import sukashi
-from sukashi import audit_page, audited, auditing, data, models, pruned, sites, verdicts
+from sukashi import data, models
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
-from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Preprocess
+from sukashi.experiments.audit import cells, page, run, summary
 from sukashi.measures import measures
-from sukashi.types import Preprocess
+from sukashi.models import saved
+from sukashi.network import sites
 from test_shortcut import PREPROCESS, N, trained
 
 READING = {"test_images": 40}
@@ -39,7 +42,7 @@ def folders(trained_cnn, tmp_path_factory):
     for parameter in noisy.model.parameters():
         parameter.data += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     for name, loaded in (("dense", trained_cnn), ("same", trained_cnn), ("noisy", noisy)):
-        pruned.save(root / name, loaded, provenance={}, figures={})
+        saved.save(root / name, loaded, provenance={}, figures={})
     return [str(root / name) for name in ("dense", "same", "noisy")]
 
 
@@ -47,7 +50,7 @@ def folders(trained_cnn, tmp_path_factory):
 def done(folders, tmp_path_factory):
     """The audit of all three, and its folder."""
     out = tmp_path_factory.mktemp("done") / "audit"
-    return auditing.audit(folders, "digits", out=out, **READING), out
+    return run.audit(folders, "digits", out=out, **READING), out
 
 
 def table(path):
@@ -196,7 +199,7 @@ def test_curves_are_kept_and_give_the_area_over_them(done):
 
 
 def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherwise(folders, tmp_path, monkeypatch):
-    plain_maps, calls = audited.maps_of, []
+    plain_maps, calls = cells.maps_of, []
 
     def shaken(network, seed):
         other = copy.deepcopy(network.setting)
@@ -208,11 +211,11 @@ def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherw
         calls.append((network.label, len(batch)))
         return plain_maps(network, batch, *args)
 
-    monkeypatch.setattr(audited, "rounded", shaken)
-    monkeypatch.setattr(audited, "maps_of", counted)
+    monkeypatch.setattr(cells, "rounded", shaken)
+    monkeypatch.setattr(cells, "maps_of", counted)
     asked = {"attributions": ["saliency"], "measures": ["gini", *ALIKE], **READING}
-    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
-    (dense, _) = networks = audited.opened(folders[:2], "digits", "both", READING)
+    result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    (dense, _) = networks = cells.opened(folders[:2], "digits", "both", READING)
     images = dense.batch[torch.from_numpy(dense.rows)]
     maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, shaken(dense, 0)))
     kept = table(tmp_path / "out" / "values.parquet")
@@ -230,11 +233,11 @@ def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherw
 
 
 def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(folders):
-    (dense, _) = audited.opened(folders[:2], "digits", "both", READING)
+    (dense, _) = cells.opened(folders[:2], "digits", "both", READING)
     weight = next(dense.loaded.model.parameters())
     weight.data.view(-1)[::3] = 0
     before = copy.deepcopy(dense.loaded.model.state_dict())
-    found, again, other = (audited.rounded(dense, seed).loaded.model for seed in (0, 0, 1))
+    found, again, other = (cells.rounded(dense, seed).loaded.model for seed in (0, 0, 1))
     signs = []
     for name, parameter in found.named_parameters():
         old, new = before[name].double(), parameter.double()
@@ -269,7 +272,7 @@ def _silent(rows):
 
 
 def test_each_network_sees_images_by_its_own_preprocessing(tmp_path):
-    result = auditing.audit(
+    result = run.audit(
         here("plain", "of_other_preprocessing"),
         "digits",
         out=tmp_path / "out",
@@ -287,8 +290,8 @@ def test_each_network_sees_images_by_its_own_preprocessing(tmp_path):
 def test_images_are_those_of_the_population(folders, tmp_path, population):
     asked = {"attributions": ["saliency"], "measures": ["gini"], "population": population, **READING}
     specs = [folders[2], *here("plain")]
-    result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
-    noisy, plain = audited.opened(specs, "digits", "all", READING)
+    result = run.audit(specs, "digits", out=tmp_path / "out", **asked)
+    noisy, plain = cells.opened(specs, "digits", "all", READING)
     assert 0 < (noisy.right & plain.right).sum() < noisy.right.sum() < 40
     rows = {"both": noisy.right & plain.right, "reference": noisy.right, "all": np.ones(40, bool)}[population]
     seen = [row["image_id"] for row in table(tmp_path / "out" / "values.parquet") if row["model"] == plain.label]
@@ -358,7 +361,7 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
 
 
 def test_a_change_is_said_in_the_sense_of_its_measure():
-    from sukashi.verdicts import said
+    from sukashi.experiments.audit.summary import said
 
     row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
@@ -377,7 +380,7 @@ def test_a_change_is_said_in_the_sense_of_its_measure():
 
 def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_path):
     asked = {"attributions": ["saliency"], "measures": ["ssim"], **READING}
-    result = auditing.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
+    result = run.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
     assert result["comparisons"] == []
     assert result["verdict"] == "No measure with a value for each model was compared with dense's on 20 images or more."
     (line,) = result["lines"]
@@ -389,7 +392,7 @@ def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_pa
 
 def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, tmp_path):
     asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
-    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
     assert result["verdict"] == (
         f"No detectable change in {result['models'][1]['n_images']} images: on average gini and aopc do not tell the "
         "maps of same from dense's, which does not show that they are the same."
@@ -399,7 +402,7 @@ def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, t
 
 
 def test_beside_values_without_spread_a_change_is_large_and_comes_first():
-    from sukashi.verdicts import lines
+    from sukashi.experiments.audit.summary import lines
 
     row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]", "n": 20}
     rows = [
@@ -418,7 +421,7 @@ def test_beside_values_without_spread_a_change_is_large_and_comes_first():
     same = [row | {"changed": False, "said": "no detectable change in 20 images [.0, .1]"} for row in rows]
     same[1]["n"] = 31
     assert lines(same, ["lrp", "saliency"], 2) == ["lrp: no detectable change on average in 20 to 31 images."]
-    assert [verdicts._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
+    assert [summary._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
         *("large", "slight", "small", "moderate", "large")
     ]
 
@@ -427,19 +430,19 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     blind = copy.deepcopy(trained_cnn)
     *_, last = blind.model.parameters()  # the biases of its answers
     last.data[3] += 100
-    pruned.save(tmp_path / "blind", blind, provenance={}, figures={"history": []})
+    saved.save(tmp_path / "blind", blind, provenance={}, figures={"history": []})
     asked = {"attributions": ["saliency"], "measures": ["gini", "ssim"], "population": "all", **READING}
-    result = auditing.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
+    result = run.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result["verdict"].endswith("blind gets no more right than guessing would.")
     assert [model["guesses"] for model in result["models"]] == [False, True]
-    result = auditing.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
+    result = run.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
     assert "blind, the reference, gets no more right than guessing would. " in result["verdict"]
-    result = auditing.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
+    result = run.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result["lines"] == result["moved"] == []
     (note,) = (note for note in result["notes"] if note.startswith("trained after the cut: "))
     assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
-    result = auditing.audit(specs, "digits", out=tmp_path / "out", **asked)
+    result = run.audit(specs, "digits", out=tmp_path / "out", **asked)
     first = "blind gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models, "
     assert result["models"][1]["label"].endswith("blind")
     assert first in result["verdict"]
@@ -452,7 +455,7 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
 
 def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(folders, tmp_path, monkeypatch):
     """Probabilities halved change those measures alone, and 19 images change nothing that is said."""
-    plain = audited._of_curves
+    plain = cells._of_curves
 
     def surer(model, *args):
         found = plain(model, *args)
@@ -460,10 +463,10 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
         return {name: values + change * name.endswith("/probability") for name, values in found.items()}
 
     total = float(next(models.load(folders[0]).model.parameters()).detach().double().sum())
-    monkeypatch.setattr(audited, "_of_curves", surer)
+    monkeypatch.setattr(cells, "_of_curves", surer)
     specs = [*folders[:2], folders[2]]
     asked = {"attributions": ["saliency"], "measures": ["road", "aopc"], "population": "all"}
-    result = auditing.audit(specs, "digits", out=tmp_path / "out", test_images=40, **asked)
+    result = run.audit(specs, "digits", out=tmp_path / "out", test_images=40, **asked)
     by_measure = {row["measure"]: row for row in result["comparisons"] if row["model"] == "noisy"}
     assert by_measure["aopc/probability"]["changed"]
     assert by_measure["aopc/probability"]["said"].endswith(", which moves with confidence")
@@ -476,7 +479,7 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
     assert "road/probability and aopc/probability: of the target's probability" in rest
     for row in (by_measure["road"], by_measure["aopc"]):
         assert f"{row['reference']:.3f} → {row['mean']:.3f}<small" in re.sub(r"</?strong>|\n", "", table)
-    few = auditing.audit(specs, "digits", out=tmp_path / "few", test_images=19, **asked)
+    few = run.audit(specs, "digits", out=tmp_path / "few", test_images=19, **asked)
     assert not any(row["changed"] for row in few["comparisons"])
     assert few["verdict"] == "same and noisy have too few images to say anything (19)."
     assert few["lines"] == []
@@ -489,7 +492,7 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
 def test_models_stand_by_ratio_where_a_series_has_two_and_each_in_its_place_otherwise():
     def found(*levels):
         others = [{"label": str(i), "series": name, "ratio": ratio} for i, (name, ratio) in enumerate(levels)]
-        groups = audit_page.series({"models": [{"label": "dense"}, *others]})
+        groups = page.series({"models": [{"label": "dense"}, *others]})
         return {name: [model["label"] for model in models] for name, models in groups.items()}
 
     assert found(("a", 0.6), ("b", 0.3), ("a", 0.3)) == {"a": ["2", "0"], "b": ["1"]}
@@ -500,7 +503,7 @@ def test_models_stand_by_ratio_where_a_series_has_two_and_each_in_its_place_othe
 
 def test_each_model_without_a_ratio_has_its_name_below_its_place(monkeypatch):
     drawn = []
-    monkeypatch.setattr(audit_page.page, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(page.figures, "png", lambda figure: drawn.append(figure) or b"")
     labels = ["dense", "one", "two", "three"]
     result = {
         "reference": "dense",
@@ -512,7 +515,7 @@ def test_each_model_without_a_ratio_has_its_name_below_its_place(monkeypatch):
             for measure in ("gini", "road")
         ],
     }
-    audit_page.draw_changes(result, ["gini", "road"])
+    page.draw_changes(result, ["gini", "road"])
     (top, bottom) = drawn[0].axes
     assert [tick.get_text() for tick in bottom.get_xticklabels()] == labels[1:]
     assert [tick.get_text() for tick in top.get_xticklabels()] == [""] * 3
@@ -520,7 +523,7 @@ def test_each_model_without_a_ratio_has_its_name_below_its_place(monkeypatch):
     assert not bottom.texts
     for model, ratio in zip(result["models"][1:], (0.025, 0.05, 0.5), strict=True):
         model["ratio"] = ratio
-    audit_page.draw_changes(result, ["gini", "road"])
+    page.draw_changes(result, ["gini", "road"])
     form = drawn[1].axes[0].xaxis.get_major_formatter()
     assert [form(x) for x in (0.025, 0.35)] == ["2.5%", "35%"]
 
@@ -531,13 +534,13 @@ def test_a_map_of_one_pixel_is_drawn_in_its_colour():
     about = {"pixels": np.zeros((20, 20, 3)), "title": "x", "wrong": (), "marked": ""}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bright, dark = (audit_page.draw_gallery([audit_page.Picture(maps={"a": m}, **about)]) for m in (spot, 0 * spot))
+        bright, dark = (page.draw_gallery([page.Picture(maps={"a": m}, **about)]) for m in (spot, 0 * spot))
     assert bright != dark
 
 
 def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     spec = f"shapes:watermark=1,n={2 * N}"  # so that FEW images at least have the mark
-    result = auditing.audit(
+    result = run.audit(
         here("clean", "marked"),
         spec,
         out=tmp_path / "out",
@@ -571,11 +574,11 @@ def test_folders_are_named_by_what_tells_them_apart(tmp_path):
     made = [tmp_path / "run" / name for name in ("dense/0", "magnitude/0/0.50", "random/0/0.50")]
     for folder in made:
         folder.mkdir(parents=True)
-    assert audited.labels(list(map(str, made))) == ["dense", "magnitude/0.50", "random/0.50"]
+    assert cells.labels(list(map(str, made))) == ["dense", "magnitude/0.50", "random/0.50"]
     of_one = [tmp_path / "cut" / ratio for ratio in ("0.1", "0.5")]
     for folder in of_one:
         folder.mkdir(parents=True)
-    names = audited.labels(["sukashi:digits_cnn", *map(str, of_one), "sukashi:digits_cnn", str(of_one[0])])
+    names = cells.labels(["sukashi:digits_cnn", *map(str, of_one), "sukashi:digits_cnn", str(of_one[0])])
     assert names == ["digits_cnn", "cut/0.1", "cut/0.5", "digits_cnn (2)", "cut/0.1 (2)"]
 
 
@@ -584,8 +587,8 @@ def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_p
     told["level"] = {"contender": "magnitude/unenforced", "ratio": 0.3, "seed": 2}
     for name, provenance in told.items():
         history = {"history": []} if name == "level" else {}
-        pruned.save(tmp_path / name, trained_cnn, provenance=provenance, figures=history)
-    found = {name: audited._level(str(tmp_path / name)) for name in told}
+        saved.save(tmp_path / name, trained_cnn, provenance=provenance, figures=history)
+    found = {name: cells._level(str(tmp_path / name)) for name in told}
     assert found == {
         "cut": ("drift", 0.5, False),
         "again": (None, None, False),
@@ -603,7 +606,7 @@ def contents(folder):
 
 def test_a_killed_audit_goes_on_from_its_cells_to_the_same_bytes(done, folders, tmp_path, monkeypatch):
     _, whole = done
-    out, plain_cell, calls = tmp_path / "audit", audited.Auditor._cell, []
+    out, plain_cell, calls = tmp_path / "audit", cells.Auditor._cell, []
 
     def failing(*args):
         calls.append(args)
@@ -611,24 +614,24 @@ def test_a_killed_audit_goes_on_from_its_cells_to_the_same_bytes(done, folders, 
             raise KeyboardInterrupt
         return plain_cell(*args)
 
-    monkeypatch.setattr(audited.Auditor, "_cell", failing)
+    monkeypatch.setattr(cells.Auditor, "_cell", failing)
     with pytest.raises(KeyboardInterrupt):
-        auditing.audit(folders, "digits", out=out, **READING)
+        run.audit(folders, "digits", out=out, **READING)
     assert not (out / "values.parquet").exists()
     # The third cell compares maps with the reference's, which must come again as they were.
-    result = auditing.audit(folders, "digits", out=out, **READING)
+    result = run.audit(folders, "digits", out=out, **READING)
     assert len(calls) == 3 + 4
     assert {**contents(whole), Path("results.json"): b""} == {**contents(out), Path("results.json"): b""}
-    monkeypatch.setattr(audited.Auditor, "_cell", None)
-    again = auditing.audit(folders, "digits", out=out, **READING)
+    monkeypatch.setattr(cells.Auditor, "_cell", None)
+    again = run.audit(folders, "digits", out=out, **READING)
     assert again == result
 
 
 def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tmp_path, monkeypatch):
-    out, plain_cell, calls = tmp_path / "audit", audited.Auditor._cell, []
-    auditing.audit(folders[:2], "digits", out=out, attributions=["saliency"], **READING)
-    monkeypatch.setattr(audited.Auditor, "_cell", lambda *args: calls.append(args[1].label) or plain_cell(*args))
-    found = auditing.audit(folders, "digits", out=out, attributions=["saliency"], **READING)
+    out, plain_cell, calls = tmp_path / "audit", cells.Auditor._cell, []
+    run.audit(folders[:2], "digits", out=out, attributions=["saliency"], **READING)
+    monkeypatch.setattr(cells.Auditor, "_cell", lambda *args: calls.append(args[1].label) or plain_cell(*args))
+    found = run.audit(folders, "digits", out=out, attributions=["saliency"], **READING)
     assert calls == ["noisy"]
     of_saliency = [row for row in done[0]["similarities"] if row["attribution"] == "saliency"]
     assert found["similarities"] == of_saliency
@@ -638,17 +641,17 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
         ({"test_images": 30}, "data.test_images was 40, now 30"),
     ):
         with pytest.raises(UsageError, match=words):
-            auditing.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
+            run.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("of mine")
     with pytest.raises(UsageError, match="mine exists: nothing is overwritten"):
-        auditing.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
+        run.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
 
 
 def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_path):
     asked = {"attributions": ["integrated_gradients"], "measures": ["gini"], **READING}
     found = [
-        auditing.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
+        run.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
         for out, options in (("one", {}), ("one", {"steps": 1}), ("two", {"steps": 1}))
     ]
     means = [result["models"][0]["means"]["integrated_gradients"]["gini"] for result in found]
@@ -659,7 +662,7 @@ def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_pat
 
 
 def test_a_transformer_is_audited_by_its_own_means(tmp_path):
-    result = auditing.audit(
+    result = run.audit(
         here("vit", "shaken_vit"),
         "digits",
         out=tmp_path / "out",
@@ -674,12 +677,12 @@ def test_a_transformer_is_audited_by_its_own_means(tmp_path):
 
 def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders, tmp_path):
     asked = {"attributions": ["saliency", "chefer"], "measures": ["gini"], **READING}
-    result = auditing.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
     assert list(result["refused"]) == ["chefer"]
     assert result["refused"]["chefer"].startswith("dense: chefer ")
     assert {row["attribution"] for row in result["comparisons"]} == {"saliency"}
     with pytest.raises(ModelError, match="chefer refuses dense: chefer "):
-        auditing.audit(folders[:2], "digits", out=tmp_path / "none", **{**asked, "attributions": ["chefer"]})
+        run.audit(folders[:2], "digits", out=tmp_path / "none", **{**asked, "attributions": ["chefer"]})
     assert not (tmp_path / "none").exists()
 
 
@@ -715,7 +718,7 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
 )
 def test_what_cannot_be_audited_is_refused_and_leaves_nothing(tmp_path, names, options, error, words):
     with pytest.raises(error, match=words):
-        auditing.audit(here(*names), "digits", out=tmp_path / "out", **{**READING, **options})
+        run.audit(here(*names), "digits", out=tmp_path / "out", **{**READING, **options})
     assert not (tmp_path / "out").exists()
 
 
@@ -728,4 +731,4 @@ def test_one_folder_is_no_list_of_models(folders, tmp_path):
 
 def test_weights_are_for_specs_alone(folders, tmp_path):
     with pytest.raises(UsageError, match="saved folders bring their own width"):
-        auditing.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)
+        run.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)

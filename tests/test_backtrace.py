@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi.architectures import CifarResNet
 from sukashi.attributions.backtrace import backtrace
-from sukashi.errors import ModelError
-from sukashi.types import Member, Site
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Member, Site
+from sukashi.models.architectures import CifarResNet
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])

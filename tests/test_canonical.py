@@ -8,9 +8,9 @@ import torchvision
 from torch import nn
 
 from sukashi import models
-from sukashi.canonical import _FUNCTIONS, active, canonical, performs
-from sukashi.errors import ModelError
-from sukashi.layers import explicit_attention
+from sukashi.core.errors import ModelError
+from sukashi.network.canonical import _FUNCTIONS, active, canonical, performs
+from sukashi.network.layers import explicit_attention
 
 VISION = ("resnet18", "resnet50", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121", "efficientnet_b0", "vit_b_16")
 SPECS = (

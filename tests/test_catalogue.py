@@ -2,10 +2,11 @@
 
 import pytest
 
-from sukashi import catalogue, data, models
+from sukashi import data, models
 from sukashi.attributions import attributions
+from sukashi.core.errors import UsageError
 from sukashi.criteria import criteria
-from sukashi.errors import UsageError
+from sukashi.experiments import catalogue
 from sukashi.measures import measures
 
 

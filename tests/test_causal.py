@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import naive
-from sukashi import sites as finder
+from sukashi.core.errors import DataError, ModelError
 from sukashi.criteria import criteria, engine
 from sukashi.criteria.causal import ClassSums, true_class_probability
 from sukashi.criteria.engine import Engine
-from sukashi.errors import DataError, ModelError
+from sukashi.network import sites as finder
 
 
 def decisions(plan):

@@ -26,9 +26,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from sukashi import cli, demo, models, progress, settings, study, tuning
-from sukashi.errors import ResourceError, UsageError
-from sukashi.source import Source
+from sukashi import models
+from sukashi.cli import main
+from sukashi.core import progress
+from sukashi.core.errors import ResourceError, UsageError
+from sukashi.experiments import demo
+from sukashi.experiments.bench import Source
+from sukashi.experiments.compare.run import compare
+from sukashi.experiments.train.run import train
+from sukashi.training import settings
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
@@ -38,7 +44,7 @@ SMALL = ["--seeds", "1", "--ratios", "0,0.5", "--test-images", "60"]
 ZOO = """
 import torch
 from torch import nn
-from sukashi.types import Preprocess
+from sukashi.core.types import Preprocess
 
 
 class Net(nn.Module):
@@ -94,7 +100,7 @@ class Bomb:
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch):
     """No line on stderr about work that takes long here: a slow machine is no fault."""
-    monkeypatch.setattr(cli, "FIRST_LINE", math.inf)
+    monkeypatch.setattr(main, "FIRST_LINE", math.inf)
 
 
 @pytest.fixture
@@ -105,7 +111,7 @@ def sukashi(monkeypatch, capsys):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["sukashi", *map(str, args)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return SimpleNamespace(code=stopped.value.code or 0, out=out, err=err)
 
@@ -178,7 +184,7 @@ def contents(folder):
 
 def test_help_does_not_wait_for_torch():
     heavy = ("torch", "numpy", "timm", "matplotlib", "pydantic")
-    code = f"import sys, sukashi.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, sukashi.cli.main; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -326,7 +332,7 @@ def test_an_extra_that_is_missing_is_missed_before_work(refused, idle, tmp_path,
 
 def test_an_option_that_cannot_be_kept_is_refused_from_python(tmp_path):
     with pytest.raises(UsageError, match=r"options of cswap .* must be JSON"):
-        study.compare(NET, "digits", ["cswap"], options={"cswap": {"scoring": min}}, out=tmp_path / "out")
+        compare(NET, "digits", ["cswap"], options={"cswap": {"scoring": min}}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -582,7 +588,7 @@ def test_a_cut_whose_page_cannot_be_written_leaves_nothing(refused, tmp_path, mo
         assert Path(folder).is_dir()
         raise ResourceError("no space left; make room")
 
-    monkeypatch.setattr("sukashi.report.write", write)
+    monkeypatch.setattr("sukashi.experiments.pages.write", write)
     args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
     refused(5, ["no space left; make room"], "prune", *DIGITS, *args)
 
@@ -620,11 +626,12 @@ def test_our_own_mistakes_keep_their_traceback(sukashi, monkeypatch):
 # The command line, waiting after each decision it has written down so that a signal finds it at work.
 SLOWLY = """
 import time
-from sukashi import cli, store
+from sukashi.cli import main
+from sukashi.core import files
 
-write = store.Journal.__setitem__
-store.Journal.__setitem__ = lambda *args: (write(*args), time.sleep(0.3))
-cli.main()
+write = files.Journal.__setitem__
+files.Journal.__setitem__ = lambda *args: (write(*args), time.sleep(0.3))
+main.main()
 """
 
 
@@ -656,7 +663,7 @@ def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("stage", ["sukashi.pruned.save", "sukashi.report.write"])
+@pytest.mark.parametrize("stage", ["sukashi.models.save", "sukashi.experiments.pages.write"])
 def test_an_interrupted_cut_leaves_nothing(refused, tmp_path, monkeypatch, stage):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -859,7 +866,7 @@ def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn
 
 
 def test_json_has_no_nan(capsys):
-    cli._print_json({"a": [1.0, float("nan")], "b": {"c": float("-inf"), "d": (True, None, "x", 2)}})
+    main._print_json({"a": [1.0, float("nan")], "b": {"c": float("-inf"), "d": (True, None, "x", 2)}})
     assert strict(capsys.readouterr().out) == {"a": [1.0, None], "b": {"c": None, "d": [True, None, "x", 2]}}
 
 
@@ -888,9 +895,9 @@ def test_random_weights_are_the_same_in_every_run():
 
 def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(cli, "FIRST_LINE", 10.0)
-    with cli._working(), progress.task("trials", 4) as trials:
+    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(main, "FIRST_LINE", 10.0)
+    with main._working(), progress.task("trials", 4) as trials:
         trials.advance(0, "cswap, seed 0")
         with progress.task("cswap", 100) as units:
             for second in range(1, 61):
@@ -910,9 +917,9 @@ def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
 
 def test_bars_on_a_terminal(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "log", Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(main, "log", Console(file=shown, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with cli._working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
+    with main._working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
         units.advance(7, "removed 3")
         trials.advance(0, "cswap, seed 0")
         deadline = time.monotonic() + 30
@@ -923,8 +930,8 @@ def test_bars_on_a_terminal(monkeypatch):
 
 
 def test_a_comparison_says_which_trial_is_running(sukashi, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "FIRST_LINE", 0.0)
-    monkeypatch.setattr(cli, "LINE", 0.0)
+    monkeypatch.setattr(main, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(main, "LINE", 0.0)
     found = sukashi("compare", *DIGITS, *SMALL, "--criteria", "random,amp", "--out", tmp_path / "out", "--json")
     assert strict(found.out)["sauce"]
     assert "sukashi: trials 0/2, random, seed 0\n" in found.err
@@ -962,7 +969,7 @@ def test_the_options_of_training_have_one_home(sukashi):
 
 
 def test_help_tells_the_defaults_of_training():
-    options = inspect.signature(cli._training, eval_str=True).parameters
+    options = inspect.signature(main._training, eval_str=True).parameters
     fields = {name: field.default for name, field in settings.Training.model_fields.items()}
     assert list(options) == list(fields)
     told = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in fields.items()}
@@ -976,7 +983,7 @@ def test_help_tells_the_defaults_of_training():
         text = option.annotation.__metadata__[0].help
         found = re.search(r"[Dd]efault (.+?)(?=[.;:]( |$)|, a tenth)", text)
         assert (found and found[1]) == told[name], text
-    documented = inspect.getdoc(tuning.train)
+    documented = inspect.getdoc(train)
     for name, value in fields.items():
         written = f'"{value}"' if isinstance(value, str) else "True" if value is True else told[name]
         assert (name if name in ("lr", "weight_decay") else f"{name}={written}") in documented

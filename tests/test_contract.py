@@ -12,15 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sukashi import hooks
-from sukashi import sites as finder
 from sukashi.attributions import attributions
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import CATEGORIES, Kind, Plan, Scores, rank
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
-from sukashi.errors import ModelError, UsageError
-from sukashi.layers import AttentionCore
 from sukashi.measures import measures
-from sukashi.types import CATEGORIES, Kind, Plan, Scores, rank
+from sukashi.network import hooks
+from sukashi.network import sites as finder
+from sukashi.network.layers import AttentionCore
 
 NETS = ("cnn", "vit")
 KINDS = {"cnn": {"channel", "hidden"}, "vit": {"hidden", "head"}, "cnn weights": {"weight"}, "vit weights": {"weight"}}

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sukashi import data
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Preprocess
 from sukashi.data import downloads
 from sukashi.data.shapes import CONCEPTS, SHAPES
-from sukashi.errors import DataError, ModelError, UsageError
-from sukashi.types import Preprocess
 
 
 def plain(size: int, channels: int = 3) -> Preprocess:

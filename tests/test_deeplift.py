@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi import sites
-from sukashi.architectures import DigitsCNN, DigitsViT
 from sukashi.attributions import attributions
 from sukashi.attributions.deeplift import deeplift
-from sukashi.errors import DataError, ModelError, UsageError
-from sukashi.layers import AttentionCore
-from sukashi.types import Member, Site
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Member, Site
+from sukashi.models.architectures import DigitsCNN, DigitsViT
+from sukashi.network import sites
+from sukashi.network.layers import AttentionCore
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])

@@ -10,14 +10,18 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from sukashi import checkpoint, distributed, models, progress
-from sukashi.training import Training, fit
+from sukashi import models
+from sukashi.core import progress
+from sukashi.training import checkpoint, distributed
+from sukashi.training.loop import Training, fit
 
 RUN = """
 import os, sys, torch, typer
 from dataclasses import replace
 from pathlib import Path
-from sukashi import cli, data, models, training
+from sukashi import data, models
+from sukashi.cli import main as cli
+from sukashi.training import loop as training
 
 torch.set_num_threads(1)
 digits = data.load("digits")
@@ -84,7 +88,7 @@ def test_one_process_speaks(monkeypatch):
 
 MEET = """
 import os, signal, time, torch
-from sukashi.distributed import world
+from sukashi.training.distributed import world
 
 for count in range(3):
     with world(torch.device("cpu")) as processes:

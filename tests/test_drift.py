@@ -9,13 +9,13 @@ import torch
 import torchvision
 from torch import nn
 
-from sukashi import hooks, surgery
-from sukashi import sites as finder
-from sukashi.architectures import CifarResNet
+from sukashi.core.errors import UsageError
+from sukashi.core.types import Batch, Mask, Plan
 from sukashi.criteria import criteria, drift
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
-from sukashi.errors import UsageError
-from sukashi.types import Batch, Mask, Plan
+from sukashi.models.architectures import CifarResNet
+from sukashi.network import hooks, surgery
+from sukashi.network import sites as finder
 
 
 @pytest.fixture(params=["cnn", "vit"])

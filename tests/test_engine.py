@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sukashi import hooks
-from sukashi import sites as finder
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Batch, Mask
 from sukashi.criteria import engine
 from sukashi.criteria.engine import Engine
-from sukashi.errors import ModelError
-from sukashi.types import Batch, Mask
+from sukashi.network import hooks
+from sukashi.network import sites as finder
 from supported import ZOO, build
 
 

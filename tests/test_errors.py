@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from sukashi.errors import ResourceError, writing
+from sukashi.core.errors import ResourceError, writing
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from sukashi import data
+from sukashi.core.types import Preprocess
 from sukashi.data.frames import Frames, unit
-from sukashi.types import Preprocess
 
 PLAIN = Preprocess(12, 10, 3, (0.0,) * 3, (1.0,) * 3)
 

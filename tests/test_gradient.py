@@ -10,11 +10,11 @@ from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from sukashi import hooks, sites
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import explained
-from sukashi.errors import DataError, ModelError, UsageError
-from sukashi.types import Member, Site
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Member, Site
+from sukashi.network import hooks, sites
 
 PATHS = ("internal_influence", "integrated_gradients", "conductance")
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from sukashi import grid, levels, study
+from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.criteria import criteria
-from sukashi.errors import ModelError, SukashiError, UsageError
-from sukashi.store import Store
+from sukashi.experiments import study_file
+from sukashi.experiments.compare import run as comparing
+from sukashi.experiments.compare.store import Store
+from sukashi.experiments.schedule import settings
 
 STUDY = """
 title = "Two networks"
@@ -58,13 +60,13 @@ def home(small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(home):
-    return grid.run(home / "study.toml")
+    return study_file.run(home / "study.toml")
 
 
 def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
     assert json.loads((home / "results" / "results.json").read_text()) == done
     assert list(done["models"]) == ["cnn", "vit"]
-    alone = study.compare(
+    alone = comparing.compare(
         "sukashi:digits_cnn",
         "digits",
         ["magnitude", "taylor"],
@@ -112,9 +114,9 @@ def test_the_page_shows_every_model_and_leads_to_its_own(home, done):
 
 
 def test_a_finished_study_computes_nothing_again_from_wherever_it_is_run(home, done, monkeypatch):
-    monkeypatch.setattr(study, "plan_for", None)
+    monkeypatch.setattr(comparing, "plan_for", None)
     monkeypatch.chdir(home)
-    assert grid.run("study.toml") == done
+    assert study_file.run("study.toml") == done
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")
@@ -124,7 +126,7 @@ def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_
         raise ModelError("GELU is not handled: choose another")
 
     monkeypatch.setitem(criteria._methods, "taylor", replace(criteria["taylor"], fn=refuse))
-    found = grid.run(home / "study.toml", out=tmp_path / "out")
+    found = study_file.run(home / "study.toml", out=tmp_path / "out")
     for model in found["models"].values():
         assert list(model["sauce"]) == ["magnitude"]
         reason = "GELU is not handled: choose another"
@@ -135,9 +137,9 @@ def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_
     assert "taylor is left out, it refused the model: GELU" in page
     assert "trials are finished" not in page
     with pytest.raises(ModelError, match="GELU"):
-        study.compare("sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "strict")
+        comparing.compare("sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "strict")
     with pytest.raises(ModelError, match="refused by every criterion; first: GELU"):
-        study.compare(
+        comparing.compare(
             "sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "none", skip_refused=True
         )
     assert not (tmp_path / "none").exists()
@@ -150,7 +152,7 @@ def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home,
             key: 1.01 * value for key, value in small[name].model.state_dict().items() if value.is_floating_point()
         }
         safetensors.torch.save_file({**small[name].model.state_dict(), **state}, tmp_path / f"{name}.safetensors")
-    grid.run(home / "study.toml", out=tmp_path / "out", data="digits")
+    study_file.run(home / "study.toml", out=tmp_path / "out", data="digits")
     here, there = (Store(folder / "cnn").study["model"] for folder in (tmp_path / "out", home / "results"))
     assert here["weights_sha256"] != there["weights_sha256"]
     assert {**here, "weights_sha256": ""} == {**there, "weights_sha256": ""}
@@ -177,32 +179,32 @@ def test_a_file_that_breaks_a_rule_is_refused(home, tmp_path, old, new, words):
     text = text.replace(old, new, 1).replace('WEIGHTS = "weights"', f'WEIGHTS = "{home / "weights"}"')
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
-        grid.run(tmp_path / "study.toml")
+        study_file.run(tmp_path / "study.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
 def test_a_later_model_that_cannot_be_loaded_is_refused_before_the_first_is_compared(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "compare", None)
+    monkeypatch.setattr(comparing, "compare", None)
     (tmp_path / "study.toml").write_text(STUDY.replace("$WEIGHTS/vit", "$WEIGHTS/gone"))
     monkeypatch.setenv("WEIGHTS", str(home / "weights"))
     with pytest.raises(SukashiError, match=r"gone\.safetensors"):
-        grid.run(tmp_path / "study.toml")
+        study_file.run(tmp_path / "study.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
 def test_files_that_are_not_there_or_hold_no_model(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read .*nowhere.toml \(No such file"):
-        grid.run(tmp_path / "nowhere.toml")
+        study_file.run(tmp_path / "nowhere.toml")
     (tmp_path / "empty.toml").write_text('out = "o"\ndata = "digits"\ncriteria = ["random"]\n[models]\n')
     with pytest.raises(UsageError, match="has no model"):
-        grid.run(tmp_path / "empty.toml")
+        study_file.run(tmp_path / "empty.toml")
 
 
 def test_keys_that_are_missing_or_of_another_kind_of_study(tmp_path):
     def refused(text, words):
         (tmp_path / "study.toml").write_text(text)
         with pytest.raises(UsageError, match=words):
-            grid.run(tmp_path / "study.toml")
+            study_file.run(tmp_path / "study.toml")
 
     levels_of = {"schedule": '"oneshot"', "criteria": '["magnitude"]', "ratios": "[0.5]", "out": '"o"', "data": '"x"'}
     model = '\n[model]\nspec = "sukashi:digits_cnn"\n'
@@ -232,7 +234,7 @@ def test_data_and_out_need_not_be_in_the_file(home, done, tmp_path, monkeypatch)
     monkeypatch.setenv("WEIGHTS", str(home / "weights"))
     text = STUDY.replace('out = "results"', "").replace('data = "digits"', "")
     (tmp_path / "study.toml").write_text(text)
-    again = grid.run(tmp_path / "study.toml", data="digits", out=home / "results")
+    again = study_file.run(tmp_path / "study.toml", data="digits", out=home / "results")
     assert again["models"] == done["models"]
 
 
@@ -240,9 +242,9 @@ def test_data_and_out_need_not_be_in_the_file(home, done, tmp_path, monkeypatch)
     "path", sorted((Path(__file__).parent.parent / "studies").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_the_studies_that_come_along_keep_the_rules(path):
-    given = grid._toml(path)
+    given = study_file._toml(path)
     assert set(given["criteria"]) <= set(criteria.names())
     if "schedule" in given:
-        levels.check(grid._course(path, given))
+        settings.check(study_file._course(path, given))
     else:
-        assert grid._grid(path, given).models
+        assert study_file._grid(path, given).models

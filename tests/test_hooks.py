@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi import hooks, sites
-from sukashi.architectures import CifarResNet, DigitsCNN, DigitsViT
-from sukashi.errors import ModelError, UsageError
-from sukashi.types import Mask, Member, Site
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Mask, Member, Site
+from sukashi.models.architectures import CifarResNet, DigitsCNN, DigitsViT
+from sukashi.network import hooks, sites
 
 
 class Dense(nn.Module):

@@ -6,7 +6,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 import torch
 
-from sukashi.errors import DataError, UsageError
+from sukashi.core.errors import DataError, UsageError
 from sukashi.measures import imputation
 from sukashi.measures.imputation import impute
 

@@ -10,8 +10,8 @@ from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from sukashi.errors import ModelError
-from sukashi.layers import Attention, AttentionCore, PadShortcut, explicit_attention
+from sukashi.core.errors import ModelError
+from sukashi.network.layers import Attention, AttentionCore, PadShortcut, explicit_attention
 
 
 @pytest.fixture

@@ -7,11 +7,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from sukashi import cli, grid, levels, levels_page, models, progress, sites, stats
-from sukashi.errors import SukashiError, UsageError
-from sukashi.levels import Course
-from sukashi.levels_page import Level
-from sukashi.training import Training
+from sukashi import models
+from sukashi.cli import main
+from sukashi.core import progress, stats
+from sukashi.core.errors import SukashiError, UsageError
+from sukashi.experiments import study_file
+from sukashi.experiments.schedule import run, summary
+from sukashi.experiments.schedule.run import Course
+from sukashi.experiments.schedule.summary import Level
+from sukashi.network import sites
+from sukashi.training.loop import Training
 
 SPEC = "sukashi:digits_cnn"
 READING = {"width": 4, "calibration": 2, "test_images": 100}
@@ -30,7 +35,7 @@ def course(trained=False, **changes):
 def lottery(tmp_path_factory):
     out = tmp_path_factory.mktemp("levels") / "study"
     chosen = course(seeds=2, enforce_mask=[True, False])
-    return levels.run(SPEC, "digits", chosen, out=out, **READING), out, chosen
+    return run.run(SPEC, "digits", chosen, out=out, **READING), out, chosen
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def test_every_level_is_a_saved_model_with_its_share_of_zeros(lottery):
 
 def test_figures_are_those_of_the_kept_networks(lottery, digits_split):
     result, out, chosen = lottery
-    found = levels.collect(out, chosen)
+    found = run.collect(out, chosen)
     test = found[0].correct
     assert len(found) == 2 * (1 + 2 * 2)
     rows = {(r["contender"], r["ratio"]): r for r in result["levels"]}
@@ -95,15 +100,15 @@ def test_a_study_goes_on_from_the_level_it_had_reached(lottery, tmp_path, monkey
     shutil.copytree(whole, out)
     for gone in ("magnitude/1/0.60", "magnitude-unenforced/1"):
         shutil.rmtree(out / gone)
-    again = levels.run(SPEC, "digits", chosen, out=out, **READING)
+    again = run.run(SPEC, "digits", chosen, out=out, **READING)
     assert {**again, "out": "", "report": ""} == {**result, "out": "", "report": ""}
     assert not again["finished"]
     for path in sorted(whole.rglob("model.safetensors")):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
-    monkeypatch.setattr(levels, "fit", None)
-    assert levels.run(SPEC, "digits", chosen, out=out, **READING) == {**again, "finished": True}
+    monkeypatch.setattr(run, "fit", None)
+    assert run.run(SPEC, "digits", chosen, out=out, **READING) == {**again, "finished": True}
     with pytest.raises(UsageError, match=r"course.rewind was 0, now 1"):
-        levels.run(SPEC, "digits", chosen.model_copy(update={"rewind": 1}), out=out, **READING)
+        run.run(SPEC, "digits", chosen.model_copy(update={"rewind": 1}), out=out, **READING)
 
 
 def test_a_study_grows_as_if_all_had_been_asked_for_at_once(lottery, tmp_path, monkeypatch):
@@ -111,9 +116,9 @@ def test_a_study_grows_as_if_all_had_been_asked_for_at_once(lottery, tmp_path, m
     first = chosen.model_copy(update={"seeds": 1, "ratios": [0.3], "enforce_mask": [True]})
     out = tmp_path / "study"
     out.mkdir()  # free like a folder that is not there
-    levels.run(SPEC, "digits", first, out=out, **READING)
+    run.run(SPEC, "digits", first, out=out, **READING)
     (out / "magnitude/0/0.30.training").mkdir()  # killed before it could remove this
-    assert {**levels.run(SPEC, "digits", chosen, out=out, **READING), "out": "", "report": ""} == {
+    assert {**run.run(SPEC, "digits", chosen, out=out, **READING), "out": "", "report": ""} == {
         **result,
         "out": "",
         "report": "",
@@ -121,20 +126,20 @@ def test_a_study_grows_as_if_all_had_been_asked_for_at_once(lottery, tmp_path, m
     for path in sorted(whole.rglob("model.safetensors")):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
     assert not list(out.rglob("*.training"))
-    monkeypatch.setattr(levels, "fit", None)
+    monkeypatch.setattr(run, "fit", None)
     for less in ({"seeds": 1}, {"ratios": [0.3]}, {"ratios": [0.2, 0.3, 0.6]}, {"criteria": ["random"]}):
         with pytest.raises(UsageError, match="is an existing output folder of another trial"):
-            levels.run(SPEC, "digits", chosen.model_copy(update=less), out=out, **READING)
+            run.run(SPEC, "digits", chosen.model_copy(update=less), out=out, **READING)
 
 
 def test_a_schedule_from_keywords_is_its_course(lottery, weights, tmp_path):
     result, _, _ = lottery
     keywords = {**READING, **SETTINGS, "scope": "global", "seeds": 2}
-    found = levels.schedule(SPEC, "digits", "lottery", ["magnitude"], [0.3, 0.6], out=tmp_path / "lottery", **keywords)
+    found = run.schedule(SPEC, "digits", "lottery", ["magnitude"], [0.3, 0.6], out=tmp_path / "lottery", **keywords)
     assert found["levels"] == [row for row in result["levels"] if row["contender"] == "magnitude"]
     given = {**READING, "width": 8, "weights": weights, "epochs": 1, "round_to": 4}
     out = tmp_path / "oneshot"
-    levels.schedule(SPEC, "digits", "oneshot", ["random"], [0.5], out=out, **given)
+    run.schedule(SPEC, "digits", "oneshot", ["random"], [0.5], out=out, **given)
     told = json.loads((out / "study.json").read_text())["course"]
     assert told["finetuning"]["lr"] == pytest.approx(Training.model_validate({}).lr / 10)
     assert told["round_to"] == 4
@@ -143,20 +148,20 @@ def test_a_schedule_from_keywords_is_its_course(lottery, weights, tmp_path):
 
 def test_a_rewound_network_has_the_weights_it_started_with(tmp_path, monkeypatch):
     begun = {}
-    plain = levels.fit
+    plain = run.fit
 
     def noted(loaded, *args, out, **options):
         begun[out.name] = {name: t.clone() for name, t in loaded.model.state_dict().items()}
         return plain(loaded, *args, out=out, **options)
 
-    monkeypatch.setattr(levels, "fit", noted)
-    levels.run(SPEC, "digits", course(ratios=[0.5]), out=tmp_path / "start", **READING)
+    monkeypatch.setattr(run, "fit", noted)
+    run.run(SPEC, "digits", course(ratios=[0.5]), out=tmp_path / "start", **READING)
     start, level = begun["0.training"], begun["0.50.training"]
     kept = level["conv2.weight"] != 0
     assert 0 < int(kept.sum()) < kept.numel()
     assert torch.equal(level["conv2.weight"][kept], start["conv2.weight"][kept])
     assert torch.equal(level["bn1.weight"], start["bn1.weight"])
-    levels.run(SPEC, "digits", course(ratios=[0.5], rewind=1), out=tmp_path / "early", **READING)
+    run.run(SPEC, "digits", course(ratios=[0.5], rewind=1), out=tmp_path / "early", **READING)
     level = begun["0.50.training"]
     kept = level["conv2.weight"] != 0
     assert not torch.equal(level["conv2.weight"][kept], start["conv2.weight"][kept])
@@ -171,7 +176,7 @@ def test_channels_go_for_real(schedule, weights, tmp_path):
         True, schedule=schedule, scope=None, round_to=1, ratios=[0.25, 0.5], criteria=["magnitude", "random"]
     )
     given = {**READING, "width": 8, "weights": weights}
-    result = levels.run(SPEC, "digits", chosen, out=tmp_path / "out", **given)
+    result = run.run(SPEC, "digits", chosen, out=tmp_path / "out", **given)
     assert [row["removed"] for row in result["levels"]] == pytest.approx([0.25, 0.5, 0.25, 0.5], abs=0.04)
     assert [row["zeros"] for row in result["levels"]] == [0, 0, 0, 0]
     for name in ("magnitude", "random"):
@@ -191,7 +196,7 @@ def rounded(weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("rounded") / "out"
     changes = {"schedule": "oneshot", "scope": None, "round_to": 4, "ratios": [0.3, 0.55]}
     chosen = course(True, criteria=["magnitude", "random"], **changes)
-    return levels.run(SPEC, "digits", chosen, out=out, **{**READING, "width": 8, "weights": weights}), out, chosen
+    return run.run(SPEC, "digits", chosen, out=out, **{**READING, "width": 8, "weights": weights}), out, chosen
 
 
 def test_what_was_removed_is_counted_in_the_networks_themselves(rounded):
@@ -229,7 +234,7 @@ def told(rows, round_to=8, scope=None, n_images=400, n_seeds=1):
             for ratio, removed, share in of_name:
                 figures = {"removed": removed, "parameters": 1000 - 1000 * removed**2, "zeros": 0.0}
                 found.append(Level(name, seed, ratio, right < share * n_images, figures))
-    return levels_page.summary(found, chosen), chosen
+    return summary.summary(found, chosen), chosen
 
 
 def test_the_words_are_about_what_was_removed():
@@ -241,7 +246,7 @@ def test_the_words_are_about_what_was_removed():
     assert magnitude.startswith("magnitude: at 25.0% of the units removed (30% asked for) accuracy is shown")
     assert "; at 75.0% (90% asked for) it is -15.0 points from the dense network's" in magnitude
     assert random.startswith("random: at no level accuracy is shown")
-    assert levels_page.cautions(result, chosen) == [
+    assert summary.cautions(result, chosen) == [
         "magnitude: 25.0% and 75.0% of the units were removed, 30% and 90% were asked for: widths are rounded up to "
         "multiples of 8",
         "random: 81.2% of the units were removed, 90% were asked for: widths are rounded up to multiples of 8",
@@ -260,7 +265,7 @@ def test_only_levels_of_one_size_are_called_better_or_worse():
     assert result["pairs"][2]["removed"] == [0.75, 0.8125]
     assert result["verdict"] == "At no level is accuracy shown to be at most 2 points lower"
     turned = [{**pair, "removed": pair["removed"][::-1]} for pair in result["pairs"]]
-    assert [levels_page._so(pair) for pair in turned] == [pair["so"] for pair in result["pairs"]]
+    assert [summary._so(pair) for pair in turned] == [pair["so"] for pair in result["pairs"]]
 
 
 def test_a_later_level_may_be_shown_where_an_earlier_one_is_not():
@@ -271,21 +276,21 @@ def test_a_later_level_may_be_shown_where_an_earlier_one_is_not():
 
 def test_equal_answers_to_few_images_show_nothing():
     rows = {"magnitude": [(0.3, 0.3, 0.95)]}
-    least = stats.least_images(levels_page.LOST)
+    least = stats.least_images(summary.LOST)
     enough, chosen = told(rows, n_images=least)
     assert "lower at 30.0%" in enough["verdict"]
-    assert levels_page.cautions(enough, chosen) == []
+    assert summary.cautions(enough, chosen) == []
     few, chosen = told(rows, n_images=least - 1)
     assert few["verdict"] == "At no level is accuracy shown to be at most 2 points lower"
     assert few["lines"][0].startswith("magnitude: at no level")
-    assert levels_page.cautions(few, chosen) == [
+    assert summary.cautions(few, chosen) == [
         "188 test images can't show that accuracy is at most 2 points lower, 189 are needed"
     ]
 
 
 def test_levels_as_asked_for_need_no_word_about_it():
     result, chosen = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
-    assert levels_page.cautions(result, chosen) == []
+    assert summary.cautions(result, chosen) == []
     assert result["verdict"] == "Accuracy is at most 2 points lower at 60.0% of the weights removed (magnitude)"
     assert "asked for" not in result["lines"][0]
 
@@ -293,8 +298,8 @@ def test_levels_as_asked_for_need_no_word_about_it():
 def test_the_figure_stands_where_it_was_measured(monkeypatch):
     result, chosen = told({"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)]})
     figures = []
-    monkeypatch.setattr(levels_page.page, "png", lambda figure: figures.append(figure) or b"")
-    levels_page.draw(result, chosen)
+    monkeypatch.setattr(summary.figures, "png", lambda figure: figures.append(figure) or b"")
+    summary.draw(result, chosen)
     (axes,) = figures[0].axes
     drawn = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
     assert drawn.get_xdata() == pytest.approx([0.25, 0.75])
@@ -311,7 +316,7 @@ def test_one_network_has_the_interval_of_its_training():
 
 def test_page_and_command_line_show_the_same(rounded, capsys):
     result, out, _ = rounded
-    cli._print_levels(result)
+    main._print_levels(result)
     shown, page = capsys.readouterr().out, (out / "report.html").read_text()
     assert f"<h1>{result['verdict']}</h1>" in page
     assert '<p class="title">oneshot: sukashi:digits_cnn' in page
@@ -325,7 +330,7 @@ def test_page_and_command_line_show_the_same(rounded, capsys):
         assert said in shown.replace("\n", " ") or said in shown
         assert said.replace("'", "&#39;") in page
     assert "nothing was done" not in shown
-    cli._print_levels({**result, "finished": True})
+    main._print_levels({**result, "finished": True})
     assert f"{result['out']} was finished already: nothing was done" in capsys.readouterr().out
 
 
@@ -355,10 +360,10 @@ def test_page_and_command_line_show_the_same(rounded, capsys):
     ],
 )
 def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(levels.Source, "read", None)
+    monkeypatch.setattr(run.Source, "read", None)
     weights = changes.pop("weights", None)
     with pytest.raises(UsageError, match=message):
-        levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", weights=weights, **READING)
+        run.run(SPEC, "digits", course(**changes), out=tmp_path / "out", weights=weights, **READING)
     assert not (tmp_path / "out").exists()
 
 
@@ -374,9 +379,9 @@ def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path,
 def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
     tmp_path, monkeypatch, changes, reading, message
 ):
-    monkeypatch.setattr(levels, "fit", None)
+    monkeypatch.setattr(run, "fit", None)
     with pytest.raises(SukashiError, match=message):
-        levels.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **{**READING, **reading})
+        run.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **{**READING, **reading})
     assert not (tmp_path / "out").exists()
 
 
@@ -396,24 +401,24 @@ def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
 def test_wrong_keywords_are_refused_in_a_sentence(tmp_path, changes, message):
     given = {"how": "oneshot", "criteria": ["magnitude"], "ratios": (0.5,), "out": tmp_path / "out", **changes}
     with pytest.raises(UsageError, match=message):
-        levels.schedule(SPEC, "digits", **given)
+        run.schedule(SPEC, "digits", **given)
 
 
 def test_the_folder_of_a_comparison_is_refused(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps({"model": {}, "data": {}}))
     with pytest.raises(UsageError, match="is an existing output folder of another trial"):
-        levels.run(SPEC, "digits", course(), out=tmp_path, **READING)
+        run.run(SPEC, "digits", course(), out=tmp_path, **READING)
 
 
 def test_every_ratio_has_a_folder_of_its_own():
-    assert [levels._named(ratio) for ratio in (0.1, 0.3, 0.99, 0.995, 1 / 3)] == [
+    assert [run._named(ratio) for ratio in (0.1, 0.3, 0.99, 0.995, 1 / 3)] == [
         *("0.10", "0.30", "0.99", "0.995", "0.3333333333333333")
     ]
 
 
 def test_lottery_refuses_trained_weights(weights, tmp_path):
     with pytest.raises(UsageError, match="lottery goes back to weights before training"):
-        levels.run(SPEC, "digits", course(), out=tmp_path / "out", weights=weights, **{**READING, "width": 8})
+        run.run(SPEC, "digits", course(), out=tmp_path / "out", weights=weights, **{**READING, "width": 8})
 
 
 def test_a_study_file_holds_a_course(lottery, tmp_path):
@@ -440,13 +445,13 @@ def test_a_study_file_holds_a_course(lottery, tmp_path):
         lr = 0.1
         """
     )
-    assert grid.run(file)["levels"] == result["levels"]
+    assert study_file.run(file)["levels"] == result["levels"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["levels"] == result["levels"]
     whole = file.read_text()
     for line, message in (("epoch = 3", "did you mean 'epochs'"), ("epochs = 0", "training.epochs")):
         file.write_text(whole.replace("epochs = 2", line, 1))
         with pytest.raises(UsageError, match=message):
-            grid.run(file)
+            study_file.run(file)
 
 
 def test_progress_tells_the_level(tmp_path):
@@ -467,5 +472,5 @@ def test_progress_tells_the_level(tmp_path):
                 notes.append(note)
 
     with progress.listening(lambda title, total: Shown(title)):
-        levels.run(SPEC, "digits", course(ratios=[0.5]), out=Path(tmp_path / "out"), **READING)
+        run.run(SPEC, "digits", course(ratios=[0.5]), out=Path(tmp_path / "out"), **READING)
     assert notes == ["dense, seed 0, 0%", "magnitude, seed 0, 50%"]

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from sukashi.architectures import CifarResNet, DigitsViT
 from sukashi.attributions.lrp import lrp
-from sukashi.errors import ModelError, UsageError
-from sukashi.layers import AttentionCore
-from sukashi.types import Member, Site
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Member, Site
+from sukashi.models.architectures import CifarResNet, DigitsViT
+from sukashi.network.layers import AttentionCore
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])

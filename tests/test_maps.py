@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sukashi.attributions.maps import saliency_map
-from sukashi.errors import UsageError
+from sukashi.core.errors import UsageError
 
 LOOPS = {
     "sum": sum,

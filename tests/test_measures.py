@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sukashi import hooks, models, pruned, sites, surgery
-from sukashi.errors import DataError, ModelError, UsageError
+from sukashi import models
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Batch, Curve, Mask, Plan, Scores, rank
+from sukashi.criteria import pruning
 from sukashi.measures import accuracy, cost, measures
-from sukashi.types import Batch, Curve, Mask, Plan, Scores, rank
+from sukashi.models import saved
+from sukashi.network import hooks, sites, surgery
 
 
 @pytest.fixture(scope="module", params=["sukashi:digits_cnn", "sukashi:digits_vit"])
@@ -350,9 +353,9 @@ def test_sizes_fall_with_a_cut(scene):
 
 def test_cost_is_that_of_the_saved_file(scene, tmp_path):
     loaded, _, plan, batch = scene
-    small = pruned.cut(loaded, plan.mask(0.5))
+    small = pruning.cut(loaded, plan.mask(0.5))
     figures = cost.cost(loaded.model, small.model, batch.x[:3], batch_size=5, repeats=4)
-    pruned.save(tmp_path / "cut", small, provenance={}, figures={})
+    saved.save(tmp_path / "cut", small, provenance={}, figures={})
     assert figures["cut"]["bytes"] == (tmp_path / "cut" / "model.safetensors").stat().st_size
     assert figures["repeats"] == 4
     assert figures["batch_size"] == 5

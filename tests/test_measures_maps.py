@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from sukashi.errors import UsageError
+from sukashi.core.errors import UsageError
 from sukashi.measures import measures
 from sukashi.measures.maps import gini, localisation, rank_correlation, ssim, top_overlap
 

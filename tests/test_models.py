@@ -1,5 +1,6 @@
 """Models: what a spec gives, and every file, recipe or network that is refused before it can do harm."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -15,9 +16,10 @@ import torchvision
 from torch import nn
 
 from sukashi import models
-from sukashi.errors import ModelError, UsageError
-from sukashi.layers import Attention
-from sukashi.types import Preprocess
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Preprocess
+from sukashi.models.architectures import OWN
+from sukashi.network.layers import Attention
 
 SMALL = Preprocess(8, 8, 1, (0.5,), (0.5,))
 
@@ -152,8 +154,8 @@ def test_names_can_be_loaded():
     assert "torchvision:vit_b_16" in models.names()
     for spec in models.names():
         source, _, name = spec.partition(":")
-        known = {"sukashi": models.OWN, "timm": models.timm.list_models()}
-        assert name in known.get(source, models.torchvision.models.list_models())
+        known = {"sukashi": OWN, "timm": timm.list_models()}
+        assert name in known.get(source, torchvision.models.list_models())
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet18.a1_in1k", "torchvision:resnet18"])
@@ -161,7 +163,7 @@ def test_pretrained_without_a_hub_fails_in_one_sentence(spec, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("Name or service not known\nand a long story")
 
-    monkeypatch.setattr(models.timm, "create_model", offline)
+    monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(ModelError, match="give a file of weights") as refused:
         models.load(spec, pretrained=True)
@@ -173,7 +175,7 @@ def test_torchvision_pretrained_never_unpickles(monkeypatch):
 
     def fetch(url, **options):
         asked.update(options)
-        return models.torchvision.models.squeezenet1_1(weights=None).state_dict()
+        return torchvision.models.squeezenet1_1(weights=None).state_dict()
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
     loaded = models.load("torchvision:squeezenet1_1", pretrained=True)
@@ -193,7 +195,7 @@ def test_safetensors(digits):
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(loaded.model(x), source.model(x))
     assert (loaded.preprocess.mean, loaded.preprocess.std) == ((0.25,), (0.5,))
-    assert loaded.weights_sha256 == models.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_half_precision_becomes_float32(digits, tmp_path):
@@ -534,7 +536,7 @@ def test_the_size_an_architecture_was_made_for_is_its_own_affair(monkeypatch):
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 30, 30)}
         return model
 
-    monkeypatch.setattr(models.timm, "create_model", create)
+    monkeypatch.setattr(timm, "create_model", create)
     loaded = models.load("timm:vit_tiny_patch16_224", n_classes=4)
     assert (loaded.preprocess.height, loaded.preprocess.width) == (30, 30)
     assert probed(loaded).shape == (2, 4)

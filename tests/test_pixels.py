@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sukashi import sites
 from sukashi.attributions import attributions
-from sukashi.errors import ModelError
+from sukashi.core.errors import ModelError
+from sukashi.network import sites
 from supported import ZOO, build
 
 # One of a family, and not those that take most of a minute.

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from sukashi import progress
+from sukashi.core import progress
 
 
 class Noted:

@@ -4,6 +4,7 @@ import builtins
 import copy
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,9 +19,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sukashi import hooks, models, pruned, sites
-from sukashi.errors import ModelError, ResourceError, UsageError
-from sukashi.types import Batch, Mask, Plan, Scores, Site, rank
+from sukashi import models
+from sukashi.core.errors import ModelError, ResourceError, UsageError
+from sukashi.core.types import Batch, Mask, Plan, Scores, Site, rank
+from sukashi.criteria import pruning
+from sukashi.models import export_onnx, save
+from sukashi.network import hooks, sites
 
 
 def _plan(found):
@@ -48,8 +52,8 @@ def saved(tmp_path):
     torch.manual_seed(0)
     loaded = models.load("sukashi:digits_cnn")
     found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
-    small = pruned.cut(loaded, _plan(found).mask(0.5))
-    pruned.save(tmp_path / "cut", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    small = pruning.cut(loaded, _plan(found).mask(0.5))
+    save(tmp_path / "cut", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
     return small, tmp_path / "cut"
 
 
@@ -71,7 +75,7 @@ def _plans(draw):
 
 @given(_plans(), st.floats(0, 0.999), st.integers(1, 12))
 def test_round_mask(plan, ratio, round_to):
-    exact, rounded = plan.mask(ratio), pruned.round_mask(plan, ratio, round_to)
+    exact, rounded = plan.mask(ratio), pruning.round_mask(plan, ratio, round_to)
     for position, site in enumerate(plan.sites):
         kept, before = rounded.keep[site], exact.keep[site]
         # The slow definition: give back the last removed until the count fits.
@@ -88,15 +92,15 @@ def test_round_mask(plan, ratio, round_to):
 def test_round_mask_refuses():
     plan = _plan([Site("a", "channel", 8)])
     with pytest.raises(UsageError, match="round_to must be at least 1, got 0"):
-        pruned.round_mask(plan, 0.5, 0)
+        pruning.round_mask(plan, 0.5, 0)
     with pytest.raises(UsageError, match="ratio must be in"):
-        pruned.round_mask(plan, 50)
+        pruning.round_mask(plan, 50)
 
 
 def test_round_mask_leaves_the_exact_mask_alone():
     plan = _plan([Site("a", "channel", 20)])
-    assert pruned.round_mask(plan, 0.5, 1).n_removed == 10
-    assert pruned.round_mask(plan, 0.5).n_removed == 4
+    assert pruning.round_mask(plan, 0.5, 1).n_removed == 10
+    assert pruning.round_mask(plan, 0.5).n_removed == 4
 
 
 # Cut, save, load.
@@ -105,15 +109,15 @@ def test_round_mask_leaves_the_exact_mask_alone():
 def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_further(scene, tmp_path):
     loaded, plan, x = scene
     mask = plan.mask(0.4)
-    silent = pruned.cut(loaded, mask, "zero")
-    pruned.save(tmp_path / "silent", silent, provenance={}, figures={})
+    silent = pruning.cut(loaded, mask, "zero")
+    save(tmp_path / "silent", silent, provenance={}, figures={})
     back = models.load(str(tmp_path / "silent"))
     with hooks.masked(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(back.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(silent.model, x))
     assert [p.shape for p in back.model.parameters()] == [p.shape for p in loaded.model.parameters()]
-    pruned.save(tmp_path / "cut", pruned.cut(back, mask), provenance={}, figures={})
+    save(tmp_path / "cut", pruning.cut(back, mask), provenance={}, figures={})
     both = models.load(str(tmp_path / "cut"))
     assert (_logits(both.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert sum(p.numel() for p in both.model.parameters()) < sum(p.numel() for p in back.model.parameters())
@@ -123,10 +127,10 @@ def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_furt
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     loaded, plan, x = scene
-    mask = pruned.round_mask(plan, ratio, round_to)
+    mask = pruning.round_mask(plan, ratio, round_to)
     before = models.digest(loaded.model)
-    small = pruned.cut(loaded, mask)
-    recipe = pruned.save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
+    small = pruning.cut(loaded, mask)
+    recipe = save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
     back = models.load(str(tmp_path / "deep" / "cut"))
     with hooks.masked(loaded.model, mask):
         expected = _logits(loaded.model, x)
@@ -143,10 +147,10 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
 
 def test_a_saved_model_can_be_cut_again(scene, tmp_path):
     loaded, plan, x = scene
-    pruned.save(tmp_path / "one", pruned.cut(loaded, plan.mask(0.3)), provenance={}, figures={})
+    save(tmp_path / "one", pruning.cut(loaded, plan.mask(0.3)), provenance={}, figures={})
     once = models.load(str(tmp_path / "one"))
-    twice = pruned.cut(once, _plan(sites.find(once.model, x).sites).mask(0.4))
-    pruned.save(tmp_path / "two", twice, provenance={}, figures={})
+    twice = pruning.cut(once, _plan(sites.find(once.model, x).sites).mask(0.4))
+    save(tmp_path / "two", twice, provenance={}, figures={})
     back = models.load(str(tmp_path / "two"))
     assert len(back.cuts) == 2
     assert torch.equal(_logits(back.model, x), _logits(twice.model, x))
@@ -154,7 +158,7 @@ def test_a_saved_model_can_be_cut_again(scene, tmp_path):
 
 def test_equal_models_give_equal_bytes(saved, tmp_path):
     small, folder = saved
-    pruned.save(tmp_path / "again", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    save(tmp_path / "again", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
     for name in ("model.safetensors", "recipe.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -177,8 +181,8 @@ def test_a_new_process_gives_the_same_logits(saved, tmp_path):
 def test_an_output_is_still_selected(tmp_path):
     loaded = models.load("test_models:with_dict", output="logits")
     found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
-    small = pruned.cut(loaded, _plan(found).mask(0.5))
-    pruned.save(tmp_path / "cut", small, provenance={}, figures={})
+    small = pruning.cut(loaded, _plan(found).mask(0.5))
+    save(tmp_path / "cut", small, provenance={}, figures={})
     with pytest.raises(ModelError, match="must not choose what code runs"):
         models.load(str(tmp_path / "cut"))
     back = models.load("test_models:with_dict", weights=tmp_path / "cut")
@@ -269,10 +273,10 @@ def _sparse(loaded, ratio=0.6, scope="global", criterion="random", **options):
     found, view = sites.weights(loaded.model), loaded.preprocess
     x = torch.randn(6, view.channels, view.height, view.width, generator=torch.Generator().manual_seed(1))
     data = Batch(x, torch.zeros(6, dtype=torch.long), tuple("abcdef"))
-    mask = pruned.weight_mask(
+    mask = pruning.weight_mask(
         loaded, found, data, criterion, ratio, scope, generator=torch.Generator().manual_seed(0), **options
     )
-    return pruned.sparse(loaded, mask), data
+    return pruning.sparse(loaded, mask), data
 
 
 @pytest.fixture
@@ -280,7 +284,7 @@ def sparse_folder(tmp_path):
     """A sparse digits_cnn and its folder."""
     torch.manual_seed(0)
     small, _ = _sparse(models.load("sukashi:digits_cnn", width=8))
-    pruned.save(tmp_path / "sparse", small, provenance={}, figures={})
+    save(tmp_path / "sparse", small, provenance={}, figures={})
     return small, tmp_path / "sparse"
 
 
@@ -292,7 +296,7 @@ def test_a_sparse_model_comes_back_with_its_mask_to_the_byte(sparse_folder, tmp_
         assert torch.equal(back.mask.keep[site], keep)
         assert (back.model.get_submodule(site.layer).weight[~keep] == 0).all()
     again = replace(back, class_names=small.class_names)
-    pruned.save(tmp_path / "again", again, provenance={}, figures={})
+    save(tmp_path / "again", again, provenance={}, figures={})
     names = {"model.safetensors", "masks.safetensors", "recipe.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
@@ -351,19 +355,19 @@ def test_a_mask_of_another_architecture_is_put_on_no_model(sparse_folder):
     small, _ = sparse_folder
     other = models.load("sukashi:digits_cnn", width=16)
     with pytest.raises(ModelError, match="the mask is for another architecture: layer 'conv1' has shape"):
-        pruned.sparse(other, small.mask)
+        pruning.sparse(other, small.mask)
 
 
 def test_units_cut_from_a_sparse_model_take_their_masks_along(sparse_folder, tmp_path):
     small, _ = sparse_folder
     plan = _plan(sites.find(small.model, torch.randn(2, 1, 8, 8)).sites)
     for mode in ("cut", "zero"):
-        cut = pruned.cut(small, plan.mask(0.5), mode)
+        cut = pruning.cut(small, plan.mask(0.5), mode)
         for site, keep in cut.mask.keep.items():
             weight = cut.model.get_submodule(site.layer).weight
             # Random weights are never zero by themselves.
             assert torch.equal(keep, weight != 0)
-        pruned.save(tmp_path / mode, cut, provenance={}, figures={})
+        save(tmp_path / mode, cut, provenance={}, figures={})
         back = models.load(str(tmp_path / mode))
         assert back.mask.n_removed == cut.mask.n_removed
 
@@ -376,7 +380,7 @@ def test_sparser_and_sparser(sparse_folder):
     with pytest.raises(UsageError, match="has lost more weights already"):
         _sparse(small, 0.3)
     part = Mask({site: keep for site, keep in more.mask.keep.items() if site.layer == "fc1"})
-    both = pruned.sparse(small, part)
+    both = pruning.sparse(small, part)
     assert both.mask.keep.keys() == small.mask.keep.keys()
     assert both.mask.n_removed > small.mask.n_removed
 
@@ -430,17 +434,17 @@ def test_an_existing_folder_is_left_alone(saved, tmp_path):
     small, folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UsageError, match="exists"):
-        pruned.save(folder, small, provenance={"other": 1}, figures={})
+        save(folder, small, provenance={"other": 1}, figures={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UsageError, match="exists"):
-        pruned.save(tmp_path / "link", small, provenance={}, figures={})
+        save(tmp_path / "link", small, provenance={}, figures={})
 
 
 def test_figures_that_are_no_json(saved, tmp_path):
     small, _ = saved
     with pytest.raises(ValueError, match="JSON compliant"):
-        pruned.save(tmp_path / "nan", small, provenance={}, figures={"cut": {"accuracy": float("nan")}})
+        save(tmp_path / "nan", small, provenance={}, figures={"cut": {"accuracy": float("nan")}})
     assert not (tmp_path / "nan").exists()
 
 
@@ -472,7 +476,7 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
     with monkeypatch.context() as patched:
         disk = Full(patched, n)
         with pytest.raises(ResourceError, match="no space left"):
-            pruned.save(place / "cut", small, provenance={}, figures={})
+            save(place / "cut", small, provenance={}, figures={})
     assert disk.left == 0
     # Only the last operation, syncing the parent after the rename, leaves the whole folder.
     assert os.listdir(place) == (["cut"] if n == 9 else [])
@@ -481,7 +485,7 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
 def test_a_place_without_rights(saved, tmp_path):
     small, folder = saved
     with pytest.raises(ResourceError, match=r"recipe\.json"):
-        pruned.save(folder / "recipe.json" / "cut", small, provenance={}, figures={})
+        save(folder / "recipe.json" / "cut", small, provenance={}, figures={})
 
 
 # ONNX.
@@ -490,8 +494,8 @@ def test_a_place_without_rights(saved, tmp_path):
 def test_onnx(scene, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     loaded, plan, x = scene
-    small = pruned.cut(loaded, plan.mask(0.5))
-    pruned.export_onnx(small, tmp_path / "model.onnx")
+    small = pruning.cut(loaded, plan.mask(0.5))
+    export_onnx(small, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for batch in (x, x[:1], x.repeat(3, 1, 1, 1)):
         (found,) = session.run(["logits"], {"images": batch.numpy()})
@@ -499,13 +503,13 @@ def test_onnx(scene, tmp_path):
         assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     assert os.listdir(tmp_path) == ["model.onnx"]
     with pytest.raises(UsageError, match="exists"):
-        pruned.export_onnx(small, tmp_path / "model.onnx")
+        export_onnx(small, tmp_path / "model.onnx")
 
 
 def test_onnx_without_the_extra(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruned.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"sukashi\[onnx\]"):
-        pruned.export_onnx(saved[0], tmp_path / "model.onnx")
+        export_onnx(saved[0], tmp_path / "model.onnx")
 
 
 def test_onnx_that_gives_other_logits_is_refused(saved, tmp_path, monkeypatch):
@@ -519,5 +523,5 @@ def test_onnx_that_gives_other_logits_is_refused(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", wrong)
     with pytest.raises(ModelError, match="onnxruntime gives logits"):
-        pruned.export_onnx(saved[0], tmp_path / "model.onnx")
+        export_onnx(saved[0], tmp_path / "model.onnx")
     assert not list(tmp_path.glob("*onnx*"))

@@ -6,9 +6,9 @@ from typing import Literal
 
 import pytest
 
-from sukashi.errors import UsageError
-from sukashi.registry import Registry, nearest
-from sukashi.types import Site
+from sukashi.core.errors import UsageError
+from sukashi.core.registry import Registry, nearest
+from sukashi.core.types import Site
 
 
 @pytest.fixture

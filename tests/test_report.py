@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sukashi import report
-from sukashi.errors import DataError, UsageError
-from sukashi.store import Store, plan_bytes
-from sukashi.types import Curve, Plan, Site, Trial
+from sukashi.core.errors import DataError, UsageError
+from sukashi.core.types import Curve, Plan, Site, Trial
+from sukashi.criteria.plans import plan_bytes
+from sukashi.experiments import pages
+from sukashi.experiments.compare.store import Store
+from sukashi.report import figures, networks
 
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
 SITES = tuple(Site(f"layer{1 + i // 4}.{i % 4}.conv1", "channel", 16 * 2 ** (i // 4)) for i in range(12))
@@ -102,7 +104,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(studied: Path) -> str:
-    return report.write(studied).read_text()
+    return pages.write(studied).read_text()
 
 
 class _Reader(html.parser.HTMLParser):
@@ -173,14 +175,14 @@ def test_every_figure_is_also_a_file(studied: Path, page: str) -> None:
         with Image.open(path) as image:
             assert "Software" not in image.info
             seen = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
-        wanted = report.COLOURS if path.name == "curves.png" else report.CATEGORY_COLOURS
+        wanted = figures.COLOURS if path.name == "curves.png" else networks.CATEGORY_COLOURS
         shown = CRITERIA if path.name == "curves.png" else ("critical", "neutral", "detrimental")
         assert {tuple(bytes.fromhex(wanted[name][1:])) for name in shown} <= seen
 
 
 def test_the_same_results_give_the_same_page(studied: Path, page: str) -> None:
     before = {path.name: path.read_bytes() for path in (studied / "figures").iterdir()}
-    assert report.write(studied).read_text() == page
+    assert pages.write(studied).read_text() == page
     assert {path.name: path.read_bytes() for path in (studied / "figures").iterdir()} == before
 
 
@@ -214,7 +216,7 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     with Store(tmp_path).writing({}) as store, store.run(Trial({}, {}, "cswap", 0)) as writer:
         writer.save_curve(curve)
         writer.finish(a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
-    page = report.write(tmp_path).read_text()
+    page = pages.write(tmp_path).read_text()
     row = cells(page, "Accuracy by what is gone")["cswap"]
     assert [cell.split()[0] for cell in row] == ["75.0", "60.0", "–", "–", "0.0"]
     low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
@@ -229,7 +231,7 @@ def test_the_margin_is_that_of_the_run_unless_another_is_given(studied: Path, tm
         store.log("run", command=COMMAND, margin=0.05)
     rows = {}
     for margin in (None, 0.3):
-        page = report.write(tmp_path / "study", margin).read_text()
+        page = pages.write(tmp_path / "study", margin).read_text()
         assert f"at most {100 * (margin or 0.05):g} points" in _Reader(page).words
         rows[margin] = float(cells(page, "Accuracy by what is gone")["drift"][-1].split()[0])
     assert 0 < rows[None] < rows[0.3]
@@ -275,7 +277,7 @@ def test_it_says_how_to_see_it_again(page: str) -> None:
 
 
 def test_one_seed_gives_no_verdict(tmp_path: Path) -> None:
-    words = _Reader(report.write(fill(tmp_path / "study", {"drift": 52, "random": 22}, 1)).read_text()).words
+    words = _Reader(pages.write(fill(tmp_path / "study", {"drift": 52, "random": 22}, 1)).read_text()).words
     assert "drift leads" not in words
     assert "drift has the highest SAUCE" in words
     assert "with one seed nothing says whether another seed would agree" in words
@@ -287,7 +289,7 @@ def test_what_the_seeds_do_not_separate_does_not_lead(tmp_path: Path) -> None:
         if record.trial.criterion == "mine":
             sauce = a_result("drift", record.trial.seed)[1]["sauce"] - (1, -1, 1.2, -1)[record.trial.seed]
             (record.folder / "result.json").write_text(json.dumps(record.result | {"sauce": sauce}))
-    words = _Reader(report.write(study).read_text()).words
+    words = _Reader(pages.write(study).read_text()).words
     assert "No criterion leads: drift has the highest mean SAUCE" in words
     assert "do not separate it from mine (mine: 0.1 lower, 95% interval -" in words
 
@@ -303,7 +305,7 @@ def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
     )
     with open(study / "log.jsonl", "a") as file:
         file.write(json.dumps({"event": "run", "command": attack, "versions": {attack: attack}, "hardware": attack}))
-    page = report.write(study).read_text()
+    page = pages.write(study).read_text()
     assert _Reader(page).words.count(attack) >= 10
     assert "script" not in {tag for tag, _ in _Reader(page).tags}
     assert all(str(attributes.get("src")).startswith("data:") for tag, attributes in _Reader(page).tags if tag == "img")
@@ -315,7 +317,7 @@ def test_warnings_are_shown_once(tmp_path: Path) -> None:
         unfinished, _, _, slow = store.finished()
         store.log("cost", trial=slow.trial.key, dense={"latency_ms": 5.2}, cut={"latency_ms": 9.9})
     (unfinished.folder / "result.json").unlink()
-    words = _Reader(report.write(study).read_text()).words
+    words = _Reader(pages.write(study).read_text()).words
     assert words.count("3 bad images were left out") == 1
     assert "3 of 4 trials are finished" in words
     assert "random: the cut network takes" in words
@@ -337,7 +339,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     (tmp_path / "plan.npz").write_bytes(plan_bytes(a_plan("cswap", 0)))
-    page = report.write(tmp_path).read_text()
+    page = pages.write(tmp_path).read_text()
     words = _Reader(page).words
     assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, latency +50%." in words
     assert "1,234 test images; the 95% interval of the cut network's accuracy is 93.6% to 96.1%" in words
@@ -379,7 +381,7 @@ def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
         },
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    page = report.write(tmp_path).read_text()
+    page = pages.write(tmp_path).read_text()
     words = _Reader(page).words
     assert "Accuracy goes from 98.1% to 95.0% (-3.1), with 50.0% of the masked layers' weights" in words
     assert "(40.0% of all parameters) at zero; it is as large and as slow as before." in words
@@ -401,28 +403,28 @@ def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
 
 def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
-    assert "no figures were kept" in report.write(tmp_path).read_text()
+    assert "no figures were kept" in pages.write(tmp_path).read_text()
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no study and no saved model"):
-        report.write(tmp_path)
+        pages.write(tmp_path)
     for name, content in (("study.json", {"course": {}}), ("recipe.json", {"provenance": {"course": {}}})):
         folder = tmp_path / f"with {name}"
         folder.mkdir()
         (folder / name).write_text(json.dumps(content))
         with pytest.raises(UsageError, match="is a schedule's"):
-            report.write(folder)
+            pages.write(folder)
     (tmp_path / "audit.json").write_text("{}")
     with pytest.raises(UsageError, match="holds an audit: give the same audit command again, finished cells are kept"):
-        report.write(tmp_path)
+        pages.write(tmp_path)
     with Store(tmp_path / "study").writing({"seeds": 1}):
         pass
     with pytest.raises(UsageError, match="no finished trial"):
-        report.write(tmp_path / "study")
+        pages.write(tmp_path / "study")
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(DataError, match=r"recipe\.json can't be read"):
-        report.write(tmp_path)
+        pages.write(tmp_path)
 
 
 def test_trials_on_different_images_are_not_compared(tmp_path: Path) -> None:
@@ -433,7 +435,7 @@ def test_trials_on_different_images_are_not_compared(tmp_path: Path) -> None:
         writer.save_curve(Curve(curve.ratio, curve.n_removed, curve.fraction, curve.correct, ids))
         writer.finish(result)
     with pytest.raises(DataError, match="different images"):
-        report.write(study)
+        pages.write(study)
 
 
 def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path):
@@ -457,7 +459,7 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path):
         "figures": figures,
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    page = report.write(tmp_path).read_text()
+    page = pages.write(tmp_path).read_text()
     for said in (
         "75.0% of 400 test images are right, 50.0% before (+25.0).",
         "Weights of epoch 1 of 2 epochs",
@@ -470,4 +472,4 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path):
     assert "<dog>" not in page
     history[0]["val_loss"] = history[0]["val_accuracy"] = None
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert "learning rate" in report.write(tmp_path).read_text()
+    assert "learning rate" in pages.write(tmp_path).read_text()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Batch
 from sukashi.measures import measures
-from sukashi.measures.saliency import area_over, removal, replacement
-from sukashi.types import Batch
+from sukashi.measures.faithfulness import area_over, removal, replacement
 from test_imputation import solved
 
 NAMES = [method.name for method in measures if method.reads_maps and "reads" not in method.facts]

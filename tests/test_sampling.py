@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi import sampling
-from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.criteria import calibration
+from sukashi.experiments.bench import Source
 from sukashi.models import Loaded
-from sukashi.source import Source
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def images(digits_split):
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_a_view_is_what_the_classifier_reads_and_the_probability_of_the_own_class(small, images, name, monkeypatch):
     loaded = small[name].loaded
-    monkeypatch.setattr(sampling, "pass_size", lambda x: 32)
-    seen = sampling.view(loaded, images)
+    monkeypatch.setattr(calibration, "pass_size", lambda x: 32)
+    seen = calibration.view(loaded, images)
     batch, model = images.whole(loaded.preprocess), loaded.model
     with torch.no_grad():
         logits = model(batch.x)
@@ -63,13 +63,13 @@ def test_a_class_that_the_model_never_gets_right_has_no_confident_image(small, i
     with torch.no_grad():
         loaded.model.fc2.bias[3] = -1e4
     with pytest.raises(DataError, match=r"class '3' has no image in train that the model classifies correctly"):
-        sampling.by_confidence(images, sampling.view(loaded, images), 2)
+        calibration.by_confidence(images, calibration.view(loaded, images), 2)
 
 
 def test_what_cannot_be_sampled_is_refused(images, small):
     with pytest.raises(UsageError, match=r"unknown sampling 'cluster': did you mean 'clustering'\?"):
-        sampling.check_sampling("cluster")
+        calibration.check_sampling("cluster")
     fixed = Loaded(nn.Flatten(), "flat", {}, small["cnn"].loaded.preprocess, 64, None, "")
     fixed.model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     with pytest.raises(ModelError, match="no linear layer or convolution"):
-        sampling.view(fixed, images)
+        calibration.view(fixed, images)

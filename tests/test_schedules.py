@@ -2,7 +2,7 @@
 
 import pytest
 
-from sukashi.schedules import schedules
+from sukashi.experiments.schedule.schedules import schedules
 
 EXPECTED = {
     "oneshot": ["train(prune(dense, .2))", "train(prune(dense, .5))"],

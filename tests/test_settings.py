@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from sukashi.errors import DataError
-from sukashi.settings import Finetuning, Training, splits
+from sukashi.core.errors import DataError
+from sukashi.training.settings import Finetuning, Training, splits
 
 
 def test_rates():

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi import data, sites, stats
+from sukashi import data
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
+from sukashi.core import stats
+from sukashi.core.types import Preprocess
 from sukashi.measures.maps import localisation, rank_correlation
-from sukashi.types import Preprocess
+from sukashi.network import sites
 
 PREPROCESS = Preprocess(32, 32, 3, (0.3,) * 3, (0.3,) * 3)
 N = 60

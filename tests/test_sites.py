@@ -5,11 +5,11 @@ import torch
 import torchvision
 from torch import nn
 
-from sukashi import sites
-from sukashi.architectures import CifarResNet, DigitsCNN, DigitsViT
-from sukashi.errors import ModelError
-from sukashi.layers import explicit_attention
-from sukashi.types import Member, Site
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Member, Site
+from sukashi.models.architectures import CifarResNet, DigitsCNN, DigitsViT
+from sukashi.network import sites
+from sukashi.network.layers import explicit_attention
 
 
 def example(channels: int = 3, size: int = 32) -> torch.Tensor:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from sukashi import sites, sparsity
+from sukashi.core.errors import ModelError, ResourceError, UsageError
+from sukashi.core.types import Mask, Scores, Site
 from sukashi.criteria import criteria
-from sukashi.errors import ModelError, ResourceError, UsageError
-from sukashi.types import Mask, Scores, Site
+from sukashi.network import sites, sparsity
 
 
 def scores_of(*tensors):

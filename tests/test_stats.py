@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from sukashi import stats
-from sukashi.errors import UsageError
-from sukashi.stats import bootstrap, crossed, holm, interval, least_images, mcnemar, not_lower, paired, share
+from sukashi.core import stats
+from sukashi.core.errors import UsageError
+from sukashi.core.stats import bootstrap, crossed, holm, interval, least_images, mcnemar, not_lower, paired, share
 
 
 def rng(seed: int = 0) -> np.random.Generator:

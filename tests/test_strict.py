@@ -3,8 +3,8 @@
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from sukashi.errors import UsageError
-from sukashi.strict import checked
+from sukashi.core.errors import UsageError
+from sukashi.core.schema import checked
 
 
 class Leaf(BaseModel):

@@ -19,12 +19,18 @@ import torch
 
 import sukashi
 from sukashi import data as datasets
-from sukashi import grid, hooks, models, progress, pruned, report, study
-from sukashi import sites as finder
-from sukashi.criteria import criteria
-from sukashi.errors import DataError, UsageError
+from sukashi import models
+from sukashi.core import progress
+from sukashi.core.errors import DataError, UsageError
+from sukashi.criteria import criteria, pruning
+from sukashi.criteria.plans import read_plan
+from sukashi.experiments import check, pages, study_file
+from sukashi.experiments.compare import run as comparing
+from sukashi.experiments.compare.store import Store
+from sukashi.experiments.prune.run import prune
 from sukashi.measures import accuracy
-from sukashi.store import Store, read_plan
+from sukashi.network import hooks
+from sukashi.network import sites as finder
 
 SPEC = "sukashi:digits_cnn"
 COMPARED = ["random", "taylor", "cswap", "drift"]
@@ -61,7 +67,7 @@ def undisturbed(weights, tmp_path_factory):
     """What a comparison returns, and the steps it took."""
     steps = Steps()
     with progress.listening(steps):
-        result = study.compare(
+        result = comparing.compare(
             SPEC, "digits", COMPARED, out=tmp_path_factory.mktemp("whole") / "study", weights=weights, **SETTINGS
         )
     return result, steps.n
@@ -69,7 +75,7 @@ def undisturbed(weights, tmp_path_factory):
 
 def _compared_until(fatal, out, weights):
     with progress.listening(Steps(fatal)):
-        study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
+        comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
 
 
 def contents(folder):
@@ -90,13 +96,13 @@ def test_a_comparison_killed_three_times_ends_with_the_same_bytes(undisturbed, w
         left_behind.append(sorted(path.parent.name for path in out.glob("trials/*/journal.jsonl")))
         assert not (out / "report.html").exists()
     assert any(left_behind), "no kill came in the middle of a plan"
-    resumed = study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
+    resumed = comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
     assert {**resumed, "out": ""} == {**result, "out": ""}
     found, expected = contents(out), contents(whole)
     assert {name for name in expected if found.get(name) != expected[name]} <= {"log.jsonl", "report.html"}
     # The page shows times that were measured: from one log of them it has the same bytes too.
     shutil.copy(whole / "log.jsonl", out / "log.jsonl")
-    report.write(out)
+    pages.write(out)
     found, expected = contents(out), contents(whole)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
@@ -106,9 +112,9 @@ def test_a_comparison_killed_three_times_ends_with_the_same_bytes(undisturbed, w
 def test_a_finished_comparison_computes_nothing_again(undisturbed, weights, monkeypatch):
     result, _ = undisturbed
     before = contents(Path(result["out"]))
-    monkeypatch.setattr(study, "plan_for", None)
+    monkeypatch.setattr(comparing, "plan_for", None)
     monkeypatch.setattr(accuracy, "curve", None)
-    assert study.compare(SPEC, "digits", COMPARED, out=result["out"], weights=weights, **SETTINGS) == result
+    assert comparing.compare(SPEC, "digits", COMPARED, out=result["out"], weights=weights, **SETTINGS) == result
     after = contents(Path(result["out"]))
     assert [name for name in after if after[name] != before.get(name)] == ["log.jsonl"]
 
@@ -116,16 +122,16 @@ def test_a_finished_comparison_computes_nothing_again(undisturbed, weights, monk
 def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_at_once(undisturbed, weights, tmp_path):
     result, _ = undisturbed
     out = tmp_path / "study"
-    study.compare(SPEC, "digits", ["random", "drift"], out=out, weights=weights, **{**SETTINGS, "seeds": 1})
+    comparing.compare(SPEC, "digits", ["random", "drift"], out=out, weights=weights, **{**SETTINGS, "seeds": 1})
     kept = {name: content for name, content in contents(out).items() if name.startswith("trials/")}
     assert kept
-    grown = study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
+    grown = comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
     assert {**grown, "out": ""} == {**result, "out": ""}
     found, expected = contents(out), contents(Path(result["out"]))
     assert {name for name in expected if found.get(name) != expected[name]} <= {"log.jsonl", "report.html"}
     assert {name: found[name] for name in kept} == kept
     with pytest.raises(UsageError, match="seeds was 2, now 1"):
-        study.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **{**SETTINGS, "seeds": 1})
+        comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **{**SETTINGS, "seeds": 1})
 
 
 def test_what_a_comparison_returns_is_what_was_measured(undisturbed, small):
@@ -193,7 +199,7 @@ def test_what_is_kept_of_a_trial(undisturbed, digits_split):
 
 def test_one_seed_has_no_interval(weights, tmp_path):
     few = {**SETTINGS, "seeds": 1, "ratios": [0.5]}
-    result = study.compare(SPEC, "digits", ["random"], out=tmp_path / "one", weights=weights, **few)
+    result = comparing.compare(SPEC, "digits", ["random"], out=tmp_path / "one", weights=weights, **few)
     assert (result["sauce"]["random"]["low"], result["sauce"]["random"]["high"]) == (None, None)
     json.dumps(result, allow_nan=False)
 
@@ -203,7 +209,7 @@ def test_a_cut_removes_what_the_comparison_with_the_same_seed_planned(undisturbe
     result, _ = undisturbed
     (record,) = (r for r in Store(result["out"]).finished() if (r.trial.criterion, r.trial.seed) == (name, 1))
     out = tmp_path / "cut"
-    study.prune(SPEC, "digits", name, 0.5, out=out, seed=1, calibration=8, test_images=50, weights=weights, width=8)
+    prune(SPEC, "digits", name, 0.5, out=out, seed=1, calibration=8, test_images=50, weights=weights, width=8)
     assert (out / "plan.npz").read_bytes() == (record.folder / "plan.npz").read_bytes()
 
 
@@ -224,7 +230,7 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, weights,
     subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=100)
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
 
-    mask = pruned.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
+    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
     with torch.no_grad(), hooks.masked(case.model, mask):
         expected = case.model(case.data.x)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -249,7 +255,7 @@ def test_onnx_agrees_with_the_masked_model(small, weights, tmp_path):
     sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=out, onnx=True, calibration=4, weights=weights, width=8)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
-    mask = pruned.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
+    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
     with torch.no_grad(), hooks.masked(case.model, mask):
         expected = case.model(case.data.x).numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -307,17 +313,17 @@ def test_check_keeps_its_limit(weights):
 def test_a_comparison_without_meaning_is_refused_before_anything_is_written(weights, tmp_path, change, message):
     given = {"criteria": ["random"], **SETTINGS, "weights": weights, "out": tmp_path / "out", **change}
     with pytest.raises((UsageError, DataError), match=message):
-        study.compare(SPEC, "digits", **given)
+        comparing.compare(SPEC, "digits", **given)
     assert not (tmp_path / "out").exists()
 
 
 def test_public_names_are_those_of_their_files():
-    assert sukashi.compare is study.compare
-    assert sukashi.prune is study.prune
-    assert sukashi.check is study.check
+    assert sukashi.compare is comparing.compare
+    assert sukashi.prune is prune
+    assert sukashi.check is check.check
     assert sukashi.load is models.load
-    assert sukashi.report is report
-    assert sukashi.grid is grid
+    assert sukashi.write_report is pages.write
+    assert sukashi.study is study_file.run
     with pytest.raises(AttributeError, match="module 'sukashi' has no attribute 'prunes'"):
         _ = sukashi.prunes
 
@@ -348,18 +354,18 @@ def test_a_trained_network_on_real_images(real_data, real_weights, tmp_path):
 
 def test_samplings_compete_and_what_looks_at_no_image_runs_once(weights, tmp_path):
     out, few = tmp_path / "sampled", {**SETTINGS, "seeds": 1, "ratios": [0.3]}
-    result = study.compare(
+    result = comparing.compare(
         SPEC, "digits", ["taylor", "magnitude"], sampling=["random", "clustering"], out=out, weights=weights, **few
     )
     assert list(result["sauce"]) == ["taylor", "taylor/clustering", "magnitude"]
-    plain = study.compare(SPEC, "digits", ["taylor"], out=tmp_path / "plain", weights=weights, **few)
+    plain = comparing.compare(SPEC, "digits", ["taylor"], out=tmp_path / "plain", weights=weights, **few)
     assert result["sauce"]["taylor"] == plain["sauce"]["taylor"]
     kept = {record.trial.contender: record for record in Store(out).finished()}
     (alone,) = Store(plain["out"]).finished()
     assert kept["taylor"].trial.key == alone.trial.key, "random sampling is in no hash: older results keep their names"
     drawn = [kept[name].plan().unit.tolist() for name in ("taylor", "taylor/clustering")]
     assert drawn[0] != drawn[1]
-    study.prune(SPEC, "digits", "taylor", 0.3, sampling="clustering", out=tmp_path / "cut", weights=weights, **CUT)
+    prune(SPEC, "digits", "taylor", 0.3, sampling="clustering", out=tmp_path / "cut", weights=weights, **CUT)
     assert (tmp_path / "cut" / "plan.npz").read_bytes() == (kept["taylor/clustering"].folder / "plan.npz").read_bytes()
     page = (out / "report.html").read_text()
     assert "taylor/clustering" in page
@@ -368,7 +374,9 @@ def test_samplings_compete_and_what_looks_at_no_image_runs_once(weights, tmp_pat
 @pytest.mark.filterwarnings("ignore:.*has random weights")
 def test_a_class_without_correct_images_is_refused_before_the_first_trial(tmp_path):
     with pytest.raises(DataError, match="no image in train that the model classifies correctly"):
-        study.compare(SPEC, "digits", ["magnitude", "taylor"], sampling="confidence", out=tmp_path / "out", **SETTINGS)
+        comparing.compare(
+            SPEC, "digits", ["magnitude", "taylor"], sampling="confidence", out=tmp_path / "out", **SETTINGS
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -439,8 +447,8 @@ def test_a_layer_without_weights_is_said(weights, tmp_path):
 
 def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(small, weights, tmp_path):
     few = {**SETTINGS, "seeds": 1, "ratios": [0.3, 0.6]}
-    cut = study.compare(SPEC, "digits", ["taylor"], out=tmp_path / "cut", weights=weights, **few)
-    zero = study.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "zero", weights=weights, **few)
+    cut = comparing.compare(SPEC, "digits", ["taylor"], out=tmp_path / "cut", weights=weights, **few)
+    zero = comparing.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "zero", weights=weights, **few)
     (of_cut,), (of_zero,) = cut["curves"]["taylor"], zero["curves"]["taylor"]
     assert [p["accuracy"] for p in of_zero] == [p["accuracy"] for p in of_cut]
     assert [p["fraction"] for p in of_zero] == [0, 10 / 32, 19 / 32]
@@ -452,7 +460,7 @@ def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(small, weights,
     assert "parameters removed" not in pages["zero"]
     assert "units zeroed" not in pages["cut"]
     with pytest.raises(UsageError, match=r"mode was \"cut\", now \"zero\""):
-        study.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "cut", weights=weights, **few)
+        comparing.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "cut", weights=weights, **few)
 
 
 def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, weights, tmp_path):

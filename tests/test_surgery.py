@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sukashi import hooks, sites, surgery
-from sukashi.architectures import CifarResNet, DigitsCNN, DigitsViT, cifar_resnet18
-from sukashi.errors import ModelError, UsageError
-from sukashi.types import Mask
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Mask
+from sukashi.models.architectures import CifarResNet, DigitsCNN, DigitsViT, cifar_resnet18
+from sukashi.network import hooks, sites, surgery
 from supported import ZOO, build, randomised
 
 

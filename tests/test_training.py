@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sukashi import checkpoint, models, sites, training
+from sukashi import models
+from sukashi.core.errors import ModelError, ResourceError, UsageError
+from sukashi.core.types import Mask, Preprocess
 from sukashi.data.augment import derived
-from sukashi.errors import ModelError, ResourceError, UsageError
 from sukashi.models import Loaded
-from sukashi.training import Training, fit
-from sukashi.types import Mask, Preprocess
+from sukashi.network import sites
+from sukashi.training import checkpoint, loop
+from sukashi.training.loop import Training, fit
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_the_loop_is_the_one_anybody_would_write(start, few, tmp_path):
 
 def test_every_image_is_met_once_an_epoch(start, few, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training._Run, "_step", lambda run, x, target, n, asked: seen.append((x, n)) or _advance(run))
+    monkeypatch.setattr(loop._Run, "_step", lambda run, x, target, n, asked: seen.append((x, n)) or _advance(run))
     train = few.train.validation(0.1)[0]
     fit(start, few, Training(epochs=2, batch_size=64), out=tmp_path / "run")
     sizes = [len(x) for x, _ in seen]
@@ -226,7 +228,7 @@ def undisturbed(dropping, few, tmp_path_factory):
 
 @pytest.mark.parametrize("stops", [(0,), (1,), (4,), (5,), (3, 11), (2, 4, 5, 9, 14)])
 def test_a_run_that_was_cut_ends_in_the_same_bits(dropping, few, undisturbed, tmp_path, monkeypatch, stops):
-    step = training._Run._step
+    step = loop._Run._step
     monkeypatch.setattr(checkpoint, "_PAUSE", 0)  # else there is none for a while after each
     for stop in stops:
 
@@ -235,10 +237,10 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(dropping, few, undisturbed, tm
                 raise Cut
             step(run, *given)
 
-        monkeypatch.setattr(training._Run, "_step", cutting)
+        monkeypatch.setattr(loop._Run, "_step", cutting)
         with pytest.raises(Cut):
             fit(dropping, few, WHOLE, out=tmp_path / "run", seconds=0)
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(loop._Run, "_step", step)
     found = fit(dropping, few, WHOLE, out=tmp_path / "run", seconds=0)
     assert found.resumed == stops[-1]
     for name, tensor in state(undisturbed.loaded).items():
@@ -249,7 +251,7 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(dropping, few, undisturbed, tm
 
 
 def test_losses_may_wait_as_on_a_gpu(dropping, few, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setitem(training._SETTLE, "cpu", 3)
+    monkeypatch.setitem(loop._SETTLE, "cpu", 3)
     found = fit(dropping, few, WHOLE, out=tmp_path / "run")
     for name, tensor in state(undisturbed.loaded).items():
         assert torch.equal(state(found.loaded)[name], tensor), name
@@ -268,21 +270,21 @@ def test_nothing_but_the_settings_decides(dropping, few, undisturbed, tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_and_leaves_it(dropping, few, undisturbed, tmp_path, monkeypatch):
-    step = training._Run._step
+    step = loop._Run._step
 
     def pressing(run, *given):
         if run.state.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
         step(run, *given)
 
-    monkeypatch.setattr(training._Run, "_step", pressing)
+    monkeypatch.setattr(loop._Run, "_step", pressing)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fit(dropping, few, WHOLE, out=tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is before
     kept = checkpoint.facts(tmp_path / "run" / checkpoint.FILE)["step"]
     assert kept in (8, 9)  # the wish is heard in the step it comes in or the next
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(loop._Run, "_step", step)
     found = fit(dropping, few, WHOLE, out=tmp_path / "run")
     assert found.resumed == kept
     assert models.digest(found.loaded.model) == models.digest(undisturbed.loaded.model)
@@ -293,7 +295,7 @@ import sys, torch
 from dataclasses import replace
 from pathlib import Path
 from sukashi import data, models
-from sukashi.training import Training, fit
+from sukashi.training.loop import Training, fit
 
 torch.set_num_threads(1)
 digits = data.load("digits")

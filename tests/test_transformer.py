@@ -9,15 +9,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-from sukashi import sites as finder
-from sukashi import surgery
-from sukashi.architectures import DigitsViT
-from sukashi.attributions import transformer
-from sukashi.attributions.transformer import chefer
-from sukashi.canonical import Add, canonical
-from sukashi.errors import DataError, ModelError, UsageError
-from sukashi.layers import explicit_attention
-from sukashi.types import Mask, Site
+from sukashi.attributions import chefer as chefer_file
+from sukashi.attributions.chefer import chefer
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.types import Mask, Site
+from sukashi.models.architectures import DigitsViT
+from sukashi.network import sites as finder
+from sukashi.network import surgery
+from sukashi.network.canonical import Add, canonical
+from sukashi.network.layers import explicit_attention
 
 TARGET = torch.tensor([0, 2])
 TINY = 1e-9
@@ -212,7 +212,7 @@ def totals(model, x, layer_scale):
     """Relevance in sum over all tokens at each sum of the network, as `chefer` carries it; (sums, B)."""
     form = canonical(model, x)
     kept, attentions = [], []
-    transformer.ruled(form, transformer._rules(attentions, layer_scale), "chefer")
+    chefer_file.ruled(form, chefer_file._rules(attentions, layer_scale), "chefer")
     adds = [m for m in form.modules() if isinstance(m, Add)]
     for add in adds:
         add.register_forward_hook(lambda module, inputs, output: kept.append(output))

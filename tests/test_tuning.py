@@ -9,9 +9,15 @@ import pytest
 import torch
 
 import sukashi
-from sukashi import checkpoint, cli, models, pruned, study, training, tuning
+from sukashi import models
+from sukashi.cli import main
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.data import Split
-from sukashi.errors import ModelError, UsageError
+from sukashi.experiments import check
+from sukashi.experiments.prune.run import prune
+from sukashi.experiments.train import run
+from sukashi.models import saved
+from sukashi.training import checkpoint, loop
 
 NET = "sukashi:digits_cnn"
 SHORT = {"width": 8, "epochs": 2, "batch_size": 64, "optimizer": "adamw", "test_images": 100}
@@ -41,11 +47,11 @@ def test_a_trained_folder_is_a_saved_model(trained, digits_split):
     assert "no validation split" in page
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a saved folder does not count as untrained
-        assert study.check(trained["out"], "digits", limit=0.0)["units"] == 32
+        assert check.check(trained["out"], "digits", limit=0.0)["units"] == 32
 
 
 def test_the_same_call_again_says_that_it_is_finished(trained, monkeypatch):
-    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(loop, "fit", None)
     again = sukashi.train(NET, "digits", out=trained["out"], **SHORT)
     assert again["finished"]
     assert {k: v for k, v in again.items() if k not in ("finished", "resumed")} == {
@@ -66,8 +72,8 @@ def test_a_finished_folder_holds_nothing_of_the_run_under_way(trained):
 
 
 def test_that_another_process_spoke_is_forgotten_when_the_run_is_finished(tmp_path, monkeypatch):
-    fit = training.fit
-    monkeypatch.setattr(training, "fit", lambda *a, out, **k: (fit(*a, out=out, **k), checkpoint.claim(out))[0])
+    fit = loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *a, out, **k: (fit(*a, out=out, **k), checkpoint.claim(out))[0])
     sukashi.train(NET, "digits", out=tmp_path / "run", **SHORT | {"epochs": 1})
     assert not (tmp_path / "run" / ".said").exists()
 
@@ -89,7 +95,7 @@ def test_the_seed_draws_the_weights(trained, tmp_path):
 
 
 def test_fine_tuning_keeps_the_cut_and_improves_it(trained, tmp_path):
-    study.prune(trained["out"], "digits", "random", 0.5, out=tmp_path / "cut", round_to=1, calibration=4)
+    prune(trained["out"], "digits", "random", 0.5, out=tmp_path / "cut", round_to=1, calibration=4)
     tuned = sukashi.finetune(
         str(tmp_path / "cut"), "digits", out=tmp_path / "tuned", epochs=2, optimizer="adamw", lr=3e-3
     )
@@ -102,11 +108,11 @@ def test_fine_tuning_keeps_the_cut_and_improves_it(trained, tmp_path):
 
 def test_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch):
     read, fitted = [], []
-    batch, fit = Split._batch, training.fit
+    batch, fit = Split._batch, loop.fit
     monkeypatch.setattr(
         Split, "_batch", lambda self, *given: read.append((self.name, len(fitted))) or batch(self, *given)
     )
-    monkeypatch.setattr(training, "fit", lambda *a, **k: (fit(*a, **k), fitted.append(1))[0])
+    monkeypatch.setattr(loop, "fit", lambda *a, **k: (fit(*a, **k), fitted.append(1))[0])
     sukashi.train(NET, "digits", out=tmp_path / "run", **SHORT)
     assert {when for name, when in read if name == "test"} == {1}
 
@@ -164,12 +170,12 @@ def test_fine_tuning_starts_from_weights(tmp_path):
 
 
 def test_a_model_that_was_not_trained_here_is_left_alone(trained, tmp_path):
-    pruned.save(tmp_path / "mine", sukashi.load(trained["out"]), provenance={}, figures={})
+    saved.save(tmp_path / "mine", sukashi.load(trained["out"]), provenance={}, figures={})
     with pytest.raises(UsageError, match="not trained here"):
         sukashi.train(NET, "digits", out=tmp_path / "mine", **SHORT)
 
 
 def test_the_settings_are_the_same_everywhere():
-    fields = set(training.Training.model_fields)
-    assert set(inspect.signature(cli._training).parameters) == fields
-    assert set(tuning.Settings.__annotations__) - set(tuning.Opening.__annotations__) == fields
+    fields = set(loop.Training.model_fields)
+    assert set(inspect.signature(main._training).parameters) == fields
+    assert set(run.Settings.__annotations__) - set(run.Opening.__annotations__) == fields

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sukashi.errors import UsageError
-from sukashi.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, check_ratio, pass_size, rank
+from sukashi.core.errors import UsageError
+from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, check_ratio, pass_size, rank
 
 
 @st.composite

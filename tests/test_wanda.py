@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sukashi import sites
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Batch
 from sukashi.criteria import criteria
-from sukashi.errors import ModelError
-from sukashi.types import Batch
+from sukashi.network import sites
 
 
 def batch(x):

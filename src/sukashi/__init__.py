@@ -7,9 +7,9 @@ sukashi.train(model, data, out=folder, epochs=20)           train, from random w
 sukashi.finetune(folder, data, out=folder, epochs=5)        train on, cuts and masks kept
 sukashi.schedule(model, data, how, criteria, ratios, out=folder)   prune and train, level by level
 sukashi.audit([model, ...], data, out=folder)               saliency maps of cuts beside those of the first model
-sukashi.grid.run("study.toml")                              a study file: models x criteria x samplings x seeds
+sukashi.study("study.toml")                                 a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
-sukashi.report.write(folder)                                the page of a folder, again
+sukashi.write_report(folder)                                the page of a folder, again
 """
 
 from __future__ import annotations
@@ -18,35 +18,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sukashi import grid, report
-    from sukashi.auditing import audit
-    from sukashi.levels import schedule
+    from sukashi.experiments.audit.run import audit
+    from sukashi.experiments.check import check
+    from sukashi.experiments.compare.run import compare
+    from sukashi.experiments.pages import write as write_report
+    from sukashi.experiments.prune.run import prune
+    from sukashi.experiments.schedule.run import schedule
+    from sukashi.experiments.study_file import run as study
+    from sukashi.experiments.train.run import finetune, train
     from sukashi.models import load
-    from sukashi.study import check, compare, prune
-    from sukashi.tuning import finetune, train
 
-__all__ = ["audit", "check", "compare", "finetune", "grid", "load", "prune", "report", "schedule", "train"]
+__all__ = [
+    "audit",
+    "check",
+    "compare",
+    "finetune",
+    "load",
+    "prune",
+    "schedule",
+    "study",
+    "train",
+    "write_report",
+]
 
 # torch takes seconds to import and the command line must not wait for it.
 _HOMES = {
-    "audit": ("sukashi.auditing", "audit"),
-    "check": ("sukashi.study", "check"),
-    "compare": ("sukashi.study", "compare"),
-    "prune": ("sukashi.study", "prune"),
-    "schedule": ("sukashi.levels", "schedule"),
-    "load": ("sukashi.models", "load"),
-    "train": ("sukashi.tuning", "train"),
-    "finetune": ("sukashi.tuning", "finetune"),
+    "audit": ("experiments.audit.run", "audit"),
+    "check": ("experiments.check", "check"),
+    "compare": ("experiments.compare.run", "compare"),
+    "finetune": ("experiments.train.run", "finetune"),
+    "load": ("models", "load"),
+    "prune": ("experiments.prune.run", "prune"),
+    "schedule": ("experiments.schedule.run", "schedule"),
+    "study": ("experiments.study_file", "run"),
+    "train": ("experiments.train.run", "train"),
+    "write_report": ("experiments.pages", "write"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("grid", "report"):
-        return importlib.import_module(f"sukashi.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'sukashi' has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(f"sukashi.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
 """`python -m sukashi`: the same as the command `sukashi`."""
 
-from sukashi.cli import main
+from sukashi.cli.main import main
 
 main()

@@ -6,8 +6,8 @@
 take, all where it isn't given: one that takes pixels alone is no criterion).
 """
 
-from sukashi.registry import Registry
+from sukashi.core.registry import Registry
 
 attributions = Registry("attribution", "attributions")
 
-from sukashi.attributions import backtrace, deeplift, gradient, lrp, transformer  # noqa: E402, F401
+from sukashi.attributions import backtrace, chefer, deeplift, gradient, lrp  # noqa: E402, F401

@@ -10,24 +10,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sukashi import hooks
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, explained, in_parts
-from sukashi.attributions.rules import (
-    AVERAGES,
-    MOVES,
-    Rule,
-    carried,
-    carry,
-    passed,
-    plain,
-    replaced,
-    ruled,
-    weighted,
-)
-from sukashi.canonical import Add, Mul, Scale, canonical
-from sukashi.errors import ModelError
-from sukashi.types import Site
+from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, passed, plain, replaced, ruled, weighted
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Site
+from sukashi.network import hooks
+from sukashi.network.canonical import Add, Mul, Scale, canonical
 
 
 @attributions.register(

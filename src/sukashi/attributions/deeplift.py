@@ -11,23 +11,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sukashi import hooks
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, explained, in_parts, start_of
-from sukashi.attributions.rules import (
-    AVERAGES,
-    MOVES,
-    Rule,
-    carried,
-    carry,
-    ones,
-    plain,
-    replaced,
-    ruled,
-)
-from sukashi.canonical import Add, MatMul, Mul, Scale, canonical
-from sukashi.layers import AttentionCore
-from sukashi.types import Site
+from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, replaced, ruled
+from sukashi.core.types import Site
+from sukashi.network import hooks
+from sukashi.network.canonical import Add, MatMul, Mul, Scale, canonical
+from sukashi.network.layers import AttentionCore
 
 Baseline = float | Literal["mean", "blur"] | Tensor
 

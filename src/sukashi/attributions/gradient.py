@@ -12,12 +12,12 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from sukashi import hooks
 from sukashi.attributions import attributions
-from sukashi.canonical import answer
-from sukashi.errors import DataError, ModelError, UsageError
-from sukashi.precision import without_tf32
-from sukashi.types import Site
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.precision import without_tf32
+from sukashi.core.types import Site
+from sukashi.network import hooks
+from sukashi.network.canonical import answer
 
 Held = dict[Site, list[Tensor]]
 Count = Annotated[int, Field(ge=1)]

@@ -10,25 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sukashi import hooks
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, explained, in_parts
-from sukashi.attributions.rules import (
-    AVERAGES,
-    MOVES,
-    Rule,
-    carried,
-    carry,
-    ones,
-    plain,
-    ruled,
-    stable,
-    weighted,
-)
-from sukashi.canonical import Add, Mul, Scale, canonical
-from sukashi.errors import UsageError
-from sukashi.layers import AttentionCore
-from sukashi.types import Site
+from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, ruled, stable, weighted
+from sukashi.core.errors import UsageError
+from sukashi.core.types import Site
+from sukashi.network import hooks
+from sukashi.network.canonical import Add, Mul, Scale, canonical
+from sukashi.network.layers import AttentionCore
 
 
 @attributions.register("lrp", source="Bach et al. 2015, eq. 58 and 60; Achtibat et al. 2024, sec. 3")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sukashi.errors import UsageError
+from sukashi.core.errors import UsageError
 
 Channels = Literal["sum", "abs_sum", "sum_abs", "max_abs"]
 

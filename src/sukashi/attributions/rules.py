@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
-from sukashi import hooks
-from sukashi.canonical import Mean, active, called, owner, performs
-from sukashi.errors import ModelError
-from sukashi.layers import PadShortcut
-from sukashi.types import Site
+from sukashi.core.errors import ModelError
+from sukashi.core.types import Site
+from sukashi.network import hooks
+from sukashi.network.canonical import Mean, active, called, owner, performs
+from sukashi.network.layers import PadShortcut
 
 # rule(module, *inputs) -> output; None where autograd's own is right.
 Rule = Callable[..., Tensor] | None

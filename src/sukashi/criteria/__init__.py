@@ -5,11 +5,11 @@ Facts of a criterion: `kinds` (the kinds of site it scores; where it doesn't say
 unit, from which its time is estimated: a bound where the network shrinks).
 """
 
-from sukashi.registry import Registry
-from sukashi.types import Kind
+from sukashi.core.registry import Registry
+from sukashi.core.types import Kind
 
 UNITS: tuple[Kind, ...] = ("channel", "hidden", "head")
 
 criteria = Registry("criterion", "criteria", kinds=UNITS)
 
-from sukashi.criteria import attributed, causal, drift, wanda, weights  # noqa: E402, F401
+from sukashi.criteria import attributed, causal, drift, magnitude, wanda  # noqa: E402, F401

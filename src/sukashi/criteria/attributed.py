@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sukashi import hooks, progress
 from sukashi.attributions import attributions
+from sukashi.core import progress
+from sukashi.core.errors import UsageError
+from sukashi.core.precision import without_tf32
+from sukashi.core.registry import Method
+from sukashi.core.types import Batch, Scores, Site
 from sukashi.criteria import criteria
-from sukashi.errors import UsageError
-from sukashi.precision import without_tf32
-from sukashi.registry import Method
-from sukashi.types import Batch, Scores, Site
+from sukashi.network import hooks
 
 
 @criteria.register("taylor", source="Molchanov et al. 2017, eq. 8; 2019, gate form")

@@ -16,12 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sukashi.core.errors import DataError
+from sukashi.core.precision import exact
+from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
-from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep, unit_orders
-from sukashi.errors import DataError
-from sukashi.precision import exact
-from sukashi.types import Batch, Plan, Site
+from sukashi.criteria.progressive import Journal, Row, Verdict, plan_of, sweep, unit_orders
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
 Level = Annotated[float, Field(gt=0, lt=1)]

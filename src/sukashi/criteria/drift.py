@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
-from sukashi.criteria.sweep import Journal, Row, Verdict, plan_of, sweep
-from sukashi.types import Batch, Plan, Site
+from sukashi.criteria.progressive import Journal, Row, Verdict, plan_of, sweep
 
 
 @criteria.register("drift", source="ours: growing budget of drift, per parameter", progressive=True, visits=2.5)

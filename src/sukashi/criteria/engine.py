@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sukashi import layers, surgery
-from sukashi.canonical import LEAVES, Tracer
-from sukashi.errors import ModelError
-from sukashi.precision import exact
-from sukashi.types import Batch, Mask, Site
+from sukashi.core.errors import ModelError
+from sukashi.core.precision import exact
+from sukashi.core.types import Batch, Mask, Site
+from sukashi.network import layers, surgery
+from sukashi.network.canonical import LEAVES, Tracer
 
 DEFAULT_BUDGET = 2 * 2**30
 # Bytes of the largest activation of a chunk: behind a site, where units are asked about one by one, what stays in a

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sukashi import hooks, progress
+from sukashi.core import progress
+from sukashi.core.errors import ModelError
+from sukashi.core.precision import exact
+from sukashi.core.types import Batch, Scores, Site
 from sukashi.criteria import criteria
-from sukashi.errors import ModelError
-from sukashi.precision import exact
-from sukashi.sparsity import weight_of
-from sukashi.types import Batch, Scores, Site
+from sukashi.network import hooks
+from sukashi.network.sparsity import weight_of
 
 _CHUNK = 2**22  # numbers that are squared in float64 at once
 

@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sukashi import progress
+from sukashi.core import progress
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.registry import nearest
 from sukashi.data import downloads, files
 from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
 from sukashi.data.shapes import Shapes
 from sukashi.data.splits import Batches, Split
-from sukashi.errors import DataError, ModelError, UsageError
-from sukashi.registry import nearest
 
 __all__ = ["Batches", "Data", "Split", "check_classes", "load", "names"]
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sukashi.core.errors import DataError, UsageError
+from sukashi.core.registry import nearest
 from sukashi.data.files import image_folder
 from sukashi.data.images import Found, Pixels, Source, numbered
-from sukashi.errors import DataError, UsageError
-from sukashi.registry import nearest
 
 # Name: md5 of the archive, its folder, the training files, the test file, the file of class names, bytes of labels an
 # image (the last of them is the class).

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from sukashi.core.errors import DataError
 from sukashi.data.images import SUFFIXES, Encoded, Found, Source, numbered
-from sukashi.errors import DataError
 
 _SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 _VOID = ("void", "unlabeled", "unlabelled", "ignore")

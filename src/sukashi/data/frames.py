@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sukashi import progress
+from sukashi.core import progress
+from sukashi.core.types import Preprocess
 from sukashi.data.splits import Split
-from sukashi.types import Preprocess
 
 _CHUNK = 256  # images decoded at once while memory is filled
 

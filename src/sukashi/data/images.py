@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sukashi.errors import DataError
-from sukashi.types import Preprocess
+from sukashi.core.errors import DataError
+from sukashi.core.types import Preprocess
 
 # Named, because Pillow otherwise tries every plugin it has; EPS, for one, starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")

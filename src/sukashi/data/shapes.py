@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sukashi.core.errors import UsageError
+from sukashi.core.registry import nearest
 from sukashi.data.images import Found, Pixels, Source, numbered
-from sukashi.errors import UsageError
-from sukashi.registry import nearest
 
 SHAPES = ("circle", "ring", "square", "triangle", "cross", "crescent")
 COLOURS = {

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sukashi.core.errors import DataError, UsageError
+from sukashi.core.types import Batch, Preprocess
 from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted, sized
-from sukashi.errors import DataError, UsageError
-from sukashi.types import Batch, Preprocess
 
 _CHANGED = "they passed the check at loading, so they changed since or hide their damage: replace them"
 

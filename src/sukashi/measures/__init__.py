@@ -7,8 +7,8 @@ that reads a saliency map beside them takes it as `maps` too, see `measures.sali
 nothing.
 """
 
-from sukashi.registry import Registry
+from sukashi.core.registry import Registry
 
 measures = Registry("measure", "measures")
 
-from sukashi.measures import accuracy, maps, saliency  # noqa: E402, F401
+from sukashi.measures import accuracy, faithfulness, maps  # noqa: E402, F401

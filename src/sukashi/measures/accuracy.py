@@ -11,12 +11,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sukashi import progress, stats, surgery
-from sukashi.errors import DataError, ModelError, UsageError
+from sukashi.core import progress, stats
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.precision import exact
+from sukashi.core.stats import Interval
+from sukashi.core.types import Batch, Curve, Mask, Plan, Site
 from sukashi.measures import measures
-from sukashi.precision import exact
-from sukashi.stats import Interval
-from sukashi.types import Batch, Curve, Mask, Plan, Site
+from sukashi.network import surgery
 
 # Fractions removed at which Sankarapu et al. 2025 (sec. 4.2) measure.
 THRESHOLDS = (0.15, 0.3, 0.5, 0.7)
@@ -257,3 +258,9 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 def _correct(model: nn.Module, batch: Batch) -> Tensor:
     """(B,) bool: is an image right?"""
     return logits(model, batch).argmax(1).clone() == batch.target
+
+
+def by_class(correct: np.ndarray, target: torch.Tensor, n_classes: int) -> list[float | None]:
+    """The share of right answers in each class, None for one without images."""
+    found = per_class(correct, target, n_classes)
+    return [None if np.isnan(value) else float(value) for value in found]

@@ -12,15 +12,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from sukashi import surgery
-from sukashi.errors import UsageError
+from sukashi.core.errors import UsageError
+from sukashi.core.precision import exact
+from sukashi.core.types import Mask
 from sukashi.measures.accuracy import n_parameters
-from sukashi.precision import exact
-from sukashi.types import Mask
+from sukashi.network import surgery
 
 FLOP_COUNTER = "torch.utils.flop_counter, one multiply-add = 2 FLOPs, convolutions, matrix products and attention only"
 
@@ -46,10 +47,18 @@ def size(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 
 def flops(model: nn.Module, example: Tensor) -> int:
-    """FLOPs of one image, as FLOP_COUNTER counts them."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(example[:1])
+    """FLOPs of one image, as FLOP_COUNTER counts them, the same on every device.
+
+    torch's counter passes over fused kernels that it has no rule for: of attention those of a CPU, of torch's own
+    transformer layers all. Here attention runs as the matrix products it is made of.
+    """
+    counter, fused = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(example[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
 
 

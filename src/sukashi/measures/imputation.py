@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from sukashi.errors import DataError, UsageError
+from sukashi.core.errors import DataError, UsageError
 
 # Numbers in one vector of the solver: a dozen such vectors should lie in a processor's cache.
 CACHED = 2**17

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sukashi.errors import UsageError
+from sukashi.core.errors import UsageError
 from sukashi.measures import measures
 
 _ROWS = 4  # maps sorted at once: at 224 pixels they stay in a processor's cache

@@ -1,0 +1,257 @@
+"""Files that appear whole or not at all, journals that survive a kill, folders held by one process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sukashi.core.errors import DataError, ResourceError, SukashiError, UsageError, writing
+
+
+def check_free(path: Path) -> None:
+    """Refuse a path that exists, with UsageError, and one whose folder can't be made or written, with ResourceError."""
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ResourceError(f"cannot write {path} ({above} is no folder with that right): give another place")
+
+
+# Writing.
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A place for a draft on the same disk; what is still there afterwards is removed."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield draft
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+_held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
+
+
+class Journal(MutableMapping[str, Any]):
+    """Decisions already taken: a mapping that survives a kill, each entry from its assignment on.
+
+    It only grows. A last line that was cut off while being written is dropped. Values are JSON (NaN allowed) that every
+    run of the trial would give alike.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, Any] = {}
+        self._size = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                key, value = json.loads(line) if line.endswith(b"\n") else (None, None)
+            except ValueError:
+                key = None
+            if key is None:
+                break
+            self._entries[key] = value
+            self._size += len(line)
+        self._drop_rest()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Raises ResourceError where the disk is full; the journal is then as before."""
+        line = json.dumps([key, value], separators=(",", ":")).encode() + b"\n"
+        try:
+            with writing(self._path):
+                append(self._path, line)
+        except ResourceError:
+            self._drop_rest()
+            raise
+        self._entries[key] = json.loads(line)[1]  # what a resumed run reads: both go on from the same value
+        self._size += len(line)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError("a journal only grows")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _drop_rest(self) -> None:
+        if self._path.exists() and self._path.stat().st_size > self._size:
+            os.truncate(self._path, self._size)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put a whole file in place, on disk when this returns; the file before stays until then.
+
+    Raises ResourceError where it can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else the name may be lost with the power though the bytes are not
+        finally:
+            os.close(folder)
+
+
+def claim(
+    file: Path, about: Mapping[str, Any], grown: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] | None = None
+) -> None:
+    """Make a folder and write into it what it is for, or find there that it is for the same.
+
+    `grown(kept, asked)` may allow that more is asked for than before. Raises UsageError where the folder is for
+    something else.
+    """
+    asked, folder = json.loads(canonical(about)), file.parent
+    if file.exists():
+        kept = read_json(file)
+        if kept == asked:
+            return
+        if grown is None or not grown(kept, asked):
+            refuse_other(folder, kept, asked)
+    elif not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        check_free(folder)  # an empty folder is free: what was killed before its first file leaves one
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write(file, canonical(asked, indent=1) + b"\n")
+
+
+def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """UsageError, naming the differences, where a folder was made by another configuration than is asked for."""
+    different = list(differences("", kept, asked))
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UsageError(
+            f"{folder} is an existing output folder of another trial: {'; '.join(different[:3])}{more}; "
+            "choose another --out or remove the folder"
+        )
+
+
+def canonical(value: Any, indent: int | None = None) -> bytes:
+    """JSON with sorted keys and no NaN: equal values give equal bytes."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(value, sort_keys=True, separators=separators, allow_nan=False, indent=indent).encode()
+
+
+def packed(**arrays: Any) -> bytes:
+    """The content of an npz file: equal arrays give equal bytes."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # stamps every member 1980-01-01, so equal arrays give equal bytes
+    return content.getvalue()
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Any]:
+    """The arrays of an npz file by name. Raises DataError for one that cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except SukashiError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+
+
+def differences(path: str, kept: Any, asked: Any) -> Iterator[str]:
+    """One phrase for each setting in which two configurations differ."""
+    if isinstance(kept, dict) and isinstance(asked, dict):
+        for key in sorted({*kept, *asked}):
+            yield from differences(f"{path}.{key}" if path else key, kept.get(key), asked.get(key))
+    elif kept != asked:
+        yield f"{path} was {_short(kept)}, now {_short(asked)}"
+
+
+def _short(value: Any) -> str:
+    text = canonical(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def append(path: Path, line: bytes) -> None:
+    with open(path, "ab", buffering=0) as file:
+        written = file.write(line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder/.lock`, whose content names the owner; the kernel lets go of it when the process dies."""
+    home = folder.resolve()
+    if home in _held:
+        raise ResourceError(f"{folder} is in use by this very process: one run at a time")
+    with writing(folder):
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+    with file:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResourceError(
+                f"{folder} is in use by {owner}: wait until it ends, or choose another --out"
+            ) from error
+        _held.add(home)
+        try:
+            with writing(folder):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            yield
+        finally:
+            _held.discard(home)
+            file.truncate(0)

@@ -1,0 +1,329 @@
+"""The types everything else speaks in.
+
+Axes, used as shape suffixes (`act_BCHW`): B images, C channels, H W pixels, U units of a site, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sukashi.core.errors import UsageError
+
+Kind = Literal["pixel", "channel", "hidden", "head", "subspace", "weight"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter slice that goes with a site's units.
+
+    `module` is the dotted name of the layer and `side` the axis of it: "out" for what produces the units (weight rows,
+    bias, BatchNorm features, both axes of a depthwise convolution), "in" for what consumes them (weight columns). Unit
+    u owns `index[u]`, one or more positions on that axis (49 of them where 7x7 maps are flattened).
+    """
+
+    module: str
+    side: Literal["in", "out"]
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model whose units can be scored, measured or cut.
+
+    `layer` is the dotted name of the first layer that produces the units ("" = the input), `axis` their axis in that
+    layer's output, `members` every parameter slice that is cut together. `n_units` excludes what cannot be cut.
+    Equality and hash leave `members` out. The units of a site of kind weight are the entries of its layer's weight,
+    which it has no members for.
+    """
+
+    layer: str
+    kind: Kind
+    n_units: int
+    axis: int = 1
+    members: tuple[Member, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The members that read the units: where a mask is applied."""
+        return tuple(member for member in self.members if member.side == "in")
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """The members that write the units."""
+        return tuple(member for member in self.members if member.side == "out")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ready for a model, with their targets and ids that never change.
+
+    `x` (B, C, H, W) preprocessed, `target` (B,) class numbers or (B, H, W), `image_id` (B,) strings.
+    """
+
+    x: Tensor
+    target: Tensor
+    image_id: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        numbers = torch.arange(len(self))[rows].tolist()
+        return Batch(self.x[rows], self.target[rows], tuple(self.image_id[i] for i in numbers))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Consecutive batches of at most `size` images."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def in_passes(self) -> Iterator[Batch]:
+        """Consecutive batches of `pass_size` images."""
+        return self.split(pass_size(self.x))
+
+    def by_class(self) -> Batch:
+        """The same images, sorted by target and, within a class, by id: the order every criterion works in."""
+        order = sorted(range(len(self)), key=lambda i: (int(self.target[i]), self.image_id[i]))
+        return self[torch.tensor(order, dtype=torch.long)]
+
+
+def pass_size(x: Tensor) -> int:
+    """How many images like those of x (B, ...) go through a network at once, at most 250.
+
+    More small ones are no faster; of large ones 16 MiB, for activations take some hundred times the image.
+    """
+    return min(250, max(1, 2**24 // max(1, x[:1].numel() * x.element_size())))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of each unit: **higher = more important, always**.
+
+    `values[site]` has shape (U,), or that of the layer's weight for a site of kind weight.
+    """
+
+    values: Mapping[Site, Tensor]
+    n_images: int
+    method: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What stays: `keep[site]` is a boolean tensor (U,), or shaped like the weights of a site of kind weight."""
+
+    keep: Mapping[Site, Tensor]
+
+    @property
+    def n_removed(self) -> int:
+        return sum(int((~keep).sum()) for keep in self.keep.values())
+
+    @property
+    def n_units(self) -> int:
+        return sum(keep.numel() for keep in self.keep.values())
+
+
+CATEGORIES = ("", "detrimental", "neutral", "critical")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order in which all units go, first to last, and what was found out about each.
+
+    Row i of every array speaks of the i-th unit to go: `site` (n,) is a position in `sites`, `unit` (n,) a unit of it.
+    `category` (n,) holds one of CATEGORIES, `effect` (n,) the method's signed measure of what removing the unit does,
+    `p_values` (n, K) one p-value a class; NaN or "" where the method has none. `passes` are the numbers of units gone
+    after each progressive pass: what the method itself decided, before critical units follow. The last unit of each
+    site goes at the very end and a mask never takes it, so that no layer is ever emptied.
+    """
+
+    sites: tuple[Site, ...]
+    site: np.ndarray
+    unit: np.ndarray
+    category: np.ndarray
+    effect: np.ndarray
+    p_values: np.ndarray
+    method: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    passes: tuple[int, ...] = ()
+    n_images: int = 0
+
+    @property
+    def n_units(self) -> int:
+        return len(self.unit)
+
+    @property
+    def n_removable(self) -> int:
+        """Units a mask may take: all but one of each site."""
+        return self.n_units - len(self.sites)
+
+    def mask(self, ratio: float) -> Mask:
+        """Keep all but the first round(ratio * n_units) units, at most `n_removable`."""
+        check_ratio(ratio)
+        return self.mask_of(min(math.floor(ratio * self.n_units + 0.5), self.n_removable))
+
+    def mask_of(self, n_removed: int) -> Mask:
+        """Keep all but the first `n_removed` units."""
+        if not 0 <= n_removed <= self.n_removable:
+            raise UsageError(
+                f"n_removed must be in [0, {self.n_removable}], got {n_removed}: one unit of each site always stays"
+            )
+        keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in self.sites}
+        for position, site in enumerate(self.sites):
+            gone = self.unit[:n_removed][self.site[:n_removed] == position]
+            keep[site][torch.from_numpy(gone.astype(np.int64))] = False
+        return Mask(keep)
+
+    @staticmethod
+    def build(
+        sites: Sequence[Site],
+        order: Sequence[tuple[int, int]],
+        *,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        category: Mapping[tuple[int, int], str] | None = None,
+        effect: Mapping[tuple[int, int], float] | None = None,
+        p_values: Mapping[tuple[int, int], np.ndarray] | None = None,
+        passes: Sequence[int] = (),
+        n_images: int = 0,
+    ) -> Plan:
+        """A plan from (site position, unit) pairs in the order they go; moves each site's last unit to the end."""
+        last: dict[int, int] = {}
+        for row, (position, _) in enumerate(order):
+            last[position] = row
+        kept_last = set(last.values())
+        rows = [r for r in range(len(order)) if r not in kept_last] + sorted(kept_last)
+        pairs = [order[r] for r in rows]
+        n_total = sum(site.n_units for site in sites)
+        assert len(set(pairs)) == len(pairs) == n_total, "a plan holds every unit exactly once"
+        n_classes = max((len(p) for p in p_values.values()), default=0) if p_values else 0
+        nothing = np.full(n_classes, np.nan)
+        moved = [sum(1 for r in kept_last if r < n) for n in passes]
+        return Plan(
+            sites=tuple(sites),
+            site=np.array([s for s, _ in pairs], dtype=np.int32),
+            unit=np.array([u for _, u in pairs], dtype=np.int32),
+            category=np.array([(category or {}).get(p, "") for p in pairs], dtype="<U11"),
+            effect=np.array([(effect or {}).get(p, math.nan) for p in pairs], dtype=np.float64),
+            p_values=np.array([(p_values or {}).get(p, nothing) for p in pairs], dtype=np.float64).reshape(
+                len(pairs), n_classes
+            ),
+            method=method,
+            params=dict(params or {}),
+            passes=tuple(n - m for n, m in zip(passes, moved, strict=True)),
+            n_images=n_images,
+        )
+
+
+def rank(scores: Scores) -> Plan:
+    """The plan of a ranking: units go by ascending score; ties by site, then unit. `effect` holds the score."""
+    sites = list(scores.values)
+    rows = [
+        (float(value), position, unit)
+        for position, site in enumerate(sites)
+        for unit, value in enumerate(scores.values[site].double().tolist())
+    ]
+    if not all(math.isfinite(value) for value, _, _ in rows):
+        bad = next(sites[position].layer for value, position, _ in rows if not math.isfinite(value))
+        raise UsageError(f"scores of {scores.method} at {bad!r} hold NaN or Inf: such a ranking means nothing")
+    rows.sort()
+    return Plan.build(
+        sites,
+        [(position, unit) for _, position, unit in rows],
+        method=scores.method,
+        params=scores.params,
+        effect={(position, unit): value for value, position, unit in rows},
+        n_images=scores.n_images,
+    )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which images a network still gets right as units go: one row (point) for each cut, dense first.
+
+    `ratio` (P,) is the ratio asked for (NaN for a point after a progressive pass), `n_removed` (P,) the units gone,
+    `fraction` (P,) the measured fraction of parameters gone, `correct` (P, B) whether each image is right, `image_ids`
+    (B,) whose columns those are.
+    """
+
+    ratio: np.ndarray
+    n_removed: np.ndarray
+    fraction: np.ndarray
+    correct: np.ndarray
+    image_ids: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """(P,) the share of images that are right."""
+        return np.asarray(self.correct.mean(axis=1))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number an image (or a unit), never pre-averaged. `better` says which way is good."""
+
+    values: Tensor
+    ids: tuple[str, ...]
+    unit: str
+    better: Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of a study. `key`, the hash of its canonical JSON, names its folder."""
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    criterion: str
+    seed: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, no NaN."""
+        fields = {
+            "model": self.model,
+            "data": self.data,
+            "criterion": self.criterion,
+            "seed": self.seed,
+            "params": self.params,
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def contender(self) -> str:
+        """What it stands for in a comparison: its criterion, and how images were sampled where not at random."""
+        sampling = self.data.get("sampling")
+        return f"{self.criterion}/{sampling}" if sampling else self.criterion
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()[:16]
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a ratio outside [0, 1)."""
+    if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
+        raise UsageError(
+            f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
+        )

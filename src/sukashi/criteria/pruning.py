@@ -1,0 +1,153 @@
+"""From a plan or scores and a ratio to a network that has less: mask, removal."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sukashi import models
+from sukashi.core.errors import UsageError
+from sukashi.core.types import Batch, Mask, Plan, Scores, Site
+from sukashi.criteria import criteria
+from sukashi.criteria import criteria as registry
+from sukashi.models import Loaded
+from sukashi.network import hooks, sparsity, surgery
+
+ROUND_TO = 8
+
+
+def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
+    """The mask of a ratio, each site's kept units rounded up to a multiple of `round_to` (1 = the exact ratio).
+
+    Odd widths are slow on most hardware. Rounding only gives back, the last units removed of a site first, so never
+    more is removed than was asked for, and a unit never goes before another that the plan removes earlier. A site
+    without enough units for the next multiple stays whole. The ratio that comes out is
+    `mask.n_removed / mask.n_units`; small networks lose much of what was asked for.
+
+    Raises UsageError for a ratio outside [0, 1) or a `round_to` below 1.
+    """
+    check_round_to(round_to)
+    mask = plan.mask(ratio)
+    order = plan.site[: mask.n_removed], plan.unit[: mask.n_removed]
+    keep = {}
+    for position, site in enumerate(plan.sites):
+        n_kept = int(mask.keep[site].sum())
+        n_back = min(-n_kept % round_to, site.n_units - n_kept)
+        gone = order[1][order[0] == position]
+        keep[site] = mask.keep[site].clone()
+        keep[site][torch.from_numpy(gone[len(gone) - n_back :].astype(np.int64))] = True
+    return Mask(keep)
+
+
+def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
+    """A copy of the model with a mask's units removed, in one of surgery.MODES; the given one is left alone.
+
+    Raises UsageError where the mask would leave a site without units.
+    """
+    model = copy.deepcopy(loaded.model)
+    table = surgery.MODES[mode](model, mask)
+    return replace(
+        loaded,
+        model=model,
+        cuts=(*loaded.cuts, table),
+        weights_sha256=models.digest(model),
+        mask=loaded.mask and _cut_along(loaded, loaded.mask, table),
+    )
+
+
+@torch.no_grad()
+def _cut_along(loaded: Loaded, mask: Mask, table: surgery.Table) -> Mask:
+    """The mask of a sparse model after a cut: what surgery makes of weights of one and zero."""
+    twin = copy.deepcopy(loaded.model)
+    for site, keep in mask.keep.items():
+        sparsity.weight_of(twin, site).copy_(keep)
+    surgery.replay(twin, table)
+    kept = {site: sparsity.weight_of(twin, site).cpu() != 0 for site in mask.keep}
+    return Mask({replace(site, n_units=keep.numel()): keep for site, keep in kept.items()})
+
+
+def weight_mask(
+    loaded: Loaded,
+    sites: Sequence[Site],
+    data: Batch,
+    criterion: str,
+    ratio: float,
+    scope: str,
+    *,
+    generator: torch.Generator,
+    sequential: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Mask:
+    """Which single weights stay, by one criterion: `sparsity.mask_of` of its scores; what is gone already stays gone.
+
+    With `sequential` a layer is scored in the network in which all layers called before it are pruned already, in one
+    pass over the images for each layer. Wanda's reference goes block by block, and measures the layers of a block
+    before any of them is pruned: what a block is only some networks say. Needs a scope within a layer.
+
+    Raises UsageError for what `check_sequential` and `sparsity.mask_of` refuse.
+    """
+    method, chosen = criteria[criterion], dict(options or {})
+    if not sequential:
+        scores: Scores = method(loaded.model, sites, data, generator=generator, **chosen)
+        return sparsity.mask_of(scores, ratio, scope, within=loaded.mask)
+    check_sequential(criterion, scope)
+    model = copy.deepcopy(loaded.model)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        order = hooks.calls(model, data.x[:1].to(device))
+    first = {name: position for position, name in reversed(list(enumerate(order)))}
+    keep: dict[Site, torch.Tensor] = {}
+    for site in sorted(sites, key=lambda site: first.get(site.layer, len(order))):
+        found = sparsity.mask_of(
+            method(model, [site], data, generator=generator, **chosen), ratio, scope, within=loaded.mask
+        )
+        sparsity.enforce(model, found)
+        keep |= found.keep
+    return Mask({site: keep[site] for site in sites})
+
+
+def check_sequential(criterion: str, scope: str) -> None:
+    """Refuse to recalibrate layer by layer where it has no meaning."""
+    if not criteria[criterion].facts.get("needs_data", True):
+        raise UsageError(f"{criterion} looks at no image, so there is nothing to recalibrate: leave sequential out")
+    if scope == "global":
+        raise UsageError("sequential prunes layer by layer, scope global compares all layers: give scope layer or row")
+
+
+def sparse(loaded: Loaded, mask: Mask) -> Loaded:
+    """A copy of the model with the weights that a mask removes at zero, and the mask beside it.
+
+    Masked zeros are not compression: the network keeps its shape, and with it its size and its latency. Layers that an
+    older mask of the model speaks of and this one doesn't stay as they are.
+
+    Raises ModelError for a mask of another architecture.
+    """
+    sparsity.check_fits(loaded.model, mask)
+    model = copy.deepcopy(loaded.model)
+    sparsity.enforce(model, mask)
+    both = Mask({**(loaded.mask.keep if loaded.mask else {}), **mask.keep})
+    return replace(loaded, model=model, weights_sha256=models.digest(model), mask=both)
+
+
+def check_round_to(round_to: int) -> None:
+    """Refuse a multiple below 1."""
+    if round_to < 1:
+        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
+
+
+def check_options(criterion: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown criterion, and options that it does not have or that cannot be written down."""
+    registry[criterion].check_options(options)
+    try:
+        json.dumps(dict(options))
+    except TypeError as error:
+        raise UsageError(
+            f"options of {criterion} are kept with its results, so they must be JSON ({error}): "
+            "for anything else call the criterion itself"
+        ) from None

@@ -1,0 +1,1 @@
+"""Audits: do cut networks still decide for the reasons of the first of them?"""

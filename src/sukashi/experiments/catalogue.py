@@ -1,0 +1,40 @@
+"""What there is: the rows that `sukashi list` prints."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from sukashi import data, models
+from sukashi.attributions import attributions
+from sukashi.core.errors import UsageError
+from sukashi.core.registry import Registry, nearest
+from sukashi.criteria import criteria
+from sukashi.experiments.schedule.schedules import schedules
+from sukashi.measures import measures
+
+REGISTRIES: dict[str, Registry] = {
+    "criteria": criteria,
+    "attributions": attributions,
+    "measures": measures,
+    "schedules": schedules,
+}
+
+
+def rows(what: str) -> list[dict[str, str]]:
+    """One dictionary a method, model or dataset: its name, and for methods what it gives and its source."""
+    if what in REGISTRIES:
+        return [{"name": m.name, "summary": m.summary, "source": m.source} for m in REGISTRIES[what]]
+    names = {"models": models.names, "data": data.names}
+    if what not in names:
+        raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, *names])}")
+    return [{"name": name} for name in names[what]()]
+
+
+def about(what: str, name: str) -> dict[str, Any]:
+    """One method whole: its documentation, its source, and its options with their defaults as text."""
+    if what not in REGISTRIES:
+        raise UsageError(f"{what} have no options to show: give one of {', '.join(REGISTRIES)}, got {what!r}")
+    method = REGISTRIES[what][name]
+    options = {option: getattr(value, "__name__", repr(value)) for option, value in method.options.items()}
+    return {"name": name, "documentation": inspect.getdoc(method.fn) or "", "source": method.source, "options": options}

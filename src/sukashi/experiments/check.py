@@ -1,0 +1,81 @@
+"""What would happen: a preflight."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+
+from sukashi.core.errors import SukashiError
+from sukashi.criteria import criteria as registry
+from sukashi.criteria.engine import Engine
+from sukashi.experiments.bench import Reading, Source
+from sukashi.network import sites
+
+
+def check(
+    model: str,
+    data: str,
+    *,
+    limit: float = 60.0,
+    **reading: Unpack[Reading],
+) -> dict[str, Any]:
+    """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
+
+    Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
+    cannot be estimated within `limit` seconds is listed as unmeasured, a criterion that refuses the model under
+    `cannot` with its reason. Nothing is written.
+    """
+    start = time.perf_counter()
+    setting = Source(model, data, **reading).open()
+    found, train = setting.found, setting.data.train
+    n_units = sum(site.n_units for site in found.sites)
+    seconds = {method.name: 0.0 for method in registry if not method.facts.get("needs_data", True)}
+    cannot: dict[str, str] = {}
+    if time.perf_counter() - start < limit:
+        batch = setting.calibration(0)
+        part = batch[slice(0, None, -(-len(batch) // 64))]
+        few = part[slice(0, None, -(-len(part) // 8))]
+        scale = len(batch) / len(part)
+        visiting = {method.name: method.facts["visits"] for method in registry if "visits" in method.facts}
+        try:
+            engine = Engine(setting.loaded.model, found.sites, part)
+            a_unit = []
+            for site in (found.sites[0], found.sites[len(found.sites) // 2], found.sites[-1]):
+                if time.perf_counter() - start > limit:
+                    break
+                with engine.open(site) as suffix:
+                    begun = time.perf_counter()
+                    suffix.without(0)
+                    suffix.without(min(1, site.n_units - 1))
+                    a_unit.append((time.perf_counter() - begun) / 2)
+            if len(a_unit) == 3:
+                once = float(np.mean(a_unit)) * scale * n_units
+                seconds |= {name: once * visits for name, visits in visiting.items()}
+        except SukashiError as error:
+            cannot |= dict.fromkeys(visiting, str(error))
+        for method in registry:
+            if method.name in seconds or "visits" in method.facts or time.perf_counter() - start > limit:
+                continue
+            begun = time.perf_counter()
+            try:
+                places = found.sites if "channel" in method.facts["kinds"] else sites.weights(setting.loaded.model)
+                method(setting.loaded.model, places, few, generator=torch.Generator())
+                seconds[method.name] = (time.perf_counter() - begun) * len(batch) / len(few)
+            except SukashiError as error:
+                cannot[method.name] = str(error)
+    return {
+        "model": model,
+        "parameters": sum(p.numel() for p in setting.loaded.model.parameters()),
+        "sites": [{"layer": site.layer, "kind": site.kind, "units": site.n_units} for site in found.sites],
+        "units": n_units,
+        "refused": dict(found.refused),
+        "class_names": list(setting.data.class_names),
+        "class_counts": {split.name: split.counts.tolist() for split in (train, setting.data.test)},
+        "notes": list(setting.data.notes),
+        "estimated_seconds": seconds,
+        "cannot": cannot,
+        "unmeasured": [name for name in registry.names() if name not in seconds and name not in cannot],
+    }

@@ -1,0 +1,1 @@
+"""Comparisons of criteria over ratios and seeds."""

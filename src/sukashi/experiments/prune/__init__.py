@@ -1,0 +1,1 @@
+"""One network, cut or made sparse."""

@@ -1,0 +1,1 @@
+"""Networks pruned and trained level by level."""

@@ -1,0 +1,29 @@
+"""Models: loaded from a name, an import path or a saved folder, checked, saved, exported; never unpickled."""
+
+from sukashi.models.checks import probe, resized
+from sukashi.models.loaded import Loaded, takes_classes
+from sukashi.models.loading import load
+from sukashi.models.onnx import check_onnx_installed, export_onnx
+from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe
+from sukashi.models.saved import save
+from sukashi.models.specs import names
+from sukashi.models.weights import digest, tensor_digests
+
+__all__ = [
+    "MASKS",
+    "RECIPE",
+    "WEIGHTS",
+    "Loaded",
+    "Recipe",
+    "check_onnx_installed",
+    "digest",
+    "export_onnx",
+    "load",
+    "names",
+    "probe",
+    "read_recipe",
+    "resized",
+    "save",
+    "takes_classes",
+    "tensor_digests",
+]

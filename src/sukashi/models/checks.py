@@ -1,0 +1,152 @@
+"""Whether a network computes something that means anything, on two passes over an example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.types import Preprocess
+from sukashi.models.loaded import Loaded, takes_classes
+from sukashi.network import hooks
+
+# Of fp32 logits; a batch of one may take another kernel, an image that sees its neighbours is off by far more.
+_ALONE = 1e-3
+
+
+def probe(loaded: Loaded, example: Tensor) -> Tensor:
+    """Logits (B, K) of an example (B, C, H, W), once it is certain that they mean something.
+
+    Raises ModelError where the model does not run on the example, does not give one finite (B, K) tensor with
+    K = n_classes, gives other logits in a second pass, changes its buffers, or lets images of a batch change each
+    other's logits; and for an import path, whose size its author wrote, where it cuts the example into patches that
+    leave pixels over. Weights, buffers and train mode are as found afterwards.
+    """
+    logits = checked_logits(loaded.model, example, loaded.spec, whole=not takes_classes(loaded.spec))
+    if logits.shape[1] != loaded.n_classes:
+        raise ModelError(f"{loaded.spec} gives {logits.shape[1]} classes, {loaded.n_classes} were expected")
+    return logits
+
+
+def resized(loaded: Loaded, size: int | None) -> Loaded:
+    """The same network for square images of this side, or None its own.
+
+    Raises ModelError where it takes none such, or would leave pixels unread that do not fill a patch.
+    """
+    own = loaded.preprocess
+    if size is None or size == own.height == own.width:
+        return loaded
+    changed = replace(loaded, preprocess=replace(own, height=size, width=size))
+    example = noise(changed.preprocess).to(next(loaded.model.parameters()).device)
+    remedy = f"leave --size out, its own is {own.height} x {own.width}"
+    checked_logits(loaded.model, example, loaded.spec, whole=True, remedy=remedy)
+    return changed
+
+
+# Checks.
+
+
+def noise(preprocess: Preprocess) -> Tensor:
+    shape = (2, preprocess.channels, preprocess.height, preprocess.width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def checked_logits(
+    model: nn.Module, example: Tensor, spec: str, *, whole: bool, remedy: str = "check size and width"
+) -> Tensor:
+    """Logits (B, K) of the example, after the checks that `probe` speaks of (all but that of K).
+
+    `whole` refuses patches that leave pixels over. A library's architecture may do so at the size it was made for:
+    SigLIP so400m reads 384 x 384 pixels in patches of 14 x 14.
+    """
+    modes = [module.training for module in model.modules()]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    try:
+        with hooks.visited(model, _patches(model, example, spec) if whole else {}):
+            first = model(example)
+        second, alone = model(example), model(example[:1])
+    except SukashiError:
+        raise
+    except Exception as error:
+        channels, height, width = example.shape[1:]
+        raise ModelError(
+            f"{spec} does not run on images of {height} x {width} pixels in {channels} channel"
+            f"{'s' if channels > 1 else ''} ({brief(error)}): {remedy}"
+        ) from error
+    finally:
+        changed = [name for name, buffer in model.named_buffers() if not _same(buffer, before[name])]
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    if not isinstance(first, Tensor):
+        found = dict(named_outputs(first))
+        raise ModelError(f"{spec} gives a {type(first).__name__}, not logits: select an output: {candidates(found)}")
+    if first.dim() != 2 or len(first) != len(example):
+        raise ModelError(f"{spec} gives {tuple(first.shape)} for {len(example)} images: it must give (images, classes)")
+    if not first.isfinite().all():
+        raise ModelError(f"{spec} gives NaN or Inf: check its weights and the preprocessing")
+    if changed:
+        raise ModelError(f"{spec} changes its buffer {changed[0]!r} in eval mode: it must compute the same every time")
+    if not torch.equal(first, second):
+        raise ModelError(f"{spec} gives other logits in a second pass: it must compute the same every time")
+    if (first[:1] - alone).abs().max() > _ALONE * first.abs().max():
+        raise ModelError(f"{spec} gives an image other logits in other company: images must not depend on each other")
+    return first
+
+
+def _patches(model: nn.Module, example: Tensor, spec: str) -> dict[str, Callable[[Tensor], None]]:
+    """For each convolution that may cut images into patches a look at what it reads, which refuses a rest.
+
+    Such a convolution steps as far as it reaches: pixels that do not fill a patch are never read. One that reaches
+    further than it steps has read them, or ends in padding, as everybody expects.
+    """
+
+    def look(patch: tuple[int, ...], x: Tensor) -> None:
+        side = x.shape[2:]
+        if x.shape != example.shape or all(n % p == 0 for n, p in zip(side, patch, strict=True)):
+            return
+        fits = ([p * whole(n / p) for n, p in zip(side, patch, strict=True)] for whole in (math.floor, math.ceil))
+        said = " and ".join(f"{height} x {width}" for height, width in fits if min(height, width) > 0)
+        raise ModelError(
+            f"{spec} cuts images into patches of {patch[0]} x {patch[1]} pixels, of which {side[0]} x {side[1]} is no "
+            f"multiple, so that pixels would never be read: the nearest multiples are {said}"
+        )
+
+    return {
+        name: partial(look, module.kernel_size)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride != (1, 1) == module.dilation
+        and module.padding in ((0, 0), "valid")
+    }
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def named_outputs(found: Any) -> Iterator[tuple[str, Any]]:
+    """Outputs of a model with the names by which they are selected."""
+    match found:
+        case Mapping():
+            yield from ((str(key), value) for key, value in found.items())
+        case tuple() | list():
+            yield from ((str(position), value) for position, value in enumerate(found))
+
+
+def candidates(found: Mapping[str, Any]) -> str:
+    shown = [f"{name!r} {tuple(value.shape)}" for name, value in found.items() if isinstance(value, Tensor)]
+    return ", ".join(shown) or "there is none that is a tensor"
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

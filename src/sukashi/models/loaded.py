@@ -1,0 +1,51 @@
+"""A network ready to be looked at, and what rebuilds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sukashi.core.errors import UsageError
+from sukashi.core.types import Mask, Preprocess
+from sukashi.network.surgery import Table
+
+# Sources of architectures whose class count is an option; any other source is an import path.
+LIBRARIES = ("sukashi", "timm", "torchvision")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network ready to be looked at, and what rebuilds it.
+
+    `model` is in eval mode, in fp32, with explicit attention, and nobody else's. `spec` and `options` rebuild its
+    architecture, `cuts` what was then removed or silenced, cut after cut, `mask` which of the weights that are left are
+    zero and stay so (None: nobody said). `class_names` is None where they are not known; `weights_sha256` is the hash
+    of the weights file, or of the tensors where there was none.
+    """
+
+    model: nn.Module
+    spec: str
+    options: Mapping[str, Any]
+    preprocess: Preprocess
+    n_classes: int
+    class_names: tuple[str, ...] | None
+    weights_sha256: str
+    cuts: tuple[Table, ...] = ()
+    mask: Mask | None = None
+
+
+def takes_classes(spec: str) -> bool:
+    """Whether the class count of a spec's architecture is an option: not that of a saved folder or an import path."""
+    check_name(spec)
+    return spec.partition(":")[0] in LIBRARIES
+
+
+def check_name(spec: object) -> None:
+    if not isinstance(spec, str):
+        raise UsageError(
+            f"model must be a name, got a {type(spec).__name__}: give package.module:callable, a function without "
+            "arguments that returns it, so that a saved cut can be built again"
+        )

@@ -1,0 +1,85 @@
+"""Models from a name, an import path or a saved folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.models.checks import checked_logits, noise
+from sukashi.models.loaded import LIBRARIES, Loaded, check_name
+from sukashi.models.saved import open_folder
+from sukashi.models.specs import build, prepare
+from sukashi.models.weights import digest, fill, read, stated_classes, stated_preprocess
+from sukashi.network.layers import fused_names
+
+
+def load(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    n_classes: int | None = None,
+    width: int | None = None,
+    pretrained: bool = False,
+    output: str | None = None,
+) -> Loaded:
+    """The model that `spec` names, checked on two passes over noise.
+
+    `spec` is `sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable` (called without arguments, or
+    with `n_classes` and `width` where given; the model it returns must have an attribute `preprocess`), or a folder
+    written by `pruned.save`. `weights` is a safetensors file, a `.pt` or `.pth` file of tensors, or a saved folder of
+    the same spec (the only way to open one whose spec is an import path: a recipe must not choose what code runs).
+    Without weights and `pretrained` the weights are random, drawn from torch's global generator. The metadata `mean`,
+    `std` (commas between numbers) and `classes` of a safetensors header replace the architecture's own.
+    `output` selects a key or position where the model returns several tensors.
+
+    Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
+    rule. No input is unpickled.
+    """
+    check_name(spec)
+    folder = spec if Path(spec).is_dir() else weights
+    if folder is not None and Path(folder).is_dir():
+        own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
+        if own or (folder is spec and weights is not None):
+            wrong = next(iter(own), "weights").removeprefix("n_")
+            raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
+        return open_folder(Path(folder), None if folder is spec else spec)
+    if weights is not None and pretrained:
+        raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
+    for name, value in (("n_classes", n_classes), ("width", width)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+
+    file = None if weights is None else read(Path(weights))
+    stated = None if file is None else stated_classes(file)
+    if n_classes is not None and stated is not None and n_classes != stated:
+        raise ModelError(f"{weights} was trained for {stated} classes, n_classes is {n_classes}: leave it out")
+    options: dict[str, Any] = _given(n_classes=n_classes, width=width, output=output)
+    ours = spec.partition(":")[0] in LIBRARIES
+    if stated is not None and ours:
+        options["n_classes"] = stated
+    model, preprocess, class_names = build(spec, options, pretrained)
+    if file is not None:
+        preprocess = stated_preprocess(file, preprocess)
+        fill(model, fused_names(model, file.tensors), file.path)
+    model = prepare(model, options)
+    logits = checked_logits(model, noise(preprocess), spec, whole=not ours)
+    known = stated if stated is not None else n_classes
+    if known is not None and logits.shape[1] != known:
+        raise ModelError(f"{spec} gives {logits.shape[1]} classes, {known} were expected: check n_classes and weights")
+    if ours:
+        options["n_classes"] = logits.shape[1]
+    return Loaded(
+        model=model,
+        spec=spec,
+        options=options,
+        preprocess=preprocess,
+        n_classes=logits.shape[1],
+        class_names=class_names,
+        weights_sha256=digest(model) if file is None else file.sha256,
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value not in (None, False)}

@@ -1,0 +1,148 @@
+"""Saved folders: a network written as weights and recipe, and rebuilt from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from sukashi.core.errors import ModelError, writing
+from sukashi.core.files import beside, check_free, sync, write_new
+from sukashi.core.types import Mask, Preprocess
+from sukashi.models.checks import noise, probe
+from sukashi.models.loaded import LIBRARIES, Loaded
+from sukashi.models.recipe import (
+    MASKS,
+    RECIPE,
+    WEIGHTS,
+    ArchitectureRecipe,
+    InputRecipe,
+    MaskRecipe,
+    Recipe,
+    read_recipe,
+)
+from sukashi.models.specs import build, prepare
+from sukashi.models.weights import fill, read, tensor_digests
+from sukashi.network import sparsity, surgery
+
+
+def open_folder(folder: Path, spec: str | None) -> Loaded:
+    """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
+    recipe = read_recipe(folder / RECIPE)
+    options = recipe.model.model_dump(exclude_none=True)
+    made = options.pop("spec")
+    if spec is not None and spec != made:
+        raise ModelError(f"{folder} holds a {made}, not a {spec}: give the spec it was made from")
+    if spec is None and made.partition(":")[0] not in LIBRARIES:
+        raise ModelError(
+            f"{folder} needs the code of {made}, and a recipe must not choose what code runs: "
+            f"load {made} with the folder as its weights"
+        )
+    file = read(folder / WEIGHTS)
+    if file.sha256 != recipe.weights_sha256:
+        found = tensor_digests(file.tensors)
+        wrong = [name for name in sorted({*found, *recipe.tensors}) if found.get(name) != recipe.tensors.get(name)]
+        raise ModelError(
+            f"{file.path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.weights_sha256[:16]}; first "
+            f"tensor at fault: {wrong[0] if wrong else 'none, only the header differs'}: restore the folder"
+        )
+    model = prepare(build(made, options, False)[0], options)
+    for table in recipe.cuts:
+        surgery.replay(model, table)
+    fill(model, file.tensors, file.path)
+    mask = None if recipe.mask is None else _mask(folder / MASKS, recipe.mask, model)
+    loaded = Loaded(
+        model=prepare(model, {}),
+        spec=made,
+        options=options,
+        preprocess=Preprocess(**recipe.preprocess.model_dump()),
+        n_classes=recipe.n_classes,
+        class_names=recipe.class_names,
+        weights_sha256=file.sha256,
+        cuts=recipe.cuts,
+        mask=mask,
+    )
+    probe(loaded, noise(loaded.preprocess))
+    return loaded
+
+
+def _mask(path: Path, recipe: MaskRecipe, model: nn.Module) -> Mask:
+    """The mask of a saved folder, which fits the model and whose removed weights are zero in it."""
+    file = read(path)
+    if file.sha256 != recipe.sha256:
+        raise ModelError(
+            f"{path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.sha256[:16]}: restore the folder"
+        )
+    mask = sparsity.unpack(file.tensors, recipe.shapes)
+    sparsity.check_fits(model, mask)
+    for site, keep in mask.keep.items():
+        n_alive = int((sparsity.weight_of(model, site)[~keep] != 0).sum())
+        if n_alive:
+            raise ModelError(
+                f"{n_alive} weights of layer {site.layer!r} that {path.name} removes are not zero in {WEIGHTS}: "
+                "restore the folder"
+            )
+    return mask
+
+
+def save(
+    folder: str | Path,
+    loaded: Loaded,
+    *,
+    provenance: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+) -> Recipe:
+    """The recipe written: a new folder with `model.safetensors`, `recipe.json` and further `files` by name.
+
+    A mask goes into `masks.safetensors`, one bit a weight: a 32nd of the weights' size on top of them, for zeros are
+    stored like any number. `sukashi.load(folder)` rebuilds the model. `provenance` says where it comes from, `figures`
+    what was measured; both are JSON. The folder appears whole or not at all: it is written beside its place and then
+    renamed.
+
+    Raises UsageError for a folder that exists, ResourceError where there is no space or no right to write.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
+    # No metadata: safetensors writes it in random order, and equal models should give equal bytes.
+    weights = safetensors.torch.save(state)
+    contents = {WEIGHTS: weights}
+    masked = None
+    if loaded.mask is not None:
+        contents[MASKS] = safetensors.torch.save(sparsity.pack(loaded.mask))
+        shapes = {site.layer: tuple(keep.shape) for site, keep in loaded.mask.keep.items()}
+        masked = MaskRecipe(sha256=hashlib.sha256(contents[MASKS]).hexdigest(), shapes=shapes)
+    recipe = Recipe(
+        format=1,
+        model=ArchitectureRecipe(spec=loaded.spec, **loaded.options),
+        preprocess=InputRecipe(**asdict(loaded.preprocess)),
+        n_classes=loaded.n_classes,
+        class_names=loaded.class_names,
+        cuts=loaded.cuts,
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        tensors=tensor_digests(state),
+        provenance=dict(provenance),
+        figures=dict(figures),
+        mask=masked,
+    )
+    # A recipe without a mask is what it was before there were any.
+    written = recipe.model_dump(exclude=None if masked else {"mask"})
+    contents |= {RECIPE: json.dumps(written, allow_nan=False).encode(), **(files or {})}
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with beside(folder) as draft:
+            draft.mkdir()
+            for name, content in contents.items():
+                write_new(draft / name, content)
+            sync(draft)
+            check_free(folder)
+            draft.rename(folder)
+        sync(folder.parent)
+    return recipe

@@ -1,0 +1,185 @@
+"""Architectures by name or import path, as they are built before any weights."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import timm
+import torchvision
+from timm.data.config import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.registry import nearest
+from sukashi.core.types import Preprocess
+from sukashi.models.architectures import OWN
+from sukashi.models.checks import brief, candidates, named_outputs
+from sukashi.models.recipe import RECIPE
+from sukashi.models.weights import fill
+from sukashi.network.layers import explicit_attention
+
+# What masked = cut was tested on, beside everything in OWN.
+TESTED = (
+    *(f"torchvision:{name}" for name in ("resnet18", "resnet50", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121")),
+    *("torchvision:efficientnet_b0", "torchvision:vit_b_16"),
+    *(f"timm:{name}" for name in ("deit3_small_patch16_224", "deit3_base_patch16_224", "vit_tiny_patch16_224")),
+)
+
+_FIXED_WIDTH = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56")
+
+
+class Output(nn.Module):
+    """One tensor of a model that returns several: `output` is a key, or a position written as a number."""
+
+    def __init__(self, model: nn.Module, output: str) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.model(x)
+        if isinstance(given, Tensor):
+            raise ModelError(f"the model gives one tensor, there is no output {self.output!r} to select: leave it out")
+        found = dict(named_outputs(given))
+        if self.output not in found:
+            raise ModelError(f"the model has no output {self.output!r}: choose one of {candidates(found)}")
+        return cast(Tensor, found[self.output])
+
+
+def names() -> list[str]:
+    """Our own models and those tested for surgery; any other timm or torchvision classifier may be tried."""
+    return [*(f"sukashi:{name}" for name in OWN), *TESTED]
+
+
+# Architectures.
+
+Built = tuple[nn.Module, Preprocess, tuple[str, ...] | None]
+Builder = Callable[[str, Mapping[str, Any], bool], Built]
+
+
+def build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    """Model, preprocessing and class names (or None) of a spec, with the architecture's own weights."""
+    source, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise _unknown(spec)
+    if "width" in options and source in ("timm", "torchvision"):
+        raise UsageError(f"{spec} has no option width: only models of our own and import paths may")
+    try:
+        return _SOURCES.get(source, _imported)(spec, options, pretrained)
+    except (AssertionError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"{spec} could not be built with {dict(options)} ({brief(error)}): check the options"
+        ) from error
+
+
+def _own(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    name = spec.partition(":")[2]
+    if name not in OWN:
+        raise UsageError(f"unknown model {spec!r}{nearest(spec, [f'sukashi:{own}' for own in OWN])}")
+    if pretrained:
+        raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights instead")
+    build, n_classes, width, channels, size = OWN[name]
+    if options.get("width", width) != width and name in _FIXED_WIDTH:
+        raise UsageError(f"the width of {spec} is {width}, got {options['width']}: leave it out")
+    model = build(options.get("n_classes", n_classes), options.get("width", width))
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else ((0.0,), (1.0,))
+    return model, Preprocess(size, size, channels, mean, std), None
+
+
+def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    name = spec.partition(":")[2]
+    bare, _, tag = name.partition(".")
+    if not timm.is_model(bare):
+        raise UsageError(f"unknown model {spec!r}{_closest(spec, [f'timm:{known}' for known in timm.list_models()])}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{bare}.*")]
+    if tag and tag not in tags:
+        raise UsageError(f"unknown weights {tag!r} of timm:{bare}{nearest(tag, tags or ['none'])}")
+    model = _fetched(spec, lambda: timm.create_model(name, pretrained=True)) if pretrained else None
+    if model is None:
+        model = timm.create_model(name, num_classes=options.get("n_classes"))
+    config = resolve_data_config(model=model)
+    channels, height, width = config["input_size"]
+    return model, Preprocess(height, width, channels, tuple(config["mean"]), tuple(config["std"])), None
+
+
+def _torchvision(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    name = spec.partition(":")[2]
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        raise UsageError(f"unknown model {spec!r}{_closest(spec, [f'torchvision:{other}' for other in known])}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    if pretrained:
+        # The builders' own download would unpickle.
+        fetch = lambda: weights.get_state_dict(progress=False, check_hash=True, weights_only=True)  # noqa: E731
+        state = _fetched(spec, fetch)
+        model = torchvision.models.get_model(name, num_classes=len(weights.meta["categories"]))
+        fill(model, state, spec)
+    else:
+        model = torchvision.models.get_model(name, num_classes=options.get("n_classes", 1000))
+    view = weights.transforms()
+    size = view.crop_size[0]
+    preprocess = Preprocess(size, size, 3, tuple(view.mean), tuple(view.std))
+    return model, preprocess, tuple(weights.meta["categories"]) if pretrained else None
+
+
+def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
+    module, _, name = spec.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) or not name.isidentifier():
+        raise _unknown(spec)
+    if pretrained:
+        raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights, or load them in {name}")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a user's module raises
+        raise UsageError(f"cannot import {spec} ({brief(error)}): check the name and PYTHONPATH") from error
+    try:
+        model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
+    except Exception as error:  # whatever a user's function raises
+        raise ModelError(f"{spec} could not be built with {dict(options)} ({brief(error)}): check it") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec} returned a {type(model).__name__}: it must return a torch.nn.Module")
+    preprocess = getattr(model, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise ModelError(f"{spec} does not say what it reads: give its model an attribute preprocess = Preprocess(...)")
+    # The caller may still hold the model, and train it.
+    return copy.deepcopy(model), preprocess, None
+
+
+_SOURCES: dict[str, Builder] = {"sukashi": _own, "timm": _timm, "torchvision": _torchvision}
+
+
+def _unknown(spec: str) -> UsageError:
+    if os.sep in spec and ":" not in spec:
+        return UsageError(f"no such folder {spec!r}: give a saved model's, with {RECIPE} in it, or a model's name")
+    return UsageError(f"unknown model {spec!r}, and no such folder{nearest(spec, names())}; or package.module:callable")
+
+
+def _closest(name: str, known: list[str]) -> str:
+    """The hint of `nearest`, over the few names that come near instead of a thousand."""
+    return nearest(name, difflib.get_close_matches(name, known, n=5, cutoff=0.3) or names())
+
+
+def _fetched(spec: str, fetch: Any) -> Any:
+    try:
+        return fetch()
+    except Exception as error:  # whatever a hub, a proxy or a missing network raises
+        raise ModelError(
+            f"pretrained weights of {spec} cannot be had here ({brief(error)}): give a file of weights instead"
+        ) from error
+
+
+def prepare(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """The model in eval mode and fp32, with explicit attention and its one output."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(f"weight {name!r} holds NaN or Inf: such a network computes nothing, give other weights")
+    model = model.float().eval()
+    explicit_attention(model)
+    return Output(model, options["output"]).eval() if "output" in options else model

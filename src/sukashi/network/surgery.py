@@ -1,0 +1,198 @@
+"""Removal of units, physical or by zeroing, from the members of their sites: needs no trace of the model."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Mask, Site
+from sukashi.network.layers import AttentionCore, PadShortcut
+
+# {layer: {side: positions}}: those that stay on side "in" or "out", those silenced on "zero in" or "zero out".
+Table = dict[str, dict[str, list[int]]]
+
+
+def cut(model: nn.Module, mask: Mask) -> Table:
+    """{layer: {"in" or "out": kept positions}} of every layer that was made smaller, in place.
+
+    The table is plain data: `replay(fresh_model, table)` makes the same cut without sites.
+
+    Raises UsageError where a mask would leave a site without units.
+    """
+    _refuse_empty(mask)
+    table: Table = {}
+    for (name, side), gone in _gone(mask).items():
+        size = sizes(model.get_submodule(name))[side]
+        table.setdefault(name, {})[side] = [i for i in range(size) if i not in gone]
+    replay(model, table)
+    return table
+
+
+def zero(model: nn.Module, mask: Mask) -> Table:
+    """{layer: {"zero in" or "zero out": positions}} of every layer in which units were silenced, in place.
+
+    The network keeps its shape and gives the masked logits: what reads a unit reads nothing of it. In a linear layer or
+    convolution its input weights become zero, which no BatchNorm or activation on the way undoes; a PadShortcut places
+    zeros instead; AttentionCore has no weights, so the rows of the layer before it that make q, k and v become zero.
+
+    Raises UsageError where a mask would leave a site without units.
+    """
+    _refuse_empty(mask)
+    table: Table = {}
+    for site, keep in mask.keep.items():
+        lost = torch.nonzero(~keep.bool()).flatten().tolist()
+        attended = any(isinstance(model.get_submodule(m.module), AttentionCore) for m in site.consumers)
+        for member in (site.producers if attended else site.consumers) if lost else ():
+            positions = table.setdefault(member.module, {}).setdefault(f"zero {member.side}", [])
+            positions += (p for unit in lost for p in member.index[unit])
+    for sides in table.values():
+        for side, positions in sides.items():
+            sides[side] = sorted(set(positions))
+    replay(model, table)
+    return table
+
+
+MODES: dict[str, Callable[[nn.Module, Mask], Table]] = {"cut": cut, "zero": zero}
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode of removal that there is not."""
+    if mode not in MODES:
+        raise UsageError(
+            f"mode must be {' or '.join(MODES)}, got {mode!r}: cut makes layers smaller, zero silences units"
+        )
+
+
+def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+    """Remove what `table` says, in place; all of the table is checked before the first layer is touched.
+
+    Raises ModelError where the table does not fit the model.
+    """
+    layers = dict(model.named_modules())
+    for name, sides in table.items():
+        if name not in layers:
+            raise ModelError(f"the recipe cuts layer {name!r}, which this model lacks: it was made for another model")
+        widths = sizes(layers[name])
+        for wanted, kept in sides.items():
+            side = wanted.removeprefix("zero ")
+            if side not in widths or (wanted != side and isinstance(layers[name], AttentionCore)):
+                raise ModelError(
+                    f"the recipe cuts {name!r} on side {wanted!r}, which a {type(layers[name]).__name__} lacks"
+                )
+            ascending = all(a < b for a, b in pairwise([-1, *kept, widths[side]]))
+            inner = widths[side] // 3
+            alike = not isinstance(layers[name], AttentionCore) or list(kept) == [
+                part * inner + c for part in range(3) for c in kept if c < inner
+            ]
+            if not kept or not ascending or not alike:
+                raise ModelError(
+                    f"the recipe keeps positions of {name!r} that do not fit the {widths[side]} it has: "
+                    "it was made for another model"
+                )
+    for name, sides in table.items():
+        for side, kept in sides.items():
+            remove = _zero if side.startswith("zero ") else _slice
+            remove(layers[name], side.removeprefix("zero "), torch.tensor(kept))
+
+
+def renumber(sites: Sequence[Site], mask: Mask) -> tuple[Site, ...]:
+    """The sites as they are in the model cut by `mask`: fewer units, positions counted anew."""
+    gone = {key: sorted(positions) for key, positions in _gone(mask).items()}
+    found = []
+    for site in sites:
+        keep = mask.keep.get(site)
+        kept = list(range(site.n_units)) if keep is None else torch.nonzero(keep).flatten().tolist()
+        members = []
+        for member in site.members:
+            lost = gone.get((member.module, member.side), [])
+            index = tuple(tuple(p - bisect_left(lost, p) for p in member.index[unit]) for unit in kept)
+            members.append(replace(member, index=index))
+        found.append(replace(site, n_units=len(kept), members=tuple(members)))
+    return tuple(found)
+
+
+def _refuse_empty(mask: Mask) -> None:
+    for site, keep in mask.keep.items():
+        if not keep.any():
+            raise UsageError(f"the mask removes all {site.n_units} units of site {site.layer!r}: keep at least one")
+
+
+def _gone(mask: Mask) -> dict[tuple[str, str], set[int]]:
+    """The positions that go, for each layer and side; several sites may share one (concatenation)."""
+    gone: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for site, keep in mask.keep.items():
+        lost = torch.nonzero(~keep.bool()).flatten().tolist()
+        for member in site.members if lost else ():
+            gone[member.module, member.side].update(p for unit in lost for p in member.index[unit])
+    return gone
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """{side: width} of the sides on which a layer can lose units; a depthwise convolution has but one.
+
+    Raises ModelError for a layer that cannot lose any.
+    """
+    match module:
+        case nn.Linear():
+            return {"in": module.in_features, "out": module.out_features}
+        case nn.modules.batchnorm._BatchNorm():
+            return {"out": module.num_features}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if module.groups == 1:
+            return {"in": module.in_channels, "out": module.out_channels}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if module.groups == module.in_channels == module.out_channels:
+            return {"out": module.out_channels}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            raise ModelError(f"a convolution in {module.groups} groups cannot be cut: its groups would become unequal")
+        case PadShortcut():
+            return {"in": module.in_channels, "out": module.out_channels}
+        case AttentionCore():
+            return {"in": 3 * sum(module.widths)}
+        case nn.LayerNorm() | nn.GroupNorm():
+            raise ModelError(f"a {type(module).__name__} normalises over units: fewer of them would change the rest")
+        case nn.MultiheadAttention():
+            raise ModelError(
+                "MultiheadAttention hides q, k and v: layers.explicit_attention writes out those of torchvision's ViTs"
+            )
+    raise ModelError(f"a {type(module).__name__} cannot be cut: only convolution, linear, BatchNorm and our own layers")
+
+
+def _slice(module: nn.Module, side: str, keep: Tensor) -> None:
+    match module:
+        case PadShortcut() | AttentionCore():
+            kept = keep.to(module.source.device) if isinstance(module, PadShortcut) else keep
+            module.cut_outputs(kept) if side == "out" else module.cut_inputs(kept)  # type: ignore[operator]
+            return
+        case nn.Linear():
+            setattr(module, f"{side}_features", len(keep))
+        case nn.modules.batchnorm._BatchNorm():
+            module.num_features = len(keep)
+        case nn.modules.conv._ConvNd():
+            setattr(module, f"{side}_channels", len(keep))
+            if module.groups > 1:  # depthwise: one position is a whole group
+                module.in_channels = module.groups = len(keep)
+    axis = int(side == "in")
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.dim() <= axis:  # a bias has no input axis, a counter no axis at all
+            continue
+        sliced = tensor.detach().index_select(axis, keep.to(tensor.device))
+        setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if name in module._parameters else sliced)
+
+
+@torch.no_grad()
+def _zero(module: nn.Module, side: str, gone: Tensor) -> None:
+    if isinstance(module, PadShortcut):
+        gone = gone.to(module.source.device)
+        lost = torch.isin(module.source if side == "in" else torch.arange(module.out_channels).to(gone), gone)
+        module.source = module.source.masked_fill(lost, -1)
+        return
+    axis = int(side == "in")
+    for parameter in module.parameters(recurse=False):
+        if parameter.dim() > axis:  # a bias has no input axis
+            parameter.index_fill_(axis, gone.to(parameter.device), 0.0)

@@ -1,0 +1,66 @@
+"""Figures: colours, axes, PNGs."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision; a criterion keeps its colour in every report.
+COLOURS = {
+    "drift": "#D55E00",
+    "cswap": "#0072B2",
+    "cbp": "#56B4E9",
+    "amp": "#009E73",
+    "taylor": "#E69F00",
+    "magnitude": "#CC79A7",
+    "random": "#8A8A8A",
+    "integrated_gradients": "#332288",
+    "internal_influence": "#882255",
+    "conductance": "#999933",
+    "deeplift": "#44AA99",
+    "lrp": "#661100",
+    "backtrace": "#117733",
+    "saliency": "#AA4499",
+    "gradient_x_activation": "#8C6D1F",
+}
+OTHERS = ("#6699CC", "#888800", "#004488", "#BB5566", "#225555", "#EE8866")
+INK, FAINT = "#1F2933", "#D9DEE4"
+
+
+def colour(criterion: str, place: int) -> str:
+    """The criterion's own colour in every report, or one by its place among others."""
+    return COLOURS.get(criterion) or OTHERS[place % len(OTHERS)]
+
+
+def level(axes: Axes, height: float, name: str, style: str) -> None:
+    """A named horizontal line."""
+    axes.axhline(height, color=INK, linewidth=0.9, linestyle=style)
+    axes.annotate(
+        name, (1, height), (-3, 3), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=8
+    )
+
+
+def bars(axes: Axes, x: Any, mean: Any, low: Any, high: Any, **style: Any) -> None:
+    """Means with their intervals as a line of points with bars."""
+    below, above = np.maximum(mean - low, 0), np.maximum(high - mean, 0)
+    axes.errorbar(x, mean, (below, above), marker="o", markersize=4, elinewidth=1, capsize=2.5, **style)
+
+
+def calm(axes: Axes) -> None:
+    """Axes that stay behind what is drawn in them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG: equal figures give equal bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=160, metadata={"Software": None})  # else the version is stamped on it
+    return content.getvalue()

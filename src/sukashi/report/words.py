@@ -1,0 +1,54 @@
+"""How numbers and lists are written for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# --- how things are printed
+
+
+def percent(value: float) -> str:
+    """0.123 is 12.3%."""
+    return f"{100 * value:.1f}%"
+
+
+def printed(value: float | None, form: str) -> str:
+    """A figure for people: 270 k, 81.6 M, 1.1 MB, 5.31."""
+    if value is None:
+        return "–"
+    if form == "percent":
+        return percent(value)
+    if form == "number":
+        return f"{value:.2f}"
+    prefixes = iter(("", "k", "M", "G", "T", "P"))
+    prefix = next(prefixes)
+    while value >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}{'B' if form == 'bytes' else ''}".rstrip()
+
+
+def p_value(p: float | None) -> str:
+    """A p-value in two digits."""
+    if p is None:
+        return "–"
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def seeds(n: int) -> str:
+    """1 seed, 2 seeds."""
+    return f"{n} seed{'s' if n > 1 else ''}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """One, two and three."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting that is set, as (dotted name, text)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else key)
+    elif value is not None:
+        yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""Training and fine-tuning: settings, the loop, checkpoints, the processes of one training."""
