@@ -18,9 +18,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sukashi.experiments.audit.run import audit
     from sukashi.experiments.check import check
     from sukashi.experiments.compare.run import compare
+    from sukashi.experiments.functions import audit
     from sukashi.experiments.pages import write as write_report
     from sukashi.experiments.prune.run import prune
     from sukashi.experiments.schedule.run import schedule
@@ -43,7 +43,7 @@ __all__ = [
 
 # torch takes seconds to import and the command line must not wait for it.
 _HOMES = {
-    "audit": ("experiments.audit.run", "audit"),
+    "audit": ("experiments.functions", "audit"),
     "check": ("experiments.check", "check"),
     "compare": ("experiments.compare.run", "compare"),
     "finetune": ("experiments.train.run", "finetune"),

@@ -555,14 +555,14 @@ def audit(
     """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
     with _working():
         from sukashi.attributions import attributions as explainers
-        from sukashi.experiments.audit import run
+        from sukashi.experiments import functions
         from sukashi.measures import measures as registry
 
         known = [method.name for method in (*explainers, *registry)]
-        result = run.audit(
+        result = functions.audit(
             models,
             out=out,
-            levels=_names(levels),
+            subjects=_names(levels),
             attributions=None if attributions is None else _names(attributions),
             measures=None if measures is None else _names(measures),
             population=population,
@@ -572,26 +572,11 @@ def audit(
             command=_command(),
             **reading,
         )
+    assert result is not None
     if as_json:
-        _print_json(result)
-        return
-    table = Table("model", "attribution", "measure", result["reference"], "model", "so", box=None, pad_edge=False)
-    for row in result["comparisons"]:
-        if row["measure"] not in result["measures"]:
-            continue  # in probability: on the page, beside what that says
-        told = row["said"] + (f", {row['weight']}" if row["changed"] else "")
-        table.add_row(
-            *(row["model"], row["attribution"], row["measure"], f"{row['reference']:.3f}", f"{row['mean']:.3f}", told)
-        )
-    _to_stdout(table)
-    print(f"\n{result['verdict']}")
-    for line in result["lines"]:
-        print(line)
-    for name, reason in result["refused"].items():
-        print(f"left out: {name}: {reason}")
-    for note in result["notes"]:
-        print(f"note: {note}")
-    print(f"\nReport: {result['report']}")
+        _print_json(result.to_json())
+    else:
+        print(result.text())
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# --- how things are printed
+from sukashi.core.experiment import Result
 
 
 def percent(value: float) -> str:
@@ -52,3 +52,16 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from flat(inner, f"{path}.{key}" if path else key)
     elif value is not None:
         yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns as wide as they need."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def where(result: Result) -> list[str]:
+    """The last lines of what a command prints: whether anything was done, and where the page is."""
+    done = ["", f"{result.out} was finished already: nothing was done"] if result.finished else []
+    return [*done, "", f"Report: {result.report}"]
