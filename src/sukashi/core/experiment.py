@@ -4,7 +4,8 @@ Of every kind of experiment there is a folder in `sukashi/experiments` with the 
 
     settings.py   the settings, a `core.schema.Settings`: command line, keywords, TOML and identity come from them
     run.py        `prepare(settings) -> Prepared`: what is loaded and checked, and the trials
-    summary.py    `summary(space) -> Result`, from the artefacts alone; `tables(space)` where there are any
+    summary.py    `summary(space) -> Result`, from the artefacts alone; `tables(space)`, where there are more than
+                  the result's own
     page.py       `page(result, space) -> Page`, from the summary and the artefacts that it names
 
 Claiming the folder, resuming, growth, refusal of a foreign folder, leases, results.json, tables and the page are
@@ -22,9 +23,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
-
-# Of a result, what is of the call that gave it and not of the experiment.
-OF_CALL = ("out", "report", "finished")
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,28 @@ class Prepared:
     """An experiment whose model and data are loaded and found to fit.
 
     `identity` is what its folder is for: another identity is refused there, but for what may grow. `log` are facts
-    about this very run, such as the hardware.
+    about this very run, such as the hardware. `before(missing trials)` may refuse what only they need, `after(space)`
+    measures what a clock decides, once all are finished.
     """
 
     identity: Mapping[str, Any]
     trials: Sequence[Trial]
     log: Mapping[str, Any] = field(default_factory=dict)
+    before: Callable[[Sequence[Trial]], None] | None = None
+    after: Callable[[Any], None] | None = None
 
 
 class Result(BaseModel):
     """What an experiment found: typed, printable, JSON.
 
-    `out` is its folder, `report` its page, `finished` whether it was all there before this call.
+    `out` is its folder, `report` its page, `finished` whether it was all there before this call: these, and what else
+    `of_call` names, are no part of results.json.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: ClassVar[str]
+    of_call: ClassVar[tuple[str, ...]] = ("out", "report", "finished")
 
     out: str = ""
     report: str = ""

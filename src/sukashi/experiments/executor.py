@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -13,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
-from sukashi.core.experiment import OF_CALL, Result, Trial
+from sukashi.core.experiment import Result, Trial
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import page
 
@@ -43,10 +47,14 @@ def execute(settings: Any, out: str | Path, *, command: str, jobs: int = 1) -> R
     try:
         if first:
             space.log("run", command=command, **prepared.log)
+        if missing and prepared.before:
+            prepared.before(missing)
         if jobs > 1 and len(missing) > 1:
             _share(space, settings, missing, jobs)
         else:
             told = work(space, prepared.trials)
+        if first and prepared.after:
+            prepared.after(space)
     except (UsageError, DataError, ModelError):
         if new and not space.records():
             space.discard()
@@ -65,13 +73,20 @@ def conclude(space: Workspace, **options: Any) -> Result:
     found: Result = part(kind, "summary").summary(space, **options)
     tables = getattr(part(kind, "summary"), "tables", None)
     with space.held():
-        for name, content in (tables(space) if tables else {}).items():
+        more = tables(space) if tables else {}
+        for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
         report = page.write(space.folder, part(kind, "page").page(found, space))
         found = found.model_copy(update={"out": str(space.folder), "report": str(report)})
-        kept = {name: value for name, value in found.to_json().items() if name not in OF_CALL}
+        kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
         files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
     return found
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), content)
+    return content.getvalue()
 
 
 def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _shares(plans: Sequence[Plan], category: str) -> Array:
     return np.asarray(np.mean(found, axis=0))
 
 
-def cost_table(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def cost_table(columns: Mapping[str, Mapping[str, Any]], note: str) -> dict[str, Any] | None:
     """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known."""
     rows = []
     for name, (noun, form) in FIGURES.items():
@@ -60,7 +60,7 @@ def cost_table(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
             dense = values[0]
             factors = [value / dense if dense and value is not None and form != "percent" else None for value in values]
             rows.append((noun, [words.printed(value, form) for value in values], [None, *factors[1:]]))
-    return {"columns": list(columns), "rows": rows} if rows else None
+    return {"columns": list(columns), "rows": rows, "note": note} if rows else None
 
 
 def slower(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
