@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sukashi.experiments.audit.run import audit
-    from sukashi.experiments.check import check
+    from sukashi.experiments.check.run import check
     from sukashi.experiments.compare.run import compare
     from sukashi.experiments.pages import write as write_report
     from sukashi.experiments.prune.run import prune
@@ -44,7 +44,7 @@ __all__ = [
 # torch takes seconds to import and the command line must not wait for it.
 _HOMES = {
     "audit": ("experiments.audit.run", "audit"),
-    "check": ("experiments.check", "check"),
+    "check": ("experiments.check.run", "check"),
     "compare": ("experiments.compare.run", "compare"),
     "finetune": ("experiments.train.run", "finetune"),
     "load": ("models", "load"),

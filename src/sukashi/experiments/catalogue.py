@@ -7,8 +7,8 @@ from typing import Any
 
 from sukashi import data, models
 from sukashi.attributions import attributions
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import Registry, nearest
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.registry import Registry
 from sukashi.criteria import criteria
 from sukashi.experiments.schedule.schedules import schedules
 from sukashi.measures import measures

@@ -1,12 +1,14 @@
 """Study files: one comparison for each model of a TOML file, and one page about all of them.
 
+Their keys are the fields of `Comparisons`:
+
     out = "../runs/mine"             where results go; a folder for each model in it
     data = "$SUKASHI_DATA/cifar10"   a dataset's name or folder
     criteria = ["magnitude", "lrp"]
-    sampling = ["random", "clustering"]    and ratios, seeds, calibration, test_images, mode, margin as in `compare`
+    sampling = ["random", "clustering"]
     pairs = [["lrp", "magnitude"]]   contenders whose difference the page tells, first minus second
 
-    [models.resnet]                  keywords of `models.load`, and `spec`
+    [models.resnet]
     spec = "sukashi:cifar_resnet20"
     weights = "$SUKASHI_WEIGHTS/resnet20-cifar10.safetensors"
 
@@ -16,12 +18,8 @@
 
 Paths are relative to the file. A criterion that refuses a model (ModelError) is left out for it and the page says why.
 
-A file with a `schedule` prunes and trains one network to several levels instead, see `levels`: its keys are those of a
-`levels.Course` (and in its tables [training] and [finetuning] those of a `training.Training`), beside
-
-    out, data, only, calibration, test_images, title
-    [model]                          as above, one
-    spec = "torchvision:resnet18"
+A file with a `schedule` prunes and trains one network, in its table [model], to several levels instead: its keys are
+the fields of `Levels`, with tables [training] and [finetuning].
 """
 
 from __future__ import annotations
@@ -33,66 +31,21 @@ import tomllib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from sukashi.core import files, progress
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import UsageError, nearest
 from sukashi.core.schema import checked
 from sukashi.experiments import pages
-from sukashi.experiments.bench import CALIBRATION, TEST_IMAGES, Reading, Source
-from sukashi.experiments.compare.run import RATIOS, compare, samplings_of
+from sukashi.experiments.bench import Source
+from sukashi.experiments.compare.run import compare, samplings_of
+from sukashi.experiments.compare.settings import Contest
 from sukashi.experiments.compare.store import Store
+from sukashi.experiments.reading import Architecture, Calibrated, Images
 from sukashi.experiments.schedule import run as levels
 from sukashi.experiments.schedule.settings import Course
+from sukashi.experiments.study_settings import Comparisons, Levels, Model, Study
 from sukashi.measures import accuracy
-
-_OUT, _DATA = Field(examples=["../runs/mine"]), Field(examples=["digits"])
-_SPEC = "sukashi:digits_cnn"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class _Model(_Strict):
-    spec: str = Field(examples=[_SPEC])
-    weights: str | None = None
-    width: int | None = None
-    n_classes: int | None = None
-    pretrained: bool = False
-    output: str | None = None
-
-
-class _Levels(Course):
-    out: str = _OUT
-    data: str = _DATA
-    model: _Model = Field(examples=[{"spec": _SPEC}])
-    title: str = ""
-    only: list[str] | None = None
-    calibration: int = CALIBRATION
-    test_images: int = TEST_IMAGES
-    environment: dict[str, str] = Field(default_factory=dict)
-
-
-class _File(_Strict):
-    out: str = _OUT
-    data: str = _DATA
-    criteria: list[str] = Field(examples=[["magnitude"]])
-    models: dict[str, _Model] = Field(examples=[{"NAME": {"spec": _SPEC}}])
-    title: str = ""
-    sampling: list[str] = ["random"]
-    ratios: list[float] = list(RATIOS)
-    seeds: int = 3
-    calibration: int = CALIBRATION
-    test_images: int = TEST_IMAGES
-    mode: str = "cut"
-    margin: float = accuracy.MARGIN
-    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
-    options: dict[str, dict[str, Any]] = {}
-    environment: dict[str, str] = {}
 
 
 def run(
@@ -100,8 +53,8 @@ def run(
     *,
     out: str | Path | None = None,
     data: str | None = None,
-    device: str = "auto",
-    workers: int = 0,
+    device: str | None = None,
+    workers: int | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
     """What `compare` returns for each model of a study file, and differences of pairs; with one page in `out`.
@@ -124,18 +77,12 @@ def run(
     place = _Places(path, file.environment)
     folder = place.path(file.out) if out is None else Path(out)
     data = place.data(file.data) if data is None else data
-    about: Reading = {
-        "calibration": file.calibration,
-        "test_images": file.test_images,
-        "device": device,
-        "workers": workers,
-    }
-    readings: dict[str, Reading] = {name: {**_model(model, place), **about} for name, model in file.models.items()}
+    readings = {name: {**_images(file, device, workers), **_model(model, place)} for name, model in file.models.items()}
     # The first is opened right away; what is wrong with a later one is not to show after hours of work.
     for name in list(readings)[1:]:
         if not (folder / name).exists():
             with warnings.catch_warnings(action="ignore"):  # it is said when the model's turn comes
-                Source(file.models[name].spec, data, **readings[name]).open()
+                Source(model=file.models[name].spec, data=data, calibration=file.calibration, **readings[name]).open()
     results: dict[str, Any] = {}
     with progress.task("models", len(file.models)) as shown:
         for name, model in file.models.items():
@@ -143,16 +90,10 @@ def run(
             results[name] = compare(
                 model.spec,
                 data,
-                file.criteria,
                 out=folder / name,
-                ratios=file.ratios,
-                seeds=file.seeds,
-                sampling=file.sampling,
-                mode=file.mode,
-                margin=file.margin,
-                options=file.options,
                 skip_refused=True,
                 command=said,
+                **{key: getattr(file, key) for key in (*Contest.model_fields, *Calibrated.model_fields)},
                 **readings[name],
             )
             shown.advance()
@@ -173,38 +114,38 @@ def run(
 
 
 def _levels(
-    path: Path, file: _Levels, out: str | Path | None, data: str | None, device: str, workers: int, command: str
+    path: Path,
+    file: Levels,
+    out: str | Path | None,
+    data: str | None,
+    device: str | None,
+    workers: int | None,
+    command: str,
 ) -> dict[str, Any]:
     place = _Places(path, file.environment)
-    own = set(_Levels.model_fields) - set(Course.model_fields)
-    about: Reading = {
-        "only": file.only,
-        "calibration": file.calibration,
-        "test_images": file.test_images,
-        "device": device,
-        "workers": workers,
-    }
-    reading: Reading = {**_model(file.model, place), **about}
     return levels.run(
         file.model.spec,
         place.data(file.data) if data is None else data,
         # What the file does not say stays unsaid: a course refuses settings that would do nothing.
-        Course.model_validate(file.model_dump(exclude=own, exclude_unset=True)),
+        Course.model_validate(file.model_dump(include=set(Course.model_fields), exclude_unset=True)),
         out=place.path(file.out) if out is None else out,
         title=file.title,
         command=command,
-        **reading,
+        calibration=file.calibration,
+        **_images(file, device, workers),
+        **_model(file.model, place),
     )
 
 
-def _model(model: _Model, place: _Places) -> Reading:
-    return {
-        "weights": None if model.weights is None else place.path(model.weights),
-        "width": model.width,
-        "n_classes": model.n_classes,
-        "pretrained": model.pretrained,
-        "output": model.output,
-    }
+def _images(file: Study, device: str | None, workers: int | None) -> dict[str, Any]:
+    """How the images are read, but for which they are; what a call says goes before what the file does."""
+    said = {name: value for name, value in (("device", device), ("workers", workers)) if value is not None}
+    return {name: getattr(file, name) for name in Images.model_fields if name != "data"} | said
+
+
+def _model(model: Model, place: _Places) -> dict[str, Any]:
+    given = {name: getattr(model, name) for name in Architecture.model_fields}
+    return given | {"weights": None if model.weights is None else str(place.path(model.weights))}
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -216,16 +157,16 @@ def _toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
 
 
-def _course(path: Path, given: Mapping[str, Any]) -> _Levels:
+def _course(path: Path, given: Mapping[str, Any]) -> Levels:
     if "models" in given:
         raise UsageError(f"{path} has a schedule, and so one model: write [model] in place of [models.NAME]")
-    return checked(_Levels, given, file=path, options=("out", "data"))
+    return checked(Levels, given, file=path, options=("out", "data"))
 
 
-def _grid(path: Path, given: Mapping[str, Any]) -> _File:
+def _grid(path: Path, given: Mapping[str, Any]) -> Comparisons:
     if "model" in given:
         raise UsageError(f"{path} has no schedule, and so compares models: write [models.NAME] in place of [model]")
-    file = checked(_File, given, file=path, options=("out", "data"))
+    file = checked(Comparisons, given, file=path, options=("out", "data"))
     if not file.models:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sukashi.core.errors import ModelError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import ModelError, nearest
 from sukashi.network.surgery import Table
 
 RECIPE = "recipe.json"

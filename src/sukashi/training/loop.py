@@ -36,7 +36,8 @@ from sukashi.network import sparsity
 from sukashi.training import checkpoint
 from sukashi.training.checkpoint import State
 from sukashi.training.distributed import World, lost, starts_again, unused, world
-from sukashi.training.settings import Finetuning, Training, about, check_training, n_batches, splits
+from sukashi.training.inputs import about, check_training, n_batches, splits
+from sukashi.training.settings import Finetuning, Training
 
 __all__ = ["MEMORY", "Finetuning", "Fitted", "Training", "fit"]
 

@@ -26,7 +26,9 @@ from sukashi.core import files, progress, stats
 from sukashi.core.errors import DataError, ModelError, UsageError, writing
 from sukashi.core.types import Batch, Preprocess, pass_size
 from sukashi.experiments.audit.page import Picture
-from sukashi.experiments.bench import Opening, Setting, Source
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.bench import Setting, Source
+from sukashi.experiments.reading import Architecture
 from sukashi.measures import accuracy, faithfulness
 from sukashi.measures import measures as registry
 from sukashi.models import Loaded
@@ -124,22 +126,23 @@ class Cell:
 Cells = dict[tuple[str, str], Cell]  # by attribution and label
 
 
-def opened(specs: Sequence[str], data: str, population: str, reading: Opening) -> list[Network]:
+def opened(asked: Audit) -> list[Network]:
     """The models on the same test images, and on which of them each is audited."""
-    own = {name: value for name, value in reading.items() if name in _ARCHITECTURE}
-    given = [name for name, value in own.items() if value]
+    specs, population = asked.models, asked.population
+    given = [name for name in Architecture.model_fields if getattr(asked, name)]
     folders = [Path(spec).is_dir() for spec in specs]
     if given and all(folders):
         raise UsageError(f"saved folders bring their own {given[0]}, and all models are such: leave it out")
-    without: Any = {name: value for name, value in reading.items() if name not in own}
-    source = Source(specs[0], data, **(without if folders[0] else reading))
+    without = asked.model_copy(update=dict(Architecture()))
+    sources = [Source.of(without if folder else asked, model=spec) for spec, folder in zip(specs, folders, strict=True)]
+    source = sources[0]
     images = source.read()
     split = images.test.limit(source.test_images)
     batches: dict[Preprocess, Batch] = {}
     found: list[Network] = []
     with progress.task("models", len(specs)) as shown:
-        for spec, label, folder in zip(specs, labels(specs), folders, strict=True):
-            setting = Source(spec, data, **(without if folder else reading)).beside(images)
+        for spec, label, folder, own in zip(specs, labels(specs), folders, sources, strict=True):
+            setting = own.beside(images)
             preprocess = setting.loaded.preprocess
             size, first = size_of(preprocess), size_of(found[0].loaded.preprocess if found else preprocess)
             if size != first:
@@ -163,9 +166,6 @@ def opened(specs: Sequence[str], data: str, population: str, reading: Opening) -
             found.append(Network(label, setting, batch, right, np.flatnonzero(kept), *level))
             shown.advance(note=label)
     return found
-
-
-_ARCHITECTURE = ("weights", "width", "n_classes", "pretrained", "output")
 
 
 def size_of(preprocess: Preprocess) -> tuple[int, int]:

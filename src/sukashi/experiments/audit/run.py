@@ -12,15 +12,14 @@ tests are made of them in the end, pair by pair.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from sukashi.attributions import attributions as explainers
 from sukashi.core import files
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.schema import keyworded, keywords
 from sukashi.experiments.audit import page, summary
 from sukashi.experiments.audit.cells import (
     FEW,
@@ -36,26 +35,16 @@ from sukashi.experiments.audit.cells import (
     opened,
     values_table,
 )
-from sukashi.experiments.bench import Opening, hardware, versions
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.bench import hardware, versions
 from sukashi.measures import measures as registry
 
 LEVELS = ("saliency",)
-TEST_IMAGES = 500
 
 
+@keyworded(Audit)
 def audit(
-    models: Sequence[str],
-    data: str,
-    *,
-    out: str | Path,
-    levels: Sequence[str] = LEVELS,
-    attributions: Sequence[str] | None = None,
-    measures: Sequence[str] | None = None,
-    population: str = "both",
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    seed: int = 0,
-    command: str | None = None,
-    **reading: Unpack[Opening],
+    models: Sequence[str], data: str, *, out: str | Path, command: str | None = None, **settings: Any
 ) -> dict[str, Any]:
     """What cuts did to the reasons of a network: saliency maps of the first model beside those of the others.
 
@@ -93,13 +82,13 @@ def audit(
     Raises UsageError for unknown names and keywords, models of different input sizes and a folder of another audit,
     DataError where there is no image to compare on, ModelError where every attribution refuses.
     """
-    asked = dict(options or {})
-    _check(models, levels, attributions, measures, population, asked, reading)
-    reading.setdefault("test_images", TEST_IMAGES)
-    networks = opened(models, data, population, reading)
+    given = keywords(Audit, {"models": models, "data": data, "out": out, **settings}, known=("command",))
+    asked, population, seed = given.options, given.population, given.seed
+    _check(given)
+    networks = opened(given)
     reference = networks[0]
-    names, refused = explaining(networks, attributions, asked)
-    measured = measuring(networks, measures)
+    names, refused = explaining(networks, given.attributions, asked)
+    measured = measuring(networks, given.measures)
     for name in asked:
         if name not in (*names, *refused, *measured):
             raise UsageError(f"options were given for {name!r}, which is not part of this audit: leave them out")
@@ -161,35 +150,19 @@ def _trained(networks: Sequence[Network]) -> list[str]:
     ]
 
 
-def _check(
-    models: Sequence[str],
-    levels: Sequence[str],
-    attributions: Sequence[str] | None,
-    measures: Sequence[str] | None,
-    population: str,
-    options: Mapping[str, Mapping[str, Any]],
-    reading: Mapping[str, Any],
-) -> None:
+def _check(asked: Audit) -> None:
     """Refuse what means nothing, before anything is loaded."""
-    for name in reading:
-        if name not in Opening.__annotations__:
-            known = [*inspect.getfullargspec(audit).kwonlyargs, *Opening.__annotations__]
-            raise UsageError(f"unknown setting {name!r}{nearest(name, known)}")
-    lists = {"models": models, "levels": levels, "attributions": attributions, "measures": measures}
-    for what, given in lists.items():
-        if isinstance(given, str):
-            like = "the reference first, then those to hold against it" if what == "models" else repr(given.split(","))
-            raise UsageError(f"{what} must be a list, got the string {given!r}: give a list, {like}")
+    models, attributions, measures, options = asked.models, asked.attributions, asked.measures, asked.options
     if len(models) < 2:
         raise UsageError(f"an audit needs a reference and a model to hold against it, got {len(models)}: give more")
-    for level in levels:
+    for level in asked.levels:
         if level not in LEVELS:
             raise UsageError(f"unknown level {level!r}{nearest(level, LEVELS)}")
-    if population not in POPULATIONS:
-        raise UsageError(f"unknown population {population!r}{nearest(population, POPULATIONS)}")
-    for what, given in lists.items():
-        if what != "models" and given is not None and (not given or len(set(given)) != len(given)):
-            raise UsageError(f"{what} must be different names, at least one, got {list(given)}")
+    if asked.population not in POPULATIONS:
+        raise UsageError(f"unknown population {asked.population!r}{nearest(asked.population, POPULATIONS)}")
+    for what, given in {"levels": asked.levels, "attributions": attributions, "measures": measures}.items():
+        if given is not None and (not given or len(set(given)) != len(given)):
+            raise UsageError(f"{what} must be different names, at least one, got {given}")
     for name in attributions or ():
         explainers[name]
     for name in measures or ():

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 
-from sukashi.core import progress, stats
+from sukashi.core import progress
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Batch, Plan, Trial, check_ratio
+from sukashi.core.schema import keyworded, keywords
+from sukashi.core.types import Batch, Plan, Trial
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments import pages
-from sukashi.experiments.bench import Reading, Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.compare.store import Store, Writer
 from sukashi.experiments.compare.summary import summary
 from sukashi.measures import accuracy, cost
 from sukashi.measures.accuracy import by_class
-from sukashi.network import surgery
 
 LATENCY_BATCH = 32
-RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
 MODE = "removal mode"  # among a trial's params beside options of its criterion, none of which has a space in its name
 
 
+@keyworded(Compare)
 def compare(
     model: str,
     data: str,
     criteria: Sequence[str],
     *,
     out: str | Path,
-    ratios: Sequence[float] = RATIOS,
-    seeds: int = 3,
-    sampling: str | Sequence[str] = "random",
-    mode: str = "cut",
-    margin: float = accuracy.MARGIN,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
     skip_refused: bool = False,
     command: str | None = None,
-    **reading: Unpack[Reading],
+    **settings: Any,
 ) -> dict[str, Any]:
     """SAUCE with intervals, curves and passes of several criteria over seeds; also written to `out` with a report.
 
@@ -61,28 +56,26 @@ def compare(
     most `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and
     so on, None where no trial went that far.
     """
-    samplings = [sampling] if isinstance(sampling, str) else list(sampling)
-    for name in criteria:
-        check_options(name, (options or {}).get(name, {}))
+    asked = keywords(
+        Compare,
+        {"model": model, "data": data, "criteria": criteria, "out": out, **settings},
+        known=("skip_refused", "command"),
+    )
+    for name in asked.criteria:
+        check_options(name, asked.options.get(name, {}))
         registry[name].check_kinds(UNITS)
-    for name in options or {}:
-        if name not in criteria:
-            raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {list(criteria)}")
-    if not criteria or len(set(criteria)) != len(criteria):
-        raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {list(criteria)}")
-    for how in samplings:
+    for name in asked.options:
+        if name not in asked.criteria:
+            raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {asked.criteria}")
+    if not asked.criteria or len(set(asked.criteria)) != len(asked.criteria):
+        raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {asked.criteria}")
+    for how in asked.sampling:
         check_sampling(how)
-    if not samplings or len(set(samplings)) != len(samplings):
-        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
-    surgery.check_mode(mode)
-    stats.check_margin(margin)
-    if seeds < 1:
-        raise UsageError(f"seeds must be at least 1, got {seeds}: it is the number of seeds, counted from 0")
-    for ratio in ratios:
-        check_ratio(ratio)
-    setting = Source(model, data, **reading).open()
-    ratios = sorted({0.0, *map(float, ratios)})
-    params: dict[str, Any] = {"ratios": ratios} | ({} if mode == "cut" else {MODE: mode})
+    if not asked.sampling or len(set(asked.sampling)) != len(asked.sampling):
+        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {asked.sampling}")
+    setting = Source.of(asked).open()
+    ratios = sorted({0.0, *map(float, asked.ratios)})
+    params: dict[str, Any] = {"ratios": ratios} | ({} if asked.mode == "cut" else {MODE: asked.mode})
     trials = [
         Trial(
             setting.about_model,
@@ -90,32 +83,32 @@ def compare(
             setting.about_data | ({} if how == "random" else {"sampling": how}),
             name,
             seed,
-            {**dict((options or {}).get(name, {})), **params},
+            {**asked.options.get(name, {}), **params},
         )
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
-        for seed in range(seeds)
-        for name in criteria
-        for how in samplings_of(name, samplings)
+        for seed in range(asked.seeds)
+        for name in asked.criteria
+        for how in samplings_of(name, asked.sampling)
     ]
     study: dict[str, Any] = {
         "model": setting.about_model,
         "data": setting.about_data,
-        "criteria": list(criteria),
-        "seeds": seeds,
+        "criteria": asked.criteria,
+        "seeds": asked.seeds,
         "ratios": ratios,
-        "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
-        "mode": mode,
+        "options": asked.options,
+        "mode": asked.mode,
     }
-    if samplings != ["random"]:  # what an older version kept stays what it was
-        study |= {"sampling": samplings, "contenders": [trial.contender for trial in trials if trial.seed == 0]}
-    store = Store(out)
+    if asked.sampling != ["random"]:  # what an older version kept stays what it was
+        study |= {"sampling": asked.sampling, "contenders": [trial.contender for trial in trials if trial.seed == 0]}
+    store = Store(asked.out)
     with store.writing(study):
         store.log(
             "run",
             command=command or "sukashi.compare(...)",
             versions=versions(),
             hardware=hardware(setting.device),
-            margin=margin,
+            margin=asked.margin,
         )
         missing = [trial for trial in trials if store.record(trial) is None]
         if missing:
@@ -137,10 +130,10 @@ def compare(
                 raise ModelError(
                     f"{model} is refused by every criterion; first: {store.logged('refused')[0]['reason']}"
                 )
-        if mode == "cut":
+        if asked.mode == "cut":
             _time(setting, store, [trial for trial in trials if store.record(trial) is not None])
         pages.write(store.folder)
-    return summary(store, margin)
+    return summary(store, asked.margin)
 
 
 def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +14,24 @@ import torch
 from sukashi import models
 from sukashi.core.errors import UsageError
 from sukashi.core.files import check_free
-from sukashi.core.types import Batch, Mask, check_ratio
+from sukashi.core.schema import keyworded, keywords
+from sukashi.core.types import Batch, Mask
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import check_sampling
 from sukashi.criteria.plans import plan_bytes
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments import pages
-from sukashi.experiments.bench import Reading, Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.prune.settings import Prune
 from sukashi.measures import accuracy, cost
 from sukashi.measures.accuracy import by_class
 from sukashi.models import Loaded
-from sukashi.network import sites, sparsity, surgery
+from sukashi.network import sites, sparsity
 from sukashi.report import networks
 
 
+@keyworded(Prune)
 def prune(
     model: str,
     data: str,
@@ -36,17 +39,8 @@ def prune(
     ratio: float,
     *,
     out: str | Path,
-    mode: str = "cut",
-    round_to: int | None = None,
-    onnx: bool = False,
-    scope: str | None = None,
-    exclude: Sequence[str] = (),
-    sequential: bool = False,
-    seed: int = 0,
-    sampling: str = "random",
-    options: Mapping[str, Any] | None = None,
     command: str | None = None,
-    **reading: Unpack[Reading],
+    **settings: Any,
 ) -> dict[str, Any]:
     """A model cut for real and saved to the new folder `out`, with its figures beside the dense model's.
 
@@ -62,11 +56,13 @@ def prune(
     Returns {"out", "report", "ratio", "dense", "cut", "warnings", "versions"}; `ratio` is the fraction removed. With a
     scope "sparse" stands for "cut", and "layers" counts the weights removed in each.
     """
-    check_ratio(ratio)
-    check_options(criterion, options or {})
+    given = {"model": model, "data": data, "criterion": criterion, "ratio": ratio, "out": out, **settings}
+    asked = keywords(Prune, given, known=("command",))
+    ratio, options, mode, round_to, scope = asked.ratio, asked.options, asked.mode, asked.round_to, asked.scope
+    exclude, sequential, seed, sampling = asked.exclude, asked.sequential, asked.seed, asked.sampling
+    check_options(criterion, options)
     registry[criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(sampling)
-    surgery.check_mode(mode)
     if scope is None:
         if exclude or sequential:
             name = "exclude" if exclude else "sequential"
@@ -74,7 +70,6 @@ def prune(
         if mode == "zero" and round_to not in (None, 1):
             raise UsageError(f"round_to is for widths, and mode zero changes none, got {round_to}: leave it out")
         round_to = (pruning.ROUND_TO if mode == "cut" else 1) if round_to is None else round_to
-        pruning.check_round_to(round_to)
     else:
         if mode != "cut" or round_to is not None:
             name = f"mode {mode}" if mode != "cut" else "round_to"
@@ -83,9 +78,9 @@ def prune(
         if sequential:
             pruning.check_sequential(criterion, scope)
     check_free(Path(out))
-    if onnx:
+    if asked.onnx:
         models.check_onnx_installed()
-    setting = Source(model, data, **reading).open(units=scope is None)
+    setting = Source.of(asked).open(units=scope is None)
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.class_names)
     files: dict[str, bytes] = {}
@@ -98,7 +93,7 @@ def prune(
         files["plan.npz"] = plan_bytes(plan)
     else:
         what, how = "sparse", {"scope": scope, "sequential": sequential}
-        how |= {"exclude": list(exclude)} if exclude else {}
+        how |= {"exclude": exclude} if exclude else {}
         found = sites.weights(dense.model, exclude)
         sparsity.check_shapes(scope, {site.layer: sparsity.weight_of(dense.model, site).shape for site in found})
         mask = pruning.weight_mask(
@@ -132,7 +127,7 @@ def prune(
     provenance = {
         "command": command or "sukashi.prune(...)",
         "criterion": criterion,
-        "options": dict(options or {}),
+        "options": options,
         "sampling": sampling,
         "ratio_asked": ratio,
         "ratio": removed,
@@ -155,7 +150,7 @@ def prune(
     }
     models.save(out, small, provenance=provenance, figures=about, files=files)
     try:
-        if onnx:
+        if asked.onnx:
             models.export_onnx(small, Path(out) / "model.onnx")
         page = pages.write(out)
     except BaseException:

@@ -1,6 +1,6 @@
 """Levels: networks pruned and trained to every ratio of a list, by criteria and seeds, each kept as a saved folder.
 
-    study.json                    what the study is; it may grow (see `courses.grown`), another one is refused
+    study.json                    what the study is; it may grow (see `checks.grown`), another one is refused
     dense/SEED/                   the dense network of a seed
     CONTENDER/SEED/0.50/          the network that has lost half, a saved folder like any other
     CONTENDER/SEED/0.50.training/ the training under way, until it is finished
@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import io
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,22 +26,24 @@ import torch
 from sukashi import models
 from sukashi.core import files, progress
 from sukashi.core.errors import UsageError
-from sukashi.core.schema import checked
+from sukashi.core.schema import keyworded, keywords
 from sukashi.core.types import Batch, Mask
 from sukashi.criteria import pruning
-from sukashi.experiments.bench import Reading, Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.reading import Reading
+from sukashi.experiments.schedule.checks import check, check_trained, grown, trained
 from sukashi.experiments.schedule.schedules import schedules
-from sukashi.experiments.schedule.settings import Course, check, check_used, grown
+from sukashi.experiments.schedule.settings import Course, Schedule
 from sukashi.experiments.schedule.summary import Level, cautions, draw, summary
-from sukashi.experiments.train.run import Settings, settings_of
 from sukashi.measures import accuracy
 from sukashi.models import Loaded, saved
 from sukashi.network import sites, sparsity, surgery
 from sukashi.network.sites import Found
 from sukashi.report import page, words
 from sukashi.training import loop
+from sukashi.training.inputs import bytes_of, check_training, splits
 from sukashi.training.loop import Fitted, fit
-from sukashi.training.settings import Finetuning, Training, check_training, memory_of, splits
+from sukashi.training.settings import Training
 
 CORRECT = "correct.npz"
 
@@ -55,7 +57,7 @@ def run(
     title: str = "",
     memory: float = loop.MEMORY / 2**30,
     command: str | None = None,
-    **reading: Unpack[Reading],
+    **reading: Any,
 ) -> dict[str, Any]:
     """Every level of a course, saved, and what became of its accuracy; with a page in `out`.
 
@@ -73,17 +75,20 @@ def run(
 
     Raises UsageError for settings that contradict each other, and whatever loading, criteria and training raise.
     """
+    source = Source.of(keywords(Reading, {"model": model, "data": data, **reading}))
+    return _run(source, course, Path(out), title, memory, command or "sukashi.levels.run(...)")
+
+
+def _run(source: Source, course: Course, folder: Path, title: str, memory: float, command: str) -> dict[str, Any]:
     check(course)
-    n_bytes = memory_of(memory)
-    source = Source(model, data, **reading)
     given = not source.untrained
     if given and schedules[course.schedule].facts["rewinds"]:
         raise UsageError(
-            f"{course.schedule} goes back to weights before training, and {model} has trained ones: leave them out"
+            f"{course.schedule} goes back to weights before training, and {source.model} has trained ones: leave them "
+            "out"
         )
-    check_used(course, given)
+    check_trained(course, given)
     images = source.read()
-    folder = Path(out)
     finished = all((home / models.RECIPE).exists() for *_, home in _places(folder, course))
     first = progress.first()
     n_levels = course.seeds * (1 + len(course.contenders) * len(course.ratios))
@@ -104,12 +109,12 @@ def run(
                     **setting.about_model,
                     "weights_sha256": setting.about_model["weights_sha256"] if given else None,
                 }
-                unused = {"training", "finetuning"} - set(course.used(given))
+                unused = {"training", "finetuning"} - set(trained(course, given))
                 about = {"model": spec, "data": setting.about_data, "course": course.model_dump(exclude=unused)}
                 if first:
                     files.claim(folder / "study.json", about, grown)
-            walker = _Walker(setting, course, seed, folder, given, command or "sukashi.levels.run(...)", shown)
-            walker.memory = n_bytes
+            walker = _Walker(setting, course, seed, folder, given, command, shown)
+            walker.memory = bytes_of(memory)
             walker.walk()
     if not first:
         return {}
@@ -120,10 +125,10 @@ def run(
             "experiments/schedule/page.html.j2",
             folder,
             {"accuracy": draw(result, course)},
-            title=title or f"{course.schedule}: {model}",
+            title=title or f"{course.schedule}: {source.model}",
             result=result,
             course=course,
-            command=command or "sukashi.levels.run(...)",
+            command=command,
             settings=dict(words.flat(about | {"versions": versions(), "hardware": hardware(setting.device)})),
         )
     )
@@ -131,16 +136,7 @@ def run(
     return result | {"finished": finished}
 
 
-class Scheduled(Settings, total=False):
-    """Those of `train`, and of `Reading`."""
-
-    calibration: int
-
-
-# Of `schedule`, beside the settings of a training.
-_KEYWORDS = (*Reading.__annotations__, "scope", "exclude", "round_to", "seeds", "rewind", "options", "memory")
-
-
+@keyworded(Schedule)
 def schedule(
     model: str,
     data: str,
@@ -149,15 +145,8 @@ def schedule(
     ratios: Sequence[float],
     *,
     out: str | Path,
-    scope: str | None = None,
-    exclude: Sequence[str] = (),
-    round_to: int = pruning.ROUND_TO,
-    seeds: int = 1,
-    rewind: int = 0,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    memory: float = loop.MEMORY / 2**30,
     command: str | None = None,
-    **settings: Unpack[Scheduled],
+    **settings: Any,
 ) -> dict[str, Any]:
     """Networks pruned and trained to every ratio of a list, by criteria and seeds, saved in `out` with a page.
 
@@ -166,10 +155,10 @@ def schedule(
     anew). Ratios ascend, and are fractions removed of the dense network's units or, with a `scope` ("global", "layer",
     "row" or N:M), of its weights without the layers `exclude`. `options` holds options by criterion.
 
-    Settings are those of `sukashi.train`, and `calibration` (images a class for the criteria). They hold for the dense
-    network, where none was given, and for every level; where levels are fine-tuned (oneshot, iterative) it is with a
-    tenth of the learning rate that is usual, unless `lr` is given. With `enforce_mask=False` the weights a mask removes
-    are zero at the start of a level only. Seeds count from 0, and are added to the setting `seed`.
+    Settings of training hold for the dense network, where none was given, and for every level; where levels are
+    fine-tuned (oneshot, iterative) it is with a tenth of the learning rate that is usual, unless `lr` is given. With
+    `enforce_mask=False` the weights a mask removes are zero at the start of a level only. Seeds count from 0, and are
+    added to the setting `seed`.
 
     Levels that are there are kept and a training that was interrupted goes on: the same call ends in the same networks.
     Each is a saved folder, as in `out/magnitude/0/0.50` (criterion, seed, ratio); `sukashi.load` rebuilds it.
@@ -183,34 +172,11 @@ def schedule(
     Raises UsageError for settings that contradict each other and a folder of another study, and whatever loading,
     criteria and training raise.
     """
-    given: dict[str, Any] = dict(settings)
-    reading: Any = {name: given.pop(name) for name in list(given) if name in Reading.__annotations__}
-    enforced = given.pop("enforce_mask", True)
-    rewinds = schedules[how].facts["rewinds"]
-    trains = {}
-    if rewinds or Source(model, data, **reading).untrained:
-        trains["training"] = settings_of(given, Training, _KEYWORDS)
-    if not rewinds:
-        trains["finetuning"] = settings_of(given, Finetuning, _KEYWORDS)
-    asked = {
-        "schedule": how,
-        "criteria": _listed(criteria),
-        "ratios": _listed(ratios),
-        "scope": scope,
-        "exclude": _listed(exclude),
-        "round_to": round_to,
-        "seeds": seeds,
-        "enforce_mask": [enforced],
-        "rewind": rewind,
-        "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
-    }
-    course = checked(Course, asked | trains)
-    return run(model, data, course, out=out, memory=memory, command=command or "sukashi.schedule(...)", **reading)
-
-
-def _listed(given: Any) -> Any:
-    """What can be made a list; a name is none, though its letters could be one."""
-    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
+    named = {"model": model, "data": data, "how": how, "criteria": criteria, "ratios": ratios, "out": out}
+    asked = keywords(Schedule, {**named, **settings}, known=("command",))
+    source = Source.of(asked)
+    course = asked.course(rewinds=schedules[how].facts["rewinds"], given=not source.untrained)
+    return _run(source, course, Path(asked.out), "", asked.memory, command or "sukashi.schedule(...)")
 
 
 def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
@@ -224,7 +190,7 @@ def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
         sparsity.check_shapes(course.scope, shapes)
     data.train.calibration(setting.source.calibration, 0)
     notes = dict.fromkeys(data.notes)
-    for chosen in course.used(given).values():
+    for chosen in trained(course, given).values():
         train, validation, made = splits(data, chosen)
         check_training(chosen, train, validation, setting.loaded, tensorboard=False)
         notes |= dict.fromkeys(made)

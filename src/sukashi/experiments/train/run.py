@@ -4,69 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any
 
 from sukashi import models
 from sukashi.core import files, progress
 from sukashi.core.errors import UsageError, writing
-from sukashi.core.schema import checked
+from sukashi.core.schema import keyworded, keywords
 from sukashi.data import Data, Split
 from sukashi.experiments import pages
-from sukashi.experiments.bench import Opening, Source, hardware, versions
+from sukashi.experiments.bench import Source, hardware, versions
+from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.measures import accuracy
 from sukashi.measures.accuracy import by_class
 from sukashi.models import RECIPE, Loaded, saved
 from sukashi.training import checkpoint, loop
+from sukashi.training.inputs import about, bytes_of
 from sukashi.training.loop import Fitted
-from sukashi.training.settings import Finetuning, Training, about, memory_of
 
-_Kind = TypeVar("_Kind", bound=Training)
 _BATCH = 128  # test images decoded at once
 
 
-class Settings(Opening, total=False):
-    """The settings of `training.Training` beside those of a `Source`."""
-
-    epochs: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    schedule: str
-    warmup: int
-    label_smoothing: float
-    augment: str
-    ema: float
-    patience: int
-    validation: float
-    enforce_mask: bool
-    size: int
-    seed: int
-
-
-def train(
-    model: str,
-    data: str,
-    *,
-    out: str | Path,
-    tensorboard: bool = False,
-    memory: float = loop.MEMORY / 2**30,
-    command: str | None = None,
-    **settings: Unpack[Settings],
-) -> dict[str, Any]:
+@keyworded(Train)
+def train(model: str, data: str, *, out: str | Path, command: str | None = None, **settings: Any) -> dict[str, Any]:
     """A network trained from random weights (drawn by `seed`) or from those given, saved to the folder `out`.
-
-    Settings, with their defaults: epochs=20, batch_size=128 (over all processes), optimizer="sgd" or "adamw", lr (0.05
-    for sgd, 0.001 for adamw), momentum=0.9, weight_decay (5e-4, 0.05), schedule="cosine" or "step", warmup=0 (epochs),
-    label_smoothing=0, augment="none", "crop_flip", "resized_crop" or "affine", ema=0, patience=0 (both off),
-    validation=0.1 (of each class held out, where the data bring no val split), enforce_mask=True, size=None (side of
-    the images, instead of the model's own), seed=0. How the model and the data are read: weights=None, width=None,
-    n_classes=None, pretrained=False, output=None, skip_bad=False, class_map=None, only=None, max_pixels, test_images,
-    device="auto", workers=0; see `sukashi train --help`. `memory` is how many GiB of images a process keeps.
 
     The test split is measured once, at the end, on `test_images` of it. `sukashi.load(out)` rebuilds the network. An
     interrupted call is resumed by giving it again; given once more it returns what was found. Under torchrun all
@@ -81,61 +44,30 @@ def train(
     Raises UsageError for settings that contradict each other and a folder of another run, DataError for too few images,
     ModelError where the loss is not finite (the last checkpoint is kept), ResourceError where nothing can be written.
     """
-    return _run(model, data, Path(out), Training, tensorboard, memory, command or "sukashi.train(...)", settings)
+    asked = keywords(Train, {"model": model, "data": data, "out": out, **settings}, known=("command",))
+    return _run(asked, command or "sukashi.train(...)")
 
 
-def finetune(
-    model: str,
-    data: str,
-    *,
-    out: str | Path,
-    tensorboard: bool = False,
-    memory: float = loop.MEMORY / 2**30,
-    command: str | None = None,
-    **settings: Unpack[Settings],
-) -> dict[str, Any]:
+@keyworded(Finetune)
+def finetune(model: str, data: str, *, out: str | Path, command: str | None = None, **settings: Any) -> dict[str, Any]:
     """A network trained on from weights or a saved folder, whose cuts and mask stay, saved to the folder `out`.
 
     `model` is a folder that `prune`, `train`, `finetune` or `schedule` wrote, or a name with `weights` or `pretrained`.
-    Settings and resuming are those of `sukashi.train`, but for `lr`, which is a tenth where it is not given: 0.005 for
-    sgd, 1e-4 for adamw.
+    Resuming is as in `sukashi.train`, and so are the settings but for `lr`, which is a tenth where it is not given.
 
     Returns what `sukashi.train` does, with "accuracy_before": that of the network as it was given, on the same images.
 
     Raises UsageError for a model without weights, and what `sukashi.train` raises.
     """
-    if Source(model, data, **_opening(settings)).untrained:
+    asked = keywords(Finetune, {"model": model, "data": data, "out": out, **settings}, known=("command",))
+    if Source.of(asked).untrained:
         raise UsageError(f"fine-tuning starts from weights and {model} has none: give --weights, or use sukashi train")
-    return _run(model, data, Path(out), Finetuning, tensorboard, memory, command or "sukashi.finetune(...)", settings)
+    return _run(asked, command or "sukashi.finetune(...)")
 
 
-def settings_of(
-    given: Mapping[str, Any],
-    kind: type[_Kind] = Training,  # type: ignore[assignment]
-    known: Iterable[str] = (*Opening.__annotations__, "tensorboard", "memory"),
-) -> _Kind:
-    """Training settings, checked: UsageError for a name that is none, nor `known`, or a value out of range."""
-    return checked(kind, given, known=known)
-
-
-def _opening(settings: Mapping[str, Any]) -> Any:
-    return {name: value for name, value in settings.items() if name in Opening.__annotations__}
-
-
-def _run(
-    model: str,
-    data: str,
-    out: Path,
-    kind: type[Training],
-    tensorboard: bool,
-    memory: float,
-    command: str,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    opening = _opening(settings)
-    chosen = settings_of({name: value for name, value in settings.items() if name not in opening}, kind)
-    n_bytes = memory_of(memory)
-    source = Source(model, data, **opening)
+def _run(asked: Train, command: str) -> dict[str, Any]:
+    out, chosen = Path(asked.out), asked.training
+    source = Source.of(asked)
     images = source.read()
     loaded = models.resized(source.build(images, chosen.seed), chosen.size)
     images = images.read_in(loaded.preprocess.channels)
@@ -152,13 +84,13 @@ def _run(
         chosen,
         out=out,
         workers=source.workers,
-        memory=n_bytes,
-        tensorboard=tensorboard,
+        memory=bytes_of(asked.memory),
+        tensorboard=asked.tensorboard,
     )
     if not progress.first():
         return {}
     test = images.test.limit(source.test_images)
-    figures = _figures(fitted, loaded if kind is Finetuning else None, images, test, source.workers)
+    figures = _figures(fitted, loaded if isinstance(asked, Finetune) else None, images, test, source.workers)
     provenance = {
         "command": command,
         "run": described,

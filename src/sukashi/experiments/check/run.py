@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 
 from sukashi.core.errors import SukashiError
+from sukashi.core.schema import keyworded, keywords
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
-from sukashi.experiments.bench import Reading, Source
+from sukashi.experiments.bench import Source
+from sukashi.experiments.check.settings import Check
 from sukashi.network import sites
 
 
-def check(
-    model: str,
-    data: str,
-    *,
-    limit: float = 60.0,
-    **reading: Unpack[Reading],
-) -> dict[str, Any]:
+@keyworded(Check)
+def check(model: str, data: str, **settings: Any) -> dict[str, Any]:
     """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
 
     Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
@@ -29,7 +26,8 @@ def check(
     `cannot` with its reason. Nothing is written.
     """
     start = time.perf_counter()
-    setting = Source(model, data, **reading).open()
+    asked = keywords(Check, {"model": model, "data": data, **settings})
+    limit, setting = asked.limit, Source.of(asked).open()
     found, train = setting.found, setting.data.train
     n_units = sum(site.n_units for site in found.sites)
     seconds = {method.name: 0.0 for method in registry if not method.facts.get("needs_data", True)}
