@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import sys
@@ -13,7 +14,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-import sukashi
 from sukashi.cli import tables
 from sukashi.cli.console import command, print_json, say, to_stdout, working
 from sukashi.cli.options import is_said, parameters, values
@@ -56,6 +56,8 @@ def _experiment(kind: type[Settings], show: Callable[..., None], *shown: str) ->
     `show` is called with the result, and with the settings named in `shown`.
     """
 
+    room = f"{kind.__module__.removesuffix('settings')}run"  # imports torch
+
     def run(context: typer.Context, as_json: bool, **given: Any) -> None:
         with working():
             # What was not given stays unsaid, as in a call from Python.
@@ -63,7 +65,7 @@ def _experiment(kind: type[Settings], show: Callable[..., None], *shown: str) ->
             chosen = values(kind, said)
             if "out" in chosen:
                 chosen["command"] = command()  # what is kept says how it was made
-            result = getattr(sukashi, kind.kind)(**chosen)
+            result = getattr(importlib.import_module(room), kind.kind)(**chosen)
         if not result:
             return  # another process speaks
         if as_json:
@@ -147,7 +149,9 @@ def study(
 ) -> None:
     """Run a study file: a comparison for each of its models, or the levels of a schedule; resumed, with one page."""
     with working():
-        result = sukashi.study(file, out=out, data=data, device=device, workers=workers, command=command())
+        from sukashi.experiments import study_file
+
+        result = study_file.run(file, out=out, data=data, device=device, workers=workers, command=command())
     if as_json:
         print_json(result)
     else:

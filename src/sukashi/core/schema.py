@@ -35,6 +35,7 @@ _TYPES = {
     "dict_type": "a table",
     "model_type": "a table",
 }
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 class Settings(BaseModel):
@@ -240,8 +241,9 @@ def _rule(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
         return f"must be {_TYPES[fault['type']]}" + ("" if example is None else f" like {json.dumps(example)}")
     if fault["type"] == "literal_error":
         return f"must be {fault['ctx']['expected']}".replace("'", "")
-    if name in kind.model_fields and (said := _bounds(kind.model_fields[name])):
-        return f"must be {said}"
+    broken = {bound: limit for bound, limit in fault.get("ctx", {}).items() if bound in _BOUNDS}
+    if broken:
+        return f"must be {_bounds(broken, kind.model_fields.get(name))}"
     return (
         str(fault["msg"])
         .replace("Input should", "must")
@@ -250,17 +252,15 @@ def _rule(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
     )
 
 
-def _bounds(field: FieldInfo) -> str:
-    """Between which numbers a value must be; empty where there are no bounds."""
+def _bounds(broken: Mapping[str, Any], field: FieldInfo | None) -> str:
+    """The bound that a value breaks, as {"ge": 1}; of a share the interval it lies in."""
     limits: dict[str, Any] = {}
-    for rule in field.metadata:
+    for rule in [] if field is None else field.metadata:
         limits |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)}
-    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
-    if low is not None and high is not None:
-        return f"in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
-    if low is not None:
-        return f"at least {low}" if "ge" in limits else f"greater than {low}"
-    return "" if high is None else f"at most {high}" if "le" in limits else f"below {high}"
+    if limits.get("lt") == 1:
+        return f"in {'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt'))}, 1)"
+    ((name, limit),) = broken.items()
+    return f"{_BOUNDS[name]} {limit}"
 
 
 def _toml(name: str, value: Any) -> str:
