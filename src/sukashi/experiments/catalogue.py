@@ -7,17 +7,16 @@ from typing import Any
 
 from sukashi import data, models
 from sukashi.attributions import attributions
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import Registry, nearest
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.registry import Registry
 from sukashi.criteria import criteria
-from sukashi.experiments.schedule.schedules import schedules
+from sukashi.experiments.schedule.schedules import SCHEDULES
 from sukashi.measures import measures
 
 REGISTRIES: dict[str, Registry] = {
     "criteria": criteria,
     "attributions": attributions,
     "measures": measures,
-    "schedules": schedules,
 }
 
 
@@ -25,14 +24,18 @@ def rows(what: str) -> list[dict[str, str]]:
     """One dictionary a method, model or dataset: its name, and for methods what it gives and its source."""
     if what in REGISTRIES:
         return [{"name": m.name, "summary": m.summary, "source": m.source} for m in REGISTRIES[what]]
+    if what == "schedules":
+        return [{"name": s.name, "summary": s.summary, "source": s.source} for s in SCHEDULES]
     names = {"models": models.names, "data": data.names}
     if what not in names:
-        raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, *names])}")
+        raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, 'schedules', *names])}")
     return [{"name": name} for name in names[what]()]
 
 
 def about(what: str, name: str) -> dict[str, Any]:
     """One method whole: its documentation, its source, and its options with their defaults as text."""
+    if what == "schedules":
+        return SCHEDULES.about(name)
     if what not in REGISTRIES:
         raise UsageError(f"{what} have no options to show: give one of {', '.join(REGISTRIES)}, got {what!r}")
     method = REGISTRIES[what][name]

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,20 +18,37 @@ import pyarrow.parquet as pq
 
 from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
-from sukashi.core.experiment import Result, Trial
+from sukashi.core.experiment import Prepared, Result, Trial
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import page
 
 _LOOK = 0.2  # seconds from one look at what other processes have finished to the next
 
 
-def part(kind: str, name: str) -> Any:
-    """The file `name` of a kind of experiment: run, summary or page."""
-    return importlib.import_module(f"sukashi.experiments.{kind}.{name}")
+def part(room: str, name: str) -> Any:
+    """The file `name` of a kind of experiment, by its folder: run, summary or page."""
+    return importlib.import_module(f"sukashi.experiments.{room}.{name}")
 
 
-def execute(settings: Any, out: str | Path, *, command: str, jobs: int = 1) -> Result | None:
-    """What an experiment found, after doing those of its trials that are not finished, in the folder `out`.
+def room_of(settings: Any) -> str:
+    """The folder of a kind of experiment; two commands may share one, as train and finetune do."""
+    return type(settings).__module__.split(".")[-2]
+
+
+def prepare_of(settings: Any) -> Prepared:
+    """An experiment with its model and data loaded and checked."""
+    prepared: Prepared = part(room_of(settings), "run").prepare(settings)
+    return prepared
+
+
+def summarised(space: Workspace, **options: Any) -> Result:
+    """The summary of a folder, whatever kind of experiment is in it."""
+    found: Result = part(space.about["kind"], "summary").summary(space, **options)
+    return found
+
+
+def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
+    """What an experiment found, after doing those of its trials that are not finished, in the folder `settings.out`.
 
     The same call goes on where an earlier one was interrupted. With `jobs` above 1 so many processes share the trials.
     A new experiment that is refused before a trial is finished leaves nothing behind. Under torchrun all processes do
@@ -40,10 +56,10 @@ def execute(settings: Any, out: str | Path, *, command: str, jobs: int = 1) -> R
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
-    prepared = part(settings.kind, "run").prepare(settings)
-    space, first, told = Workspace(out), progress.first(), dict[str, Any]()
+    room, prepared = room_of(settings), prepare_of(settings)
+    space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
-    new = first and space.claim(settings.kind, prepared.identity, prepared.trials, settings.grows)
+    new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows)
     try:
         if first:
             space.log("run", command=command, **prepared.log)
@@ -69,8 +85,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
 
     `options` are those of the kind's summary that no trial depends on.
     """
-    kind = space.about["kind"]
-    found: Result = part(kind, "summary").summary(space, **options)
+    kind, found = space.about["kind"], summarised(space, **options)
     tables = getattr(part(kind, "summary"), "tables", None)
     with space.held():
         more = tables(space) if tables else {}
@@ -123,7 +138,7 @@ def _next(space: Workspace, waiting: Sequence[Trial]) -> tuple[Trial, Mapping[st
 def _share(space: Workspace, settings: Any, missing: Sequence[Trial], jobs: int) -> None:
     """Start processes that share the trials, and show how many are finished; the first that fails ends all."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    said = json.dumps({"kind": settings.kind, "settings": settings.model_dump(mode="json")})
+    said = json.dumps([room_of(settings), type(settings).__name__, settings.model_dump(mode="json")])
     started: list[tuple[subprocess.Popen[str], Any]] = []
     try:
         for _ in range(min(jobs, len(missing))):
@@ -167,11 +182,10 @@ def _failed(code: int, stderr: Any) -> SukashiError:
 
 
 def _child(folder: str) -> int:
-    asked = json.loads(sys.stdin.read())
-    settings_of = part(asked["kind"], "settings").SETTINGS
+    room, kind, given = json.loads(sys.stdin.read())
     try:
-        settings = settings_of.model_validate_json(json.dumps(asked["settings"]))
-        work(Workspace(folder), part(asked["kind"], "run").prepare(settings).trials)
+        settings = getattr(part(room, "settings"), kind).model_validate_json(json.dumps(given))
+        work(Workspace(folder), prepare_of(settings).trials)
     except SukashiError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return error.exit_code

@@ -21,10 +21,11 @@ CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": 
 # Each figure of a network: what the page calls it, and how it is printed.
 FIGURES = {
     "accuracy": ("accuracy", "percent"),
-    "ratio": ("units removed", "percent"),
-    "fraction": ("parameters removed", "percent"),
-    "sparsity": ("zeros in the masked layers", "percent"),
-    "zeros": ("zeros in all parameters", "percent"),
+    "units_removed": ("units removed", "percent"),
+    "weights_removed": ("weights removed", "percent"),
+    "parameters_removed": ("parameters removed", "percent"),
+    "zeros_in_masked_layers": ("zeros in the masked layers", "percent"),
+    "zeros_in_all": ("zeros in all parameters", "percent"),
     "parameters": ("parameters", "count"),
     "flops": ("FLOPs an image", "count"),
     "latency_ms": ("latency, ms", "number"),
@@ -61,6 +62,18 @@ def cost_table(columns: Mapping[str, Mapping[str, Any]], note: str) -> dict[str,
             factors = [value / dense if dense and value is not None and form != "percent" else None for value in values]
             rows.append((noun, [words.printed(value, form) for value in values], [None, *factors[1:]]))
     return {"columns": list(columns), "rows": rows, "note": note} if rows else None
+
+
+def figure_rows(
+    columns: Mapping[str, Mapping[str, Any]], latency_ms: Mapping[str, float]
+) -> list[tuple[str, list[str]]]:
+    """What each figure is called, and how it is printed for each network."""
+    told = {name: {**of, "latency_ms": latency_ms.get(name)} for name, of in columns.items()}
+    return [
+        (noun, [words.printed(of.get(name), form) for of in told.values()])
+        for name, (noun, form) in FIGURES.items()
+        if any(of.get(name) is not None for of in told.values())
+    ]
 
 
 def slower(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:

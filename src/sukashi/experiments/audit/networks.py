@@ -14,7 +14,9 @@ from sukashi import models
 from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Batch, Preprocess
-from sukashi.experiments.bench import Opening, Setting, Source
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.bench import Setting, Source
+from sukashi.experiments.reading import Architecture
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 
@@ -116,22 +118,23 @@ class Network:
         return self.answers.identity
 
 
-def opened(specs: Sequence[str], data: str, population: str, reading: Opening) -> list[Network]:
+def opened(asked: Audit) -> list[Network]:
     """The models on the same test images, and on which of them each is audited."""
-    own = {name: value for name, value in reading.items() if name in _ARCHITECTURE}
-    given = [name for name, value in own.items() if value]
+    specs, population = asked.models, asked.population
+    given = [name for name in Architecture.model_fields if getattr(asked, name)]
     folders = [Path(spec).is_dir() for spec in specs]
     if given and all(folders):
         raise UsageError(f"saved folders bring their own {given[0]}, and all models are such: leave it out")
-    without: Any = {name: value for name, value in reading.items() if name not in own}
-    source = Source(specs[0], data, **(without if folders[0] else reading))
+    without = asked.model_copy(update=dict(Architecture()))
+    sources = [Source.of(without if folder else asked, model=spec) for spec, folder in zip(specs, folders, strict=True)]
+    source = sources[0]
     images = source.read()
     split = images.test.limit(source.test_images)
     batches: dict[Preprocess, Batch] = {}
     found: list[Network] = []
     with progress.task("models", len(specs)) as shown:
-        for spec, label, folder in zip(specs, labels(specs), folders, strict=True):
-            setting = Source(spec, data, **(without if folder else reading)).beside(images)
+        for spec, label, folder, own in zip(specs, labels(specs), folders, sources, strict=True):
+            setting = own.beside(images)
             preprocess = setting.loaded.preprocess
             size, first = size_of(preprocess), size_of(found[0].loaded.preprocess if found else preprocess)
             if size != first:
@@ -175,9 +178,6 @@ def opened(specs: Sequence[str], data: str, population: str, reading: Opening) -
     return found
 
 
-_ARCHITECTURE = ("weights", "width", "n_classes", "pretrained", "output")
-
-
 def size_of(preprocess: Preprocess) -> tuple[int, int]:
     return preprocess.height, preprocess.width
 
@@ -203,7 +203,8 @@ def labels(specs: Sequence[str]) -> list[str]:
 def _level(folder: str) -> tuple[str | None, float | None, bool]:
     """By what a saved model was pruned and how far, where its recipe says so; and whether it was trained then."""
     recipe = models.read_recipe(Path(folder) / models.RECIPE)
-    told, trained = recipe.provenance, "history" in recipe.figures
+    told = recipe.provenance
+    trained = bool(told.get("trained"))
     series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked", told.get("ratio"))
     if not isinstance(series, str) or not isinstance(ratio, int | float):
         return None, None, trained

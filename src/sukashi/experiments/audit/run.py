@@ -10,13 +10,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from sukashi.core.errors import UsageError, nearest
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.experiments.audit.networks import Answers, opened, packed
+from sukashi.experiments.audit.networks import POPULATIONS, Answers, opened, packed
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import hardware, versions
 from sukashi.experiments.workspace import Desk
+
+# A folder each in `experiments/audit`.
+SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/run.py")))
 
 
 def subject(name: str, file: str) -> Any:
@@ -30,9 +35,8 @@ def prepare(settings: Audit) -> Prepared:
     Raises UsageError for unknown names, models of different input sizes, DataError where there is no image to compare
     on, ModelError where every attribution refuses.
     """
-    for name in settings.subjects:
-        subject(name, "run").check(settings)
-    networks = opened(settings.models, settings.data, settings.population, settings.opening())
+    _check(settings)
+    networks = opened(settings)
     looking = {name: subject(name, "run").Subject(settings, networks) for name in settings.subjects}
     reference = networks[0].setting
     identity = {
@@ -57,6 +61,25 @@ def prepare(settings: Audit) -> Prepared:
     first = Trial(about, partial(_keep, answers, facts), label="answers")
     trials = [first, *(trial for one in looking.values() for trial in one.trials(first))]
     return Prepared(identity, trials, {"versions": versions(), "hardware": hardware(reference.device)})
+
+
+def _check(settings: Audit) -> None:
+    """Refuse what means nothing, before anything is loaded."""
+    if len(settings.models) < 2:
+        raise UsageError(
+            f"an audit needs a reference and a model to hold against it, got {len(settings.models)}: give more"
+        )
+    for name in settings.subjects:
+        if name not in SUBJECTS:
+            raise UsageError(f"unknown subject {name!r}{nearest(name, SUBJECTS)}")
+    if settings.population not in POPULATIONS:
+        raise UsageError(f"unknown population {settings.population!r}{nearest(settings.population, POPULATIONS)}")
+    for what in ("subjects", "attributions", "measures"):
+        given = getattr(settings, what)
+        if given is not None and (not given or len(set(given)) != len(given)):
+            raise UsageError(f"{what} must be different names, at least one, got {given}")
+    for name in settings.subjects:
+        subject(name, "run").check(settings)
 
 
 def _keep(answers: Sequence[Answers], facts: dict[str, Any], desk: Desk) -> None:

@@ -12,7 +12,7 @@ import torch
 from sukashi.core import progress
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.core.types import Plan, check_ratio
+from sukashi.core.types import Plan
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
@@ -24,7 +24,6 @@ from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
 from sukashi.measures.accuracy import by_class
-from sukashi.network import surgery
 
 LATENCY_BATCH = 32
 
@@ -92,9 +91,6 @@ def _check(settings: Compare) -> None:
         check_sampling(how)
     if not samplings or len(set(samplings)) != len(samplings):
         raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
-    surgery.check_mode(settings.mode)
-    for ratio in settings.ratios:
-        check_ratio(ratio)
 
 
 def _try_samplings(setting: Setting, missing: Sequence[Trial]) -> None:

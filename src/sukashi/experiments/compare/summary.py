@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+
 from sukashi.core import stats
 from sukashi.core.experiment import Result
 from sukashi.core.stats import holm, interval, paired
@@ -143,7 +144,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         lossless={one.name: _lossless(one, margin, mode) for one in found},
         accuracy_at={
             one.name: {
-                f"{fraction:g}": at and _bounds(at)
+                f"{fraction:g}": None if at is None else _bounds(at)
                 for fraction, at in zip(accuracy.THRESHOLDS, accuracy.at(one.curves, accuracy.THRESHOLDS), strict=True)
             }
             for one in found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sukashi.attributions import attributions as explainers
 from sukashi.core.errors import UsageError
@@ -11,10 +11,8 @@ from sukashi.core.experiment import Trial
 from sukashi.experiments.audit.networks import Network
 from sukashi.experiments.audit.saliency.cells import Auditor, explaining, measuring
 from sukashi.experiments.audit.saliency.values import OF_CURVES
+from sukashi.experiments.audit.settings import Audit
 from sukashi.measures import measures as registry
-
-if TYPE_CHECKING:
-    from sukashi.experiments.audit.settings import Audit
 
 
 class Subject:
