@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from sukashi.cli import tables
 from sukashi.cli.console import command, print_json, say, to_stdout, working
 from sukashi.cli.options import is_said, parameters, values
 from sukashi.core import progress
-from sukashi.core.schema import Settings
+from sukashi.core.schema import Settings, keywords
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
@@ -63,6 +64,7 @@ def _experiment(kind: type[Settings], show: Callable[..., None], *shown: str) ->
             # What was not given stays unsaid, as in a call from Python.
             said = {name: value for name, value in given.items() if is_said(context, name)}
             chosen = values(kind, said)
+            keywords(kind, chosen)  # what is wrong with them alone is said before torch is imported
             if "out" in chosen:
                 chosen["command"] = command()  # what is kept says how it was made
             result = getattr(importlib.import_module(room), kind.kind)(**chosen)
@@ -121,7 +123,7 @@ def list_(
     if method is not None:
         print(f"{method['name']}: {method['documentation']}\n\nSource: {method['source']}")
         for option, default in method["options"].items():
-            print(f"--set {option}={default}")
+            print(f"--set {method['name']}.{option}={shlex.quote(default)}")
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:

@@ -1,6 +1,6 @@
 """Study files: one comparison for each model of a TOML file, and one page about all of them.
 
-Their keys are the fields of `Comparisons`:
+Their keys are the fields of `ComparisonFile`:
 
     out = "../runs/mine"             where results go; a folder for each model in it
     data = "$SUKASHI_DATA/cifar10"   a dataset's name or folder
@@ -19,7 +19,7 @@ Their keys are the fields of `Comparisons`:
 Paths are relative to the file. A criterion that refuses a model (ModelError) is left out for it and the page says why.
 
 A file with a `schedule` prunes and trains one network, in its table [model], to several levels instead: its keys are
-the fields of `Levels`, with tables [training] and [finetuning].
+the fields of `ScheduleFile`, with tables [training] and [finetuning].
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from sukashi.experiments.compare.store import Store
 from sukashi.experiments.reading import Architecture, Calibrated, Images
 from sukashi.experiments.schedule import run as levels
 from sukashi.experiments.schedule.settings import Course
-from sukashi.experiments.study_settings import Comparisons, Levels, Model, Study
+from sukashi.experiments.study_settings import ComparisonFile, ModelTable, ScheduleFile, StudyFile
 from sukashi.measures import accuracy
 
 
@@ -115,7 +115,7 @@ def run(
 
 def _levels(
     path: Path,
-    file: Levels,
+    file: ScheduleFile,
     out: str | Path | None,
     data: str | None,
     device: str | None,
@@ -137,13 +137,13 @@ def _levels(
     )
 
 
-def _images(file: Study, device: str | None, workers: int | None) -> dict[str, Any]:
+def _images(file: StudyFile, device: str | None, workers: int | None) -> dict[str, Any]:
     """How the images are read, but for which they are; what a call says goes before what the file does."""
     said = {name: value for name, value in (("device", device), ("workers", workers)) if value is not None}
     return {name: getattr(file, name) for name in Images.model_fields if name != "data"} | said
 
 
-def _model(model: Model, place: _Places) -> dict[str, Any]:
+def _model(model: ModelTable, place: _Places) -> dict[str, Any]:
     given = {name: getattr(model, name) for name in Architecture.model_fields}
     return given | {"weights": None if model.weights is None else str(place.path(model.weights))}
 
@@ -157,16 +157,16 @@ def _toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
 
 
-def _course(path: Path, given: Mapping[str, Any]) -> Levels:
+def _course(path: Path, given: Mapping[str, Any]) -> ScheduleFile:
     if "models" in given:
         raise UsageError(f"{path} has a schedule, and so one model: write [model] in place of [models.NAME]")
-    return checked(Levels, given, file=path, options=("out", "data"))
+    return checked(ScheduleFile, given, file=path, options=("out", "data"))
 
 
-def _grid(path: Path, given: Mapping[str, Any]) -> Comparisons:
+def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
     if "model" in given:
         raise UsageError(f"{path} has no schedule, and so compares models: write [models.NAME] in place of [model]")
-    file = checked(Comparisons, given, file=path, options=("out", "data"))
+    file = checked(ComparisonFile, given, file=path, options=("out", "data"))
     if not file.models:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:

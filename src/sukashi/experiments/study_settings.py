@@ -14,13 +14,13 @@ from sukashi.experiments.schedule.settings import Course
 _SPEC = "sukashi:digits_cnn"
 
 
-class Model(Architecture):
+class ModelTable(Architecture):
     """A table [models.NAME], or [model]."""
 
     spec: str = option(examples=[_SPEC], help="sukashi:NAME, timm:NAME, torchvision:NAME or package.module:callable.")
 
 
-class Study(Calibrated, Images):
+class StudyFile(Calibrated, Images):
     """What study files of both kinds have."""
 
     out: str = option(
@@ -29,22 +29,22 @@ class Study(Calibrated, Images):
         decides=False,
         help="Where results go: report.html, results.json, folders.",
     )
-    title: str = option("", decides=False, default="the file's name", help="Of the page.")
+    title: str = option("", decides=False, default="the file's name, or schedule and model", help="Of the page.")
     environment: dict[str, str] = option(
         {}, decides=False, help="What a $VARIABLE in a path is where the environment does not set it."
     )
 
 
-class Comparisons(Contest, Study):
+class ComparisonFile(Contest, StudyFile):
     """A comparison for each of several models."""
 
-    models: dict[str, Model] = option(examples=[{"NAME": {"spec": _SPEC}}], help="A table [models.NAME] for each.")
+    models: dict[str, ModelTable] = option(examples=[{"NAME": {"spec": _SPEC}}], help="A table [models.NAME] for each.")
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = option(
         [], decides=False, help='Contenders to hold against each other, as ["lrp/clustering", "lrp"].'
     )
 
 
-class Levels(Course, Study):
+class ScheduleFile(Course, StudyFile):
     """One model, pruned and trained to several ratios."""
 
-    model: Model = option(examples=[{"spec": _SPEC}], help="A table [model].")
+    model: ModelTable = option(examples=[{"spec": _SPEC}], help="A table [model].")
