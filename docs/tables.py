@@ -23,9 +23,7 @@ PAGE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def written(page: str) -> str:
     """A page with its tables as the settings are now."""
-    return PAGE.sub(
-        lambda found: found[1] + table(next(kind for kind in KINDS if kind.__name__ == found[2])) + found[3], page
-    )
+    return PAGE.sub(lambda found: found[1] + table(KINDS[found[2]]) + found[3], page)
 
 
 def table(kind: type[Settings]) -> str:

@@ -230,8 +230,6 @@ def test_tables_in_the_docs_are_those_of_the_settings():
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     pages = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
-    assert {kind for page in pages.values() for _, kind, _ in tables.PAGE.findall(page)} == {
-        kind.__name__ for kind in tables.KINDS
-    }
+    assert {kind for page in pages.values() for _, kind, _ in tables.PAGE.findall(page)} == set(tables.KINDS)
     for name, page in pages.items():
         assert tables.written(page) == page, f"docs/{name} is not up to date: python docs/tables.py"
