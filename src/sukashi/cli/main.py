@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from sukashi.cli.console import command, print_json, say, to_stdout, working
 from sukashi.cli.options import is_said, parameters, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
-from sukashi.core.schema import Settings
+from sukashi.core.schema import Settings, keywords
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
@@ -50,16 +51,18 @@ def _global(
 
 
 def _experiment(kind: type[Settings], *, jobs: bool = False) -> None:
-    """Make a command of a kind of settings, its options, and the function of its name; with `jobs` trials are shared."""
+    """Make a command of a kind of settings and of the function of its name; with `jobs` its trials can be shared."""
 
     def run(context: typer.Context, as_json: bool, **given: Any) -> None:
         n_jobs = {"jobs": given.pop("jobs")} if jobs else {}
         with working():
-            from sukashi.experiments import functions  # imports torch
-
             # What was not given stays unsaid, as in a call from Python.
             said = {name: value for name, value in given.items() if is_said(context, name)}
-            chosen = values(kind, said) | n_jobs
+            chosen = values(kind, said)
+            keywords(kind, chosen)  # what is wrong with them alone is said before torch is imported
+            from sukashi.experiments import functions
+
+            chosen |= n_jobs
             if "out" in chosen:
                 chosen["command"] = command()  # what is kept says how it was made
             result = getattr(functions, kind.kind)(**chosen)
@@ -112,7 +115,7 @@ def list_(
     if method is not None:
         print(f"{method['name']}: {method['documentation']}\n\nSource: {method['source']}")
         for option, default in method["options"].items():
-            print(f"--set {option}={default}")
+            print(f"--set {method['name']}.{option}={shlex.quote(default)}")
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:

@@ -258,9 +258,9 @@ def _bounds(broken: Mapping[str, Any], field: FieldInfo | None) -> str:
     for rule in [] if field is None else field.metadata:
         limits |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)}
     if limits.get("lt") == 1:
-        return f"in {'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt'))}, 1)"
+        return f"in {'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt')):g}, 1)"
     ((name, limit),) = broken.items()
-    return f"{_BOUNDS[name]} {limit}"
+    return f"{_BOUNDS[name]} {limit:g}" if isinstance(limit, float) else f"{_BOUNDS[name]} {limit}"
 
 
 def _toml(name: str, value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 from sukashi import data, models
@@ -33,11 +34,20 @@ def rows(what: str) -> list[dict[str, str]]:
 
 
 def about(what: str, name: str) -> dict[str, Any]:
-    """One method whole: its documentation, its source, and its options with their defaults as text."""
+    """One method whole: its documentation, its source, and its options with their defaults as `--set` takes them.
+
+    An option that is no JSON, such as a function, can only be given from Python and is left to the documentation.
+    """
     if what == "schedules":
         return SCHEDULES.about(name)
     if what not in REGISTRIES:
         raise UsageError(f"{what} have no options to show: give one of {', '.join(REGISTRIES)}, got {what!r}")
     method = REGISTRIES[what][name]
-    options = {option: getattr(value, "__name__", repr(value)) for option, value in method.options.items()}
+    options = {option: _written(value) for option, value in method.options.items() if not callable(value)}
     return {"name": name, "documentation": inspect.getdoc(method.fn) or "", "source": method.source, "options": options}
+
+
+def _written(value: Any) -> str:
+    """JSON, and a word as it is unless it means something in JSON, as true does."""
+    bare = isinstance(value, str) and value.isidentifier() and value not in ("true", "false", "null", "NaN", "Infinity")
+    return value if bare else json.dumps(value)

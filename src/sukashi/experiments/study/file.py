@@ -1,6 +1,6 @@
 """Study files: TOML that names several experiments.
 
-A comparison for each of several models; its keys are the fields of `Comparisons`:
+A comparison for each of several models; its keys are the fields of `ComparisonFile`:
 
     out = "../runs/mine"             where results go; a folder for each model in it
     data = "$SUKASHI_DATA/cifar10"   a dataset's name or folder
@@ -19,7 +19,7 @@ A comparison for each of several models; its keys are the fields of `Comparisons
 A criterion that refuses a model (ModelError) is left out for it and the page says why.
 
 With a key `schedule` one network, in the table [model], pruned and trained to several levels: its keys are the fields
-of `Levels`, with tables [training] and [finetuning]. That is one experiment, and lies in `out` itself.
+of `ScheduleFile`, with tables [training] and [finetuning]. That is one experiment, and lies in `out` itself.
 
 With tables [experiments.NAME] any experiments, one after the other:
 
@@ -56,7 +56,14 @@ from sukashi.experiments.compare.settings import Compare, Contest
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.reading import Architecture, Calibrated, Images
 from sukashi.experiments.schedule.settings import Course, Schedule, Scheduled
-from sukashi.experiments.study.settings import Comparisons, Experiments, File, Levels, Model, Study
+from sukashi.experiments.study.settings import (
+    ComparisonFile,
+    ExperimentsFile,
+    ModelTable,
+    ScheduleFile,
+    Study,
+    StudyFile,
+)
 from sukashi.experiments.train.settings import Finetune, Train
 
 KINDS: dict[str, type[Settings]] = {kind.kind: kind for kind in (Compare, Prune, Train, Finetune, Schedule, Audit)}
@@ -89,7 +96,7 @@ def read(
     return _comparisons(path, _grid(path, given), place, data)
 
 
-def _comparisons(path: Path, file: Comparisons, place: _Places, data: str | None) -> Study:
+def _comparisons(path: Path, file: ComparisonFile, place: _Places, data: str | None) -> Study:
     shared = {name: getattr(file, name) for name in (*Contest.model_fields, *Calibrated.model_fields)}
     shared |= {"kind": "compare", "skip_refused": True, **_images(file, place, data)}
     return Study(
@@ -102,7 +109,7 @@ def _comparisons(path: Path, file: Comparisons, place: _Places, data: str | None
     )
 
 
-def _levels(file: Levels, place: _Places, data: str | None) -> Scheduled:
+def _levels(file: ScheduleFile, place: _Places, data: str | None) -> Scheduled:
     # What the file does not say stays unsaid: a course refuses settings that would do nothing.
     course = file.model_dump(include=set(Course.model_fields), exclude_unset=True)
     more = {"model": file.model.spec, "out": place.out(file.out), "calibration": file.calibration}
@@ -112,9 +119,9 @@ def _levels(file: Levels, place: _Places, data: str | None) -> Scheduled:
 
 
 def _experiments(path: Path, given: Mapping[str, Any], replaced: Mapping[str, Any], said: bool) -> Study:
-    own = {name: given[name] for name in given if name in Experiments.model_fields}
+    own = {name: given[name] for name in given if name in ExperimentsFile.model_fields}
     shared = {name: value for name, value in given.items() if name not in own} | dict(replaced)
-    file = checked(Experiments, own, file=path, options=("out",))
+    file = checked(ExperimentsFile, own, file=path, options=("out",))
     place = _Places(path, file.environment, said)
     found, used = {}, set()
     for name, table in file.experiments.items():
@@ -130,19 +137,19 @@ def _experiments(path: Path, given: Mapping[str, Any], replaced: Mapping[str, An
         found[name] = {"kind": kind, **asked}
     for key in shared:
         if key not in used:
-            known = {*Experiments.model_fields, *(field for kind in KINDS.values() for field in kind.model_fields)}
+            known = {*ExperimentsFile.model_fields, *(field for kind in KINDS.values() for field in kind.model_fields)}
             raise UsageError(f"{path} has an unknown key {key!r}{nearest(key, sorted(known))}")
     return Study(out=place.out(file.out), title=file.title or path.stem, experiments=found)
 
 
-def _images(file: File, place: _Places, data: str | None) -> dict[str, Any]:
+def _images(file: StudyFile, place: _Places, data: str | None) -> dict[str, Any]:
     """How the images are read."""
     return {name: getattr(file, name) for name in Images.model_fields} | {
         "data": place.data(file.data) if data is None else data
     }
 
 
-def _architecture(model: Model, place: _Places) -> dict[str, Any]:
+def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
     given = {name: getattr(model, name) for name in Architecture.model_fields}
     return given | {"weights": None if model.weights is None else place.path(model.weights)}
 
@@ -156,16 +163,16 @@ def _toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
 
 
-def _course(path: Path, given: Mapping[str, Any]) -> Levels:
+def _course(path: Path, given: Mapping[str, Any]) -> ScheduleFile:
     if "models" in given:
         raise UsageError(f"{path} has a schedule, and so one model: write [model] in place of [models.NAME]")
-    return checked(Levels, given, file=path, options=("out", "data"))
+    return checked(ScheduleFile, given, file=path, options=("out", "data"))
 
 
-def _grid(path: Path, given: Mapping[str, Any]) -> Comparisons:
+def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
     if "model" in given:
         raise UsageError(f"{path} has no schedule, and so compares models: write [models.NAME] in place of [model]")
-    file = checked(Comparisons, given, file=path, options=("out", "data"))
+    file = checked(ComparisonFile, given, file=path, options=("out", "data"))
     if not file.models:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:

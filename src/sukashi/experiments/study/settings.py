@@ -14,13 +14,13 @@ from sukashi.experiments.schedule.settings import Course
 _SPEC = "sukashi:digits_cnn"
 
 
-class Model(Architecture):
+class ModelTable(Architecture):
     """A table [models.NAME], or [model]."""
 
     spec: str = option(examples=[_SPEC], help="sukashi:NAME, timm:NAME, torchvision:NAME or package.module:callable.")
 
 
-class File(Calibrated, Images):
+class StudyFile(Calibrated, Images):
     """What files of comparisons and of a schedule have."""
 
     out: str = option(
@@ -35,22 +35,22 @@ class File(Calibrated, Images):
     )
 
 
-class Comparisons(Contest, File):
+class ComparisonFile(Contest, StudyFile):
     """A comparison for each of several models."""
 
-    models: dict[str, Model] = option(examples=[{"NAME": {"spec": _SPEC}}], help="A table [models.NAME] for each.")
+    models: dict[str, ModelTable] = option(examples=[{"NAME": {"spec": _SPEC}}], help="A table [models.NAME] for each.")
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = option(
         [], decides=False, help='Contenders to hold against each other, as ["lrp/clustering", "lrp"].'
     )
 
 
-class Levels(Course, File):
+class ScheduleFile(Course, StudyFile):
     """One model, pruned and trained to several ratios."""
 
-    model: Model = option(examples=[{"spec": _SPEC}], help="A table [model].")
+    model: ModelTable = option(examples=[{"spec": _SPEC}], help="A table [model].")
 
 
-class Experiments(Settings):
+class ExperimentsFile(Settings):
     """Any experiments, in order. Keys beside these are settings that all of them share who have them."""
 
     out: str = option(examples=["../runs/mine"], path=True, decides=False, help="Where results go: a folder for each.")
