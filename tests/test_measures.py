@@ -11,6 +11,7 @@ from torch import nn
 
 from sukashi import models
 from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Batch, Curve, Mask, Plan, Scores, rank
 from sukashi.criteria import pruning
 from sukashi.measures import accuracy, cost, measures
@@ -58,7 +59,7 @@ def test_accuracy_refuses_what_means_nothing():
     x = torch.tensor([[1.0, float("nan")]])[:, :, None, None]
     with pytest.raises(ModelError, match="NaN"):
         _accuracy(Fixed(), Batch(x, torch.tensor([0]), ("a",)))
-    with pytest.raises(ModelError, match="targets go up to 2"):
+    with pytest.raises(DataError, match="target 2 is no class of a model with 2 logits"):
         _accuracy(Fixed(), Batch(torch.zeros(1, 2, 1, 1), torch.tensor([2]), ("a",)))
 
 
@@ -76,10 +77,12 @@ def test_measures_follow_the_contract(scene):
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_per_class():
-    correct, target = [[1, 0, 1, 1], [0, 0, 0, 1]], [0, 0, 2, 2]
-    expected = [[0.5, np.nan, 1.0], [0.0, np.nan, 0.5]]
-    np.testing.assert_array_equal(accuracy.per_class(correct, target, 3), expected)
+def test_by_class():
+    classes = CLASSIFICATION.classes(torch.tensor([0, 0, 2, 2]))
+    assert accuracy.by_class(np.array([1, 0, 1, 1]), classes, 3) == [0.5, None, 1.0]
+    # An image that has two classes counts for both.
+    both = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    assert accuracy.by_class(np.array([1.0, 0.5]), both, 2) == [1.0, 0.75]
 
 
 # Curves.

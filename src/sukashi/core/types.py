@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sukashi.core.errors import UsageError
+from sukashi.core.objective import CLASSIFICATION, Objective
 
 Kind = Literal["pixel", "channel", "hidden", "head", "subspace", "weight"]
 
@@ -78,19 +79,26 @@ class Preprocess:
 class Batch:
     """Images ready for a model, with their targets and ids that never change.
 
-    `x` (B, C, H, W) preprocessed, `target` (B,) class numbers or (B, H, W), `image_id` (B,) strings.
+    `x` (B, C, H, W) preprocessed, `target` (B,) class numbers or (B, H, W), `image_id` (B,) strings. `objective` says
+    what the targets mean, and what a network is to make of the images.
     """
 
     x: Tensor
     target: Tensor
     image_id: tuple[str, ...]
+    objective: Objective = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         numbers = torch.arange(len(self))[rows].tolist()
-        return Batch(self.x[rows], self.target[rows], tuple(self.image_id[i] for i in numbers))
+        ids = tuple(self.image_id[i] for i in numbers)
+        return replace(self, x=self.x[rows], target=self.target[rows], image_id=ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same images on a device."""
+        return replace(self, x=self.x.to(device), target=self.target.to(device))
 
     def split(self, size: int) -> Iterator[Batch]:
         """Consecutive batches of at most `size` images."""
@@ -102,8 +110,11 @@ class Batch:
         return self.split(pass_size(self.x))
 
     def by_class(self) -> Batch:
-        """The same images, sorted by target and, within a class, by id: the order every criterion works in."""
-        order = sorted(range(len(self)), key=lambda i: (int(self.target[i]), self.image_id[i]))
+        """The same images, sorted by class and, within a class, by id: the order every criterion works in."""
+        classes: list[list[int]] = [[] for _ in self.image_id]
+        for row, k in zip(*(part.tolist() for part in self.objective.classes(self.target)), strict=True):
+            classes[row].append(k)
+        order = sorted(range(len(self)), key=lambda i: (classes[i], self.image_id[i]))
         return self[torch.tensor(order, dtype=torch.long)]
 
 

@@ -21,7 +21,7 @@ from sukashi.core.precision import exact
 from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
-from sukashi.criteria.progressive import Journal, Row, Verdict, plan_of, sweep, unit_orders
+from sukashi.criteria.progressive import Divergence, Journal, Row, Verdict, plan_of, sweep, unit_orders
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
 Level = Annotated[float, Field(gt=0, lt=1)]
@@ -51,11 +51,12 @@ class ClassSums:
         )
 
     @staticmethod
-    def of(before: Tensor, after: Tensor, target: Tensor, n_classes: int) -> ClassSums:
-        """Sums of scores `before` and `after` (B,) by `target` (B,)."""
+    def of(before: Tensor, after: Tensor, classes: tuple[Tensor, Tensor], n_classes: int) -> ClassSums:
+        """Sums of scores `before` and `after` (B,) by class, `classes` as an objective gives them."""
+        rows, of_rows = classes
         d = after - before
-        columns = torch.stack([torch.ones_like(d), d, d * d, d / before, before], 1)
-        sums = torch.zeros(n_classes, 5, dtype=torch.float64, device=d.device).index_add_(0, target, columns)
+        columns = torch.stack([torch.ones_like(d), d, d * d, d / before, before], 1)[rows]
+        sums = torch.zeros(n_classes, 5, dtype=torch.float64, device=d.device).index_add_(0, of_rows, columns)
         return ClassSums(*sums.T.cpu().numpy())
 
     def p_values(self) -> np.ndarray:
@@ -96,6 +97,7 @@ class CausalTest:
     """Definition 2: compares scores before and after a removal, and says what the unit is."""
 
     target: Tensor
+    classes: tuple[Tensor, Tensor]
     n_classes: int
     scoring: Scoring
     form: str
@@ -107,7 +109,7 @@ class CausalTest:
 
     def __call__(self, before: Tensor, logits: Tensor) -> Verdict:
         """`before` (B,) are the baseline's scores; the verdict removes what is not critical."""
-        sums = ClassSums.of(before, self.scores(logits), self.target, self.n_classes)
+        sums = ClassSums.of(before, self.scores(logits), self.classes, self.n_classes)
         p_values = sums.p_values()
         xi = sums.effect(self.form)
         significant = (float(p_values.min()) if self.inference == "voting" else sums.p_value()) < self.alpha
@@ -221,10 +223,7 @@ def amp(
     (the paper leaves that order open).
     """
     engine = Engine(model, sites, data, budget=budget)
-    log_p = engine.original.double().log_softmax(1)
-
-    def divergence(logits: Tensor) -> float:
-        return float((log_p.exp() * (log_p - logits.double().log_softmax(1))).sum(1).mean())
+    divergence = Divergence(engine.original)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         rise = divergence(logits) - divergence(now)
@@ -238,7 +237,8 @@ def amp(
 
 def _causal_test(engine: Engine, data: Batch, scoring: Scoring, form: str, alpha: float, inference: str) -> CausalTest:
     target = data.target.to(engine.original.device)
-    return CausalTest(target, engine.original.shape[1], scoring, form, alpha, inference)
+    classes = data.objective.classes(target)
+    return CausalTest(target, classes, engine.original.shape[1], scoring, form, alpha, inference)
 
 
 def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
@@ -251,13 +251,14 @@ def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
     else:
         device = next(model.parameters()).device
         with exact():
-            kept = torch.cat([model(b.x.to(device)).argmax(1).cpu() == b.target for b in data.split(128)])
+            outcomes = [b.objective.outcome(model(b.x.to(device)).cpu(), b.target) for b in data.split(128)]
+        kept = torch.cat(outcomes) > 0.5
         said = "correctly classified calibration images"
-    counts = torch.bincount(data.target[kept], minlength=int(data.target.max()) + 1)
-    for target in data.target.unique().tolist():
-        if counts[target] < 2:
+    given = data.objective.classes(data.target)[1].unique().tolist()
+    counts = data.objective.counts(data.target[kept], max(given) + 1)
+    for k in given:
+        if counts[k] < 2:
             raise DataError(
-                f"class {target} has {int(counts[target])} {said}, a t-test needs 2: give more images a class "
-                "(--calibration)"
+                f"class {k} has {int(counts[k])} {said}, a t-test needs 2: give more images a class (--calibration)"
             )
     return data[torch.nonzero(kept).flatten()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,21 +33,20 @@ def accuracy(
 ) -> Tensor:
     """1 for each image whose largest logit is its target's, else 0; (B,) float, in [0, 1].
 
-    Among equal logits the first counts. `generator` and `reference` are not used. Raises ModelError for logits that are
-    not finite, or not (B, K) with K above every target.
+    Among equal logits the first counts. `generator` and `reference` are not used. Raises as `outputs` does.
     """
-    return _correct(model, batch).float()
+    return outcome(model, batch).float()
 
 
-def per_class(correct: ArrayLike, target: ArrayLike, n_classes: int) -> NDArray[np.float64]:
-    """(..., K) the share of each class's images that are right, NaN for a class without images.
+def by_class(outcome: NDArray[Any], classes: tuple[Tensor, Tensor], n_classes: int) -> list[float | None]:
+    """The mean outcome (the share of right answers) of each class's images, None for one without images.
 
-    `correct` (..., B) is 1 where an image is right, `target` (B,) its class number.
+    `outcome` (B,) is 1 where an image is right, `classes` which images have which class, as an objective gives them.
     """
-    right, target = np.asarray(correct, dtype=np.float64), np.asarray(target)
-    members = (target[:, None] == np.arange(n_classes)).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(right @ members / members.sum(axis=0))
+    rows, of_rows = (part.numpy() for part in classes)
+    sums = np.bincount(of_rows, weights=outcome[rows], minlength=n_classes)
+    counts = np.bincount(of_rows, minlength=n_classes)
+    return [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
 
 
 def curve(
@@ -223,44 +223,35 @@ def n_parameters(model: nn.Module) -> int:
 def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """(B,) 1 where an image is right, and the images' ids (B,); on the model's device, in passes of `types.pass_size`.
 
-    Raises DataError where there are no images, ModelError as `accuracy` does.
+    Raises DataError where there are no images, and as `outputs` does.
     """
     device = next(model.parameters()).device
     found: list[Tensor] = []
     ids: list[str] = []
     for batch in [images] if isinstance(images, Batch) else images:
         for part in batch.in_passes():
-            x = part.x.to(device, memory_format=torch.channels_last)
-            found.append(_correct(model, Batch(x, part.target.to(device), part.image_id)).cpu())
+            there = part.to(device)
+            there = replace(there, x=there.x.to(memory_format=torch.channels_last))
+            found.append(outcome(model, there).cpu())
             ids += part.image_id
     if not ids:
         raise DataError("there are no images to measure accuracy on: give a split that holds some")
-    return torch.cat(found).numpy().astype(np.uint8), tuple(ids)
+    return torch.cat(found).numpy(), tuple(ids)
 
 
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """(B, K) what a network answers, checked.
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """What a network answers (B, K), checked.
 
-    Raises ModelError where it is not finite, or not (B, K) with K above every target.
+    Raises ModelError where it is not finite or not what the objective takes, DataError for a target that is no class.
     """
     with exact():
         found: Tensor = model(batch.x)
-    if found.ndim != 2 or len(found) != len(batch) or int(batch.target.max()) >= found.shape[1]:
-        raise ModelError(
-            f"logits have shape {tuple(found.shape)}, targets go up to {int(batch.target.max())}: they must be "
-            "(images, classes)"
-        )
+    batch.objective.check(found, batch.target)
     if not found.isfinite().all():
         raise ModelError("the network gives NaN or Inf on test images: check its weights and the preprocessing")
     return found
 
 
-def _correct(model: nn.Module, batch: Batch) -> Tensor:
-    """(B,) bool: is an image right?"""
-    return logits(model, batch).argmax(1).clone() == batch.target
-
-
-def by_class(correct: np.ndarray, target: torch.Tensor, n_classes: int) -> list[float | None]:
-    """The share of right answers in each class, None for one without images."""
-    found = per_class(correct, target, n_classes)
-    return [None if np.isnan(value) else float(value) for value in found]
+def outcome(model: nn.Module, batch: Batch) -> Tensor:
+    """How right a network is on each image (B,), by the batch's objective. Raises as `outputs` does."""
+    return batch.objective.outcome(outputs(model, batch), batch.target)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -23,7 +23,7 @@ from sukashi.core.errors import DataError, UsageError
 from sukashi.core.precision import without_tf32
 from sukashi.core.types import Batch
 from sukashi.measures import measures
-from sukashi.measures.accuracy import logits
+from sukashi.measures.accuracy import outputs
 from sukashi.measures.imputation import impute
 
 Count = Annotated[int, Field(ge=1)]
@@ -95,8 +95,8 @@ def removal(
         for count in counts:
             missing = ranks[rows] < count
             x = impute(part.x, missing, tolerance=tolerance) if count else part.x
-            found = logits(model, Batch(x + missing[:, None] * grain, part.target, part.image_id))
-            outcomes.append((found.argmax(1) == part.target, _probability(found, part.target)))
+            found = outputs(model, replace(part, x=x + missing[:, None] * grain))
+            outcomes.append((part.objective.outcome(found, part.target), part.objective.score(found, part.target)))
         correct.append(torch.stack([right for right, _ in outcomes], 1).double())
         probability.append(torch.stack([p for _, p in outcomes], 1))
     silent = ~usable[:, None]
@@ -261,7 +261,7 @@ def replacement(
         x = torch.where(changed[:, None], after[image], before[image])
         # Ids are not needed here: the same image stands in many rows.
         target = batch.target[image]
-        found.append(_probability(logits(model, Batch(x, target, ())), target))
+        found.append(batch.objective.score(outputs(model, replace(batch, x=x, target=target, image_id=())), target))
     return torch.cat(found).view(-1, n_columns).masked_fill(~usable[:, None], torch.nan)
 
 
@@ -277,10 +277,6 @@ def _baseline(x: Tensor, baseline: Baseline) -> Tensor:
     with without_tf32():
         blurred: Tensor = gaussian_blur(x, [KERNEL, KERNEL], [SIGMA, SIGMA])
     return blurred
-
-
-def _probability(found: Tensor, target: Tensor) -> Tensor:
-    return found.double().softmax(1).gather(1, target[:, None])[:, 0]
 
 
 def _grain(image_id: str, seed: int, like: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class Network:
     @property
     def guesses(self) -> bool:
         """Whether it is not shown to get more test images right than one in as many as there are classes."""
-        return bool(stats.share(int(self.right.sum()), len(self.right)).low <= 1 / self.loaded.n_classes)
+        chance = self.batch.objective.chance(self.loaded.n_classes)
+        return bool(stats.share(int(self.right.sum()), len(self.right)).low <= chance)
 
     @property
     def few(self) -> bool:
@@ -242,7 +243,7 @@ def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any
     pixels = sites.input_site(batch.x)
     device = network.setting.device
     found = explainers[name](
-        network.loaded.model, batch.x.to(device), batch.target.to(device), [pixels], **dict(options)
+        network.loaded.model, batch.x.to(device), batch.target.to(device), [pixels], batch.objective, **dict(options)
     )[pixels]
     return saliency_map(found, channels(name))
 

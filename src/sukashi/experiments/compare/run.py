@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 
 from sukashi.core import progress, stats
 from sukashi.core.errors import ModelError, UsageError
@@ -164,7 +163,8 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
         writer.save_plan(plan)
     curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test, mode=mode)
     writer.save_curve(curve)
-    chance = 1 / setting.loaded.n_classes
+    objective, n_classes = test.objective, setting.loaded.n_classes
+    classes, chance = objective.classes(test.target), objective.chance(n_classes)
     area = accuracy.sauce(curve.fraction, curve.accuracy, chance)
     writer.finish(
         {
@@ -174,8 +174,8 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
             "dense_accuracy": float(curve.accuracy[int(np.argmin(curve.n_removed))]),
             "chance": chance,
             "class_names": list(setting.data.class_names),
-            "class_counts": torch.bincount(test.target, minlength=setting.loaded.n_classes).tolist(),
-            "class_accuracy": [by_class(row, test.target, setting.loaded.n_classes) for row in curve.correct],
+            "class_counts": objective.counts(test.target, n_classes).tolist(),
+            "class_accuracy": [by_class(row, classes, n_classes) for row in curve.correct],
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "notes": list(setting.data.notes),

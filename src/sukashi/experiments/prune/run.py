@@ -113,7 +113,7 @@ def prune(
     figures: dict[str, dict[str, Any]] = {}
     for name, loaded, cost_of in (("dense", dense, costs["dense"]), (what, small, costs["cut"])):
         correct = _correct(setting, loaded, test)
-        of_classes = by_class(correct, test.target, dense.n_classes)
+        of_classes = by_class(correct, test.objective.classes(test.target), dense.n_classes)
         figures[name] = {"accuracy": float(correct.mean()), **cost_of, "class_accuracy": of_classes}
     removed = mask.n_removed / mask.n_units
     layers = {}
@@ -149,7 +149,7 @@ def prune(
         **figures,
         "n_images": len(test),
         "class_names": list(setting.data.class_names),
-        "class_counts": torch.bincount(test.target, minlength=dense.n_classes).tolist(),
+        "class_counts": test.objective.counts(test.target, dense.n_classes).tolist(),
         "notes": [*setting.data.notes, *cautions],
         **layers,
     }

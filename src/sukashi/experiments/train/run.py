@@ -189,7 +189,7 @@ def _figures(fitted: Fitted, before: Loaded | None, images: Data, test: Split, w
         "waiting": sum(entry["waiting"] / entry["images_per_second"] for entry in fitted.history) / seconds,
         "removed": fitted.removed,
         "zeros": fitted.zeros,
-        "class_accuracy": by_class(correct, test.targets, images.n_classes),
+        "class_accuracy": by_class(correct, test.objective.classes(test.targets), images.n_classes),
         "class_counts": test.counts.tolist(),
         "history": list(fitted.history),
         "notes": [*images.notes, *fitted.notes],
