@@ -290,13 +290,41 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """A value at each pixel of images: `values` (B, H, W), those of saliency maps or bool, `image_id` (B,) whose."""
+
+    values: Tensor
+    image_id: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 3 or len(self.values) != len(self.image_id):
+            raise UsageError(
+                f"maps of shape {tuple(self.values.shape)} of {len(self.image_id)} images must be (images, height, "
+                "width); attributions.maps.saliency_map joins channels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """One number an image (or a unit), never pre-averaged. `better` says which way is good."""
+    """What a measure found: `values` (N,) along an axis, one for each of `ids`, never pre-averaged.
+
+    NaN stands for what has no value, and is for the caller to count and leave out. `unit` says what one is of, `better`
+    which way is good.
+    """
 
     values: Tensor
     ids: tuple[str, ...]
     unit: str
-    better: Literal["higher", "lower"]
+    axis: Literal["image", "unit"] = "image"
+    better: Literal["higher", "lower"] = "higher"
+
+    def __post_init__(self) -> None:
+        assert self.values.shape == (len(self.ids),), (
+            f"{tuple(self.values.shape)} values of {len(self.ids)} {self.axis}s"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.precision import exact
 from sukashi.core.stats import Interval
-from sukashi.core.types import Batch, Curve, Mask, Plan, Site
+from sukashi.core.types import Batch, Curve, Mask, Measurement, Plan, Site
 from sukashi.measures import measures
 from sukashi.network import surgery
 
@@ -27,15 +27,13 @@ MARGIN = 0.01
 REACH = 0.005
 
 
-@measures.register("accuracy", source="share of images whose largest logit is that of their target", better="higher")
-def accuracy(
-    model: nn.Module, batch: Batch, *, generator: torch.Generator, reference: nn.Module | None = None
-) -> Tensor:
+@measures.register("accuracy", source="share of images whose largest logit is that of their target")
+def accuracy(model: nn.Module, batch: Batch) -> Measurement:
     """1 for each image whose largest logit is its target's, else 0; (B,) float, in [0, 1].
 
-    Among equal logits the first counts. `generator` and `reference` are not used. Raises as `outputs` does.
+    It is the outcome of the batch's objective: among equal logits the first counts. Raises as `outputs` does.
     """
-    return outcome(model, batch).float()
+    return Measurement(outcome(model, batch).float(), batch.image_id, "accuracy")
 
 
 def by_class(outcome: NDArray[Any], classes: tuple[Tensor, Tensor], n_classes: int) -> list[float | None]:

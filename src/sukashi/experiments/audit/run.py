@@ -24,7 +24,6 @@ from sukashi.core.registry import nearest
 from sukashi.experiments.audit import page, summary
 from sukashi.experiments.audit.cells import (
     FEW,
-    OF_CURVES,
     ORDERS,
     POPULATIONS,
     Auditor,
@@ -64,7 +63,8 @@ def audit(
     reason. By default `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are
     gini, road, aopc, rank_correlation, ssim and top_overlap, for transformers insertion and deletion too, and
     localisation where the data know where the evidence is (`sukashi list measures` tells what each computes).
-    `options` are those of attributions and measures by name; road and aopc have none here.
+    `options` are those of attributions and measures by name. ROAD's curves, in the table and on the page, are at 10,
+    20, ... percent whatever the options, with the noise and tolerance of aopc, or of road where there is no aopc.
 
     Images are `test_images` (500) of the test split, evenly over the classes, and of those the ones that the reference
     and the model both get right (`population`: "both", "reference" or "all"). Each model sees them by its own
@@ -193,10 +193,8 @@ def _check(
     for name in attributions or ():
         explainers[name]
     for name in measures or ():
-        if not registry[name].reads_maps:
-            known = [method.name for method in registry if method.reads_maps]
+        if "maps" not in registry[name].inputs:
+            known = [method.name for method in registry if "maps" in method.inputs]
             raise UsageError(f"{name} measures no saliency maps: choose from {', '.join(known)}")
     for name, chosen in options.items():
         (explainers if name in explainers else registry)[name].check_options(chosen)
-        if name in OF_CURVES:
-            raise UsageError(f"{' and '.join(OF_CURVES)} share curves and have no options in an audit, got {chosen}")

@@ -392,7 +392,7 @@ def moved(networks: Sequence[Network], cells: Cells, names: Sequence[str]) -> li
 
 def _is_similarity(measure: str) -> bool:
     name = measure.partition("/")[0]
-    return "reference" in registry[name].facts.get("reads", ())
+    return "reference_maps" in registry[name].inputs
 
 
 def _places(of: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
