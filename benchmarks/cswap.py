@@ -21,7 +21,7 @@ from torch import nn
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.types import Batch, Mask
-from sukashi.criteria.causal import CausalTest, true_class_probability, usable
+from sukashi.criteria.causal import CausalTest, usable
 from sukashi.criteria.engine import Engine
 from sukashi.criteria.progressive import unit_orders
 from sukashi.experiments import demo
@@ -41,7 +41,7 @@ def race(model: nn.Module, batch: Batch) -> dict[str, float]:
         batch.target,
         batch.objective.classes(batch.target),
         engine.original.shape[1],
-        true_class_probability,
+        batch.objective.score,
         "mean",
         0.05,
         "voting",

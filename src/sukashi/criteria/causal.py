@@ -27,11 +27,6 @@ Scoring = Callable[[Tensor, Tensor], Tensor]
 Level = Annotated[float, Field(gt=0, lt=1)]
 
 
-def true_class_probability(logits: Tensor, target: Tensor) -> Tensor:
-    """sigma(x, y) = exp(z_y) / sum_k exp(z_k) (B,), in float64 so that a tiny probability is not zero (sec. 3.2)."""
-    return logits.double().log_softmax(1).gather(1, target[:, None]).squeeze(1).exp()
-
-
 @dataclass(frozen=True)
 class ClassSums:
     """All a decision needs of the images, per class: additive, so that images can be shared out over machines.
@@ -131,7 +126,7 @@ def cswap(
     alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
     order: Literal["index", "magnitude", "random"] = "magnitude",
-    scoring: Scoring = true_class_probability,
+    scoring: Scoring | None = None,
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
@@ -146,7 +141,8 @@ def cswap(
     `baseline` says which, and the present one ranks better (benchmarks/defaults.py, training images only: SAUCE 45.7
     against 41.9 on ResNet-20, 62.7 against 62.6 on ResNet-18). Definition 1's xi, the mean of d / sigma
     (`effect="ratio"`), is ruled by the few images on which sigma is near zero; `mean` is mean(d) / mean(sigma), and
-    `samples="correct"` leaves misclassified images out. The last unit of a site is never removed.
+    `samples="correct"` leaves misclassified images out. `scoring(logits, target)` gives sigma (B,); None is the
+    objective's score, the true class's probability (sec. 3.2). The last unit of a site is never removed.
     """
     data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
@@ -173,7 +169,7 @@ def cbp(
     effect: Literal["ratio", "mean"] = "mean",
     alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
-    scoring: Scoring = true_class_probability,
+    scoring: Scoring | None = None,
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
@@ -181,7 +177,7 @@ def cbp(
 
     Detrimental units go by descending xi, neutral ones by ascending |xi|, critical ones by ascending harm (xi from 0
     down). Algorithm 4 cuts a unit's connections to critical successors only; physical removal cuts all of them, and so
-    do we.
+    do we. Options are those of C-SWAP.
     """
     data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
@@ -235,10 +231,12 @@ def amp(
     return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data))
 
 
-def _causal_test(engine: Engine, data: Batch, scoring: Scoring, form: str, alpha: float, inference: str) -> CausalTest:
-    target = data.target.to(engine.original.device)
-    classes = data.objective.classes(target)
-    return CausalTest(target, classes, engine.original.shape[1], scoring, form, alpha, inference)
+def _causal_test(
+    engine: Engine, data: Batch, scoring: Scoring | None, form: str, alpha: float, inference: str
+) -> CausalTest:
+    objective, target = data.objective, data.target.to(engine.original.device)
+    classes, n_classes = objective.classes(target), engine.original.shape[1]
+    return CausalTest(target, classes, n_classes, scoring or objective.score, form, alpha, inference)
 
 
 def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
