@@ -12,7 +12,7 @@ from sukashi.experiments.compare.page import REMOVED, compared
 from sukashi.experiments.compare.store import Store
 from sukashi.experiments.prune.page import pruned
 from sukashi.experiments.train.page import trained
-from sukashi.measures.accuracy import THRESHOLDS
+from sukashi.measures.curves import THRESHOLDS
 from sukashi.report import page
 from sukashi.report.networks import MODES
 

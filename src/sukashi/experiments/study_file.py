@@ -47,7 +47,7 @@ from sukashi.experiments.compare.run import RATIOS, compare, samplings_of
 from sukashi.experiments.compare.store import Store
 from sukashi.experiments.schedule import run as levels
 from sukashi.experiments.schedule.settings import Course
-from sukashi.measures import accuracy
+from sukashi.measures.curves import MARGIN, THRESHOLDS, difference
 
 _OUT, _DATA = Field(examples=["../runs/mine"]), Field(examples=["digits"])
 _SPEC = "sukashi:digits_cnn"
@@ -89,7 +89,7 @@ class _File(_Strict):
     calibration: int = CALIBRATION
     test_images: int = TEST_IMAGES
     mode: str = "cut"
-    margin: float = accuracy.MARGIN
+    margin: float = MARGIN
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
     options: dict[str, dict[str, Any]] = {}
     environment: dict[str, str] = {}
@@ -109,7 +109,7 @@ def run(
     `out` and `data` replace the file's. Finished trials are kept: an interrupted study goes on when it is run again.
 
     Returns {"models": {name: what compare returns}, "pairs": [{"model", "first", "second", "mean", "low", "high"}],
-    "out", "report"}; a pair's numbers are of its mean accuracy at accuracy.THRESHOLDS, first minus second.
+    "out", "report"}; a pair's numbers are of its mean accuracy at curves.THRESHOLDS, first minus second.
 
     Raises UsageError for a file that breaks a rule, and whatever `compare` raises; a model that cannot be loaded, or
     does not fit the data, is refused before the first one is compared.
@@ -278,10 +278,10 @@ def _pair(model: str, kept: Store, first: str, second: str) -> dict[str, Any]:
     }
     seeds = sorted(set(curves[first]) & set(curves[second]))
     about = {"model": model, "first": first, "second": second}
-    found = accuracy.difference(
+    found = difference(
         [curves[first][seed] for seed in seeds],
         [curves[second][seed] for seed in seeds],
-        accuracy.THRESHOLDS,
+        THRESHOLDS,
     )
     if found is None:
         return {**about, "mean": None, "low": None, "high": None}

@@ -26,7 +26,7 @@ from sukashi.core.errors import DataError, UsageError
 from sukashi.core.stats import Interval, Paired, holm, interval, paired
 from sukashi.core.types import Curve, Plan
 from sukashi.experiments.compare.store import Record, Store
-from sukashi.measures.accuracy import MARGIN, THRESHOLDS, at, cautions, lossless
+from sukashi.measures.curves import MARGIN, THRESHOLDS, at, cautions, lossless
 from sukashi.report import figures, words
 from sukashi.report.figures import COLOURS, OTHERS
 from sukashi.report.networks import MODES, Array, cost_table, draw_categories, has_categories, slower, worst_classes

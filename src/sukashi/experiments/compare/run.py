@@ -20,7 +20,7 @@ from sukashi.experiments import pages
 from sukashi.experiments.bench import Reading, Setting, Source, hardware, plan_for, versions
 from sukashi.experiments.compare.store import Store, Writer
 from sukashi.experiments.compare.summary import summary
-from sukashi.measures import accuracy, cost
+from sukashi.measures import cost, curves
 from sukashi.measures.accuracy import by_class
 from sukashi.network import surgery
 
@@ -39,7 +39,7 @@ def compare(
     seeds: int = 3,
     sampling: str | Sequence[str] = "random",
     mode: str = "cut",
-    margin: float = accuracy.MARGIN,
+    margin: float = curves.MARGIN,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     skip_refused: bool = False,
     command: str | None = None,
@@ -57,7 +57,7 @@ def compare(
     Returns {"sauce": {contender: {"mean", "low", "high"}}, "lossless", "accuracy_at", "dense_accuracy", "curves",
     "passes", "notes", "refused", "out"}, where a contender is a criterion, followed by "/" and the sampling where that
     is not random. `lossless` holds the largest "fraction" and "ratio" (of units) at which accuracy is shown to be at
-    most `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and
+    most `margin` lower, see `measures.curves.lossless`; `accuracy_at` accuracy at curves.THRESHOLDS, by "0.15" and
     so on, None where no trial went that far.
     """
     samplings = [sampling] if isinstance(sampling, str) else list(sampling)
@@ -161,15 +161,15 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
             journal=writer.journal,
         )
         writer.save_plan(plan)
-    curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test, mode=mode)
+    curve = curves.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test, mode=mode)
     writer.save_curve(curve)
     objective, n_classes = test.objective, setting.loaded.n_classes
     classes, chance = objective.classes(test.target), objective.chance(n_classes)
-    area = accuracy.sauce(curve.fraction, curve.accuracy, chance)
+    area = curves.sauce(curve.fraction, curve.accuracy, chance)
     writer.finish(
         {
             "sauce": area,
-            "relative_sauce": accuracy.sauce(curve.fraction, curve.accuracy, chance, relative=True),
+            "relative_sauce": curves.sauce(curve.fraction, curve.accuracy, chance, relative=True),
             "largest_fraction": float(curve.fraction.max()),
             "dense_accuracy": float(curve.accuracy[int(np.argmin(curve.n_removed))]),
             "chance": chance,

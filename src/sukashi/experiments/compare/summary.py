@@ -11,7 +11,7 @@ from sukashi.core import stats
 from sukashi.core.stats import Interval
 from sukashi.core.types import Curve
 from sukashi.experiments.compare.store import Record, Store
-from sukashi.measures import accuracy
+from sukashi.measures.curves import THRESHOLDS, at, cautions, lossless
 
 
 def summary(store: Store, margin: float) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def summary(store: Store, margin: float) -> dict[str, Any]:
             name: {
                 f"{fraction:g}": found and _bounds(found)
                 for fraction, found in zip(
-                    accuracy.THRESHOLDS,
-                    accuracy.at(of_name, accuracy.THRESHOLDS),
+                    THRESHOLDS,
+                    at(of_name, THRESHOLDS),
                     strict=True,
                 )
             }
@@ -43,17 +43,17 @@ def summary(store: Store, margin: float) -> dict[str, Any]:
         "dense_accuracy": ordered[first][0].result["dense_accuracy"],
         "curves": {name: [_points(curve, False) for curve in of_name] for name, of_name in curves.items()},
         "passes": {name: [_points(curve, True) for curve in of_name] for name, of_name in curves.items()},
-        "notes": list(accuracy.cautions(len(curves[first][0].image_ids), margin)),
+        "notes": list(cautions(len(curves[first][0].image_ids), margin)),
         "refused": store.refused(),
         "out": str(store.folder),
     }
 
 
 def _lossless(records: Sequence[Record], curves: Sequence[Curve], margin: float) -> dict[str, Any]:
-    """What `accuracy.lossless` finds, as a fraction on the curves' axis and as a ratio of units."""
+    """What `curves.lossless` finds, as a fraction on the curves' axis and as a ratio of units."""
     plan = records[0].plan()
     assert plan is not None, "a finished trial has a plan"
-    found = accuracy.lossless(curves, margin, generator=np.random.default_rng(0))
+    found = lossless(curves, margin, generator=np.random.default_rng(0))
     bounds = {"mean": found.mean, "low": found.low, "high": found.high}
     return {
         "margin": margin,

@@ -34,7 +34,7 @@ from sukashi.experiments.schedule.schedules import schedules
 from sukashi.experiments.schedule.settings import Course, check, check_used, grown
 from sukashi.experiments.schedule.summary import Level, cautions, draw, summary
 from sukashi.experiments.train.run import Settings, settings_of
-from sukashi.measures import accuracy
+from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded, saved
 from sukashi.network import sites, sparsity, surgery
 from sukashi.network.sites import Found
@@ -351,7 +351,7 @@ class _Walker:
         figures |= {
             "accuracy": float(correct.mean()),
             "n_images": len(correct),
-            "parameters": accuracy.n_parameters(network.model),
+            "parameters": cost.n_parameters(network.model),
             "removed": self.removed(network, mask),
             "zeros": 0.0 if mask is None else sparsity.zeros(network.model, mask)["sparsity"],
         }
