@@ -6,7 +6,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sukashi import data
@@ -60,7 +59,7 @@ def train_digits(spec: str, images: Batch, *, width: int | None = None, epochs: 
             for _ in range(epochs):
                 for rows in torch.randperm(len(images)).split(64):
                     batch = images[rows]
-                    loss = F.cross_entropy(model(batch.x), batch.target)
+                    loss = batch.objective.loss(model(batch.x), batch.target) / len(batch)
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
                     optimiser.step()

@@ -71,7 +71,8 @@ def audit(
     reason. By default `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are
     gini, road, aopc, rank_correlation, ssim and top_overlap, for transformers insertion and deletion too, and
     localisation where the data know where the evidence is (`sukashi list measures` tells what each computes).
-    `options` are those of attributions and measures by name; road and aopc have none here.
+    `options` are those of attributions and measures by name. ROAD's curves, in the table and on the page, are at 10,
+    20, ... percent whatever the options, with the noise and tolerance of aopc, or of road where there is no aopc.
 
     Images are `test_images` of the test split, evenly over the classes, and of those the ones that the reference and
     the model both get right (`population`: "both", "reference" or "all"). Each model sees them by its own

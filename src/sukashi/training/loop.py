@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sukashi import models
@@ -170,6 +169,7 @@ class _Run:
         optimizer = kind(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, **chosen)
         self.state = State(model, optimizer, copy.deepcopy(model).eval() if training.ema else None)
         self.net = processes.parallel(model)
+        self.objective = train.objective
         self.train_frames, self.train_target = frames(train), train.targets
         self.validation = None if validation is None else (frames(validation), validation.targets)
         self.until = training.epochs
@@ -256,7 +256,7 @@ class _Run:
         on_gpu = processes.device.type == "cuda"
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=on_gpu):
             logits = self.net(x)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=training.label_smoothing, reduction="sum")
+        loss = self.objective.loss(logits.float(), target, label_smoothing=training.label_smoothing)
         self.pending.append(processes.total(torch.stack([loss.detach(), loss.new_tensor(float(asked))])))
         last = (state.step + 1) % self.n_batches == 0
         if last or len(self.pending) >= _SETTLE[processes.device.type]:
@@ -296,7 +296,7 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> tuple[float | None, float | None]:
-        """Mean cross entropy and share of right answers on the validation images, in float32."""
+        """Mean loss and mean outcome (the share of right answers) on the validation images, in float32."""
         if self.validation is None:
             return None, None
         frames, targets = self.validation
@@ -307,8 +307,8 @@ class _Run:
         with exact(), contextlib.closing(frames.batches(parts)) as images:
             for part, pixels in zip(parts, images, strict=True):
                 logits, target = model(self._views(pixels, None)), targets[part].to(sums.device)
-                sums[0] += F.cross_entropy(logits, target, reduction="sum")
-                sums[1] += (logits.argmax(1) == target).sum()
+                sums[0] += self.objective.loss(logits, target)
+                sums[1] += self.objective.outcome(logits, target).sum()
         self.state.model.train()
         loss, right = (self.processes.total(sums) / len(targets)).tolist()
         if not math.isfinite(loss):

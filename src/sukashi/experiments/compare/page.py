@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from sukashi.experiments.compare.contenders import Contender, contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.workspace import Workspace
-from sukashi.measures.accuracy import THRESHOLDS
+from sukashi.measures.curves import THRESHOLDS
 from sukashi.report import figures, words
 from sukashi.report.figures import COLOURS, OTHERS
 from sukashi.report.networks import MODES, cost_table, draw_categories, has_categories

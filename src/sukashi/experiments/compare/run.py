@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from sukashi.core import progress
 from sukashi.core.errors import ModelError, UsageError
@@ -22,7 +21,7 @@ from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versi
 from sukashi.experiments.compare.contenders import name_of, save_curve
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.workspace import Desk, Workspace
-from sukashi.measures import accuracy, cost
+from sukashi.measures import cost, curves
 from sukashi.measures.accuracy import by_class
 
 LATENCY_BATCH = 32
@@ -123,19 +122,20 @@ def _measure(setting: Setting, desk: Desk) -> None:
         )
     desk.save("plan", plan_arrays(plan))
     test = setting.test()
-    curve = accuracy.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
+    curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
     save_curve(desk, curve)
-    chance = 1 / setting.loaded.n_classes
+    n_classes, objective = setting.loaded.n_classes, test.objective
+    chance = objective.chance(n_classes)
     desk.finish(
         {
             "mode": mode,
-            "sauce": accuracy.sauce(curve.fraction, curve.accuracy, chance),
-            "relative_sauce": accuracy.sauce(curve.fraction, curve.accuracy, chance, relative=True),
+            "sauce": curves.sauce(curve.fraction, curve.accuracy, chance),
+            "relative_sauce": curves.sauce(curve.fraction, curve.accuracy, chance, relative=True),
             "dense_accuracy": float(curve.accuracy[int(np.argmin(curve.n_removed))]),
             "chance": chance,
             "class_names": list(setting.data.class_names),
-            "class_counts": torch.bincount(test.target, minlength=setting.loaded.n_classes).tolist(),
-            "class_accuracy": [by_class(row, test.target, setting.loaded.n_classes) for row in curve.correct],
+            "class_counts": objective.counts(test.target, n_classes).tolist(),
+            "class_accuracy": [by_class(row, objective.classes(test.target), n_classes) for row in curve.correct],
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "notes": list(setting.data.notes),

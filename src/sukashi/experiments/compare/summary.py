@@ -13,7 +13,7 @@ from sukashi.core.experiment import Result
 from sukashi.core.stats import holm, interval, paired
 from sukashi.experiments.compare.contenders import Contender, contenders, refused
 from sukashi.experiments.workspace import Workspace
-from sukashi.measures import accuracy
+from sukashi.measures import curves
 from sukashi.report import networks, words
 
 Bounds = dict[str, Any]  # {"mean", "low", "high", "n"}, low and high None where one value bounds nothing
@@ -26,7 +26,7 @@ class CompareResult(Result):
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
     sauce, relative_sauce   100 times the area under accuracy; over seeds
     lossless        how far every cut is shown to lose at most `margin`: {"margin", "parameters_removed" (None in mode
-                    zero), "units_removed"}, see `measures.accuracy.lossless`
+                    zero), "units_removed"}, see `measures.curves.lossless`
     accuracy_at     at 0.15, 0.3, 0.5 and 0.7 of what `removes` says; None where no trial went that far
     measured_up_to  the largest fraction that every seed measured
     differences     of SAUCE between pairs, the better first, seed by seed: mean, low, high, n, bootstrap, p, p_holm
@@ -123,7 +123,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
     """
     found = contenders(space)
     leader, identity = found[0], space.identity
-    margin = (space.logged("run") or [{}])[-1].get("margin", accuracy.MARGIN) if margin is None else margin
+    margin = (space.logged("run") or [{}])[-1].get("margin", curves.MARGIN) if margin is None else margin
     pairs = _pairs(found)
     verdict, rule = _verdict(found, pairs)
     mode, n_images = identity["mode"], len(leader.curves[0].image_ids)
@@ -145,7 +145,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         accuracy_at={
             one.name: {
                 f"{fraction:g}": None if at is None else _bounds(at)
-                for fraction, at in zip(accuracy.THRESHOLDS, accuracy.at(one.curves, accuracy.THRESHOLDS), strict=True)
+                for fraction, at in zip(curves.THRESHOLDS, curves.at(one.curves, curves.THRESHOLDS), strict=True)
             }
             for one in found
         },
@@ -160,7 +160,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         refused=refused(space),
         verdict=verdict,
         rule=rule,
-        notes=[*_notes(space, found), *accuracy.cautions(n_images, margin), *networks.slower(latency)],
+        notes=[*_notes(space, found), *curves.cautions(n_images, margin), *networks.slower(latency)],
     )
 
 
@@ -260,8 +260,8 @@ def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
 
 
 def _lossless(one: Contender, margin: float, mode: str) -> dict[str, Any]:
-    """What `accuracy.lossless` finds: of what is removed on the curves' axis, and of units."""
-    found = accuracy.lossless(one.curves, margin, generator=np.random.default_rng(0))
+    """What `curves.lossless` finds: of what is removed on the curves' axis, and of units."""
+    found = curves.lossless(one.curves, margin, generator=np.random.default_rng(0))
     bounds = {"mean": found.mean, "low": found.low, "high": found.high}
     removed = {name: float(value[0]) for name, value in bounds.items()} | {"n": found.n}
     n_units = one.plans[0].n_units

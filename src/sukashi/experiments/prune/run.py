@@ -126,7 +126,7 @@ def _prune(setting: Setting, settings: Prune, desk: Desk) -> None:
             "weights_removed": None if units else removed,
             "n_images": len(test),
             "class_names": list(setting.data.class_names),
-            "class_counts": torch.bincount(test.target, minlength=dense.n_classes).tolist(),
+            "class_counts": test.objective.counts(test.target, dense.n_classes).tolist(),
             "layers": [] if units else _layers(mask),
             "notes": [*setting.data.notes, *_cautions(settings, mask)],
         }
@@ -151,17 +151,13 @@ def _figures(setting: Setting, loaded: Loaded, test: Batch, batch: torch.Tensor)
     return {
         "accuracy": float(correct.mean()),
         **cost.size(loaded.model, batch),
-        "class_accuracy": by_class(correct, test.target, loaded.n_classes),
+        "class_accuracy": by_class(correct, test.objective.classes(test.target), loaded.n_classes),
     }
 
 
 def _correct(setting: Setting, loaded: Loaded, test: Batch) -> np.ndarray:
     """(B,) 1 where an image is right."""
-    generator = torch.Generator()
-    parts = (
-        replace(part, x=part.x.to(setting.device), target=part.target.to(setting.device)) for part in test.split(128)
-    )
-    found = [accuracy.accuracy(loaded.model, part, generator=generator) for part in parts]
+    found = [accuracy.accuracy(loaded.model, part.to(setting.device)).values for part in test.split(128)]
     return torch.cat(found).cpu().numpy()
 
 

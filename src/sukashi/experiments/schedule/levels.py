@@ -20,7 +20,7 @@ from sukashi.experiments.bench import Setting, Source, plan_for
 from sukashi.experiments.schedule.settings import Course
 from sukashi.experiments.train.run import history_of, log_speed
 from sukashi.experiments.workspace import Desk
-from sukashi.measures import accuracy
+from sukashi.measures import accuracy, cost
 from sukashi.models import Loaded
 from sukashi.network import sites, sparsity, surgery
 from sukashi.network.sites import Found
@@ -166,7 +166,7 @@ class Seed:
                 **figures,
                 "accuracy": float(correct.mean()),
                 "n_images": len(correct),
-                "parameters": accuracy.n_parameters(network.model),
+                "parameters": cost.n_parameters(network.model),
                 "removed": self._removed(network, mask),
                 "zeros_in_masked_layers": zeros,
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sukashi.experiments.compare.page import REMOVED
 from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.workspace import Workspace
-from sukashi.measures.accuracy import THRESHOLDS
+from sukashi.measures.curves import THRESHOLDS
 from sukashi.report.networks import MODES
 from sukashi.report.page import Page
 

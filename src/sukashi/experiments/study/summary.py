@@ -10,7 +10,7 @@ from sukashi.experiments.compare.contenders import contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import summarised
 from sukashi.experiments.workspace import Workspace
-from sukashi.measures import accuracy
+from sukashi.measures import curves
 from sukashi.report import words
 
 
@@ -79,13 +79,13 @@ def _kept(result: Result) -> dict[str, Any]:
 def _pair(model: str, space: Workspace, first: str, second: str) -> dict[str, Any]:
     by_name = {one.name: one for one in contenders(Workspace(space.folder / model))}
     about: dict[str, Any] = {"model": model, "first": first, "second": second}
-    curves = [
+    by_seed = [
         dict(zip(by_name[name].seeds, by_name[name].curves, strict=True)) if name in by_name else {}
         for name in (first, second)
     ]
-    seeds = sorted(set(curves[0]) & set(curves[1]))
-    one, other = ([of[seed] for seed in seeds] for of in curves)
-    found = accuracy.difference(one, other, accuracy.THRESHOLDS)
+    seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
+    one, other = ([of[seed] for seed in seeds] for of in by_seed)
+    found = curves.difference(one, other, curves.THRESHOLDS)
     if found is None:
         return {**about, "mean": None, "low": None, "high": None}
     return {**about, "mean": found.mean, "low": found.low, "high": found.high}

@@ -97,7 +97,7 @@ def _figures(fitted: Fitted, before: Loaded | None, images: Data, settings: Trai
         "weights_removed": fitted.removed,
         "zeros_in_masked_layers": fitted.zeros,
         "class_names": list(images.class_names),
-        "class_accuracy": by_class(correct, test.targets, images.n_classes),
+        "class_accuracy": by_class(correct, test.objective.classes(test.targets), images.n_classes),
         "class_counts": test.counts.tolist(),
         "history": history_of(fitted),
         "notes": [*images.notes, *fitted.notes],

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from sukashi.attributions.maps import Channels, saliency_map
 from sukashi.core import progress
 from sukashi.core.errors import ModelError
 from sukashi.core.experiment import Trial
-from sukashi.core.types import Batch, pass_size
+from sukashi.core.types import Batch, Maps, pass_size
 from sukashi.experiments.audit.networks import Network, size_of
 from sukashi.experiments.audit.saliency.summary import moved
-from sukashi.experiments.audit.saliency.values import CURVES, OF_CURVES, ORDERS, OUTCOMES, Array, Cell
+from sukashi.experiments.audit.saliency.values import OF_CURVES, ORDERS, OUTCOMES, Array, Cell
 from sukashi.experiments.bench import Setting
 from sukashi.experiments.workspace import Desk
-from sukashi.measures import faithfulness
 from sukashi.measures import measures as registry
+from sukashi.measures.inputs import Inputs, measured
 from sukashi.network import sites
 from sukashi.network.layers import AttentionCore
 
@@ -86,7 +86,7 @@ def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any
     pixels = sites.input_site(batch.x)
     device = network.setting.device
     found = explainers[name](
-        network.loaded.model, batch.x.to(device), batch.target.to(device), [pixels], **dict(options)
+        network.loaded.model, batch.x.to(device), batch.target.to(device), [pixels], batch.objective, **dict(options)
     )[pixels]
     return saliency_map(found, channels(name))
 
@@ -124,7 +124,7 @@ class Auditor:
         self.networks, self.measures, self.options, self.seed = networks, measures, options, seed
         self._kept: dict[str, Tensor] = {}
         self.reference = networks[0]
-        self.compares = any("reference" in registry[name].facts.get("reads", ()) for name in measures)
+        self.compares = any("reference_maps" in registry[name].inputs for name in measures)
         # Of all images: which of them are audited may differ from model to model.
         self.rows = np.unique(np.concatenate([network.rows for network in networks]))
         self.truth: dict[str, Tensor] = {}
@@ -219,31 +219,33 @@ class Auditor:
 
     def _measure(self, network: Network, rows: NDArray[np.int64], maps: Tensor, beside: Tensor) -> dict[str, Tensor]:
         """Columns (B, ...) of a cell: `silent`, one for each measure, and one for each curve of ROAD."""
-        part = network.batch[torch.from_numpy(rows)]
-        part = Batch(part.x.to(maps.device), part.target.to(maps.device), part.image_id)
-        generator = torch.Generator().manual_seed(self.seed)
+        part = network.batch[torch.from_numpy(rows)].to(maps.device)
+        truth = {concept: Maps(mask[rows].to(maps.device), part.image_id) for concept, mask in self.truth.items()}
+        inputs = Inputs(
+            {
+                "model": network.loaded.model,
+                "batch": part,
+                "maps": Maps(maps, part.image_id),
+                "reference_maps": Maps(beside, part.image_id),
+                "masks": truth,
+                "generator": torch.Generator().manual_seed(self.seed),
+            }
+        )
         flat = maps.flatten(1)
-        found = {"silent": ~flat.isfinite().all(1) | (flat == flat[:, :1]).all(1)}
-        of_curves = [name for name in self.measures if name in OF_CURVES]
-        if of_curves:
-            found |= _of_curves(network.loaded.model, part, maps, generator, of_curves)
-        for name in self.measures:
-            method, options = registry[name], self.options.get(name, {})
-            reads = method.facts.get("reads", ())
-            if name in of_curves:
-                continue
-            if not reads:
-                found[name] = method(network.loaded.model, part, maps=maps, generator=generator, **options)
-                continue
-            truth = {f"{name}/{concept}": mask[rows].to(maps.device) for concept, mask in self.truth.items()}
-            for column, mask in truth.items() if "masks" in reads else ((name, None),):
-                given = {"maps": maps, "reference": beside, "masks": mask}
-                found[column] = method(*(given[each] for each in reads), **options)
-        for column, values in found.items():
-            if column != "silent" and column not in CURVES:
-                found[column] = values.double().masked_fill(found["silent"], torch.nan)
-        order = ["silent", *CURVES, *self.measures]
-        return dict(sorted(found.items(), key=lambda item: order.index(_measure_of(item[0], order))))
+        silent = ~flat.isfinite().all(1) | (flat == flat[:, :1]).all(1)
+        found = measured(self.measures, inputs, {name: self.options.get(name, {}) for name in self.measures})
+        values = {column: each.values.double().masked_fill(silent, torch.nan) for column, each in found.items()}
+        return {"silent": silent, **self._curves(inputs), **values}
+
+    def _curves(self, inputs: Inputs) -> dict[str, Tensor]:
+        """ROAD's curves, those that aopc is made of where it is measured."""
+        name = next((name for name in OF_CURVES if name in self.measures), None)
+        if name is None:
+            return {}
+        curves = inputs.get("removal_curves", self.options.get(name, {}))
+        orders = OF_CURVES["road" if "road" in self.measures else name]
+        removed = {order: curves.at(order, ORDERS[order]) for order in orders}
+        return {f"{order} {outcome}": removed[order].of(outcome) for order in orders for outcome in OUTCOMES}
 
     def _gallery(self, name: str, desk: Desk) -> None:
         """Some images as they come, one a class, then those whose maps moved most: pixels, and the maps of all."""
@@ -268,32 +270,6 @@ class Auditor:
             for row, marked in chosen
         ]
         desk.finish({"attribution": name, "labels": labels, "pictures": pictures})
-
-
-def _measure_of(column: str, known: Sequence[str]) -> str:
-    """The measure of a column such as road/probability."""
-    return column if column in known else column.partition("/")[0]
-
-
-def _of_curves(
-    model: torch.nn.Module, part: Batch, maps: Tensor, generator: torch.Generator, names: Sequence[str]
-) -> dict[str, Tensor]:
-    """The curves of ROAD and what is made of them: `road` and `aopc` share one."""
-    orders = ORDERS if "road" in names else {"morf": ORDERS["morf"]}
-    removed = {
-        order: faithfulness.removal(
-            model, part, maps=maps, generator=generator, order=cast(faithfulness.Order, order), percentages=percentages
-        )
-        for order, percentages in orders.items()
-    }
-    found = {f"{order} {outcome}": removed[order].of(outcome) for order in removed for outcome in OUTCOMES.values()}
-    for suffix, outcome in OUTCOMES.items():
-        morf = found[f"morf {outcome}"]
-        if "road" in names:
-            found[f"road{suffix}"] = (found[f"lerf {outcome}"] - morf[:, 1:]).mean(1)
-        if "aopc" in names:
-            found[f"aopc{suffix}"] = faithfulness.area_over(morf, "mean")
-    return found
 
 
 def masks(setting: Setting, image_ids: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
 from sukashi.experiments.audit.networks import Network
 from sukashi.experiments.audit.saliency.cells import Auditor, explaining, measuring
-from sukashi.experiments.audit.saliency.values import OF_CURVES
 from sukashi.experiments.audit.settings import Audit
 from sukashi.measures import measures as registry
 
@@ -44,10 +43,8 @@ def check(settings: Audit) -> None:
     for name in settings.attributions or ():
         explainers[name]
     for name in settings.measures or ():
-        if not registry[name].reads_maps:
-            known = [method.name for method in registry if method.reads_maps]
+        if "maps" not in registry[name].inputs:
+            known = [method.name for method in registry if "maps" in method.inputs]
             raise UsageError(f"{name} measures no saliency maps: choose from {', '.join(known)}")
     for name, chosen in settings.options.items():
         (explainers if name in explainers else registry)[name].check_options(chosen)
-        if name in OF_CURVES:
-            raise UsageError(f"{' and '.join(OF_CURVES)} share curves and have no options in an audit, got {chosen}")

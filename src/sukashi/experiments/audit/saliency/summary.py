@@ -403,7 +403,7 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
 
 def _is_similarity(measure: str) -> bool:
     name = measure.partition("/")[0]
-    return "reference" in registry[name].facts.get("reads", ())
+    return "reference_maps" in registry[name].inputs
 
 
 def _places(of: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:

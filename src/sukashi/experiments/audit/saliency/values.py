@@ -17,11 +17,14 @@ from sukashi.measures import faithfulness
 
 Array = NDArray[np.float64]
 
-# Measures of one curve: computed together, once for accuracy and once for the target's probability.
-ORDERS = {"morf": faithfulness.AOPC_PERCENTAGES["mean"], "lerf": faithfulness.PERCENTAGES}
-OF_CURVES = ("road", "aopc")
-OUTCOMES: dict[str, faithfulness.Outcome] = {"": "accuracy", "/probability": "probability"}
-CURVES = tuple(f"{order} {outcome}" for order in ORDERS for outcome in OUTCOMES.values())
+# ROAD's curves that are kept, and the measures made of them by what they have.
+ORDERS: dict[faithfulness.Order, tuple[int, ...]] = {
+    "morf": faithfulness.AOPC_PERCENTAGES["mean"],
+    "lerf": faithfulness.PERCENTAGES,
+}
+OF_CURVES: dict[str, tuple[faithfulness.Order, ...]] = {"aopc": ("morf",), "road": ("morf", "lerf")}
+OUTCOMES: tuple[faithfulness.Outcome, ...] = ("accuracy", "probability")
+CURVES = tuple(f"{order} {outcome}" for order in ORDERS for outcome in OUTCOMES)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def curves_table(cells: Cells) -> bytes:
                 columns = _repeated(label, name, order, n=n)
                 columns.append(np.tile(np.array(percentages, dtype=np.float64), len(cell.image_ids)))
                 columns.append(np.repeat(cell.image_ids, len(percentages)).tolist())
-                columns += [cell.curves[f"{order} {outcome}"].ravel() for outcome in OUTCOMES.values()]
+                columns += [cell.curves[f"{order} {outcome}"].ravel() for outcome in OUTCOMES]
                 parts.append(pa.table(columns, schema=_CURVES))
     return _parquet(parts, _CURVES)
 
