@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
+
+from cases import fitted
 
 torch.set_num_threads(1)
 
@@ -126,6 +128,24 @@ def small64(small):
     return found
 
 
+@pytest.fixture(scope="session")
+def sequence64(digits_split):
+    """A trained sequence of layers of every sort that oracles of relevance know, in float64: model, sites, data."""
+    from sukashi import models
+    from sukashi.core.types import Batch
+    from sukashi.network import sites
+
+    preprocess = models.load("sukashi:digits_cnn").preprocess
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = (nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3), nn.GELU())
+        model = nn.Sequential(*body, nn.AvgPool2d(2, 1, 1), nn.Flatten(), nn.Linear(72, 9), nn.ReLU(), nn.Linear(9, 10))
+        fitted(model, digits_split.train.whole(preprocess, 0), epochs=16, size=64, rate=1e-2)
+    data = _mislabelled(digits_split, preprocess)
+    found = sites.find(model, data.x[:2]).sites
+    return SimpleNamespace(model=model.double(), sites=found, data=Batch(data.x.double(), data.target, data.image_id))
+
+
 def _small(spec, digits):
     from sukashi import models
     from sukashi.network import sites
@@ -133,17 +153,14 @@ def _small(spec, digits):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         loaded = models.load(spec, width=8)
-        model = loaded.model.train()
-        images = digits.train.whole(loaded.preprocess, 0)
-        optimiser = torch.optim.AdamW(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=16 * -(-len(images) // 64))
-        for _ in range(16):
-            for rows in torch.randperm(len(images)).split(64):
-                optimiser.zero_grad()
-                F.cross_entropy(model(images.x[rows]), images.target[rows]).backward()
-                optimiser.step()
-                schedule.step()
-    model.eval().zero_grad()
-    data = digits.train.calibration(8, 0).whole(loaded.preprocess, 0).by_class()
+        fitted(loaded.model, digits.train.whole(loaded.preprocess, 0), epochs=16, size=64, rate=1e-2)
+    data = _mislabelled(digits, loaded.preprocess)
+    found = sites.find(loaded.model, data.x[:2]).sites
+    return SimpleNamespace(loaded=loaded, model=loaded.model, sites=found, data=data)
+
+
+def _mislabelled(digits, preprocess):
+    """Eight training digits a class, two of them with each other's target."""
+    data = digits.train.calibration(8, 0).whole(preprocess, 0).by_class()
     data.target[[0, 8]] = data.target[[8, 0]]
-    return SimpleNamespace(loaded=loaded, model=model, sites=sites.find(model, data.x[:2]).sites, data=data.by_class())
+    return data.by_class()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from cases import noise
 from sukashi import models
 from sukashi.core.errors import ModelError
 from sukashi.network.canonical import _FUNCTIONS, active, canonical, performs
@@ -36,10 +37,6 @@ def built(spec):
         model.classifier[6] = nn.Linear(8, 10)
     explicit_attention(model)
     return model.eval(), (3, 64, 64)
-
-
-def noise(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def called(form):

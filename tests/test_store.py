@@ -117,7 +117,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def processes():  # type: ignore[no-untyped-def]
     """Makes real processes; their imports are done once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sukashi.store"])
+    context.set_forkserver_preload([Store.__module__, "pytest"])
     return context
 
 
