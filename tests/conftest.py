@@ -39,13 +39,11 @@ def digits_split():
 @pytest.fixture(scope="session")
 def trained_cnn(digits_split):
     """A small CNN that has learned the digits; tests must not change it."""
-    return _trained("sukashi:digits_cnn", digits_split)
+    from sukashi import models
+    from sukashi.experiments import demo
 
-
-@pytest.fixture(scope="session")
-def trained_vit(digits_split):
-    """A small ViT that has learned the digits; tests must not change it."""
-    return _trained("sukashi:digits_vit", digits_split)
+    preprocess = models.load("sukashi:digits_cnn").preprocess
+    return demo.train_digits("sukashi:digits_cnn", digits_split.train.whole(preprocess, 0), epochs=8)
 
 
 @pytest.fixture(scope="session")
@@ -67,38 +65,6 @@ def randomised():
         return model
 
     return change
-
-
-def _trained(spec, digits):
-    from sukashi import models
-    from sukashi.experiments import demo
-
-    preprocess = models.load(spec).preprocess
-    return demo.train_digits(spec, digits.train.whole(preprocess, 0), epochs=8)
-
-
-@pytest.fixture(scope="session")
-def digits_calibration(digits_split, trained_cnn):
-    """Twelve training digits a class, sorted by class."""
-    return digits_split.train.calibration(12, 0).whole(trained_cnn.preprocess, 0).by_class()
-
-
-@pytest.fixture(scope="session")
-def digits(trained_cnn, digits_calibration):
-    """The trained CNN, its sites, calibration images."""
-    return _case(trained_cnn.model, digits_calibration)
-
-
-@pytest.fixture(scope="session")
-def vit(trained_vit, digits_calibration):
-    """The trained ViT, its sites, calibration images."""
-    return _case(trained_vit.model, digits_calibration)
-
-
-def _case(model, data):
-    from sukashi.network import sites
-
-    return model, sites.find(model, data.x[:2]).sites, data
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """C-SWAP, C-BP and AMP against the literal oracle; the engine against the masked network; closed-form tests."""
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -12,7 +14,6 @@ from sukashi.core.errors import DataError, ModelError
 from sukashi.criteria import criteria, engine
 from sukashi.criteria.causal import ClassSums, true_class_probability
 from sukashi.criteria.engine import Engine
-from sukashi.network import sites as finder
 
 
 def decisions(plan):
@@ -47,9 +48,9 @@ def test_cswap_decides_like_algorithm_1(small64, net, options):
     assert 0 < plan.passes[0] < plan.n_removable
 
 
-def test_cswap_ranks_critical_units_by_harm(digits):
-    model, sites, data = digits
-    plan = criteria["cswap"](model, sites, data, generator=torch.Generator())
+def test_cswap_ranks_critical_units_by_harm(small64):
+    case = small64["vit"]
+    plan = criteria["cswap"](case.model, case.sites, case.data, generator=torch.Generator())
     tail = plan.effect[plan.passes[0] : plan.n_removable]
     assert len(tail) > 10
     assert (np.diff(tail[np.isfinite(tail)]) <= 0).all()
@@ -76,16 +77,14 @@ def test_cbp_tests_like_algorithm_4(small64, net):
     assert len(set(turn)) > 1, "the case must have several kinds"
 
 
-def test_a_dead_unit_has_exactly_no_effect(trained_cnn, digits_calibration):
-    import copy
-
-    model = copy.deepcopy(trained_cnn.model)
+def test_a_dead_unit_has_exactly_no_effect(small64):
+    case = small64["cnn"]
+    model = copy.deepcopy(case.model)
     with torch.no_grad():
         model.fc1.weight[5] = 0
         model.fc1.bias[5] = -1
-    sites = finder.find(model, digits_calibration.x[:2]).sites
-    position = next(i for i, site in enumerate(sites) if site.layer == "fc1")
-    plan = criteria["cbp"](model, sites, digits_calibration, generator=torch.Generator())
+    position = next(i for i, site in enumerate(case.sites) if site.layer == "fc1")
+    plan = criteria["cbp"](model, case.sites, case.data, generator=torch.Generator())
     row = int(np.flatnonzero((plan.site == position) & (plan.unit == 5))[0])
     assert plan.effect[row] == 0
     assert plan.category[row] == "neutral"
@@ -104,8 +103,8 @@ def test_chunks_do_not_change_decisions(small, monkeypatch, net, name):
     assert parts.passes == whole.passes
 
 
-def test_a_journal_resumes_to_the_same_plan(digits):
-    model, sites, data = digits
+def test_a_journal_resumes_to_the_same_plan(small):
+    model, sites, data = small["cnn"].model, small["cnn"].sites, small["cnn"].data
     full: dict = {}
     whole = criteria["cswap"](model, sites, data, generator=torch.Generator(), _journal=full)
     assert len(full) == len(sites)
@@ -153,8 +152,8 @@ def test_a_tiny_probability_is_not_zero():
     assert true_class_probability(logits, torch.tensor([0])).item() == pytest.approx(np.exp(-200.0), rel=1e-9)
 
 
-def test_a_class_without_correct_images_is_refused(digits):
-    model, sites, data = digits
+def test_a_class_without_correct_images_is_refused(small):
+    model, sites, data = small["cnn"].model, small["cnn"].sites, small["cnn"].data
     with torch.inference_mode():
         wrong = model(data.x).argmax(1) != 3
     rows = (data.target != 3) | wrong
@@ -168,8 +167,8 @@ def test_a_class_without_correct_images_is_refused(digits):
         criteria["cswap"](model, sites, data, generator=torch.Generator())
 
 
-def test_an_untraceable_model_is_refused_by_name(digits):
-    _, sites, data = digits
+def test_an_untraceable_model_is_refused_by_name(small):
+    sites, data = small["cnn"].sites, small["cnn"].data
 
     class Branching(torch.nn.Module):
         def __init__(self):

@@ -51,10 +51,10 @@ def table(request):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_masked_logits_equal_cut_logits(name, table):
-    model, channels = build(name)
-    size, n_units = ZOO[name]
+    model, shape = build(name)
+    _, n_units = ZOO[name]
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(1 if size == 224 else 2, channels, size, size, generator=generator)
+    x = torch.randn(2, *shape, generator=generator)
     found = sites.find(model, x).sites
     assert sum(site.n_units for site in found) == n_units
     errors = []
