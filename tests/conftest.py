@@ -11,6 +11,8 @@ from torch import nn
 
 from cases import fitted
 
+# One thread a process: make test runs one on each core, and what tests start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
