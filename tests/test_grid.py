@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from sukashi.experiments.compare.store import Store
 
 from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.criteria import criteria
 from sukashi.experiments import study_file
 from sukashi.experiments.compare import run as comparing
-from sukashi.experiments.compare.store import Store
 from sukashi.experiments.schedule.checks import check
 
 STUDY = """

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from sukashi.experiments.compare.store import Store
 
 import sukashi
 from sukashi import data as datasets
@@ -27,7 +28,6 @@ from sukashi.criteria.plans import read_plan
 from sukashi.experiments import pages, study_file
 from sukashi.experiments.check import run as check
 from sukashi.experiments.compare import run as comparing
-from sukashi.experiments.compare.store import Store
 from sukashi.experiments.prune.run import prune
 from sukashi.measures import accuracy
 from sukashi.network import hooks
