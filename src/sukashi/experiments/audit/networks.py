@@ -35,9 +35,10 @@ class Answers:
     """What a model of the audit answers.
 
     `label` is its column's name, `series` and `ratio` what pruned it and how far (or None), `trained` whether it was
-    trained after it was cut, as its recipe tells, `chance` what guessing would get right. `right` (N,) says which of the test images it gets right, `rows` are
-    those on which it is audited; `image_ids` (N,) and `target` (N,) are the same for all models. `identity` is what
-    decides its answers, `areas` (N,) for each concept the share of an image's pixels it has, where the data know.
+    trained after it was cut, as its recipe tells, `chance` what guessing would get right. `right` (N,) says which of
+    the test images it gets right, `rows` are those on which it is audited; `image_ids` (N,) and `target` (N,) are the
+    same for all models. `identity` is what decides its answers, `areas` (N,) for each concept the share of an image's
+    pixels it has, where the data know.
     """
 
     label: str
