@@ -56,6 +56,8 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
+    if jobs > 1 and "memory:" in settings.model_dump_json():
+        raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
     room, prepared = room_of(settings), prepare_of(settings)
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
