@@ -30,7 +30,7 @@ class Images(Settings):
     data: str = option(examples=["digits"], help="digits, shapes, torchvision:NAME, or a folder of images.")
     skip_bad: bool = option(False, help="Leave unreadable images out, and say so.")
     class_map: dict[str, int] | None = option(
-        None, help='{"class of the data": its number in the model}, where the two differ; as a flag a JSON file.'
+        None, help='{"class of the data": its number in the model}, where the two differ.'
     )
     only: list[str] | None = option(None, joined=True, help="Leave all classes out but these; numbered in this order.")
     max_pixels: int = option(64_000_000, help="Pixels an image may have.")

@@ -22,7 +22,7 @@ class Levels(Settings):
     criteria: list[str] = option(
         joined=True,
         examples=[["magnitude"]],
-        help="See `sukashi list criteria`; with a scope those of single weights (wanda, magnitude, random), else those "
+        help="Names, see `sukashi list criteria`; with a scope those of single weights (wanda, magnitude, random), else those "
         "of units.",
     )
     ratios: list[Ratio] = option(
