@@ -18,7 +18,7 @@ class Architecture(Settings):
     )
     width: int | None = option(None, ge=1, le=65_536, help="Base width, for our own models.")
     n_classes: int | None = option(
-        None, ge=1, flag="--classes", help="Class count; by default that of the weights or of the data."
+        None, ge=1, le=1_000_000, flag="--classes", help="Class count; by default that of the weights or of the data."
     )
     pretrained: bool = option(False, help="Download pretrained weights.")
     output: str | None = option(None, help="Which of a model's outputs holds the logits.")
