@@ -7,8 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
+from cases import fitted
+
+# One thread a process: make test runs one on each core, and what tests start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
@@ -37,13 +41,11 @@ def digits_split():
 @pytest.fixture(scope="session")
 def trained_cnn(digits_split):
     """A small CNN that has learned the digits; tests must not change it."""
-    return _trained("sukashi:digits_cnn", digits_split)
+    from sukashi import models
+    from sukashi.experiments import demo
 
-
-@pytest.fixture(scope="session")
-def trained_vit(digits_split):
-    """A small ViT that has learned the digits; tests must not change it."""
-    return _trained("sukashi:digits_vit", digits_split)
+    preprocess = models.load("sukashi:digits_cnn").preprocess
+    return demo.train_digits("sukashi:digits_cnn", digits_split.train.whole(preprocess, 0), epochs=8)
 
 
 @pytest.fixture(scope="session")
@@ -65,38 +67,6 @@ def randomised():
         return model
 
     return change
-
-
-def _trained(spec, digits):
-    from sukashi import models
-    from sukashi.experiments import demo
-
-    preprocess = models.load(spec).preprocess
-    return demo.train_digits(spec, digits.train.whole(preprocess, 0), epochs=8)
-
-
-@pytest.fixture(scope="session")
-def digits_calibration(digits_split, trained_cnn):
-    """Twelve training digits a class, sorted by class."""
-    return digits_split.train.calibration(12, 0).whole(trained_cnn.preprocess, 0).by_class()
-
-
-@pytest.fixture(scope="session")
-def digits(trained_cnn, digits_calibration):
-    """The trained CNN, its sites, calibration images."""
-    return _case(trained_cnn.model, digits_calibration)
-
-
-@pytest.fixture(scope="session")
-def vit(trained_vit, digits_calibration):
-    """The trained ViT, its sites, calibration images."""
-    return _case(trained_vit.model, digits_calibration)
-
-
-def _case(model, data):
-    from sukashi.network import sites
-
-    return model, sites.find(model, data.x[:2]).sites, data
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +96,24 @@ def small64(small):
     return found
 
 
+@pytest.fixture(scope="session")
+def sequence64(digits_split):
+    """A trained sequence of layers of every sort that oracles of relevance know, in float64: model, sites, data."""
+    from sukashi import models
+    from sukashi.core.types import Batch
+    from sukashi.network import sites
+
+    preprocess = models.load("sukashi:digits_cnn").preprocess
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = (nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3), nn.GELU())
+        model = nn.Sequential(*body, nn.AvgPool2d(2, 1, 1), nn.Flatten(), nn.Linear(72, 9), nn.ReLU(), nn.Linear(9, 10))
+        fitted(model, digits_split.train.whole(preprocess, 0), epochs=16, size=64, rate=1e-2)
+    data = _mislabelled(digits_split, preprocess)
+    found = sites.find(model, data.x[:2]).sites
+    return SimpleNamespace(model=model.double(), sites=found, data=Batch(data.x.double(), data.target, data.image_id))
+
+
 def _small(spec, digits):
     from sukashi import models
     from sukashi.network import sites
@@ -133,17 +121,14 @@ def _small(spec, digits):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         loaded = models.load(spec, width=8)
-        model = loaded.model.train()
-        images = digits.train.whole(loaded.preprocess, 0)
-        optimiser = torch.optim.AdamW(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=16 * -(-len(images) // 64))
-        for _ in range(16):
-            for rows in torch.randperm(len(images)).split(64):
-                optimiser.zero_grad()
-                F.cross_entropy(model(images.x[rows]), images.target[rows]).backward()
-                optimiser.step()
-                schedule.step()
-    model.eval().zero_grad()
-    data = digits.train.calibration(8, 0).whole(loaded.preprocess, 0).by_class()
+        fitted(loaded.model, digits.train.whole(loaded.preprocess, 0), epochs=16, size=64, rate=1e-2)
+    data = _mislabelled(digits, loaded.preprocess)
+    found = sites.find(loaded.model, data.x[:2]).sites
+    return SimpleNamespace(loaded=loaded, model=loaded.model, sites=found, data=data)
+
+
+def _mislabelled(digits, preprocess):
+    """Eight training digits a class, two of them with each other's target."""
+    data = digits.train.calibration(8, 0).whole(preprocess, 0).by_class()
     data.target[[0, 8]] = data.target[[8, 0]]
-    return SimpleNamespace(loaded=loaded, model=model, sites=sites.find(model, data.x[:2]).sites, data=data.by_class())
+    return data.by_class()

@@ -1,5 +1,7 @@
 """Every supported architecture, with random weights far from what hides a mistake."""
 
+import itertools
+
 import timm
 import torch
 import torchvision
@@ -8,19 +10,20 @@ from torch import nn
 from sukashi.models.architectures import OWN
 from sukashi.network.layers import explicit_attention
 
-# name -> input size, units; the counts are written down from the architectures, not from what find() says
+# name -> input size, units; the counts are written down from the architectures, not from what find() says. Images are
+# small and the two hidden layers of VGG's classifier narrow: what is coupled to what depends on neither.
 ZOO = {
     "torchvision:resnet18": (64, 2880),
     "torchvision:resnet50": (64, 11456),
-    "torchvision:vgg16": (64, 12416),
-    "torchvision:vgg16_bn": (64, 12416),
+    "torchvision:vgg16": (64, 4224 + 2 * 24),
+    "torchvision:vgg16_bn": (64, 4224 + 2 * 24),
     "torchvision:mobilenet_v2": (64, 9128),
     "torchvision:densenet121": (64, 10240),
     "torchvision:efficientnet_b0": (64, 11404),
-    "torchvision:vit_b_16": (224, 46080),
-    "timm:deit3_small_patch16_224": (224, 23040),
-    "timm:deit3_base_patch16_224": (224, 46080),
-    "timm:vit_tiny_patch16_224": (224, 11520),
+    "torchvision:vit_b_16": (64, 46080),
+    "timm:deit3_small_patch16_224": (64, 23040),
+    "timm:deit3_base_patch16_224": (64, 46080),
+    "timm:vit_tiny_patch16_224": (64, 11520),
     "sukashi:cifar_resnet20": (32, 448),
     "sukashi:cifar_resnet32": (32, 672),
     "sukashi:cifar_resnet44": (32, 896),
@@ -32,18 +35,27 @@ ZOO = {
 }
 
 
-def build(name: str) -> tuple[nn.Module, int]:
+def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network with random weights, and the shape (C, H, W) of its images."""
     family, _, short = name.partition(":")
+    size, _ = ZOO[name]
     torch.manual_seed(0)
+    channels = 3
     if family == "sukashi":
         make, n_classes, width, channels, _ = OWN[short]
         model: nn.Module = make(n_classes, width)
+    elif short.startswith("vgg"):
+        features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], short.endswith("bn"))
+        with torch.device("meta"):
+            model = torchvision.models.VGG(features)
+        widths = itertools.pairwise((512 * 7 * 7, 24, 24, 10))
+        model.classifier[0], model.classifier[3], model.classifier[6] = (nn.Linear(*both) for both in widths)
+    elif family == "timm":
+        model = timm.create_model(short, img_size=size)
     else:
-        channels = 3
-        zoo = {"timm": timm.create_model, "torchvision": torchvision.models.get_model}[family]
-        model = zoo(short)
+        model = torchvision.models.get_model(short, **({"image_size": size} if short.startswith("vit") else {}))
     explicit_attention(model)
-    return randomised(model.eval()), channels
+    return randomised(model.eval()), (channels, size, size)
 
 
 def randomised(model: nn.Module) -> nn.Module:

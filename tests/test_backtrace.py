@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cases import logit, noise
+from oracles.backtrace import written_out
 from sukashi.attributions.backtrace import backtrace
 from sukashi.core.errors import ModelError
 from sukashi.core.types import Member, Site
@@ -15,99 +17,8 @@ TARGET = torch.tensor([0, 2, 1])
 MODES = ("default", "contrastive")
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def relevance(model, x, target=TARGET, site=PIXELS, **options):
     return backtrace(model, x, target, [site], **options)[site]
-
-
-def logit(model, x, target=TARGET):
-    with torch.no_grad():
-        return model(x).gather(1, target[:, None])[:, 0]
-
-
-def tap(layer, width):
-    return Site(layer, "channel", width, 1, (Member(layer, "out", tuple((u,) for u in range(width))),))
-
-
-def dense(layer, shape):
-    """A linear layer over inputs of a shape as a matrix (inputs, outputs) and a shift."""
-    n = torch.Size(shape).numel()
-    with torch.no_grad():
-        bias = layer(torch.zeros(1, *shape, dtype=torch.float64))
-        weight = layer(torch.eye(n, dtype=torch.float64).view(n, *shape)) - bias
-    return weight.flatten(1), bias.flatten()
-
-
-def by_size(x, weight, bias, r):
-    """R_i = sum_j R_j |x_i w_ij| / (sum_i |x_i w_ij| + |b_j|)."""
-    c = (x[:, None] * weight).abs()
-    return (c / (c.sum(0) + bias.abs())).nan_to_num() @ r
-
-
-def contrastive(x, weight, bias, r_p, r_n):
-    """Both streams at the inputs of a layer, unit by unit."""
-    found_p, found_n = torch.zeros_like(x), torch.zeros_like(x)
-    for j in range(weight.shape[1]):
-        c = x * weight[:, j]
-        up, down = c.clamp(min=0), -c.clamp(max=0)
-        up = up / (up.sum() + max(bias[j], 0)) if up.any() else up
-        down = down / (down.sum() + max(-bias[j], 0)) if down.any() else down
-        same = (c.sum() + bias[j] > 0) == (r_p[j] >= r_n[j])
-        found_p += r_p[j] * (up if same else down)
-        found_n += r_n[j] * (down if same else up)
-    return found_p, found_n
-
-
-def pooled(before, layer, r):
-    """Equal shares among the maxima of each window."""
-    found = torch.zeros_like(before)
-    channels, height, width = before.shape
-    k, stride, pad = layer.kernel_size, layer.stride, layer.padding
-    for c in range(channels):
-        for i in range(r.shape[1]):
-            for j in range(r.shape[2]):
-                rows = range(max(0, stride * i - pad), min(height, stride * i - pad + k))
-                window = [
-                    (a, b) for a in rows for b in range(max(0, stride * j - pad), min(width, stride * j - pad + k))
-                ]
-                top = max(before[c, *place] for place in window)
-                best = [place for place in window if before[c, *place] == top]
-                for place in best:
-                    found[c, *place] += r[c, i, j] / len(best)
-    return found
-
-
-def written_out(mode, model, x, target):
-    """Relevance at the input of each layer of a sequence, for one image."""
-    values = [x[None]]
-    with torch.no_grad():
-        for layer in model:
-            values.append(layer(values[-1]))
-    logits = values[-1][0]
-    own = F.one_hot(target, len(logits))
-    streams = (
-        (own * logits,) if mode == "default" else (own * logits.abs(), (1 - own) * logits.abs() / (len(logits) - 1))
-    )
-    found = []
-    for layer, before in reversed(list(zip(model, values, strict=False))):
-        shape = before.shape[1:]
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            weight, bias = dense(layer, shape)
-            rs = [r.flatten() for r in streams]
-            if mode == "default":
-                streams = (by_size(before.flatten(), weight, bias, *rs),)
-            else:
-                streams = contrastive(before.flatten(), weight, bias, *rs)
-        elif isinstance(layer, nn.AvgPool2d):
-            streams = [by_size(before.flatten(), *dense(layer, shape), r.flatten()) for r in streams]
-        elif isinstance(layer, nn.MaxPool2d):
-            streams = [pooled(before[0], layer, r) for r in streams]
-        streams = [r.view(shape) for r in streams]
-        found.append(streams[0] if mode == "default" else streams[0] - streams[1])
-    return found[::-1]
 
 
 def network():
@@ -122,7 +33,7 @@ def test_relevance_is_the_rules_unit_by_unit(mode):
     with torch.no_grad():
         model[7].bias[1] = -9.0  # a negative logit too
     x[0, :, :4, :4] = x[0, :, :1, :1]  # equal maxima
-    sites = (PIXELS, tap("0", 4), tap("2", 4), tap("4", 4))
+    sites = (PIXELS, *(Site(layer, "channel", 4) for layer in ("0", "2", "4")))
     found = backtrace(model, x, TARGET, sites, mode=mode)
     for row in range(3):
         expected = written_out(mode, model, x[row], TARGET[row])
@@ -147,8 +58,8 @@ def test_without_biases_all_of_the_logit_comes_out_with_its_sign():
     nn.init.zeros_(model.linear.bias)
     x = noise(3, 3, 32, 32)
     found = relevance(model, x)
-    torch.testing.assert_close(found.flatten(1).sum(1), logit(model, x), rtol=1e-10, atol=0)
-    assert (found * logit(model, x)[:, None, None, None] >= 0).all()
+    torch.testing.assert_close(found.flatten(1).sum(1), logit(model, x, TARGET), rtol=1e-10, atol=0)
+    assert (found * logit(model, x, TARGET)[:, None, None, None] >= 0).all()
 
 
 class Branches(nn.Module):

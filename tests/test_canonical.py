@@ -1,45 +1,17 @@
 """The canonical form gives the model's own output, and is what the attribution methods take it for."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
-from sukashi import models
+from cases import noise
 from sukashi.core.errors import ModelError
 from sukashi.network.canonical import _FUNCTIONS, active, canonical, performs
-from sukashi.network.layers import explicit_attention
+from supported import ZOO, build
 
-VISION = ("resnet18", "resnet50", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121", "efficientnet_b0", "vit_b_16")
-SPECS = (
-    *(f"torchvision:{name}" for name in VISION),
-    *("timm:deit3_small_patch16_224", "timm:vit_tiny_patch16_224"),
-    *("sukashi:cifar_resnet20", "sukashi:cifar_resnet18", "sukashi:digits_cnn", "sukashi:digits_vit"),
-)
-
-
-def built(spec):
-    """A network as models.load gives it, at 64 pixels or its own few, without 120 million weights in its head."""
-    source, _, name = spec.partition(":")
-    torch.manual_seed(0)
-    if source == "sukashi":
-        loaded = models.load(spec)
-        return loaded.model, (loaded.preprocess.channels, loaded.preprocess.height, loaded.preprocess.width)
-    if source == "timm":
-        model = timm.create_model(name, img_size=64)
-    else:
-        model = torchvision.models.get_model(name, **({"image_size": 64} if name.startswith("vit") else {}))
-    if name.startswith("vgg"):
-        model.classifier[0], model.classifier[3] = nn.Linear(25088, 8), nn.Linear(8, 8)
-        model.classifier[6] = nn.Linear(8, 10)
-    explicit_attention(model)
-    return model.eval(), (3, 64, 64)
-
-
-def noise(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+# One of each kind of ZOO.
+SPECS = [name for name in ZOO if not name.endswith(("deit3_base_patch16_224", "32", "44", "56", "small_vit"))]
 
 
 def called(form):
@@ -47,9 +19,9 @@ def called(form):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_form_is_the_model_with_one_plain_module_a_call(spec, randomised):
-    model, shape = built(spec)
-    model = randomised(model.double())
+def test_the_form_is_the_model_with_one_plain_module_a_call(spec):
+    model, shape = build(spec)
+    model = model.double()
     x = noise(2, *shape)
     form = canonical(model, x)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """C-SWAP, C-BP and AMP against the literal oracle; the engine against the masked network; closed-form tests."""
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -7,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import naive
+from oracles import ORACLES
 from sukashi.core.errors import DataError, ModelError
 from sukashi.core.objective import CLASSIFICATION
 from sukashi.criteria import criteria, engine
 from sukashi.criteria.causal import ClassSums
 from sukashi.criteria.engine import Engine
-from sukashi.network import sites as finder
 
 by_class = CLASSIFICATION.classes
 
@@ -27,78 +28,77 @@ def decisions(plan):
     }
 
 
-@pytest.mark.parametrize("which", ["digits", "vit"])
+def assert_same_decisions(plan, expected):
+    """The same units go in the pass, and each is of the same kind."""
+    assert decisions(plan) == decisions(expected)
+    assert plan.passes == expected.passes
+    assert plan.n_images == expected.n_images
+
+
+@pytest.mark.parametrize("net", ["cnn", "vit"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"baseline": "original"}, {"effect": "ratio"}, {"samples": "all", "alpha": 0.01}, {"inference": "general"}],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "default",
 )
-def test_cswap_decides_like_algorithm_1(request, which, options):
-    model, sites, data = request.getfixturevalue(which)
-    plan = criteria["cswap"](model, sites, data, generator=torch.Generator(), **options)
-    literal = {**options, "voting": options.get("inference") != "general"}
-    literal.pop("inference", None)
-    expected = naive.cswap(model, sites, data, **literal)
-    found = {pair: category for pair, (_, category) in decisions(plan).items()}
-    assert found == {pair: category for pair, (_, category) in expected.items()}
-    assert {"critical"} < set(found.values()), "the case must have both kinds"
-    gone = {pair for pair, (is_gone, _) in expected.items() if is_gone}
-    in_pass = {pair for pair, (is_gone, _) in decisions(plan).items() if is_gone}
-    # A plan moves the last unit of an emptied site to its end; the pass never empties one, so both sets are equal.
-    assert in_pass == gone
+def test_cswap_decides_like_algorithm_1(small64, net, options):
+    case = small64[net]
+    plan = criteria["cswap"](case.model, case.sites, case.data, generator=torch.Generator(), **options)
+    assert_same_decisions(
+        plan, ORACLES["criteria", "cswap"](case.model, case.sites, case.data, generator=None, **options)
+    )
+    assert {"critical"} < set(plan.category.tolist()), "the case must have both kinds"
+    assert 0 < plan.passes[0] < plan.n_removable
 
 
-def test_cswap_ranks_critical_units_by_harm(digits):
-    model, sites, data = digits
-    plan = criteria["cswap"](model, sites, data, generator=torch.Generator())
+def test_cswap_ranks_critical_units_by_harm(small64):
+    case = small64["vit"]
+    plan = criteria["cswap"](case.model, case.sites, case.data, generator=torch.Generator())
     tail = plan.effect[plan.passes[0] : plan.n_removable]
     assert len(tail) > 10
     assert (np.diff(tail[np.isfinite(tail)]) <= 0).all()
 
 
-@pytest.mark.parametrize("which", ["digits", "vit"])
-def test_amp_decides_like_algorithm_3(request, which):
-    model, sites, data = request.getfixturevalue(which)
-    plan = criteria["amp"](model, sites, data, generator=torch.Generator())
-    expected = naive.amp(model, sites, data)
-    assert {pair for pair, (gone, _) in decisions(plan).items() if gone} == {p for p, gone in expected.items() if gone}
+@pytest.mark.parametrize("net", ["cnn", "vit"])
+def test_amp_decides_like_algorithm_3(small64, net):
+    case = small64[net]
+    plan = criteria["amp"](case.model, case.sites, case.data, generator=torch.Generator())
+    assert_same_decisions(plan, ORACLES["criteria", "amp"](case.model, case.sites, case.data, generator=None))
     assert 0 < plan.passes[0] < plan.n_removable
 
 
-def test_cbp_tests_like_algorithm_4(digits):
-    model, sites, data = digits
-    plan = criteria["cbp"](model, sites, data, generator=torch.Generator())
-    expected = naive.cbp(model, sites, data)
-    effects = {(int(s), int(u)): e for s, u, e in zip(plan.site, plan.unit, plan.effect, strict=True)}
-    assert {pair: c for pair, (_, c) in decisions(plan).items()} == {pair: c for pair, (c, _) in expected.items()}
-    for pair, (_, xi) in expected.items():
-        assert effects[pair] == pytest.approx(xi, rel=1e-3, abs=1e-6)
+@pytest.mark.parametrize("net", ["cnn", "vit"])
+def test_cbp_tests_like_algorithm_4(small64, net):
+    case = small64[net]
+    plan = criteria["cbp"](case.model, case.sites, case.data, generator=torch.Generator())
+    expected = ORACLES["criteria", "cbp"](case.model, case.sites, case.data, generator=None)
+    assert_same_decisions(plan, expected)
+    np.testing.assert_allclose(plan.effect, expected.effect, rtol=1e-9, atol=1e-12)
     order = [str(c) for c in plan.category[: plan.n_removable]]
     turn = [("detrimental", "neutral", "critical").index(c) for c in order]
     assert turn == sorted(turn)
+    assert len(set(turn)) > 1, "the case must have several kinds"
 
 
-def test_a_dead_unit_has_exactly_no_effect(trained_cnn, digits_calibration):
-    import copy
-
-    model = copy.deepcopy(trained_cnn.model)
+def test_a_dead_unit_has_exactly_no_effect(small64):
+    case = small64["cnn"]
+    model = copy.deepcopy(case.model)
     with torch.no_grad():
         model.fc1.weight[5] = 0
         model.fc1.bias[5] = -1
-    sites = finder.find(model, digits_calibration.x[:2]).sites
-    position = next(i for i, site in enumerate(sites) if site.layer == "fc1")
-    plan = criteria["cbp"](model, sites, digits_calibration, generator=torch.Generator())
+    position = next(i for i, site in enumerate(case.sites) if site.layer == "fc1")
+    plan = criteria["cbp"](model, case.sites, case.data, generator=torch.Generator())
     row = int(np.flatnonzero((plan.site == position) & (plan.unit == 5))[0])
     assert plan.effect[row] == 0
     assert plan.category[row] == "neutral"
     assert (plan.p_values[row] == 1).all()
 
 
-@pytest.mark.parametrize("which", ["digits", "vit"])
+@pytest.mark.parametrize("net", ["cnn", "vit"])
 @pytest.mark.parametrize("name", ["cswap", "amp", "drift"])
-def test_chunks_do_not_change_decisions(request, monkeypatch, which, name):
+def test_chunks_do_not_change_decisions(small, monkeypatch, net, name):
     """In float32, where the order of additions shows."""
-    model, sites, data = request.getfixturevalue(which)
+    model, sites, data = small[net].model, small[net].sites, small[net].data
     whole = criteria[name](model, sites, data, generator=torch.Generator())
     monkeypatch.setattr(engine.Engine.__init__, "__kwdefaults__", {"budget": 0, "chunk": 23})
     parts = criteria[name](model, sites, data, generator=torch.Generator())
@@ -106,8 +106,8 @@ def test_chunks_do_not_change_decisions(request, monkeypatch, which, name):
     assert parts.passes == whole.passes
 
 
-def test_a_journal_resumes_to_the_same_plan(digits):
-    model, sites, data = digits
+def test_a_journal_resumes_to_the_same_plan(small):
+    model, sites, data = small["cnn"].model, small["cnn"].sites, small["cnn"].data
     full: dict = {}
     whole = criteria["cswap"](model, sites, data, generator=torch.Generator(), _journal=full)
     assert len(full) == len(sites)
@@ -152,8 +152,8 @@ def test_no_difference_is_not_significant_and_a_constant_one_is():
     assert ClassSums.of(before, before - 0.25, by_class(target), 1).p_values() == [0.0]
 
 
-def test_a_class_without_correct_images_is_refused(digits):
-    model, sites, data = digits
+def test_a_class_without_correct_images_is_refused(small):
+    model, sites, data = small["cnn"].model, small["cnn"].sites, small["cnn"].data
     with torch.inference_mode():
         wrong = model(data.x).argmax(1) != 3
     rows = (data.target != 3) | wrong
@@ -167,8 +167,8 @@ def test_a_class_without_correct_images_is_refused(digits):
         criteria["cswap"](model, sites, data, generator=torch.Generator())
 
 
-def test_an_untraceable_model_is_refused_by_name(digits):
-    _, sites, data = digits
+def test_an_untraceable_model_is_refused_by_name(small):
+    sites, data = small["cnn"].sites, small["cnn"].data
 
     class Branching(torch.nn.Module):
         def __init__(self):

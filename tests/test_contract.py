@@ -11,8 +11,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sukashi.attributions import attributions
 from sukashi.core.errors import ModelError, UsageError
@@ -73,10 +71,28 @@ def assert_same_bits(one, other):
     assert (one.passes, one.n_images, one.method) == (other.passes, other.n_images, other.method)
 
 
+class Once(dict):
+    """{arguments: make(*arguments)}, each made when it is first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, arguments):
+        self[arguments] = self.make(*arguments)
+        return self[arguments]
+
+
 @pytest.fixture(scope="module")
 def outcomes(small):
     """Every criterion on both networks with seed 0, as the other tests compare with it."""
-    return {(name, net): run(name, small[net]) for name, net in CASES}
+    return Once(lambda name, net: run(name, small[net]))
+
+
+@pytest.fixture(scope="module")
+def outcomes64(small64):
+    """The same in float64."""
+    return Once(lambda name, net: run(name, small64[net]))
 
 
 # Criteria.
@@ -212,9 +228,8 @@ def _equal(one, other):
 
 
 @pytest.mark.parametrize(("name", "net"), CASES)
-def test_chunks_and_budgets_do_not_matter(small64, monkeypatch, name, net):
-    case = small64[net]
-    whole = run(name, case)
+def test_chunks_and_budgets_do_not_matter(outcomes64, small64, monkeypatch, name, net):
+    case, whole = small64[net], outcomes64[name, net]
     monkeypatch.setitem(Engine.__init__.__kwdefaults__, "chunk", 23)
     smaller = {"batch_size": 7, "budget": 0}
     parts = run(name, case, **{key: value for key, value in smaller.items() if key in criteria[name].options})
@@ -233,15 +248,13 @@ def assert_close(one, other, renamed=None):
 
 
 @pytest.mark.parametrize(("name", "net"), [(name, net) for name, net in CASES if name != "random" and net in NETS])
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**31))
-def test_permuting_units_permutes_what_is_found_out_about_them(small64, name, net, seed):
+def test_permuting_units_permutes_what_is_found_out_about_them(outcomes64, small64, name, net):
     case = copy.copy(small64[net])
-    whole = run(name, case)
-    case.model, orders = permuted(case.model, case.sites, torch.Generator().manual_seed(seed))
+    case.model, orders = permuted(case.model, case.sites, torch.Generator().manual_seed(1))
+    assert any(order != sorted(order) for order in orders)
     with torch.no_grad():
         torch.testing.assert_close(case.model(case.data.x), small64[net].model(case.data.x))
-    assert_close(run(name, case), whole, lambda position, unit: (position, orders[position][unit]))
+    assert_close(run(name, case), outcomes64[name, net], lambda position, unit: (position, orders[position][unit]))
 
 
 @pytest.mark.parametrize(("name", "net"), [(name, net) for name, net in CASES if name != "random" and net not in NETS])
@@ -305,14 +318,13 @@ def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
 
 @pytest.mark.parametrize("name", JOURNALED)
 @pytest.mark.parametrize("net", NETS)
-def test_a_method_goes_on_from_every_prefix_of_its_journal(outcomes, small, monkeypatch, name, net):
+def test_a_method_goes_on_from_any_prefix_of_its_journal(outcomes, small, monkeypatch, name, net):
     case, whole = small[net], outcomes[name, net]
     journal = {}
     assert_same_bits(run(name, case, _journal=journal), whole)
     lines = json.loads(json.dumps(list(journal.items())))
     assert len(lines) >= len(case.sites)
-    step = 1 if net == "cnn" else 6
-    for n_lines in range(0, len(lines), step):
+    for n_lines in range(0, len(lines), -(-len(lines) // 12)):
         resumed = dict(lines[:n_lines])
         assert_same_bits(run(name, case, _journal=resumed), whole)
         assert json.dumps(resumed) == json.dumps(journal)
@@ -340,7 +352,7 @@ def attributed(name, case, sites=None, rows=slice(None), **options):
 @pytest.fixture(scope="module")
 def explanations(small64):
     """Every attribution on both networks, as the other tests compare with it."""
-    return {(name, net): attributed(name, small64[net]) for name, net in EXPLAINED}
+    return Once(lambda name, net: attributed(name, small64[net]))
 
 
 def test_every_attribution_of_units_is_a_criterion_and_no_other():

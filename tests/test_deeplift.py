@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cases import noise
+from oracles.deeplift import written_out
 from sukashi.attributions import attributions
 from sukashi.attributions.deeplift import deeplift
 from sukashi.core.errors import DataError, ModelError, UsageError
@@ -15,10 +17,6 @@ from sukashi.network.layers import AttentionCore
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def difference(model, x, base, target=TARGET):
@@ -145,23 +143,10 @@ def test_multipliers_are_those_of_the_definition_written_in_matrices():
     x, base = noise(3, 3, 2, 2), noise(3, 3, 2, 2, seed=1)
     hidden = Site("1", "hidden", 7, -1, (Member("1", "out", tuple((u,) for u in range(7))), whole_input("3", 7)))
     found = deeplift(model, x, TARGET, [PIXELS, hidden], baseline=base)
-    with torch.no_grad():
-        for row in range(3):
-            z, before, steps = x[row].flatten(), base[row].flatten(), []
-            for layer in list(model)[1:]:
-                after, after_before = layer(z), layer(before)
-                if isinstance(layer, nn.Linear):
-                    steps.append((layer.weight.T, z - before))
-                else:
-                    steps.append((torch.diag((after - after_before) / (z - before)), z - before))
-                z, before = after, after_before
-            chain = F.one_hot(TARGET[row], 3).double()
-            kept = []
-            for matrix, change in reversed(steps):
-                chain = matrix @ chain
-                kept.append(chain * change)
-            torch.testing.assert_close(found[PIXELS][row].flatten(), kept[-1], rtol=1e-10, atol=1e-14)
-            torch.testing.assert_close(found[hidden][row], kept[2], rtol=1e-10, atol=1e-14)
+    for row in range(3):
+        expected = written_out(model, x[row], base[row], TARGET[row])
+        torch.testing.assert_close(found[PIXELS][row], expected[0], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(found[hidden][row], expected[3], rtol=1e-10, atol=1e-14)
 
 
 def test_a_max_pool_gives_its_difference_to_the_larger_maximum():
@@ -169,19 +154,9 @@ def test_a_max_pool_gives_its_difference_to_the_larger_maximum():
     model = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(3 * 9, 3)).double()
     x, base = noise(3, 3, 6, 6), noise(3, 3, 6, 6, seed=1)
     found = contributions(model, x, baseline=base)
-    expected = torch.zeros_like(x)
-    for image in range(3):
-        weight = model[2].weight[TARGET[image]].view(3, 3, 3).detach()
-        for c in range(3):
-            for i in range(3):
-                for j in range(3):
-                    window = [(a, b) for a in range(2 * i - 1, 2 * i + 2) for b in range(2 * j - 1, 2 * j + 2)]
-                    window = [(a, b) for a, b in window if 0 <= a < 6 and 0 <= b < 6]
-                    here = max(window, key=lambda p: x[image, c, *p])
-                    there = max(window, key=lambda p: base[image, c, *p])
-                    y, y0 = x[image, c, *here], base[image, c, *there]
-                    expected[image, c, *(here if y >= y0 else there)] += weight[c, i, j] * (y - y0)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    for row in range(3):
+        expected = written_out(model, x[row], base[row], TARGET[row])[0]
+        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-13)
 
 
 # captum.

@@ -1,7 +1,6 @@
 """Drift against its docstring read literally; parameters of a unit against real cuts; sites reopened many times."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -9,12 +8,14 @@ import torch
 import torchvision
 from torch import nn
 
+from oracles import ORACLES
+from oracles.drift import n_parameters
+from oracles.whole import all_kept, logits_of, without
 from sukashi.core.errors import UsageError
-from sukashi.core.types import Batch, Mask, Plan
+from sukashi.core.types import Batch
 from sukashi.criteria import criteria, drift
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
 from sukashi.models.architectures import CifarResNet
-from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
 
 
@@ -22,75 +23,6 @@ from sukashi.network import sites as finder
 def case(request, small64):
     found = small64[request.param]
     return found.model, found.sites, found.data
-
-
-def all_kept(sites):
-    return {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
-
-
-def logits_of(model, keep, x):
-    with torch.no_grad(), hooks.masked(model, Mask(keep)):
-        return model(x)
-
-
-def without(keep, site, unit):
-    lost = {s: k.clone() for s, k in keep.items()}
-    lost[site][unit] = False
-    return lost
-
-
-def n_parameters(model, keep):
-    small = copy.deepcopy(model)
-    surgery.cut(small, Mask(keep))
-    return sum(parameter.numel() for parameter in small.parameters())
-
-
-def literal_drift(model, sites, data, *, share, slack, scout):
-    """Pairs in the order they go, and units gone after each round: every price a run of the whole masked network."""
-
-    def divergence(original, now):
-        total = 0.0
-        for p_row, q_row in zip(original.log_softmax(1).tolist(), now.log_softmax(1).tolist(), strict=True):
-            total += sum(math.exp(p) * (p - q) for p, q in zip(p_row, q_row, strict=True))
-        return total / len(original)
-
-    keep = all_kept(sites)
-    some = data.x[::scout]
-    original = logits_of(model, keep, some)
-    rise = {}
-    for position, site in enumerate(sites):
-        for unit in range(site.n_units):
-            rise[position, unit] = divergence(original, logits_of(model, without(keep, site, unit), some))
-
-    original = logits_of(model, keep, data.x)
-    order, passes = [], []
-    while any(k.sum() > 1 for k in keep.values()):
-        weight = {}
-        for position, site in enumerate(sites):
-            if keep[site].sum() > 1:
-                unit = int(torch.nonzero(keep[site])[0])
-                weight[position] = n_parameters(model, keep) - n_parameters(model, without(keep, site, unit))
-        price = {(s, u): d / weight[s] for (s, u), d in rise.items() if s in weight and keep[sites[s]][u]}
-        ranked = sorted(price, key=lambda pair: (price[pair], pair))
-        limit = price[ranked[int(share * len(ranked))]]
-        limit += 1e-3 * abs(limit)
-        for position in reversed(range(len(sites))):
-            site = sites[position]
-            for pair in ranked:
-                if pair[0] != position or price[pair] > limit + (slack - 1) * abs(limit):
-                    continue
-                now = divergence(original, logits_of(model, keep, data.x))
-                rise[pair] = divergence(original, logits_of(model, without(keep, site, pair[1]), data.x)) - now
-                if rise[pair] / weight[position] <= limit and keep[site].sum() > 1:
-                    keep[site][pair[1]] = False
-                    order.append(pair)
-        passes.append(len(order))
-        if divergence(original, logits_of(model, keep, data.x)) > math.log(original.shape[1]):
-            break
-    for site in sites:
-        weight.setdefault(sites.index(site), math.inf)
-    left = [pair for pair in rise if pair not in order]
-    return order + sorted(left, key=lambda pair: (rise[pair] / weight[pair[0]], pair)), passes
 
 
 OPTIONS = [
@@ -108,11 +40,10 @@ def pairs(plan):
 def test_drift_removes_in_the_order_of_its_docstring(case, options):
     model, sites, data = case
     plan = criteria["drift"](model, sites, data, generator=torch.Generator(), **options)
-    order, passes = literal_drift(model, sites, data, **options)
-    expected = Plan.build(sites, order, method="drift", passes=passes)
+    expected = ORACLES["criteria", "drift"](model, sites, data, generator=None, **options)
     assert plan.passes == expected.passes
     assert pairs(plan)[: plan.n_removable] == pairs(expected)[: plan.n_removable]
-    assert len(passes) > 4, "the case must have rounds"
+    assert len(plan.passes) > 4, "the case must have rounds"
 
 
 def test_drift_breaks_ties_by_site_then_unit(small64):
@@ -128,8 +59,7 @@ def test_drift_breaks_ties_by_site_then_unit(small64):
                     parameter[unit] = 0
     options = OPTIONS[0]
     plan = criteria["drift"](model, sites, data, generator=torch.Generator(), **options)
-    order, passes = literal_drift(model, sites, data, **options)
-    expected = Plan.build(sites, order, method="drift", passes=passes)
+    expected = ORACLES["criteria", "drift"](model, sites, data, generator=None, **options)
     assert pairs(plan)[: plan.n_removable] == pairs(expected)[: plan.n_removable]
     effect = dict(zip(pairs(plan), plan.effect, strict=True))
     assert [effect[pair] for pair in dead] == [0.0] * len(dead)

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,8 @@ from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from cases import noise
+from oracles import ORACLES
 from sukashi.attributions import attributions
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.objective import CLASSIFICATION
@@ -29,10 +30,6 @@ def linear(*widths, activation=nn.Identity, seed=0):
     return nn.Sequential(*layers[:-1]).double().eval()
 
 
-def vectors(*shape, seed=1):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 class Slopes(nn.Module):
     """A logit with known slopes: f(x) of two inputs, and a second logit."""
 
@@ -44,75 +41,18 @@ class Slopes(nn.Module):
         return torch.stack([self.f(x[:, 0], x[:, 1]), x[:, 0] + 2 * x[:, 1]], 1)
 
 
-# The slow definitions.
-
-
-def reads(model, site, x):
-    """What each reader of a site, or its tap, holds for one image: [(its tensor, the module, its units)], by hand."""
-    found, handles = {}, []
-    core = [member for member in site.consumers if member.module.endswith("core")]
-    places = core or list(site.consumers)
-    for member in places:
-
-        def keep(module, args, name=member.module):
-            found[name] = args[0] * 1
-            return (found[name],)
-
-        handles.append(model.get_submodule(member.module).register_forward_pre_hook(keep))
-    logits = model(x[None])
-    for handle in handles:
-        handle.remove()
-    return logits[0], [(found[member.module], member) for member in places]
-
-
-def units_of(tensor, member):
-    """One image's (U, positions) of one reader."""
-    tensor = tensor[0]
-    tensor = tensor if tensor.dim() == 3 else tensor.movedim(-1, 0)
-    return torch.stack([tensor[list(index)].flatten() for index in member.index])
-
-
-def point(model, site, x, target):
-    """Values and slopes (U, P) of one image at one site."""
-    logits, held = reads(model, site, x)
-    slopes = torch.autograd.grad(logits[target], [tensor for tensor, _ in held])
-    values = torch.cat([units_of(tensor.detach(), member) for tensor, member in held], 1)
-    return values, torch.cat([units_of(slope, member) for slope, (_, member) in zip(slopes, held, strict=True)], 1)
-
-
-def literal(name, model, site, x, target, baseline, steps):
-    """An attribution (U, P) of one image, from its formula."""
-    if name == "saliency":
-        return point(model, site, x, target)[1].abs()
-    if name == "gradient_x_activation":
-        return torch.mul(*point(model, site, x, target))
-    if name == "conductance":
-        along = [point(model, site, baseline + k / steps * (x - baseline), target) for k in range(steps + 1)]
-        pairs = itertools.pairwise(along)
-        return sum((after[0] - before[0]) * (after[1] + before[1]) / 2 for before, after in pairs)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    influence = sum(
-        w / 2 * point(model, site, baseline + (s + 1) / 2 * (x - baseline), target)[1]
-        for s, w in zip(nodes, weights, strict=True)
-    )
-    if name == "internal_influence":
-        return influence
-    change = point(model, site, x, target)[0] - point(model, site, baseline, target)[0]
-    return change * influence
-
-
 @pytest.mark.parametrize("name", ["saliency", "gradient_x_activation", *PATHS])
 @pytest.mark.parametrize("net", ["cnn", "vit"])
 def test_an_attribution_is_what_its_formula_says_at_every_reader(small64, name, net):
     case = small64[net]
     data = case.data[slice(0, None, 27)]
-    baseline = 0.3 * vectors(*data.x.shape[1:])
-    given = {"steps": 3, "baseline": baseline, "batch_size": 5} if name in PATHS else {"batch_size": 2}
-    found = attributions[name](case.model, data.x, data.target, case.sites, **given)
+    baseline = 0.3 * noise(*data.x.shape[1:], seed=1)
+    given, size = ({"steps": 3, "baseline": baseline}, 5) if name in PATHS else ({}, 2)
+    found = attributions[name](case.model, data.x, data.target, case.sites, **given, batch_size=size)
     assert list(found) == list(case.sites)
     for site, values in found.items():
         for row, x, target in zip(values, data.x, data.target, strict=True):
-            expected = literal(name, case.model, site, x, int(target), baseline, 3)
+            expected = ORACLES["attributions", name](case.model, x, target, site, **given)
             assert expected.abs().max() > 1e-4, "the case must say something"
             torch.testing.assert_close(row.reshape(site.n_units, -1), expected, rtol=1e-9, atol=1e-12)
 
@@ -135,7 +75,7 @@ def test_units_summed_over_positions_are_the_slope_of_a_gate(small64):
 @pytest.mark.parametrize("name", ["integrated_gradients", "conductance"])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_linear_network_is_explained_exactly(name, steps):
-    model, x, baseline = linear(3, 4, 2), vectors(5, 3), vectors(3, seed=2)
+    model, x, baseline = linear(3, 4, 2), noise(5, 3, seed=1), noise(3, seed=2)
     target = torch.tensor([0, 1, 1, 0, 1])
     hidden = Site("0", "hidden", 4, -1, (Member("2", "in", tuple((u,) for u in range(4))),))
     pixels = sites.input_site(x)
@@ -146,7 +86,7 @@ def test_a_linear_network_is_explained_exactly(name, steps):
 
 
 def test_the_two_factors_of_a_product_share_it_equally():
-    x = vectors(4, 2)
+    x = noise(4, 2, seed=1)
     model, pixels = Slopes(torch.mul), sites.input_site(x)
     for name in ("integrated_gradients", "conductance"):
         found = attributions[name](model, x, torch.zeros(4, dtype=torch.long), [pixels], steps=1)[pixels]
@@ -155,7 +95,7 @@ def test_the_two_factors_of_a_product_share_it_equally():
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_gauss_and_legendre_are_exact_up_to_their_degree_and_no_further(steps):
-    x = vectors(3, 2)
+    x = noise(3, 2, seed=1)
     pixels, target = sites.input_site(x), torch.zeros(3, dtype=torch.long)
 
     def influence(power):
@@ -169,7 +109,7 @@ def test_gauss_and_legendre_are_exact_up_to_their_degree_and_no_further(steps):
 
 
 def test_the_error_of_the_trapezoid_falls_with_the_square_of_the_steps():
-    model, x = linear(6, 8, 5, 3, activation=nn.Tanh), 2 * vectors(4, 6)
+    model, x = linear(6, 8, 5, 3, activation=nn.Tanh), 2 * noise(4, 6, seed=1)
     site = sites.tap(model, "2")
     target = torch.tensor([0, 1, 2, 0])
 
@@ -211,7 +151,7 @@ def compared(request, small64):
     case = small64[request.param]
     layers = {"cnn": ["conv1", "conv2", "conv3", "fc1"], "vit": ["patches", "blocks.1.fc1", "blocks.2.attn.proj"]}
     data = case.data[slice(0, None, 27)]
-    baseline = 0.3 * vectors(*data.x.shape[1:])[None].expand_as(data.x)
+    baseline = 0.3 * noise(*data.x.shape[1:], seed=1)[None].expand_as(data.x)
     return case.model, data.x, data.target, baseline, [sites.tap(case.model, name) for name in layers[request.param]]
 
 
@@ -250,7 +190,7 @@ def test_captum_agrees_where_it_is_right(peer, compared):
 
 
 def test_captums_default_conductance_is_off_where_ours_is_exact(peer):
-    model, x = linear(3, 4, 2), vectors(5, 3)
+    model, x = linear(3, 4, 2), noise(5, 3, seed=1)
     target, site = torch.ones(5, dtype=torch.long), sites.tap(model, "0")
     exact = (model[2].weight[1] * (x @ model[0].weight.T)).detach()
     ours = attributions["conductance"](model, x, target, [site], steps=5)[site]
@@ -293,7 +233,7 @@ def test_what_cannot_be_explained_is_refused(small64):
 @pytest.mark.parametrize("name", [method.name for method in attributions if "needs" not in method.facts])
 @pytest.mark.parametrize("tapped", ["", "2"])
 def test_a_network_that_works_in_place_on_its_input_is_explained_and_the_images_stay(name, tapped):
-    x, target = vectors(3, 6).view(3, 1, 2, 3), torch.tensor([0, 3, 1])
+    x, target = noise(3, 6, seed=1).view(3, 1, 2, 3), torch.tensor([0, 3, 1])
     kept, found = x.clone(), []
     for inplace in (True, False):
         model = nn.Sequential(nn.ReLU(inplace), nn.Flatten(), *linear(6, 4)).eval()
@@ -325,7 +265,7 @@ def test_a_read_that_the_logit_does_not_depend_on_has_slope_zero():
         def forward(self, x):
             return torch.cat([self.used(x), F.relu(self.unused(x)).detach()], 1)
 
-    model, x = Apart().double().eval(), vectors(2, 3)
+    model, x = Apart().double().eval(), noise(2, 3, seed=1)
     used, unused = sites.tap(model, "used"), sites.tap(model, "unused")
     found = attributions["saliency"](model, x, torch.tensor([0, 1]), [used, unused])
     torch.testing.assert_close(found[used], torch.eye(2, dtype=torch.float64))

@@ -8,92 +8,26 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from cases import logit, noise
+from oracles.lrp import shares, written_out
+from oracles.matrices import dense
 from sukashi.attributions.lrp import lrp
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Member, Site
 from sukashi.models.architectures import CifarResNet, DigitsViT
+from sukashi.network import sites as finder
 from sukashi.network.layers import AttentionCore
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])
 RULES = ("epsilon_plus", "epsilon", "gamma", "alpha1beta0")
-EPSILON, GAMMA = 1e-6, 0.25
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def relevance(model, x, target=TARGET, site=PIXELS, **options):
     return lrp(model, x, target, [site], **options)[site]
 
 
-def logit(model, x, target=TARGET):
-    with torch.no_grad():
-        return model(x).gather(1, target[:, None])[:, 0]
-
-
-def tap(layer, width):
-    return Site(layer, "channel", width, 1, (Member(layer, "out", tuple((u,) for u in range(width))),))
-
-
 # Rules over dense matrices.
-
-
-def shares(rule, x, weight, bias, bias_counts=True):
-    """s_ij with R_i = sum_j s_ij R_j, for z = x @ weight + bias."""
-    c = x[:, None] * weight
-    z = c.sum(0) + bias
-    if rule == "epsilon":
-        return c / (z + torch.where(z < 0, -EPSILON, EPSILON))
-    if rule == "alpha1beta0":
-        c = c.clamp(min=0)
-        return c / (c.sum(0) + bias.clamp(min=0) * bias_counts + EPSILON)
-    found = torch.zeros_like(c)
-    for j in range(len(z)):
-        if z[j] == 0:
-            continue
-        rising = 1 if z[j] > 0 else -1
-        favoured = weight[:, j] * torch.where(x >= 0, rising, -rising) > 0
-        d = x * torch.where(favoured, weight[:, j] + GAMMA * weight[:, j], weight[:, j])
-        b = bias[j] * (1 + GAMMA * bool(bias[j] * rising > 0))
-        found[:, j] = d / (d.sum() + b + rising * EPSILON)
-    return found
-
-
-def dense(layer, shape):
-    """A linear layer over inputs of a shape as a matrix and a shift."""
-    n = torch.Size(shape).numel()
-    with torch.no_grad():
-        bias = layer(torch.zeros(1, *shape, dtype=torch.float64))
-        weight = layer(torch.eye(n, dtype=torch.float64).view(n, *shape)) - bias
-    return weight.flatten(1), bias.flatten()
-
-
-def written_out(rule, model, x, target, **options):
-    """Relevance at the input of each layer of a sequence, for one image."""
-    values = [x[None]]
-    with torch.no_grad():
-        for layer in model:
-            values.append(layer(values[-1]))
-    r = F.one_hot(target, values[-1].shape[1]) * values[-1][0]
-    found = []
-    for layer, before, after in reversed(list(zip(model, values, values[1:], strict=False))):
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            part = {"epsilon_plus": "epsilon" if isinstance(layer, nn.Linear) else "alpha1beta0"}.get(rule, rule)
-            r = shares(part, before.flatten(), *dense(layer, before.shape[1:]), **options) @ r.flatten()
-        elif isinstance(layer, nn.AvgPool2d):
-            weight, _ = dense(layer, before.shape[1:])
-            c = before.flatten()[:, None] * weight
-            r = (c / c.sum(0)).nan_to_num() @ r.flatten()
-        elif isinstance(layer, nn.MaxPool2d):
-            _, place = F.max_pool2d(before, layer.kernel_size, layer.stride, layer.padding, return_indices=True)
-            spread = torch.zeros(before.shape[1], before[0, 0].numel(), dtype=torch.float64)
-            r = spread.scatter_add(1, place[0].flatten(1), r.view(place[0].flatten(1).shape))
-        assert after.numel() > 0
-        r = r.view(before.shape[1:])
-        found.append(r)
-    return found[::-1]
 
 
 def convolutional(bias=True):
@@ -108,7 +42,7 @@ def test_each_rule_is_its_formula_at_every_layer(rule):
     model, x = convolutional(), 3 * noise(3, 3, 10, 10)
     with torch.no_grad():
         model[9].bias[1] = -9.0  # a negative logit too
-    sites = (PIXELS, tap("0", 4), tap("3", 4), tap("5", 6), tap("7", 6))
+    sites = (PIXELS, *(Site(layer, "channel", width) for layer, width in {"0": 4, "3": 4, "5": 6, "7": 6}.items()))
     found = lrp(model, x, TARGET, sites, rule=rule)
     for row in range(3):
         expected = written_out(rule, model, x[row], TARGET[row])
@@ -179,10 +113,10 @@ def test_cp_lrp_conserves_relevance_and_attnlrp_does_not():
     for rule in ("epsilon", "gamma"):
         # A denominator of gamma vanishes nowhere here, and of epsilon only with the relevance.
         found = lrp(model, x, TARGET, [pixels, heads], rule=rule, attention="cp", epsilon=1e-30)
-        torch.testing.assert_close(found[pixels].flatten(1).sum(1), logit(model, x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found[pixels].flatten(1).sum(1), logit(model, x, TARGET), rtol=1e-12, atol=1e-12)
         assert not found[heads].unflatten(2, (3, 16))[:, :, :2].any(), "q and k get nothing"
     total = relevance(model, x, site=pixels, rule="epsilon", epsilon=1e-30).flatten(1).sum(1)
-    assert ((total / logit(model, x) - 1).abs() > 1e-2).all()
+    assert ((total / logit(model, x, TARGET) - 1).abs() > 1e-2).all()
 
 
 def core(name, inner):
@@ -317,7 +251,7 @@ def test_it_agrees_with_zennit_on_canonised_networks(rule, name, randomised):
         layer, canonizer = "0.4", canonizers.SequentialMergeBatchNorm()
     model = randomised(model.double().eval())
     x = noise(3, 3, 32, 32)
-    site = tap(layer, model.get_submodule(layer).out_channels)
+    site = finder.tap(model, layer)
     ours = lrp(model, x, TARGET, [PIXELS, site], rule=rule)
     theirs = zennit_relevance(copy.deepcopy(model), x, zennit_composite(rule, [canonizer]), layer)
     for mine, other in zip(ours.values(), theirs, strict=True):

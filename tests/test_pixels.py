@@ -6,7 +6,7 @@ import torch
 from sukashi.attributions import attributions
 from sukashi.core.errors import ModelError
 from sukashi.network import sites
-from supported import ZOO, build
+from supported import build
 
 # One of a family, and not those that take most of a minute.
 FAMILIES = (
@@ -18,9 +18,8 @@ FAMILIES = (
 @pytest.fixture(scope="module", params=FAMILIES)
 def shown(request):
     """A network and an image for it."""
-    model, channels = build(request.param)
-    size, _ = ZOO[request.param]
-    return request.param, model, torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+    model, shape = build(request.param)
+    return request.param, model, torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("method", attributions, ids=lambda method: method.name)

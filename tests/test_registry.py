@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import Registry, nearest
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.registry import Registry
 from sukashi.core.types import Site
 
 

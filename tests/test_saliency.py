@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from oracles.imputation import solved
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Batch, Maps
 from sukashi.measures import faithfulness, measures
 from sukashi.measures.faithfulness import area_over
 from sukashi.measures.inputs import Inputs, measured
-from test_imputation import solved
 
 NAMES = [method.name for method in measures if {"model", "maps"} <= method.inputs]
 TIGHT = 1e-13

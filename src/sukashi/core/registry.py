@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sukashi.core.errors import UsageError
+from sukashi.core.errors import UsageError, nearest
 from sukashi.core.types import Kind
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -156,10 +155,3 @@ class Registry:
 
     def names(self) -> list[str]:
         return list(self._methods)
-
-
-def nearest(name: str, known: Any) -> str:
-    """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f": did you mean {match[0]!r}?" if match else ":"
-    return f"{hint} Known: {', '.join(known) or 'none'}"

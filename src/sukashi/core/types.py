@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sukashi.core.errors import UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
+from sukashi.core.schema import check_ratio
 
 Kind = Literal["pixel", "channel", "hidden", "head", "subspace", "weight"]
 
@@ -358,11 +359,3 @@ class Trial:
     @property
     def key(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
-
-
-def check_ratio(ratio: float) -> None:
-    """Refuse a ratio outside [0, 1)."""
-    if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
-        raise UsageError(
-            f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
-        )

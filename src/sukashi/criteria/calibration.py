@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.core import progress
-from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError, nearest
 from sukashi.core.precision import exact
-from sukashi.core.registry import nearest
 from sukashi.core.types import pass_size
 from sukashi.data import Split
 from sukashi.models import Loaded

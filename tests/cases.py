@@ -1,0 +1,30 @@
+"""What many tests make: noise, the logits explained, networks that have learned something."""
+
+import torch
+import torch.nn.functional as F
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    """Gaussian noise that depends on the seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def logit(model, x, target):
+    """(B,) the target's logit of each image."""
+    with torch.no_grad():
+        return model(x).gather(1, target[:, None])[:, 0]
+
+
+def fitted(model, images, *, epochs, size, rate):
+    """The model in eval mode after AdamW with one cycle of the learning rate up to `rate`, in batches of `size`."""
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * -(-len(images) // size))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images)).split(size):
+            optimiser.zero_grad()
+            F.cross_entropy(model(images.x[rows]), images.target[rows]).backward()
+            optimiser.step()
+            schedule.step()
+    model.eval().zero_grad()
+    return model

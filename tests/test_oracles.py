@@ -1,0 +1,88 @@
+"""Every registered method against its oracle, on a small sequence of layers that has learned the digits, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from oracles import ORACLES
+from sukashi.attributions import attributions
+from sukashi.core.types import Scores
+from sukashi.criteria import criteria
+from sukashi.measures import measures
+from sukashi.network import sites as finder
+
+REGISTRIES = {"attributions": attributions, "criteria": criteria, "measures": measures}
+
+
+def names(registry):
+    """The methods of a registry that have an oracle."""
+    return [name for name in REGISTRIES[registry].names() if (registry, name) in ORACLES]
+
+
+def test_every_method_has_an_oracle_and_every_oracle_a_method():
+    assert {(key, name) for key, registry in REGISTRIES.items() for name in registry.names()} == set(ORACLES)
+
+
+@pytest.mark.parametrize("name", names("attributions"))
+def test_an_attribution_is_its_oracle(sequence64, small64, name):
+    method, expected = attributions[name], ORACLES["attributions", name]
+    case = small64["vit"] if "attention" in method.facts.get("needs", ()) else sequence64
+    data = case.data[slice(0, None, 27)]
+    kinds = method.facts.get("kinds")
+    sites = [s for s in (*case.sites, finder.input_site(data.x)) if kinds is None or s.kind in kinds]
+    found = method(case.model, data.x, data.target, sites, **expected.given)
+    for site in sites:
+        for row, image, target in zip(found[site], data.x, data.target, strict=True):
+            literal = expected(case.model, image, target, site)
+            assert literal.abs().max() > 1e-4, "the case must say something"
+            values = row.reshape(site.n_units, -1)
+            torch.testing.assert_close(values, literal, rtol=expected.rtol, atol=expected.atol)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in names("criteria")
+        for kind in ("channel", "weight")
+        if kind in criteria[name].facts["kinds"]
+    ],
+)
+def test_a_criterion_is_its_oracle(sequence64, name, kind):
+    method, expected = criteria[name], ORACLES["criteria", name]
+    sites = finder.weights(sequence64.model) if kind == "weight" else sequence64.sites
+    data = sequence64.data if method.keeps_journal else sequence64.data[slice(0, None, 16)]
+    found, literal = (
+        one(sequence64.model, sites, data, generator=torch.Generator().manual_seed(0)) for one in (method, expected)
+    )
+    assert type(found) is type(literal)
+    assert (found.method, found.n_images) == (name, literal.n_images)
+    if isinstance(found, Scores):
+        assert list(found.values) == list(literal.values)
+        for site, values in literal.values.items():
+            torch.testing.assert_close(found.values[site], values, rtol=expected.rtol, atol=expected.atol)
+        return
+    assert found.passes == literal.passes
+    n = found.n_removable
+    for field in ("site", "unit", "category"):
+        np.testing.assert_array_equal(getattr(found, field)[:n], getattr(literal, field)[:n])
+    np.testing.assert_allclose(found.effect[:n], literal.effect[:n], rtol=expected.rtol, atol=expected.atol)
+
+
+@pytest.mark.parametrize("name", names("measures"))
+def test_a_measure_is_its_oracle(sequence64, name):
+    method, expected = measures[name], ORACLES["measures", name]
+    draw = torch.Generator().manual_seed(0)
+    data = sequence64.data[slice(0, None, 8)]
+    maps = (data.x[:, 0] * 4).round() + torch.randint(0, 3, data.x[:, 0].shape, generator=draw)  # with ties
+    given = {"maps": maps, "reference": torch.randn(maps.shape, generator=draw, dtype=maps.dtype)}
+    given["masks"] = torch.rand(maps.shape, generator=draw) < 0.3
+    if "reads" in method.facts:
+        read = [given[what] for what in method.facts["reads"]]
+        found, literal = method(*read, **expected.given), expected(*read)
+    else:
+        read = {"maps": maps} if method.reads_maps else {}
+        found = method(sequence64.model, data, generator=draw, **read, **expected.given)
+        literal = expected(sequence64.model, data, **read)
+    assert len(set(literal)) > 1, "the case must say something"
+    assert found.tolist() == pytest.approx(literal, rel=expected.rtol, abs=expected.atol)
