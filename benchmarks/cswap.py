@@ -21,7 +21,7 @@ from torch import nn
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.types import Batch
-from sukashi.criteria.causal import CausalTest, true_class_probability, usable
+from sukashi.criteria.causal import CausalTest, usable
 from sukashi.criteria.engine import Engine
 from sukashi.criteria.progressive import unit_orders
 from sukashi.experiments import demo
@@ -38,7 +38,15 @@ def race(model: nn.Module, batch: Batch) -> dict[str, float]:
     batch = usable(model, batch, "correct")
     start = time.perf_counter()
     engine = Engine(model, sites, batch)
-    test = CausalTest(batch.target, engine.original.shape[1], true_class_probability, "mean", 0.05, "voting")
+    test = CausalTest(
+        batch.target,
+        batch.objective.classes(batch.target),
+        engine.original.shape[1],
+        batch.objective.score,
+        "mean",
+        0.05,
+        "voting",
+    )
     before = test.scores(engine.original)
     orders = unit_orders(model, sites, "magnitude", torch.Generator())
     middle = time.perf_counter()

@@ -20,7 +20,7 @@ from sukashi import data as datasets
 from sukashi import models
 from sukashi.core import stats
 from sukashi.criteria import criteria
-from sukashi.measures import accuracy
+from sukashi.measures import curves
 from sukashi.network import sites as finder
 
 RATIOS = [round(0.05 * i, 2) for i in range(1, 20)]
@@ -61,8 +61,8 @@ def main() -> None:
                 batch = rest.calibration(chosen.calibration, seed).whole(loaded.preprocess, 0).by_class()
                 generator = torch.Generator().manual_seed(seed)
                 plan = criteria[name](loaded.model, sites, batch, generator=generator, **options)
-                curve = accuracy.curve(loaded.model, sites, plan, RATIOS, test)
-                areas.append(accuracy.sauce(curve.fraction, curve.accuracy, 1 / loaded.n_classes))
+                curve = curves.curve(loaded.model, sites, plan, RATIOS, test)
+                areas.append(curves.sauce(curve.fraction, curve.accuracy, test.objective.chance(loaded.n_classes)))
                 at = int((curve.n_removed == plan.passes[0]).argmax())
                 passes.append(f"{curve.fraction[at]:.2f} -> {curve.accuracy[at]:.2f}")
             said = f"{name} " + " ".join(f"{key}={value}" for key, value in options.items())

@@ -26,7 +26,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,10 @@ import torchvision
 from torch import Tensor, nn
 
 from sukashi import models
-from sukashi.core.types import Batch
-from sukashi.measures import measures
+from sukashi.core.types import Batch, Maps
 from sukashi.measures.faithfulness import PERCENTAGES
 from sukashi.measures.imputation import impute
+from sukashi.measures.inputs import measured
 
 ROUNDS = 5
 MEMORY = (16, 32, 64)
@@ -55,6 +56,14 @@ def maps(n_images: int, side: int, smooth: bool) -> Tensor:
         half = side // 16
         found = F.avg_pool2d(F.pad(found, [half] * 4, mode="replicate"), 2 * half + 1, 1)
     return found[:, 0]
+
+
+def of_images(found: Tensor) -> Maps:
+    return Maps(found, tuple(map(str, range(len(found)))))
+
+
+def values(name: str, given: Mapping[str, Any], **options: Any) -> Tensor:
+    return measured([name], given, {name: options})[name].values
 
 
 def holes(ranking: Tensor) -> list[Tensor]:
@@ -128,8 +137,7 @@ def gini() -> tuple[float, float]:
     given = {"x_batch": torch.randn(64, 1, 224, 224).numpy(), "y_batch": torch.zeros(64).long().numpy()}
 
     def ours() -> Tensor:
-        found_gini: Tensor = measures["gini"](found)
-        return found_gini
+        return values("gini", {"maps": of_images(found)})
 
     def arithmetic() -> Tensor:
         scores = peer.evaluate_batch(x_batch=None, a_batch=abs(normalise_by_max(arrays)))
@@ -163,7 +171,7 @@ def replaced(name: str, model: nn.Module, x: Tensor, ranking: Tensor, step: int)
         return torch.stack(areas)
 
     def ours() -> Tensor:
-        return measures[name](model, batch, maps=ranking, generator=torch.Generator(), step=step)
+        return values(name, {"model": model, "batch": batch, "maps": of_images(ranking)}, step=step)
 
     return race(f"{name}, {x.shape[-1]} px, step {step}", [(ours, loop)], 3)
 
@@ -203,7 +211,8 @@ def peak(n_images: int) -> dict[str, float]:
     x = images(n_images, 224)
     ranking = torch.cat([maps(n_images // 2, 224, smooth) for smooth in (False, True)])
     batch = Batch(x, torch.zeros(n_images).long(), tuple(map(str, range(n_images))))
-    seconds, _ = timed(lambda: measures["aopc"](model, batch, maps=ranking, generator=torch.Generator(), batch_size=64))
+    given = {"model": model, "batch": batch, "maps": of_images(ranking), "generator": torch.Generator()}
+    seconds, _ = timed(lambda: values("aopc", given, batch_size=64))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": round(seconds, 1), "peak_mb": most // 1024, "start_mb": start // 1024}
 

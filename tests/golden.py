@@ -33,7 +33,7 @@ SMALL = ["--data", "digits", "--test-images", "100"]
 # What a clock, a machine or a folder decides.
 UNSTABLE = {
     *("batch_size", "command", "device", "estimated_seconds", "flop_counter", "hardware", "images_per_second"),
-    *("latency", "latency_ms", "out", "pruned", "repeats", "report", "threads", "time", "unmeasured", "versions"),
+    *("latency", "latency_ms", "out", "repeats", "report", "threads", "time", "unmeasured", "versions"),
     *("waiting", "notes", "warnings", "trial"),
 }
 COMPARED = """

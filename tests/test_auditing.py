@@ -22,14 +22,23 @@ from sukashi import data, models
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
 from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.types import Preprocess
+from sukashi.core.types import Maps, Preprocess
 from sukashi.experiments.audit import cells, page, run, summary
+from sukashi.experiments.audit.settings import Audit
 from sukashi.measures import measures
+from sukashi.measures.faithfulness import removal
+from sukashi.measures.inputs import measured
 from sukashi.models import saved
 from sukashi.network import sites
 from test_shortcut import PREPROCESS, N, trained
 
 READING = {"test_images": 40}
+
+
+def asked_of(specs, **settings):
+    return Audit(models=specs, data="digits", out="unused", **settings, **READING)
+
+
 ALIKE = ("rank_correlation", "ssim", "top_overlap")
 
 
@@ -169,16 +178,16 @@ def test_values_are_those_of_the_measures(done, folders, digits_split):
             saliency_map(attributions[name](loaded.model, images.x, images.target, [pixels])[pixels], "sum_abs")
             for loaded in (noisy, dense)
         )
-        expected = {measure: measures[measure](maps, other) for measure in ALIKE} | {"gini": measures["gini"](maps)}
-        for measure in ("road", "aopc"):
-            for suffix, outcome in (("", "accuracy"), ("/probability", "probability")):
-                expected[measure + suffix] = measures[measure](
-                    noisy.model, images, maps=maps, generator=torch.Generator().manual_seed(0), outcome=outcome
-                )
+        maps, other = (Maps(m, images.image_id) for m in (maps, other))
+        given = {"model": noisy.model, "batch": images, "maps": maps, "reference_maps": other}
+        given["generator"] = torch.Generator().manual_seed(0)
+        expected = {}
+        for measure in ("gini", "road", "aopc", *ALIKE):
+            expected |= measured([measure], given)
         assert {measure for attribution, measure, _ in found if attribution == name} == set(expected)
-        for measure, values in expected.items():
+        for measure, measurement in expected.items():
             kept = [found[name, measure, image_id] for image_id in images.image_id]
-            np.testing.assert_allclose(kept, values.double().numpy(), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(kept, measurement.values.double().numpy(), rtol=0, atol=1e-5)
     assert result["models"][2]["n_images"] == len(images)
     assert result["models"][2]["accuracy"] == pytest.approx(float(right[1].float().mean()))
 
@@ -198,6 +207,27 @@ def test_curves_are_kept_and_give_the_area_over_them(done):
         assert value == pytest.approx(np.mean([rows[0]["probability"] - row["probability"] for row in rows[1:]]))
 
 
+def test_road_and_aopc_take_options_and_the_curves_are_those_of_aopc(folders, tmp_path):
+    options = {"road": {"noise": 0.5, "percentages": [20, 50]}, "aopc": {"noise": 0.25, "form": "lottery"}}
+    asked = {"attributions": ["saliency"], "measures": ["road", "aopc"], "options": options, **READING}
+    run.audit(folders[1:], "digits", out=tmp_path / "out", **asked)
+    (_, noisy) = cells.opened(folders[1:], "digits", "both", READING)
+    images = noisy.batch[torch.from_numpy(noisy.rows)]
+    maps = Maps(cells.maps_of(noisy, images, "saliency", {}), images.image_id)
+    generator = torch.Generator().manual_seed(0)
+    given = {"model": noisy.loaded.model, "batch": images, "maps": maps, "generator": generator}
+    rows = [row for row in table(tmp_path / "out" / "values.parquet") if row["model"] == "noisy"]
+    for measure, expected in measured(["road", "aopc"], given, options).items():
+        kept = {row["image_id"]: row["value"] for row in rows if row["measure"] == measure}
+        assert list(kept) == list(expected.ids)
+        np.testing.assert_allclose(list(kept.values()), expected.values, rtol=0, atol=1e-5)
+    for order, percentages in cells.ORDERS.items():
+        curve = removal(given["model"], images, maps, generator, order=order, percentages=percentages, noise=0.25)
+        kept = [row for row in table(tmp_path / "out" / "curves.parquet") if row["order"] == order]
+        kept = [row["probability"] for row in kept if row["model"] == "noisy"]
+        np.testing.assert_allclose(kept, curve.probability.flatten(), rtol=0, atol=1e-5)
+
+
 def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherwise(folders, tmp_path, monkeypatch):
     plain_maps, calls = cells.maps_of, []
 
@@ -215,13 +245,13 @@ def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherw
     monkeypatch.setattr(cells, "maps_of", counted)
     asked = {"attributions": ["saliency"], "measures": ["gini", *ALIKE], **READING}
     result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
-    (dense, _) = networks = cells.opened(folders[:2], "digits", "both", READING)
+    (dense, _) = networks = cells.opened(asked_of(folders[:2]))
     images = dense.batch[torch.from_numpy(dense.rows)]
     maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, shaken(dense, 0)))
     kept = table(tmp_path / "out" / "values.parquet")
     rows = {(row["model"], row["measure"]): row for row in result["similarities"]}
     for measure in ALIKE:
-        expected = measures[measure](maps, other).numpy()
+        expected = measures[measure](*(Maps(m, images.image_id) for m in (maps, other))).values.numpy()
         values = [row["value"] for row in kept if row["model"] == "dense" and row["measure"] == measure]
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
         assert expected.mean() < 0.999
@@ -233,7 +263,7 @@ def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherw
 
 
 def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(folders):
-    (dense, _) = cells.opened(folders[:2], "digits", "both", READING)
+    (dense, _) = cells.opened(asked_of(folders[:2]))
     weight = next(dense.loaded.model.parameters())
     weight.data.view(-1)[::3] = 0
     before = copy.deepcopy(dense.loaded.model.state_dict())
@@ -291,7 +321,7 @@ def test_images_are_those_of_the_population(folders, tmp_path, population):
     asked = {"attributions": ["saliency"], "measures": ["gini"], "population": population, **READING}
     specs = [folders[2], *here("plain")]
     result = run.audit(specs, "digits", out=tmp_path / "out", **asked)
-    noisy, plain = cells.opened(specs, "digits", "all", READING)
+    noisy, plain = cells.opened(asked_of(specs, population="all"))
     assert 0 < (noisy.right & plain.right).sum() < noisy.right.sum() < 40
     rows = {"both": noisy.right & plain.right, "reference": noisy.right, "all": np.ones(40, bool)}[population]
     seen = [row["image_id"] for row in table(tmp_path / "out" / "values.parquet") if row["model"] == plain.label]
@@ -455,15 +485,18 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
 
 def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(folders, tmp_path, monkeypatch):
     """Probabilities halved change those measures alone, and 19 images change nothing that is said."""
-    plain = cells._of_curves
+    plain = cells.measured
 
-    def surer(model, *args):
-        found = plain(model, *args)
-        change = 0.5 * float(next(model.parameters()).detach().double().sum() != total)
-        return {name: values + change * name.endswith("/probability") for name, values in found.items()}
+    def surer(names, inputs, options):
+        weight = next(inputs.get("model", {}).parameters()).detach()
+        change = 0.5 * float(weight.double().sum() != total)
+        return {
+            name: dataclasses.replace(found, values=found.values + change * name.endswith("/probability"))
+            for name, found in plain(names, inputs, options).items()
+        }
 
     total = float(next(models.load(folders[0]).model.parameters()).detach().double().sum())
-    monkeypatch.setattr(cells, "_of_curves", surer)
+    monkeypatch.setattr(cells, "measured", surer)
     specs = [*folders[:2], folders[2]]
     asked = {"attributions": ["saliency"], "measures": ["road", "aopc"], "population": "all"}
     result = run.audit(specs, "digits", out=tmp_path / "out", test_images=40, **asked)
@@ -690,9 +723,8 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
     ("names", "options", "error", "words"),
     [
         (["plain"], {}, UsageError, "needs a reference and a model to hold against it, got 1"),
-        (["plain", "plain"], {"attributions": "saliency"}, UsageError, r"got the string 'saliency'.*\['saliency'\]"),
-        (["plain", "plain"], {"measures": "gini,road"}, UsageError, r"give a list, \['gini', 'road'\]"),
-        (["plain", "plain"], {"levels": "saliency"}, UsageError, "levels must be a list"),
+        (["plain", "plain"], {"measures": "gini,road"}, UsageError, "unknown measure 'gini,road': did you mean 'road'"),
+        (["plain", "plain"], {"levels": "salience"}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"test_image": 3}, UsageError, "unknown setting 'test_image': did you mean 'test_images'"),
         (["plain", "plain"], {"attribution": []}, UsageError, "did you mean 'attributions'"),
         (["plain", "plain"], {"calibration": 3}, UsageError, "unknown setting 'calibration'"),
@@ -703,7 +735,9 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
         (["plain", "plain"], {"measures": ["accuracy"]}, UsageError, "accuracy measures no saliency maps"),
         (["plain", "plain"], {"measures": ["localisation"]}, UsageError, "digits has no ground truth"),
         (["plain", "plain"], {"population": "bth"}, UsageError, "did you mean 'both'"),
-        (["plain", "plain"], {"options": {"road": {"noise": 0.0}}}, UsageError, "road and aopc share curves"),
+        (["plain", "plain"], {"options": {"road": {"nose": 0.0}}}, UsageError, "did you mean 'noise'"),
+        (["plain", "plain"], {"options": {"road": {"percentages": []}}}, UsageError, "percentages of road must have"),
+        (["plain", "plain"], {"options": {"aopc": {"noise": -1.0}}}, UsageError, "noise of aopc must be"),
         (["plain", "plain"], {"options": {"lrp": {}}}, UsageError, "options were given for 'lrp'"),
         (["plain", "larger"], {}, UsageError, "larger reads images of 16 x 16 pixels and plain of 8 x 8"),
         (
@@ -723,9 +757,7 @@ def test_what_cannot_be_audited_is_refused_and_leaves_nothing(tmp_path, names, o
 
 
 def test_one_folder_is_no_list_of_models(folders, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"models must be a list, got the string .*dense': give a list, the reference "
-    ):
+    with pytest.raises(UsageError, match="needs a reference and a model to hold against it, got 1: give more"):
         sukashi.audit(folders[0], "digits", out=tmp_path / "out")
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import importlib.metadata
-import inspect
 import io
 import json
 import math
@@ -27,14 +26,12 @@ from PIL import Image
 from rich.console import Console
 
 from sukashi import models
-from sukashi.cli import main
+from sukashi.cli import console, main
 from sukashi.core import progress
 from sukashi.core.errors import ResourceError, UsageError
 from sukashi.experiments import demo
 from sukashi.experiments.bench import Source
 from sukashi.experiments.compare.run import compare
-from sukashi.experiments.train.run import train
-from sukashi.training import settings
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
@@ -100,7 +97,7 @@ class Bomb:
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch):
     """No line on stderr about work that takes long here: a slow machine is no fault."""
-    monkeypatch.setattr(main, "FIRST_LINE", math.inf)
+    monkeypatch.setattr(console, "FIRST_LINE", math.inf)
 
 
 @pytest.fixture
@@ -183,7 +180,7 @@ def contents(folder):
 
 
 def test_help_does_not_wait_for_torch():
-    heavy = ("torch", "numpy", "timm", "matplotlib", "pydantic")
+    heavy = ("torch", "numpy", "timm", "matplotlib")
     code = f"import sys, sukashi.cli.main; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
@@ -270,7 +267,7 @@ def test_usage(refused, args, words):
         (2, ["--set", "cswap.scoring=loss"], ["scoring of cswap must be callable, got 'loss'"]),
         (2, ["--set", "random.alpha=1"], ["random has no option 'alpha': Known: none"]),
         (2, ["--set", "drift.share=0.1"], ["'drift'", "not among random, cswap"]),
-        (2, ["--set", "alpha=0.1"], ["with several criteria give CRITERION.NAME=VALUE"]),
+        (2, ["--set", "alpha=0.1"], ["with several methods give METHOD.NAME=VALUE"]),
         (2, ["--set", "cswap.alpha"], ["NAME=VALUE", "'cswap.alpha'"]),
         (2, ["--class-map", "nowhere.json"], ["nowhere.json", "--class-map"]),
         (4, ["--classes", "3"], ["the model has 3 classes and the data 10"]),
@@ -626,7 +623,7 @@ def test_our_own_mistakes_keep_their_traceback(sukashi, monkeypatch):
 # The command line, waiting after each decision it has written down so that a signal finds it at work.
 SLOWLY = """
 import time
-from sukashi.cli import main
+from sukashi.cli import console, main
 from sukashi.core import files
 
 write = files.Journal.__setitem__
@@ -780,7 +777,7 @@ def test_a_study_file(sukashi, refused, tmp_path):
     assert f"sukashi study {file}" in log
     refused(2, ["cannot read", "nowhere.toml"], "study", tmp_path / "nowhere.toml")
     file.write_text("criteria = 3")
-    refused(2, ["study.toml", "has no 'out': add out = ", "or give --out"], "study", file)
+    refused(2, ["study.toml", "has no 'data': add data = ", "or give --data"], "study", file)
 
 
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
@@ -866,7 +863,7 @@ def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn
 
 
 def test_json_has_no_nan(capsys):
-    main._print_json({"a": [1.0, float("nan")], "b": {"c": float("-inf"), "d": (True, None, "x", 2)}})
+    console.print_json({"a": [1.0, float("nan")], "b": {"c": float("-inf"), "d": (True, None, "x", 2)}})
     assert strict(capsys.readouterr().out) == {"a": [1.0, None], "b": {"c": None, "d": [True, None, "x", 2]}}
 
 
@@ -888,16 +885,16 @@ def test_random_weights_are_the_same_in_every_run():
     with torch.random.fork_rng():
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found.append(Source(NET, "digits", width=8).open().loaded.weights_sha256)
+            found.append(Source(model=NET, data="digits", width=8).open().loaded.weights_sha256)
             assert torch.initial_seed() == seed
     assert found[0] == found[1]
 
 
 def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(main, "FIRST_LINE", 10.0)
-    with main._working(), progress.task("trials", 4) as trials:
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(console, "FIRST_LINE", 10.0)
+    with console.working(), progress.task("trials", 4) as trials:
         trials.advance(0, "cswap, seed 0")
         with progress.task("cswap", 100) as units:
             for second in range(1, 61):
@@ -917,9 +914,9 @@ def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
 
 def test_bars_on_a_terminal(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(main, "log", Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with main._working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
+    with console.working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
         units.advance(7, "removed 3")
         trials.advance(0, "cswap, seed 0")
         deadline = time.monotonic() + 30
@@ -930,8 +927,8 @@ def test_bars_on_a_terminal(monkeypatch):
 
 
 def test_a_comparison_says_which_trial_is_running(sukashi, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "FIRST_LINE", 0.0)
-    monkeypatch.setattr(main, "LINE", 0.0)
+    monkeypatch.setattr(console, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(console, "LINE", 0.0)
     found = sukashi("compare", *DIGITS, *SMALL, "--criteria", "random,amp", "--out", tmp_path / "out", "--json")
     assert strict(found.out)["sauce"]
     assert "sukashi: trials 0/2, random, seed 0\n" in found.err
@@ -966,29 +963,6 @@ def test_the_options_of_training_have_one_home(sukashi):
     assert "--label-smoothing" in shown
     assert "--test-images" in shown
     assert "--calibration" not in shown
-
-
-def test_help_tells_the_defaults_of_training():
-    options = inspect.signature(main._training, eval_str=True).parameters
-    fields = {name: field.default for name, field in settings.Training.model_fields.items()}
-    assert list(options) == list(fields)
-    told = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in fields.items()}
-    told["enforce_mask"] = "--enforce-mask"
-    assert fields["enforce_mask"] is True
-    for name, by_optimizer in (("lr", settings.RATES), ("weight_decay", settings.DECAYS)):
-        told[name] = ", ".join(f"{value:g} for {optimizer}" for optimizer, value in by_optimizer.items())
-    assert fields["size"] is None
-    told["size"] = None
-    for name, option in options.items():
-        text = option.annotation.__metadata__[0].help
-        found = re.search(r"[Dd]efault (.+?)(?=[.;:]( |$)|, a tenth)", text)
-        assert (found and found[1]) == told[name], text
-    documented = inspect.getdoc(train)
-    for name, value in fields.items():
-        written = f'"{value}"' if isinstance(value, str) else "True" if value is True else told[name]
-        assert (name if name in ("lr", "weight_decay") else f"{name}={written}") in documented
-    # What is said of fine-tuning:
-    assert settings.Finetuning.rates == {name: rate / 10 for name, rate in settings.RATES.items()}
 
 
 def test_trainings_that_are_refused(refused, tmp_path):

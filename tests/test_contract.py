@@ -1,6 +1,8 @@
 """What every registered method must keep, old or new: a loop over the registries."""
 
+import ast
 import copy
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -12,10 +14,11 @@ import torch
 
 from sukashi.attributions import attributions
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import CATEGORIES, Kind, Plan, Scores, rank
+from sukashi.core.types import CATEGORIES, Kind, Maps, Measurement, Plan, Scores, rank
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
 from sukashi.measures import measures
+from sukashi.measures.inputs import INPUTS, Inputs, measured
 from sukashi.network import hooks
 from sukashi.network import sites as finder
 from sukashi.network.layers import AttentionCore
@@ -464,48 +467,79 @@ def test_no_method_lets_a_gpu_round_float32(small, name, net):
 # Measures.
 
 
-@pytest.mark.parametrize("name", [method.name for method in measures if "reads" not in method.facts])
-@pytest.mark.parametrize("net", NETS)
-def test_a_measure_gives_one_number_an_image(small, name, net):
-    case, method = small[net], measures[name]
-    model, other = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    before = _state(model), _state(other)
-
-    def measured(batch):
-        given = {"maps": batch.x.sum(1).sin()} if method.reads_maps else {}
-        return method(model, batch, generator=torch.Generator().manual_seed(0), reference=other, **given)
-
-    values = measured(case.data)
-    assert values.shape == (len(case.data),)
-    assert values.is_floating_point()
-    assert values.isfinite().all()
-    assert len(values.unique()) > 1, "a constant says nothing"
-    assert torch.equal(measured(case.data), values)
-    # A network itself rounds otherwise in another batch.
-    torch.testing.assert_close(torch.cat([measured(part) for part in case.data.split(7)]), values, rtol=0, atol=1e-6)
-    for found, kept in zip((_state(model), _state(other)), before, strict=True):
-        assert all(
-            _equal(found[key][1], value) and found[key][0] == identity for key, (identity, value) in kept.items()
-        )
-    assert method.facts["better"] in ("higher", "lower")
-
-
-@pytest.mark.parametrize("method", [m for m in measures if "reads" in m.facts], ids=lambda method: method.name)
-def test_a_measure_of_tensors_gives_one_number_an_image_and_changes_nothing(method):
+def given(case, rows=slice(None)):
+    """All that measures may ask for, of some images of a case."""
     draw = torch.Generator().manual_seed(0)
-    given = {"maps": torch.randn(12, 9, 8, generator=draw), "reference": torch.randn(12, 9, 8, generator=draw)}
-    given["masks"] = torch.rand(12, 9, 8, generator=draw) < 0.3
-    read = [given[name] for name in method.facts["reads"]]
-    before = [tensor.clone() for tensor in read]
-    values = method(*read)
-    assert values.shape == (12,)
-    assert values.is_floating_point()
-    assert values.isfinite().all()
-    assert len(values.unique()) > 1, "a constant says nothing"
-    parts = zip(*(tensor.split(5) for tensor in read), strict=True)
-    torch.testing.assert_close(torch.cat([method(*part) for part in parts]), values, rtol=1e-12, atol=1e-12)
-    assert all(map(torch.equal, read, before))
-    assert method.facts["better"] in ("higher", "lower")
+    shape = case.data.x[:, 0].shape
+    reference, *masks = torch.randn(shape, generator=draw), *(torch.rand(2, *shape, generator=draw) < 0.3)
+    found = {"model": copy.deepcopy(case.model), "batch": case.data[rows], "generator": draw}
+    ids = found["batch"].image_id
+    found["maps"] = Maps(case.data.x.sum(1).sin()[rows], ids)
+    found["reference_maps"] = Maps(reference[rows], ids)
+    found["masks"] = {concept: Maps(mask[rows], ids) for concept, mask in zip("ab", masks, strict=True)}
+    assert set(found) == set(INPUTS)
+    return found
+
+
+def tensors(inputs):
+    """Every tensor in what measures are given, but for the model's."""
+    of_maps = [inputs["maps"], inputs["reference_maps"], *inputs["masks"].values()]
+    return [inputs["batch"].x, inputs["batch"].target, inputs["generator"].get_state(), *(m.values for m in of_maps)]
+
+
+@pytest.mark.parametrize("method", [*measures, *measures.providers.values()], ids=lambda method: method.name)
+def test_a_measure_asks_for_what_is_known_and_reads_it(method):
+    kinds = get_type_hints(method.fn)
+    known = INPUTS | {name: get_type_hints(provider.fn)["return"] for name, provider in measures.providers.items()}
+    for name in method.asks:
+        assert kinds[name] == known[name]
+    assert method.inputs <= set(INPUTS)
+    read = {node.id for node in ast.walk(ast.parse(inspect.getsource(method.fn))) if isinstance(node, ast.Name)}
+    assert set(inspect.signature(method.fn).parameters) <= read, "no argument that nobody reads"
+    of_providers = [option for provider in method.providers for option in provider.options]
+    assert len(method.options) == len(method.own_options) + len(of_providers), "an option is of one function"
+    method.check_options(method.options)
+
+
+@pytest.mark.parametrize("name", measures.names())
+@pytest.mark.parametrize("net", NETS)
+def test_a_measure_gives_one_number_an_image_never_averaged(small, name, net):
+    case, method = small[net], measures[name]
+    inputs = given(case)
+    before, kept = _state(inputs["model"]), [tensor.clone() for tensor in tensors(inputs)]
+    found = measured([name], inputs)
+    assert {key.partition("/")[0] for key in found} == {name}
+    again = measured([name], {what: inputs[what] for what in method.inputs})
+    parts = [measured([name], given(case, slice(start, start + 7))) for start in range(0, len(case.data), 7)]
+    for key, measurement in found.items():
+        values = measurement.values
+        assert (measurement.axis, measurement.ids) == ("image", case.data.image_id)
+        assert measurement.better == method.facts["better"]
+        assert measurement.unit
+        assert values.shape == (len(case.data),)
+        assert values.is_floating_point()
+        assert values.isfinite().all()
+        assert len(values.unique()) > 1, "a constant says nothing"
+        assert torch.equal(again[key].values, values)
+        # A network itself rounds otherwise in another batch.
+        torch.testing.assert_close(torch.cat([part[key].values for part in parts]), values, rtol=0, atol=1e-6)
+    assert all(map(torch.equal, tensors(inputs), kept))
+    after = _state(inputs["model"])
+    assert all(_equal(after[key][1], value) and after[key][0] == identity for key, (identity, value) in before.items())
+
+
+@pytest.mark.parametrize("name", measures.names())
+def test_a_measure_that_lacks_something_says_what_before_any_is_measured(small, name, monkeypatch):
+    inputs = given(small["cnn"])
+    monkeypatch.setattr(Inputs, "call", None)
+    for what in sorted(measures[name].inputs):
+        with pytest.raises(UsageError, match=f"{name} asks for what is not given: {what}$"):
+            measured([name], {key: value for key, value in inputs.items() if key != what})
+
+
+def test_a_measurement_has_as_many_values_as_ids():
+    with pytest.raises(AssertionError, match=r"\(2, 2\) values of 2 images"):
+        Measurement(torch.zeros(2, 2), ("a", "b"), "share")
 
 
 # All.

@@ -12,11 +12,12 @@ from torchvision.ops import StochasticDepth
 from cases import noise
 from oracles import ORACLES
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import explained
 from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Member, Site
 from sukashi.network import hooks, sites
 
+explained = CLASSIFICATION.explained
 PATHS = ("internal_influence", "integrated_gradients", "conductance")
 
 
@@ -214,7 +215,7 @@ def test_what_cannot_be_explained_is_refused(small64):
     refuse(DataError, "target -1 is no class", target=torch.tensor([3, -1]))
     refuse(UsageError, r"baseline has shape \(3,\)", name="conductance", baseline=torch.zeros(3, dtype=torch.float64))
     refuse(UsageError, "steps of conductance must be greater", name="conductance", steps=0)
-    with pytest.raises(ModelError, match=r"output for 2 images has shape \(2, 4, 6, 6\)"):
+    with pytest.raises(ModelError, match=r"the model gives \(2, 4, 6, 6\) for 2 images"):
         attributions["saliency"](nn.Conv2d(1, 4, 3).double(), x, target, [sites.input_site(x)])
     with pytest.raises(ModelError, match="'1' is in training mode"):
         attributions["saliency"](nn.Sequential(nn.Flatten(), nn.Dropout()), x, target, [sites.input_site(x)])

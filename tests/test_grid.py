@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from sukashi.experiments.compare.store import Store
 
 from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.criteria import criteria
 from sukashi.experiments import study_file
 from sukashi.experiments.compare import run as comparing
-from sukashi.experiments.compare.store import Store
-from sukashi.experiments.schedule import settings
+from sukashi.experiments.schedule.checks import check
 
 STUDY = """
 title = "Two networks"
@@ -245,6 +245,6 @@ def test_the_studies_that_come_along_keep_the_rules(path):
     given = study_file._toml(path)
     assert set(given["criteria"]) <= set(criteria.names())
     if "schedule" in given:
-        settings.check(study_file._course(path, given))
+        check(study_file._course(path, given))
     else:
         assert study_file._grid(path, given).models

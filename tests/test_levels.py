@@ -8,12 +8,13 @@ import safetensors.torch
 import torch
 
 from sukashi import models
-from sukashi.cli import main
+from sukashi.cli import tables
 from sukashi.core import progress, stats
 from sukashi.core.errors import SukashiError, UsageError
+from sukashi.core.schema import checked
 from sukashi.experiments import study_file
 from sukashi.experiments.schedule import run, summary
-from sukashi.experiments.schedule.run import Course
+from sukashi.experiments.schedule.settings import Course
 from sukashi.experiments.schedule.summary import Level
 from sukashi.network import sites
 from sukashi.training.loop import Training
@@ -28,7 +29,7 @@ SETTINGS = {"epochs": 2, "batch_size": 128, "lr": 0.1}
 def course(trained=False, **changes):
     given = {"schedule": "lottery", "criteria": ["magnitude"], "ratios": [0.3, 0.6], "scope": "global", **changes}
     used = ([] if trained else ["training"]) + ([] if given["schedule"] == "lottery" else ["finetuning"])
-    return Course.model_validate({**dict.fromkeys(used, SETTINGS), **given})
+    return checked(Course, {**dict.fromkeys(used, SETTINGS), **given})
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,7 @@ def test_one_network_has_the_interval_of_its_training():
 
 def test_page_and_command_line_show_the_same(rounded, capsys):
     result, out, _ = rounded
-    main._print_levels(result)
+    tables.schedule(result)
     shown, page = capsys.readouterr().out, (out / "report.html").read_text()
     assert f"<h1>{result['verdict']}</h1>" in page
     assert '<p class="title">oneshot: sukashi:digits_cnn' in page
@@ -330,7 +331,7 @@ def test_page_and_command_line_show_the_same(rounded, capsys):
         assert said in shown.replace("\n", " ") or said in shown
         assert said.replace("'", "&#39;") in page
     assert "nothing was done" not in shown
-    main._print_levels({**result, "finished": True})
+    tables.schedule({**result, "finished": True})
     assert f"{result['out']} was finished already: nothing was done" in capsys.readouterr().out
 
 
@@ -388,13 +389,14 @@ def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"criteria": "magnitude"}, r'^criteria must be a list like \["magnitude"\], got \'magnitude\'$'),
+        ({"criteria": 3}, r'^criteria must be a list like \["magnitude"\], got 3$'),
+        ({"criteria": "magnitud"}, "unknown criterion 'magnitud': did you mean 'magnitude'"),
         ({"ratios": 0.5}, r"^ratios must be a list like \[0.3, 0.6, 0.9\], got 0.5$"),
         ({"ratios": (0.5, "0.6")}, r"^ratios.1 must be a number, got '0.6'$"),
         ({"how": "one"}, "unknown schedule 'one': did you mean 'oneshot'"),
         ({"scop": "global"}, "unknown setting 'scop': did you mean 'scope'"),
         ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
-        ({"memory": -1}, "memory must be at least 0 GiB, got -1"),
+        ({"memory": -1}, "memory must be at least 0, got -1"),
         ({"seeds": 1.5}, "seeds must be a whole number like 1, got 1.5"),
     ],
 )

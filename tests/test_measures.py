@@ -11,9 +11,11 @@ from torch import nn
 
 from sukashi import models
 from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Batch, Curve, Mask, Plan, Scores, rank
 from sukashi.criteria import pruning
 from sukashi.measures import accuracy, cost, measures
+from sukashi.measures import curves as of_cuts
 from sukashi.models import saved
 from sukashi.network import hooks, sites, surgery
 
@@ -45,7 +47,7 @@ class Fixed(nn.Module):
 
 
 def _accuracy(model, batch):
-    return measures["accuracy"](model, batch, generator=torch.Generator())
+    return measures["accuracy"](model, batch).values
 
 
 def test_accuracy_of_known_logits():
@@ -58,28 +60,16 @@ def test_accuracy_refuses_what_means_nothing():
     x = torch.tensor([[1.0, float("nan")]])[:, :, None, None]
     with pytest.raises(ModelError, match="NaN"):
         _accuracy(Fixed(), Batch(x, torch.tensor([0]), ("a",)))
-    with pytest.raises(ModelError, match="targets go up to 2"):
+    with pytest.raises(DataError, match="target 2 is no class of a model with 2 logits"):
         _accuracy(Fixed(), Batch(torch.zeros(1, 2, 1, 1), torch.tensor([2]), ("a",)))
 
 
-def test_measures_follow_the_contract(scene):
-    loaded, _, _, batch = scene
-    before = copy.deepcopy(loaded.model.state_dict())
-    x = batch.x.clone()
-    for method in (measure for measure in measures if not measure.reads_maps):
-        values = method(loaded.model, batch, generator=torch.Generator().manual_seed(0))
-        parts = [method(loaded.model, part, generator=torch.Generator().manual_seed(0)) for part in batch.split(7)]
-        assert values.shape == (60,)
-        assert values.isfinite().all()
-        assert torch.equal(values, torch.cat(parts))
-    assert torch.equal(batch.x, x)
-    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
-
-
-def test_per_class():
-    correct, target = [[1, 0, 1, 1], [0, 0, 0, 1]], [0, 0, 2, 2]
-    expected = [[0.5, np.nan, 1.0], [0.0, np.nan, 0.5]]
-    np.testing.assert_array_equal(accuracy.per_class(correct, target, 3), expected)
+def test_by_class():
+    classes = CLASSIFICATION.classes(torch.tensor([0, 0, 2, 2]))
+    assert accuracy.by_class(np.array([1, 0, 1, 1]), classes, 3) == [0.5, None, 1.0]
+    # An image that has two classes counts for both.
+    both = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    assert accuracy.by_class(np.array([1.0, 0.5]), both, 2) == [1.0, 0.75]
 
 
 # Curves.
@@ -87,7 +77,7 @@ def test_per_class():
 
 def test_curve_equals_the_masked_network(scene):
     loaded, found, plan, batch = scene
-    curve = accuracy.curve(loaded.model, found, plan, [0.3, 0.1, 0.6], batch)
+    curve = of_cuts.curve(loaded.model, found, plan, [0.3, 0.1, 0.6], batch)
     n_units = plan.n_units
     counts = sorted([0, round(0.1 * n_units), round(0.3 * n_units), round(0.6 * n_units), 10, 40])
     assert curve.n_removed.tolist() == counts
@@ -112,8 +102,8 @@ def test_curve_equals_the_masked_network(scene):
 
 def test_curve_does_not_depend_on_batches_or_order(scene):
     loaded, found, plan, batch = scene
-    one = accuracy.curve(loaded.model, found, plan, [0.0, 0.5], batch)
-    other = accuracy.curve(loaded.model, found[::-1], plan, [0.5, 0.5, 0.0], list(batch.split(7)))
+    one = of_cuts.curve(loaded.model, found, plan, [0.0, 0.5], batch)
+    other = of_cuts.curve(loaded.model, found[::-1], plan, [0.5, 0.5, 0.0], list(batch.split(7)))
     for name in ("ratio", "n_removed", "fraction", "correct"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
@@ -124,7 +114,7 @@ def test_curve_evaluates_a_cut_once_and_leaves_the_model(scene, monkeypatch):
     counted = lambda model, mask: cuts.append(mask.n_removed) or surgery.cut(model, mask)  # noqa: E731
     monkeypatch.setitem(surgery.MODES, "cut", counted)
     before = copy.deepcopy(loaded.model.state_dict())
-    curve = accuracy.curve(loaded.model, found, plan, [0.0, 10 / plan.n_units, 0.99, 0.995], batch)
+    curve = of_cuts.curve(loaded.model, found, plan, [0.0, 10 / plan.n_units, 0.99, 0.995], batch)
     assert cuts == [0, 10, 40, plan.n_removable]
     assert curve.n_removed.tolist() == [0, 10, 10, 40, plan.n_removable, plan.n_removable]
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
@@ -133,8 +123,8 @@ def test_curve_evaluates_a_cut_once_and_leaves_the_model(scene, monkeypatch):
 
 def test_a_curve_of_zeroed_units_has_the_accuracy_of_the_cut_over_the_share_of_units(scene):
     loaded, found, plan, batch = scene
-    cut = accuracy.curve(loaded.model, found, plan, [0.0, 0.3, 0.6], batch)
-    zero = accuracy.curve(loaded.model, found, plan, [0.0, 0.3, 0.6], batch, mode="zero")
+    cut = of_cuts.curve(loaded.model, found, plan, [0.0, 0.3, 0.6], batch)
+    zero = of_cuts.curve(loaded.model, found, plan, [0.0, 0.3, 0.6], batch, mode="zero")
     np.testing.assert_array_equal(zero.correct, cut.correct)
     np.testing.assert_allclose(zero.fraction, cut.n_removed / plan.n_units)
 
@@ -156,7 +146,7 @@ def _answers(n, *n_lost):
 
 
 def _lossless(curves, margin, **options):
-    return accuracy.lossless(curves, margin, generator=np.random.default_rng(0), **options)
+    return of_cuts.lossless(curves, margin, generator=np.random.default_rng(0), **options)
 
 
 def test_lossless_is_the_last_cut_before_the_first_that_is_not_shown():
@@ -165,8 +155,8 @@ def test_lossless_is_the_last_cut_before_the_first_that_is_not_shown():
     assert (found.low[0], found.high[0]) == (0.2, 0.2)
     assert _lossless([_curve(_answers(1000, 15))], 0.02).mean[0] == 0.0, "15 of 1,000 lost is not shown to be under 20"
     assert _lossless([_curve(_answers(100, 0))], 0.01).mean[0] == 0.0, "100 images can't show a margin of 1 %"
-    assert "100 test images" in accuracy.cautions(100, 0.01)[0]
-    assert accuracy.cautions(381, 0.01) == []
+    assert "100 test images" in of_cuts.cautions(100, 0.01)[0]
+    assert of_cuts.cautions(381, 0.01) == []
 
 
 def test_lossless_takes_the_mean_over_seeds_and_their_spread_into_its_interval():
@@ -210,14 +200,14 @@ def test_the_interval_of_lossless_covers_what_it_is_about():
 
 def test_accuracy_at_fractions_lies_on_lines_and_never_beyond_what_was_measured():
     curves = [_curve(_answers(100, 40), [0, 0.4]), _curve(_answers(100, 20), [0, 0.6])]
-    found = accuracy.at(curves, [0.5, 0.2, 0.4])
+    found = of_cuts.at(curves, [0.5, 0.2, 0.4])
     assert found[0] is None, "one seed ends at 0.4"
     assert [cell.mean for cell in found[1:]] == pytest.approx([(0.8 + 1 - 0.2 / 3) / 2, (0.6 + 1 - 0.4 / 3) / 2])
     assert all(cell.low < cell.mean < cell.high for cell in found[1:])
-    assert accuracy.at(curves, [0.9]) == [None]
-    (edge,) = accuracy.at([_curve(_answers(30, 1), [0, 0.4])], [0.4])
+    assert of_cuts.at(curves, [0.9]) == [None]
+    (edge,) = of_cuts.at([_curve(_answers(30, 1), [0, 0.4])], [0.4])
     assert 0.8 < edge.low < edge.mean < edge.high == 1.0, "no accuracy is above 1"
-    (almost,) = accuracy.at(curves, [0.404])
+    (almost,) = of_cuts.at(curves, [0.404])
     assert almost.mean == pytest.approx((0.6 + 1 - 0.404 / 3) / 2), "a ratio becomes a whole number of units"
 
 
@@ -231,11 +221,11 @@ def test_a_difference_is_paired_by_seed_and_image():
         worse[np.flatnonzero(cut)[:20]] = False
         first.append(_curve([dense, cut], [0, 0.4]))
         second.append(_curve([dense, worse], [0, 0.4]))
-    found = accuracy.difference(first, second, [0.2, 0.4])
+    found = of_cuts.difference(first, second, [0.2, 0.4])
     assert found.mean == pytest.approx((0.05 + 0.1) / 2)
     assert 0.03 < found.low < found.high < 0.12, "what pairs share is no noise: unpaired it would reach below 0"
-    assert accuracy.difference(first, second, [0.2, 0.5]) is None
-    assert accuracy.difference([], [], [0.2]) is None
+    assert of_cuts.difference(first, second, [0.2, 0.5]) is None
+    assert of_cuts.difference([], [], [0.2]) is None
 
 
 def test_curve_refuses_images_that_change(scene):
@@ -247,15 +237,15 @@ def test_curve_refuses_images_that_change(scene):
 
     for images in (Shuffled(), iter([batch]), [], [batch[:0]]):
         with pytest.raises(DataError, match="images"):
-            accuracy.curve(loaded.model, found, plan, [0.5], images)
+            of_cuts.curve(loaded.model, found, plan, [0.5], images)
 
 
 def test_curve_refuses_a_plan_of_other_sites(scene):
     loaded, found, plan, batch = scene
     with pytest.raises(UsageError, match="other sites"):
-        accuracy.curve(loaded.model, found[1:], plan, [0.5], batch)
+        of_cuts.curve(loaded.model, found[1:], plan, [0.5], batch)
     with pytest.raises(UsageError, match="ratio must be in"):
-        accuracy.curve(loaded.model, found, plan, [1.0], batch)
+        of_cuts.curve(loaded.model, found, plan, [1.0], batch)
 
 
 # SAUCE.
@@ -264,15 +254,15 @@ def test_curve_refuses_a_plan_of_other_sites(scene):
 @given(st.floats(0, 1), st.lists(st.floats(0, 1), max_size=20))
 def test_sauce_of_a_constant(level, inner):
     fractions = [0.0, *sorted(inner)]
-    assert accuracy.sauce(fractions, [level] * len(fractions), level) == pytest.approx(100 * level)
+    assert of_cuts.sauce(fractions, [level] * len(fractions), level) == pytest.approx(100 * level)
 
 
 def test_sauce_of_known_lines():
     f = np.linspace(0, 0.95, 20)
-    assert accuracy.sauce(f, 1 - f, 0) == pytest.approx(50)
-    assert accuracy.sauce([0.0], [1.0], 0) == pytest.approx(50)
-    assert accuracy.sauce([0, 0.5, 0.5], [0.8, 0.8, 0.2], 0.1) == pytest.approx(100 * (0.4 + 0.5 * 0.15))
-    assert accuracy.sauce([0, 0.5], [0.8, 0.4], 0.1, relative=True) == pytest.approx(100 * (0.3 + 0.125) / 0.8)
+    assert of_cuts.sauce(f, 1 - f, 0) == pytest.approx(50)
+    assert of_cuts.sauce([0.0], [1.0], 0) == pytest.approx(50)
+    assert of_cuts.sauce([0, 0.5, 0.5], [0.8, 0.8, 0.2], 0.1) == pytest.approx(100 * (0.4 + 0.5 * 0.15))
+    assert of_cuts.sauce([0, 0.5], [0.8, 0.4], 0.1, relative=True) == pytest.approx(100 * (0.3 + 0.125) / 0.8)
 
 
 def test_sauce_is_second_order():
@@ -280,7 +270,7 @@ def test_sauce_is_second_order():
 
     def error(n):
         f = np.linspace(0, 1, n + 1)
-        return abs(accuracy.sauce(f, np.exp(-f), float(np.exp(-1))) - 100 * (1 - np.exp(-1)))
+        return abs(of_cuts.sauce(f, np.exp(-f), float(np.exp(-1))) - 100 * (1 - np.exp(-1)))
 
     assert error(16) / error(32) == pytest.approx(4, rel=0.01)
 
@@ -300,12 +290,12 @@ def test_sauce_is_second_order():
 )
 def test_sauce_refuses(fractions, accuracies, chance):
     with pytest.raises(UsageError):
-        accuracy.sauce(fractions, accuracies, chance)
+        of_cuts.sauce(fractions, accuracies, chance)
 
 
 def test_relative_sauce_of_nothing():
     with pytest.raises(UsageError, match="nothing right"):
-        accuracy.sauce([0, 0.5], [0, 0.5], 0.1, relative=True)
+        of_cuts.sauce([0, 0.5], [0, 0.5], 0.1, relative=True)
 
 
 # Costs.
@@ -346,7 +336,7 @@ def test_sizes_fall_with_a_cut(scene):
     assert figures == cost.sizes(loaded.model, batch.x[:4], plan.mask(0.5))
     for name in ("parameters", "flops", "bytes"):
         assert figures["cut"][name] < figures["dense"][name]
-    curve = accuracy.curve(loaded.model, found, plan, [0.5], batch)
+    curve = of_cuts.curve(loaded.model, found, plan, [0.5], batch)
     at = curve.ratio.tolist().index(0.5)
     assert figures["cut"]["parameters"] / figures["dense"]["parameters"] == pytest.approx(1 - curve.fraction[at])
 

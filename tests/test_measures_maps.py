@@ -8,8 +8,33 @@ import torch
 
 from oracles import ORACLES
 from sukashi.core.errors import UsageError
+from sukashi.core.types import Maps
 from sukashi.measures import measures
-from sukashi.measures.maps import gini, localisation, rank_correlation, ssim, top_overlap
+
+
+def of_images(tensor):
+    return Maps(tensor, tuple(map(str, range(len(tensor)))))
+
+
+def gini(maps):
+    return measures["gini"](of_images(maps)).values
+
+
+def localisation(maps, masks):
+    return measures["localisation"](of_images(maps), {"there": of_images(masks)})["there"].values
+
+
+def rank_correlation(one, other):
+    return measures["rank_correlation"](of_images(one), of_images(other)).values
+
+
+def ssim(one, other):
+    return measures["ssim"](of_images(one), of_images(other)).values
+
+
+def top_overlap(one, other, **options):
+    return measures["top_overlap"](of_images(one), of_images(other), **options).values
+
 
 ALIKE = (rank_correlation, ssim, top_overlap)
 
@@ -115,9 +140,22 @@ def test_a_map_that_says_nothing_has_no_similarity_and_leaves_the_others_alone(m
 def test_maps_of_other_shapes_are_refused(measure):
     with pytest.raises(UsageError, match=r"\(6, 9, 12\) .* \(6, 9, 11\)"):
         measure(drawn(), drawn(side=(9, 11)) > 0)
-    with pytest.raises(UsageError, match=r"must both be \(images, height, width\)"):
-        measure(drawn()[0], drawn()[0] > 0)
     with pytest.raises(UsageError, match="fraction of top_overlap must be"):
-        measures["top_overlap"](drawn(), drawn(), fraction=0.0)
-    with pytest.raises(UsageError, match=r"\(9, 12\) must be \(images, height, width\)"):
+        top_overlap(drawn(), drawn(), fraction=0.0)
+    with pytest.raises(UsageError, match=r"\(9, 12\) of 9 images must be \(images, height, width\)"):
         gini(drawn()[0])
+
+
+@pytest.mark.parametrize("name", ["localisation", *(measure.__name__ for measure in ALIKE)])
+def test_maps_of_other_images_are_refused(name):
+    one, other = of_images(drawn()), Maps(drawn() > 0, tuple("012354"))
+    with pytest.raises(UsageError, match="are of different images, or in another order"):
+        measures[name](one, {"there": other} if name == "localisation" else other)
+
+
+def test_localisation_is_of_each_concept():
+    maps, masks = drawn(), {"a": drawn(seed=1) > 0, "b": drawn(seed=2) > 1}
+    found = measures["localisation"](of_images(maps), {name: of_images(mask) for name, mask in masks.items()})
+    assert list(found) == ["a", "b"]
+    for name, mask in masks.items():
+        assert torch.equal(found[name].values, localisation(maps, mask))

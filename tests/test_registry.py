@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import Registry, nearest
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.registry import Registry
 from sukashi.core.types import Site
 
 
@@ -128,6 +128,33 @@ def test_a_registry_has_facts_for_methods_that_say_nothing_else():
     for give in (lambda site: registry["salt"](None, [site]), lambda site: registry["salt"](None, sites=[site])):
         with pytest.raises(UsageError, match="salt scores sites of kind weight, head, not 'channel'"):
             give(Site("a", "channel", 3))
+
+
+def test_what_a_method_asks_for_may_be_provided_and_brings_its_options():
+    registry = Registry("dish", "dishes")
+
+    @registry.provide
+    def dough(flour, water, *, rest: int = 3): ...
+
+    @registry.provide
+    def base(dough, oven, *, heat: float = 250.0): ...
+
+    @registry.register("pizza", source="")
+    def pizza(base, tomatoes, *, basil: bool = True): ...
+
+    @registry.register("salad", source="")
+    def salad(tomatoes, leaves=(), *, generator): ...
+
+    assert (registry["pizza"].asks, registry["salad"].asks) == (("base", "tomatoes"), ("tomatoes",))
+    assert registry["pizza"].inputs == {"flour", "water", "oven", "tomatoes"}
+    assert registry["salad"].inputs == {"tomatoes"}
+    assert registry["pizza"].options == {"basil": True, "heat": 250.0, "rest": 3}
+    assert registry["pizza"].own_options == {"basil": True}
+    registry["pizza"].check_options({"rest": 4, "heat": 200, "basil": False})
+    with pytest.raises(UsageError, match="rest of pizza must be a valid integer"):
+        registry["pizza"].check_options({"rest": 0.5})
+    with pytest.raises(UsageError, match="did you mean 'heat'"):
+        registry["pizza"].check_options({"heet": 200})
 
 
 def test_nearest_of_nothing_like_it():

@@ -42,7 +42,7 @@ def test_a_view_is_what_the_classifier_reads_and_the_probability_of_the_own_clas
 
 def test_the_surest_images_are_chosen_whatever_the_seed(digits_split, trained_cnn, tmp_path):
     torch.save(trained_cnn.model.state_dict(), tmp_path / "cnn.pt")
-    setting = Source("sukashi:digits_cnn", "digits", weights=tmp_path / "cnn.pt", calibration=5).open()
+    setting = Source(model="sukashi:digits_cnn", data="digits", weights=str(tmp_path / "cnn.pt"), calibration=5).open()
     found = setting.calibration(0, "confidence")
     assert setting.calibration(7, "confidence").image_id == found.image_id
     confidence = dict(zip(digits_split.train.image_ids, setting.view.confidence.tolist(), strict=True))

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from sukashi.core.errors import DataError
-from sukashi.training.settings import Finetuning, Training, splits
+from sukashi.training.inputs import splits
+from sukashi.training.settings import Finetuning, Training
 
 
 def test_rates():

@@ -12,8 +12,8 @@ from sukashi import data
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
 from sukashi.core import stats
-from sukashi.core.types import Preprocess
-from sukashi.measures.maps import localisation, rank_correlation
+from sukashi.core.types import Maps, Preprocess
+from sukashi.measures.inputs import measured
 from sukashi.network import sites
 
 PREPROCESS = Preprocess(32, 32, 3, (0.3,) * 3, (0.3,) * 3)
@@ -45,7 +45,8 @@ def scene():
 def maps(model, scene, name):
     x = scene.images.x
     pixels = sites.input_site(x)
-    return saliency_map(attributions[name](model, x, scene.images.target, [pixels])[pixels], "sum")
+    found = attributions[name](model, x, scene.images.target, [pixels])[pixels]
+    return Maps(saliency_map(found, "sum"), scene.images.image_id)
 
 
 def mean_difference(a, b):
@@ -56,11 +57,14 @@ def mean_difference(a, b):
 def test_only_the_network_with_the_shortcut_points_at_the_watermark(scene, name):
     assert len(scene.images) >= 8
     marked, clean = (maps(model, scene, name) for model in (scene.marked, scene.clean))
-    at_mark = [localisation(m, scene.truth["watermark"]) for m in (marked, clean)]
+    masks = {concept: Maps(mask, scene.images.image_id) for concept, mask in scene.truth.items()}
+    found = [measured(["localisation"], {"maps": m, "masks": masks}) for m in (marked, clean)]
+    at_mark = [each["localisation/watermark"].values for each in found]
     assert mean_difference(*at_mark).low > 0.1
     assert at_mark[0].mean() > 4 * at_mark[1].mean()
     assert at_mark[0].mean() > 8 * scene.truth["watermark"].double().mean(), "of the pixels it has 2 %"
     # And away from what the circles are.
-    away = mean_difference(*(localisation(m, scene.truth["shape"]) for m in (clean, marked)))
+    away = mean_difference(*(each["localisation/shape"].values for each in found[::-1]))
     assert away.low > 0.1
-    assert rank_correlation(marked, clean).mean() < 0.7
+    alike = measured(["rank_correlation"], {"maps": marked, "reference_maps": clean})
+    assert alike["rank_correlation"].values.mean() < 0.7

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sukashi.experiments.compare.store import Store
 
 from sukashi.core.errors import DataError, ModelError, ResourceError, UsageError
 from sukashi.core.files import write
 from sukashi.core.types import Curve, Member, Plan, Site, Trial
 from sukashi.criteria.plans import plan_bytes, read_plan
-from sukashi.experiments.compare.store import Store
 
 SITES = (Site("conv1", "channel", 5), Site("blocks.0.heads", "head", 3, axis=2))
 STUDY = {"model": {"spec": "sukashi:digits_cnn"}, "criteria": ["random", "cswap"], "seeds": 2, "ratios": [0.0, 0.5]}

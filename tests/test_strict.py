@@ -45,7 +45,7 @@ def test_what_is_right_passes():
         ({**GOOD, "rings": [1, "two"]}, "f: rings.1 must be a whole number, got 'two'"),
         (
             {**GOOD, "leaves": {"a": {"colour": "red", "size": 0}}},
-            "f: leaves.a.size must be greater than or equal to 1, got 0",
+            "f: leaves.a.size must be at least 1, got 0",
         ),
     ],
 )

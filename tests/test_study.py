@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from sukashi.experiments.compare.store import Store
 
 import sukashi
 from sukashi import data as datasets
@@ -24,9 +25,9 @@ from sukashi.core import progress
 from sukashi.core.errors import DataError, UsageError
 from sukashi.criteria import criteria, pruning
 from sukashi.criteria.plans import read_plan
-from sukashi.experiments import check, pages, study_file
+from sukashi.experiments import pages, study_file
+from sukashi.experiments.check import run as check
 from sukashi.experiments.compare import run as comparing
-from sukashi.experiments.compare.store import Store
 from sukashi.experiments.prune.run import prune
 from sukashi.measures import accuracy
 from sukashi.network import hooks

@@ -1,6 +1,5 @@
 """From names to a saved folder: what is in it, what a second call does, what is refused before anything is written."""
 
-import inspect
 import json
 import warnings
 from pathlib import Path
@@ -10,12 +9,10 @@ import torch
 
 import sukashi
 from sukashi import models
-from sukashi.cli import main
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.data import Split
-from sukashi.experiments import check
+from sukashi.experiments.check import run as check
 from sukashi.experiments.prune.run import prune
-from sukashi.experiments.train import run
 from sukashi.models import saved
 from sukashi.training import checkpoint, loop
 
@@ -139,11 +136,11 @@ def test_a_size_of_ones_own(tmp_path):
     ("settings", "words"),
     [
         ({"lr": -1.0}, r"lr must be greater than 0, got -1.0"),
-        ({"augment": "mixup"}, r"augment must be 'none', .*, got 'mixup'"),
+        ({"augment": "mixup"}, r"augment must be none, .*, got 'mixup'"),
         ({"epoch": 3}, r"unknown setting 'epoch': did you mean 'epochs'"),
         ({"calibration": 3}, r"unknown setting 'calibration'"),
         ({"wieghts": "x"}, r"unknown setting 'wieghts': did you mean 'weights'"),
-        ({"optimizer": ["sgd"]}, r"optimizer must be 'sgd' or 'adamw', got \['sgd'\]"),
+        ({"optimizer": ["sgd"]}, r"optimizer must be sgd or adamw, got \['sgd'\]"),
         ({"epochs": 2, "warmup": 2}, "warmup must be below epochs"),
         ({"memory": -1.0}, "memory must be at least 0"),
     ],
@@ -173,9 +170,3 @@ def test_a_model_that_was_not_trained_here_is_left_alone(trained, tmp_path):
     saved.save(tmp_path / "mine", sukashi.load(trained["out"]), provenance={}, figures={})
     with pytest.raises(UsageError, match="not trained here"):
         sukashi.train(NET, "digits", out=tmp_path / "mine", **SHORT)
-
-
-def test_the_settings_are_the_same_everywhere():
-    fields = set(loop.Training.model_fields)
-    assert set(inspect.signature(main._training).parameters) == fields
-    assert set(run.Settings.__annotations__) - set(run.Opening.__annotations__) == fields

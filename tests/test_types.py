@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sukashi.core.errors import UsageError
-from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, check_ratio, pass_size, rank
+from sukashi.core.schema import check_ratio
+from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, pass_size, rank
 
 
 @st.composite

@@ -9,7 +9,7 @@ sukashi.schedule(model, data, how, criteria, ratios, out=folder)   prune and tra
 sukashi.audit([model, ...], data, out=folder)               saliency maps of cuts beside those of the first model
 sukashi.study("study.toml")                                 a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
-sukashi.write_report(folder)                                the page of a folder, again
+sukashi.results(folder)                                     what a folder holds, its page written again
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sukashi.experiments.audit.run import audit
-    from sukashi.experiments.check import check
-    from sukashi.experiments.compare.run import compare
-    from sukashi.experiments.pages import write as write_report
-    from sukashi.experiments.prune.run import prune
-    from sukashi.experiments.schedule.run import schedule
-    from sukashi.experiments.study_file import run as study
-    from sukashi.experiments.train.run import finetune, train
+    from sukashi.experiments.functions import (
+        audit,
+        check,
+        compare,
+        finetune,
+        prune,
+        results,
+        schedule,
+        study,
+        train,
+    )
     from sukashi.models import load
 
 __all__ = [
@@ -35,24 +38,15 @@ __all__ = [
     "finetune",
     "load",
     "prune",
+    "results",
     "schedule",
     "study",
     "train",
-    "write_report",
 ]
 
 # torch takes seconds to import and the command line must not wait for it.
-_HOMES = {
-    "audit": ("experiments.audit.run", "audit"),
-    "check": ("experiments.check", "check"),
-    "compare": ("experiments.compare.run", "compare"),
-    "finetune": ("experiments.train.run", "finetune"),
+_HOMES = {name: ("experiments.functions", name) for name in __all__} | {
     "load": ("models", "load"),
-    "prune": ("experiments.prune.run", "prune"),
-    "schedule": ("experiments.schedule.run", "schedule"),
-    "study": ("experiments.study_file", "run"),
-    "train": ("experiments.train.run", "train"),
-    "write_report": ("experiments.pages", "write"),
 }
 
 

@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, explained, in_parts
+from sukashi.attributions.gradient import check, in_parts
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, passed, plain, replaced, ruled, weighted
 from sukashi.core.errors import ModelError
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, Mul, Scale, canonical
@@ -27,6 +28,7 @@ def backtrace(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     mode: Literal["default", "contrastive"] = "default",
     batch_size: Annotated[int, Field(ge=1)] = 64,
@@ -51,7 +53,7 @@ def backtrace(
     among them, for which the paper's rules do not determine shares. DataError for a target that is no class number an
     image.
     """
-    check(model, x, target)
+    check(model, x, target, objective)
     form = canonical(model, x)
     contrastive = mode == "contrastive"
     layer = _parted if contrastive else _shared_layer
@@ -60,9 +62,9 @@ def backtrace(
 
     def seed(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if not contrastive:
-            value = explained(logits, target)
+            value = objective.explained(logits, target)
             return value, value.detach()
-        explained(logits[: len(target)], target)
+        objective.check(logits[: len(target)], target)
         size = logits.detach()[: len(target)].abs()
         is_target = F.one_hot(target, size.shape[1]).bool()
         others = size / max(size.shape[1] - 1, 1)

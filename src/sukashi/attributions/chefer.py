@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, explained, in_parts
+from sukashi.attributions.gradient import check, in_parts
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carry, passed, plain, ruled, stable
 from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.network import hooks
@@ -39,6 +40,7 @@ def chefer(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     layer_scale: Literal["identity", "paper"] = "identity",
     batch_size: Annotated[int, Field(ge=1)] = 8,
@@ -76,7 +78,7 @@ def chefer(
                 f"chefer explains the pixels alone, not site {site.layer!r} of kind {site.kind!r}: give "
                 "sites.input_site(x), or use lrp"
             )
-    check(model, x, target)
+    check(model, x, target, objective)
     form = canonical(model, x).double()
     tokens = _tokens(form, x[:1].double())
     kept: list[Tensor] = []
@@ -89,8 +91,8 @@ def chefer(
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         part = x[rows].double()
-        *slopes, after = _carried(form, part, target[rows], kept)
-        relevance = _carried(twin, part, target[rows], kept)
+        *slopes, after = _carried(form, part, target[rows], objective, kept)
+        relevance = _carried(twin, part, target[rows], objective, kept)
         read = (after != 0).any(2).double()
         row = start = (read / read.sum(1, keepdim=True).clamp(min=1))[:, None]
         for core, slope, share_of in zip(_cores(form)[::-1], slopes[::-1], relevance[::-1], strict=True):
@@ -101,11 +103,13 @@ def chefer(
     return in_parts(explain, len(x), batch_size)
 
 
-def _carried(form: fx.GraphModule, x: Tensor, target: Tensor, kept: list[Tensor]) -> tuple[Tensor, ...]:
+def _carried(
+    form: fx.GraphModule, x: Tensor, target: Tensor, objective: Objective, kept: list[Tensor]
+) -> tuple[Tensor, ...]:
     """What one backward pass from 1 at the target's logit carries to the tensors that the forward pass kept."""
     kept.clear()
     with torch.enable_grad():
-        found = torch.autograd.grad(explained(form(x.detach()), target).sum(), kept, materialize_grads=True)
+        found = torch.autograd.grad(objective.explained(form(x.detach()), target).sum(), kept, materialize_grads=True)
     kept.clear()
     return found
 

@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, explained, in_parts, start_of
+from sukashi.attributions.gradient import check, in_parts, start_of
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, replaced, ruled
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, MatMul, Mul, Scale, canonical
@@ -28,6 +29,7 @@ def deeplift(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     baseline: Baseline = 0.0,
     batch_size: Annotated[int, Field(ge=1)] = 64,
@@ -49,7 +51,7 @@ def deeplift(
     Raises ModelError for a model without canonical form or with an operation that has no rule, UsageError for a
     baseline of another shape, DataError for a target that is no class number an image.
     """
-    check(model, x, target)
+    check(model, x, target, objective)
     form = canonical(model, x)
     before: dict[nn.Module, tuple[Tensor, ...]] = {}
     ruled(form, {cls: rule and partial(_twice, before, rule) for cls, rule in _RULES.items()}, "deeplift")
@@ -60,7 +62,9 @@ def deeplift(
         with torch.no_grad(), hooks.tapped(form, sites) as taps:
             form(start[rows] if len(start) == len(x) else start)
             base = {site: hooks.gather(site, taps[site]) for site in sites}
-        reads, multipliers = carried(form, x[rows], sites, lambda logits: ones(explained(logits, target[rows])))
+        reads, multipliers = carried(
+            form, x[rows], sites, lambda logits: ones(objective.explained(logits, target[rows]))
+        )
         return {
             site: hooks.gather(site, multipliers.pop(site)) * (hooks.gather(site, reads.pop(site)) - base.pop(site))
             for site in sites

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 
 from sukashi.attributions import attributions
 from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.precision import without_tf32
 from sukashi.core.types import Site
 from sukashi.network import hooks
@@ -26,7 +27,13 @@ Baseline = float | Tensor
 
 @attributions.register("saliency", source="Simonyan et al. 2014, sec. 3", signed=False)
 def saliency(
-    model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], *, batch_size: Count = 64
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
+    *,
+    batch_size: Count = 64,
 ) -> dict[Site, Tensor]:
     """Absolute slope of the target's logit: |dF / da| at every position a of a unit.
 
@@ -36,10 +43,10 @@ def saliency(
     Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
     training mode, sites that hooks cannot take and an output that is not logits (B, K).
     """
-    check(model, x, target)
+    check(model, x, target, objective)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        _, slopes = _slopes(model, x[rows], target[rows], sites)
+        _, slopes = _slopes(model, x[rows], target[rows], sites, objective)
         return {site: hooks.gather(site, slopes.pop(site)).abs() for site in sites}
 
     return in_parts(explain, len(x), batch_size)
@@ -47,7 +54,13 @@ def saliency(
 
 @attributions.register("gradient_x_activation", source="Molchanov et al. 2017, eq. 8, of the logit")
 def gradient_x_activation(
-    model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], *, batch_size: Count = 64
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
+    *,
+    batch_size: Count = 64,
 ) -> dict[Site, Tensor]:
     """First-order share of the target's logit: a dF / da, with its sign.
 
@@ -57,10 +70,10 @@ def gradient_x_activation(
     Raises DataError for no images and for targets that are not one class number an image, ModelError for layers in
     training mode, sites that hooks cannot take and an output that is not logits (B, K).
     """
-    check(model, x, target)
+    check(model, x, target, objective)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        held, slopes = _slopes(model, x[rows], target[rows], sites)
+        held, slopes = _slopes(model, x[rows], target[rows], sites, objective)
         return {site: _gathered(site, held, slopes) for site in sites}
 
     return in_parts(explain, len(x), batch_size)
@@ -72,6 +85,7 @@ def internal_influence(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     steps: Count = 16,
     baseline: Baseline = 0.0,
@@ -89,11 +103,11 @@ def internal_influence(
     training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
     of another shape.
     """
-    check(model, x, target)
+    check(model, x, target, objective)
     start = start_of(x, baseline)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
+        mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, objective, steps, batch_size)
         return {site: hooks.gather(site, mean.pop(site)) for site in sites}
 
     return in_parts(explain, len(x), batch_size // steps)
@@ -105,6 +119,7 @@ def integrated_gradients(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     steps: Count = 16,
     baseline: Baseline = 0.0,
@@ -122,11 +137,11 @@ def integrated_gradients(
     training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
     of another shape.
     """
-    check(model, x, target)
+    check(model, x, target, objective)
     start = start_of(x, baseline)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, steps, batch_size)
+        mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, objective, steps, batch_size)
         with torch.no_grad(), hooks.tapped(model, sites) as ends:
             model(torch.cat([x[rows], start[rows]]))
         change = {site: [torch.sub(*tensor.chunk(2)) for tensor in ends.pop(site)] for site in sites}
@@ -141,6 +156,7 @@ def conductance(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     steps: Count = 16,
     baseline: Baseline = 0.0,
@@ -158,7 +174,7 @@ def conductance(
     training mode, sites that hooks cannot take and an output that is not logits (B, K), UsageError for a baseline
     of another shape.
     """
-    check(model, x, target)
+    check(model, x, target, objective)
     start = start_of(x, baseline)
     n_points = steps + 1
     points = torch.linspace(0, 1, n_points, dtype=torch.float64)
@@ -168,7 +184,8 @@ def conductance(
     def explain(rows: slice) -> dict[Site, Tensor]:
         total: Held = {}
         for first in range(0, steps, size - 1):
-            held, slopes = _along(model, x[rows], start[rows], target[rows], sites, points[first : first + size])
+            part = points[first : first + size]
+            held, slopes = _along(model, x[rows], start[rows], target[rows], sites, objective, part)
             for site in sites:
                 flows = [
                     # Twice the trapezoid; differences first, for they are what is small.
@@ -181,38 +198,13 @@ def conductance(
     return in_parts(explain, len(x), batch_size // n_points)
 
 
-def explained(logits: Any, target: Tensor) -> Tensor:
-    """The number an attribution explains: the target's logit (B,), out of logits (B, K).
-
-    Raises ModelError where the model does not give one row of logits an image, DataError where a target is no class.
-    """
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(target):
-        shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
-        raise ModelError(
-            f"the model's output for {len(target)} images has {shape}, and attributions explain one logit an image: "
-            "give a classifier, whose output is (images, classes)"
-        )
-    wrong = target[(target < 0) | (target >= logits.shape[1])]
-    if len(wrong):
-        raise DataError(
-            f"target {int(wrong[0])} is no class of a model with {logits.shape[1]} logits: classes count from 0"
-        )
-    return logits.gather(1, target[:, None])[:, 0]
-
-
-def check(model: nn.Module, x: Tensor, target: Tensor) -> None:
+def check(model: nn.Module, x: Tensor, target: Tensor, objective: Objective) -> None:
     """Refuse what could only be explained wrongly.
 
     Raises DataError for no images and for targets that are not one class number an image, ModelError for layers that
     make an image's answer depend on chance or on other images.
     """
-    if target.shape != x.shape[:1]:
-        raise DataError(
-            f"target has shape {tuple(target.shape)} for {len(x)} images: attributions explain a classifier, with one "
-            "class number an image"
-        )
-    if target.dtype != torch.int64:
-        raise DataError(f"target is of dtype {target.dtype}: give class numbers, torch.int64")
+    objective.check_target(target, len(x))
     if not len(x):
         raise DataError("there is no image to explain: give one at least")
     for name, module in model.named_modules():
@@ -256,12 +248,14 @@ def in_parts(explain: Callable[[slice], dict[Site, Tensor]], n_images: int, size
     return {site: torch.cat([part.pop(site) for part in parts]) for site in list(parts[0])}
 
 
-def _slopes(model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site]) -> tuple[Held, Held]:
-    """What sites hold, and the slope of each row's logit there, as `hooks.tapped` shapes them; detached."""
+def _slopes(
+    model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], objective: Objective
+) -> tuple[Held, Held]:
+    """What sites hold, and the slope there of what is explained, as `hooks.tapped` shapes them; detached."""
     with torch.enable_grad(), hooks.tapped(model, sites) as seen:
         # A copy, for the model may write into what it is given. Rows do not meet in eval mode: the gradient of their
         # sum is each one's own.
-        total = explained(answer(model, x.detach().clone()), target).sum()
+        total = objective.explained(answer(model, x.detach().clone()), target).sum()
         tensors = [tensor for site in sites for tensor in seen[site]]
         gradients = iter(torch.autograd.grad(total, tensors, materialize_grads=True))
     held = {site: [tensor.detach() for tensor in seen[site]] for site in sites}
@@ -269,25 +263,38 @@ def _slopes(model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site]) 
 
 
 def _along(
-    model: nn.Module, x: Tensor, start: Tensor, target: Tensor, sites: Sequence[Site], points: Tensor
+    model: nn.Module,
+    x: Tensor,
+    start: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    objective: Objective,
+    points: Tensor,
 ) -> tuple[Held, Held]:
     """What sites hold and the slopes there, (S, B, N, positions...), at S points of the path from `start` to x."""
     s = points.to(x).view(-1, *[1] * x.dim())
     path = start + s * (x - start)
     split = (len(points), len(x))
-    found = _slopes(model, path.flatten(0, 1), target.repeat(len(points)), sites)
+    found = _slopes(model, path.flatten(0, 1), target.repeat(len(points)), sites, objective)
     held, slopes = ({site: [t.unflatten(0, split) for t in tensors[site]] for site in sites} for tensors in found)
     return held, slopes
 
 
 def _mean_slopes(
-    model: nn.Module, x: Tensor, start: Tensor, target: Tensor, sites: Sequence[Site], steps: int, batch_size: int
+    model: nn.Module,
+    x: Tensor,
+    start: Tensor,
+    target: Tensor,
+    sites: Sequence[Site],
+    objective: Objective,
+    steps: int,
+    batch_size: int,
 ) -> Held:
     """The integral over s in [0, 1] of the slopes at start + s (x - start), by Gauss and Legendre."""
     nodes, weights = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(steps))
     mean: Held = {}
     for s, w in zip(((nodes + 1) / 2).split(batch_size), (weights / 2).split(batch_size), strict=True):
-        _, slopes = _along(model, x, start, target, sites, s)
+        _, slopes = _along(model, x, start, target, sites, objective, s)
         for site in sites:
             sums = [torch.tensordot(w.to(g), g, 1) for g in slopes.pop(site)]
             mean[site] = [a + b for a, b in zip(mean[site], sums, strict=True)] if site in mean else sums

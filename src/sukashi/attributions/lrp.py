@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, explained, in_parts
+from sukashi.attributions.gradient import check, in_parts
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, ruled, stable, weighted
 from sukashi.core.errors import UsageError
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, Mul, Scale, canonical
@@ -26,6 +27,7 @@ def lrp(
     x: Tensor,
     target: Tensor,
     sites: Sequence[Site],
+    objective: Objective = CLASSIFICATION,
     *,
     rule: Literal["epsilon_plus", "epsilon", "gamma", "alpha1beta0"] = "epsilon_plus",
     attention: Annotated[str, Field(pattern="^(attn|cp)$")] = "attn",
@@ -65,7 +67,7 @@ def lrp(
     """
     if not bias and rule != "alpha1beta0":
         raise UsageError(f"bias=False with rule {rule!r} divides by what may be zero: use rule 'alpha1beta0'")
-    check(model, x, target)
+    check(model, x, target, objective)
     form = canonical(model, x)
     layers: dict[str, Rule] = {
         "epsilon": partial(_epsilon, epsilon),
@@ -88,7 +90,7 @@ def lrp(
     ruled(form, rules, "lrp")
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        reads, ratios = carried(form, x[rows], sites, lambda logits: ones(explained(logits, target[rows])))
+        reads, ratios = carried(form, x[rows], sites, lambda logits: ones(objective.explained(logits, target[rows])))
         return {
             site: hooks.gather(site, [r * m for r, m in zip(reads.pop(site), ratios.pop(site), strict=True)])
             for site in sites

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,3 +51,10 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path}: {what}; put that right or give another place, and run the same command again: "
             "what is finished is kept"
         ) from error
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f": did you mean {match[0]!r}?" if match else ":"
+    return f"{hint} Known: {', '.join(known) or 'none'}"

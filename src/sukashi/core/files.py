@@ -31,9 +31,6 @@ def check_free(path: Path) -> None:
         raise ResourceError(f"cannot write {path} ({above} is no folder with that right): give another place")
 
 
-# Writing.
-
-
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A place for a draft on the same disk; what is still there afterwards is removed."""
@@ -64,6 +61,7 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+FORMAT = 2  # of experiment.json and recipe.json; what another version wrote is refused
 _held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
 
 

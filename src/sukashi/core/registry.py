@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sukashi.core.errors import UsageError
+from sukashi.core.errors import UsageError, nearest
 from sukashi.core.types import Kind
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -19,12 +18,16 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function. Its name is the registry key, the CLI name and the value in the results."""
+    """A registered function. Its name is the registry key, the CLI name and the value in the results.
+
+    `providers` make what it asks for by their names; their options are its options too.
+    """
 
     name: str
     fn: Callable[..., Any]
     source: str
     facts: dict[str, Any]
+    providers: tuple[Method, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -32,7 +35,19 @@ class Method:
         return (inspect.getdoc(self.fn) or "").partition("\n")[0]
 
     @property
-    def options(self) -> dict[str, Any]:
+    def asks(self) -> tuple[str, ...]:
+        """Names of what its function is given: its parameters that are neither options nor have a default."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is p.empty)
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """What must be there to call it: what it asks for, and in place of what is provided what the providers need."""
+        provided = {provider.name for provider in self.providers}
+        return frozenset(self.asks).difference(provided).union(*(provider.inputs for provider in self.providers))
+
+    @property
+    def own_options(self) -> dict[str, Any]:
         """Keyword-only options with their defaults, `generator` and machinery (names starting with _) left out."""
         parameters = inspect.signature(self.fn).parameters.values()
         return {
@@ -42,27 +57,38 @@ class Method:
         }
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Its own options with their defaults, then those of its providers."""
+        found = dict(self.own_options)
+        for provider in self.providers:
+            found |= provider.options
+        return found
+
+    @property
     def keeps_journal(self) -> bool:
         """Whether the method can go on from a journal of what it has decided so far."""
         return "_journal" in inspect.signature(self.fn).parameters
 
-    @property
-    def reads_maps(self) -> bool:
-        """Whether a measure must be given saliency maps."""
-        return "maps" in inspect.signature(self.fn).parameters
-
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Refuse an option the method does not have, naming the nearest, or a value that its annotation excludes."""
-        annotations = get_type_hints(self.fn, include_extras=True)
+        options, annotations = self.options, self._annotations
         for name, value in given.items():
-            if name not in self.options:
-                raise UsageError(f"{self.name} has no option {name!r}{nearest(name, self.options)}")
+            if name not in options:
+                raise UsageError(f"{self.name} has no option {name!r}{nearest(name, options)}")
             try:
                 TypeAdapter(annotations[name], config=_STRICT).validate_python(value)
             except ValidationError as error:
-                rule = error.errors()[0]["msg"].replace("Input should", "must")
-                default = getattr(self.options[name], "__name__", repr(self.options[name]))
+                said = error.errors()[0]["msg"].replace(" after validation", "")
+                rule = said.replace("Input should", "must").replace("Value should", "must")
+                default = getattr(options[name], "__name__", repr(options[name]))
                 raise UsageError(f"{name} of {self.name} {rule}, got {value!r}: its default is {default}") from None
+
+    @property
+    def _annotations(self) -> dict[str, Any]:
+        found = get_type_hints(self.fn, include_extras=True)
+        for provider in self.providers:
+            found |= provider._annotations
+        return found
 
     def check_kinds(self, kinds: Iterable[Kind]) -> None:
         """Refuse sites of a kind that is not among the method's own `kinds`."""
@@ -92,6 +118,7 @@ class Registry:
         self.noun = noun
         self.plural = plural
         self.facts = facts
+        self.providers: dict[str, Method] = {}
         self._methods: dict[str, Method] = {}
 
     def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Function], Function]:
@@ -100,10 +127,20 @@ class Registry:
         def add(fn: Function) -> Function:
             assert name == fn.__name__, f"registry key {name!r} and function {fn.__name__!r} differ"
             assert name not in self._methods, f"{self.noun} {name!r} is registered twice"
-            self._methods[name] = Method(name, fn, source, {**self.facts, **facts})
+            self._methods[name] = self._method(fn, source, {**self.facts, **facts})
             return fn
 
         return add
+
+    def provide(self, fn: Function) -> Function:
+        """Make a function the provider of what it is named after, for methods registered later that ask for it."""
+        assert fn.__name__ not in self.providers, f"{fn.__name__!r} is provided twice"
+        self.providers[fn.__name__] = self._method(fn, "", {})
+        return fn
+
+    def _method(self, fn: Callable[..., Any], source: str, facts: dict[str, Any]) -> Method:
+        plain = Method(fn.__name__, fn, source, facts)
+        return replace(plain, providers=tuple(self.providers[name] for name in plain.asks if name in self.providers))
 
     def __getitem__(self, name: str) -> Method:
         if name not in self._methods:
@@ -118,10 +155,3 @@ class Registry:
 
     def names(self) -> list[str]:
         return list(self._methods)
-
-
-def nearest(name: str, known: Any) -> str:
-    """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f": did you mean {match[0]!r}?" if match else ":"
-    return f"{hint} Known: {', '.join(known) or 'none'}"

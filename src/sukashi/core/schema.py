@@ -1,17 +1,31 @@
-"""Settings that people write, checked: an unknown key, a missing one or a wrong value is one sentence, in our words."""
+"""Settings that people write: one class a kind, from which command line, TOML keys, keywords and identity come.
+
+A field made by `option` says what it means, whether it decides results, and how the command line takes it. What is
+wrong with settings, an unknown name, a missing one or a wrong value, is one sentence in our words. No torch here: help
+and errors of usage come without waiting for it.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import UsageError, nearest
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+MAX_SEED = 2**32 - 1  # NumPy and scikit-learn take no more
+MAX_SEEDS = 1000
 _TYPES = {
     "list_type": "a list",
     "string_type": "a string",
@@ -21,6 +35,152 @@ _TYPES = {
     "dict_type": "a table",
     "model_type": "a table",
 }
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+class Settings(BaseModel):
+    """Settings of a kind, checked when they are made and never changed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    kind: ClassVar[str] = ""
+    grows: ClassVar[frozenset[str]] = frozenset()
+    """Fields of which more may be asked for in a folder that exists."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide results, as JSON has them."""
+        fields = type(self).model_fields
+        return self.model_dump(mode="json", include={name for name in fields if option_of(fields[name]).decides})
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is to be known of a field beside its type, its default and its bounds.
+
+    `decides` says whether results depend on it. On the command line it is an `argument`, or a `flag` (its name with
+    dashes where none is given); a list of names is `joined` by commas, or else the flag is repeated. `path` is for
+    files and folders; those in a study file are relative to it. `default` is how an absent default is told.
+    """
+
+    decides: bool = True
+    argument: bool = False
+    flag: str | None = None
+    joined: bool = False
+    path: bool = False
+    default: str | None = None
+
+
+def option(
+    value: Any = ...,
+    *,
+    help: str,
+    decides: bool = True,
+    argument: bool = False,
+    flag: str | None = None,
+    joined: bool = False,
+    path: bool = False,
+    default: str | None = None,
+    **field: Any,
+) -> Any:
+    """A field of `Settings`; `value` is its default, `field` bounds and examples as `pydantic.Field` takes them."""
+    facts = asdict(Option(decides, argument, flag, joined, path, default))
+    if callable(value):
+        return Field(default_factory=value, description=help, json_schema_extra=facts, **field)
+    # Copied for every object, so that a list can be a default.
+    return Field(value, description=help, json_schema_extra=facts, **field)
+
+
+def option_of(field: FieldInfo) -> Option:
+    """What `option` said of a field."""
+    return Option(**field.json_schema_extra) if isinstance(field.json_schema_extra, dict) else Option()  # type: ignore[arg-type]
+
+
+def default_of(field: FieldInfo) -> Any:
+    """The default of a field; None where it has none, or where it follows from others."""
+    if field.default_factory is not None and not field.default_factory_takes_validated_data:
+        return field.get_default(call_default_factory=True)
+    return None if field.default is PydanticUndefined else field.default
+
+
+def check_ratio(ratio: float) -> float:
+    """A ratio in [0, 1). Raises UsageError for another."""
+    if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
+        raise UsageError(
+            f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
+        )
+    return ratio
+
+
+Ratio = Annotated[float, AfterValidator(check_ratio)]
+
+
+# From Python.
+
+
+def keyworded(kind: type[Settings]) -> Callable[[_Function], _Function]:
+    """Tells `help` of a function with `**settings` what these are: the fields of the kind that it does not name."""
+
+    def wrap(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = {p.name for p in own}
+        fields = {name: field for name, field in kind.model_fields.items() if name not in named}
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_of(field), annotation=_said(field))
+            for name, field in fields.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        lines = "\n".join(f"    {name}: {field.description}" for name, field in fields.items())
+        function.__doc__ = f"{inspect.getdoc(function)}\n\nSettings:\n{lines}\n"
+        return function
+
+    return wrap
+
+
+def keywords(kind: type[_Kind], given: Mapping[str, Any], known: Iterable[str] = ()) -> _Kind:
+    """Settings of a kind from Python's keywords, which may hold paths, NumPy's numbers, and one name for a list of it.
+
+    Raises UsageError as `checked` does.
+    """
+    return checked(
+        kind, {name: _plain(value, kind.model_fields.get(name)) for name, value in given.items()}, known=known
+    )
+
+
+def is_list(field: FieldInfo) -> bool:
+    return any(get_origin(part) is list for part in alternatives(field.annotation))
+
+
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The types of a union but None, or the one there is."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    yield from (part for part in (get_args(annotation) if union else [annotation]) if part is not type(None))
+
+
+def _plain(value: Any, field: FieldInfo | None) -> Any:
+    if field is not None and is_list(field):
+        if isinstance(value, str | os.PathLike):
+            return [os.fspath(value)]
+        if isinstance(value, Iterable) and not isinstance(value, Mapping | AbstractSet):  # a set has no order
+            return [_scalar(part) for part in value]
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _scalar(part) for key, part in value.items()}
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of NumPy or torch
+        return value.item()
+    return value
+
+
+def _said(field: FieldInfo) -> Any:
+    """The annotation of a field as a reader knows it."""
+    return inspect.formatannotation(field.annotation).replace("NoneType", "None") if field.annotation else Any
+
+
+# Faults.
 
 
 def checked(
@@ -43,6 +203,9 @@ def checked(
         return kind.model_validate(given)
     except ValidationError as error:
         fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    start = "" if file is None else f"{file}: "
+    if fault["type"] == "value_error":  # of a validator of ours, or of what it calls
+        raise UsageError(f"{start}{fault['ctx']['error']}")
     *tables, name = map(str, fault["loc"])
     inner = _table(kind, tables)
     where = ".".join((*tables, name))
@@ -53,7 +216,7 @@ def checked(
         among = f" in [{'.'.join(tables)}]" if tables else ""
         remedy = f", or give --{name}" if name in options else ""
         raise UsageError(f"{file} has no {name!r}{among}: add {_toml(name, _example(inner, name))}{remedy}")
-    raise UsageError(f"{'' if file is None else f'{file}: '}{where} {_rule(fault, inner)}, got {fault['input']!r}")
+    raise UsageError(f"{start}{where} {_rule(fault, inner)}, got {fault['input']!r}")
 
 
 def _table(kind: type[BaseModel], path: list[str]) -> type[BaseModel]:
@@ -68,19 +231,36 @@ def _table(kind: type[BaseModel], path: list[str]) -> type[BaseModel]:
 def _example(kind: type[BaseModel], name: str) -> Any:
     """A value the key may have, or None."""
     field = kind.model_fields.get(name)
-    return None if field is None else (field.examples or [None if field.is_required() else field.default])[0]
+    return None if field is None else (field.examples or [None if field.is_required() else default_of(field)])[0]
 
 
 def _rule(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    name = str(fault["loc"][-1])
     if fault["type"] in _TYPES:
-        example = _example(kind, str(fault["loc"][-1]))
+        example = _example(kind, name)
         return f"must be {_TYPES[fault['type']]}" + ("" if example is None else f" like {json.dumps(example)}")
+    if fault["type"] == "literal_error":
+        return f"must be {fault['ctx']['expected']}".replace("'", "")
+    broken = {bound: limit for bound, limit in fault.get("ctx", {}).items() if bound in _BOUNDS}
+    if broken:
+        return f"must be {_bounds(broken, kind.model_fields.get(name))}"
     return (
         str(fault["msg"])
         .replace("Input should", "must")
         .replace("List should", "must")
         .replace(" after validation", "")
     )
+
+
+def _bounds(broken: Mapping[str, Any], field: FieldInfo | None) -> str:
+    """The bound that a value breaks, as {"ge": 1}; of a share the interval it lies in."""
+    limits: dict[str, Any] = {}
+    for rule in [] if field is None else field.metadata:
+        limits |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)}
+    if limits.get("lt") == 1:
+        return f"in {'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt')):g}, 1)"
+    ((name, limit),) = broken.items()
+    return f"{_BOUNDS[name]} {limit:g}" if isinstance(limit, float) else f"{_BOUNDS[name]} {limit}"
 
 
 def _toml(name: str, value: Any) -> str:

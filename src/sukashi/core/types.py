@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sukashi.core.errors import UsageError
+from sukashi.core.objective import CLASSIFICATION, Objective
+from sukashi.core.schema import check_ratio
 
 Kind = Literal["pixel", "channel", "hidden", "head", "subspace", "weight"]
 
@@ -78,19 +80,26 @@ class Preprocess:
 class Batch:
     """Images ready for a model, with their targets and ids that never change.
 
-    `x` (B, C, H, W) preprocessed, `target` (B,) class numbers or (B, H, W), `image_id` (B,) strings.
+    `x` (B, C, H, W) preprocessed, `target` (B,) class numbers or (B, H, W), `image_id` (B,) strings. `objective` says
+    what the targets mean, and what a network is to make of the images.
     """
 
     x: Tensor
     target: Tensor
     image_id: tuple[str, ...]
+    objective: Objective = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         numbers = torch.arange(len(self))[rows].tolist()
-        return Batch(self.x[rows], self.target[rows], tuple(self.image_id[i] for i in numbers))
+        ids = tuple(self.image_id[i] for i in numbers)
+        return replace(self, x=self.x[rows], target=self.target[rows], image_id=ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same images on a device."""
+        return replace(self, x=self.x.to(device), target=self.target.to(device))
 
     def split(self, size: int) -> Iterator[Batch]:
         """Consecutive batches of at most `size` images."""
@@ -102,8 +111,11 @@ class Batch:
         return self.split(pass_size(self.x))
 
     def by_class(self) -> Batch:
-        """The same images, sorted by target and, within a class, by id: the order every criterion works in."""
-        order = sorted(range(len(self)), key=lambda i: (int(self.target[i]), self.image_id[i]))
+        """The same images, sorted by class and, within a class, by id: the order every criterion works in."""
+        classes: list[list[int]] = [[] for _ in self.image_id]
+        for row, k in zip(*(part.tolist() for part in self.objective.classes(self.target)), strict=True):
+            classes[row].append(k)
+        order = sorted(range(len(self)), key=lambda i: (classes[i], self.image_id[i]))
         return self[torch.tensor(order, dtype=torch.long)]
 
 
@@ -279,13 +291,41 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """A value at each pixel of images: `values` (B, H, W), those of saliency maps or bool, `image_id` (B,) whose."""
+
+    values: Tensor
+    image_id: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 3 or len(self.values) != len(self.image_id):
+            raise UsageError(
+                f"maps of shape {tuple(self.values.shape)} of {len(self.image_id)} images must be (images, height, "
+                "width); attributions.maps.saliency_map joins channels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """One number an image (or a unit), never pre-averaged. `better` says which way is good."""
+    """What a measure found: `values` (N,) along an axis, one for each of `ids`, never pre-averaged.
+
+    NaN stands for what has no value, and is for the caller to count and leave out. `unit` says what one is of, `better`
+    which way is good.
+    """
 
     values: Tensor
     ids: tuple[str, ...]
     unit: str
-    better: Literal["higher", "lower"]
+    axis: Literal["image", "unit"] = "image"
+    better: Literal["higher", "lower"] = "higher"
+
+    def __post_init__(self) -> None:
+        assert self.values.shape == (len(self.ids),), (
+            f"{tuple(self.values.shape)} values of {len(self.ids)} {self.axis}s"
+        )
 
 
 @dataclass(frozen=True)
@@ -319,11 +359,3 @@ class Trial:
     @property
     def key(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
-
-
-def check_ratio(ratio: float) -> None:
-    """Refuse a ratio outside [0, 1)."""
-    if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
-        raise UsageError(
-            f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
-        )

@@ -27,16 +27,16 @@ def taylor(
 ) -> Scores:
     """First-order change of the loss when a unit goes: s_u = mean_x |dL(x) / dg_u|, g_u = 1 a gate on all its readers.
 
-    L is the cross entropy of the target. dL/dg_u = sum over readers and positions of activation times gradient, so the
-    coupled reads of a residual stage count together, with their signs; one backward pass serves all sites.
+    L is the objective's loss, of a classifier the cross entropy of the target. dL/dg_u = sum over readers and positions
+    of activation times gradient, so the coupled reads of a residual stage count together, with their signs; one
+    backward pass serves all sites.
     """
     device = next(model.parameters()).device
     total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
     for batch in data.split(batch_size):
         gates = {site: torch.ones(len(batch), site.n_units, device=device, requires_grad=True) for site in sites}
         with without_tf32(), torch.enable_grad(), hooks.masked(model, gates):
-            # The sum keeps every image's gradient its own, whatever the batch size.
-            loss = F.cross_entropy(model(batch.x.to(device)), batch.target.to(device), reduction="sum")
+            loss = data.objective.loss(model(batch.x.to(device)), batch.target.to(device))
             gradients: tuple[Tensor, ...] = torch.autograd.grad(loss, list(gates.values()))
         for site, gradient in zip(gates, gradients, strict=True):
             total[site] += gradient.detach().double().abs().sum(0).cpu()
@@ -97,14 +97,14 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
         explained: Sequence[int | None] = [None]
         if classes == "each":
             with torch.no_grad():
-                explained = range(model(data.x[:1].to(device)).shape[-1])
+                explained = range(model(data.x[:1].to(device)).shape[1])
         total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
         with progress.task(attribution.name, len(data) * len(explained)) as shown:
             for batch in data.split(batch_size):
                 x = batch.x.to(device)
                 for k in explained:
                     target = batch.target if k is None else torch.full_like(batch.target, k)
-                    found = attribution(model, x, target.to(device), sites, **options)
+                    found = attribution(model, x, target.to(device), sites, data.objective, **options)
                     for site in sites:
                         scores = _reduced(found.pop(site), reduce)
                         total[site] += (scores if k is None else scores.abs()).sum(0).cpu()

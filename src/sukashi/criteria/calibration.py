@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.core import progress
-from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError, nearest
 from sukashi.core.precision import exact
-from sukashi.core.registry import nearest
 from sukashi.core.types import pass_size
 from sukashi.data import Split
 from sukashi.models import Loaded
@@ -30,8 +29,8 @@ SAMPLINGS = ("random", "confidence", "clustering")
 class View:
     """What a model makes of the images of a split: `features` (N, D), `confidence` (N,), `correct` (N,) bool.
 
-    Features are what the last layer with weights reads, averaged over positions; confidence is the probability of the
-    image's own class, in float64.
+    Features are what the last layer with weights reads, averaged over positions; confidence is the objective's
+    score: the probability of the image's own class, in float64.
     """
 
     features: Tensor
@@ -60,8 +59,8 @@ def view(loaded: Loaded, split: Split, workers: int = 0) -> View:
             logits = model(batch.x.to(device)).double().cpu()
             by_channel = read[0].movedim(axis, 1).cpu()
             features.append(by_channel.flatten(2).mean(2) if by_channel.dim() > 2 else by_channel.clone())
-            confidence.append(logits.softmax(1).gather(1, batch.target[:, None])[:, 0])
-            correct.append(logits.argmax(1) == batch.target)
+            confidence.append(batch.objective.score(logits, batch.target))
+            correct.append(batch.objective.outcome(logits, batch.target) > 0.5)
             shown.advance()
     return View(torch.cat(features), torch.cat(confidence), torch.cat(correct))
 
@@ -71,7 +70,7 @@ def by_confidence(split: Split, seen: View, n_per_class: int) -> Split:
 
     Raises DataError where the model gets no image of a class right: the surest of wrong answers is no example.
     """
-    right = torch.bincount(split.targets[seen.correct], minlength=len(split.class_names))
+    right = split.objective.counts(split.targets[seen.correct], len(split.class_names))
     if (right == 0).any():
         name = split.class_names[int((right == 0).nonzero()[0])]
         raise DataError(

@@ -21,15 +21,10 @@ from sukashi.core.precision import exact
 from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
-from sukashi.criteria.progressive import Journal, Row, Verdict, plan_of, sweep, unit_orders
+from sukashi.criteria.progressive import Divergence, Journal, Row, Verdict, plan_of, sweep, unit_orders
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
 Level = Annotated[float, Field(gt=0, lt=1)]
-
-
-def true_class_probability(logits: Tensor, target: Tensor) -> Tensor:
-    """sigma(x, y) = exp(z_y) / sum_k exp(z_k) (B,), in float64 so that a tiny probability is not zero (sec. 3.2)."""
-    return logits.double().log_softmax(1).gather(1, target[:, None]).squeeze(1).exp()
 
 
 @dataclass(frozen=True)
@@ -51,11 +46,12 @@ class ClassSums:
         )
 
     @staticmethod
-    def of(before: Tensor, after: Tensor, target: Tensor, n_classes: int) -> ClassSums:
-        """Sums of scores `before` and `after` (B,) by `target` (B,)."""
+    def of(before: Tensor, after: Tensor, classes: tuple[Tensor, Tensor], n_classes: int) -> ClassSums:
+        """Sums of scores `before` and `after` (B,) by class, `classes` as an objective gives them."""
+        rows, of_rows = classes
         d = after - before
-        columns = torch.stack([torch.ones_like(d), d, d * d, d / before, before], 1)
-        sums = torch.zeros(n_classes, 5, dtype=torch.float64, device=d.device).index_add_(0, target, columns)
+        columns = torch.stack([torch.ones_like(d), d, d * d, d / before, before], 1)[rows]
+        sums = torch.zeros(n_classes, 5, dtype=torch.float64, device=d.device).index_add_(0, of_rows, columns)
         return ClassSums(*sums.T.cpu().numpy())
 
     def p_values(self) -> np.ndarray:
@@ -96,6 +92,7 @@ class CausalTest:
     """Definition 2: compares scores before and after a removal, and says what the unit is."""
 
     target: Tensor
+    classes: tuple[Tensor, Tensor]
     n_classes: int
     scoring: Scoring
     form: str
@@ -107,7 +104,7 @@ class CausalTest:
 
     def __call__(self, before: Tensor, logits: Tensor) -> Verdict:
         """`before` (B,) are the baseline's scores; the verdict removes what is not critical."""
-        sums = ClassSums.of(before, self.scores(logits), self.target, self.n_classes)
+        sums = ClassSums.of(before, self.scores(logits), self.classes, self.n_classes)
         p_values = sums.p_values()
         xi = sums.effect(self.form)
         significant = (float(p_values.min()) if self.inference == "voting" else sums.p_value()) < self.alpha
@@ -129,7 +126,7 @@ def cswap(
     alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
     order: Literal["index", "magnitude", "random"] = "magnitude",
-    scoring: Scoring = true_class_probability,
+    scoring: Scoring | None = None,
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
@@ -144,7 +141,8 @@ def cswap(
     `baseline` says which, and the present one ranks better (benchmarks/defaults.py, training images only: SAUCE 45.7
     against 41.9 on ResNet-20, 62.7 against 62.6 on ResNet-18). Definition 1's xi, the mean of d / sigma
     (`effect="ratio"`), is ruled by the few images on which sigma is near zero; `mean` is mean(d) / mean(sigma), and
-    `samples="correct"` leaves misclassified images out. The last unit of a site is never removed.
+    `samples="correct"` leaves misclassified images out. `scoring(logits, target)` gives sigma (B,); None is the
+    objective's score, the true class's probability (sec. 3.2). The last unit of a site is never removed.
     """
     data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
@@ -171,7 +169,7 @@ def cbp(
     effect: Literal["ratio", "mean"] = "mean",
     alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
-    scoring: Scoring = true_class_probability,
+    scoring: Scoring | None = None,
     budget: int = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
@@ -179,7 +177,7 @@ def cbp(
 
     Detrimental units go by descending xi, neutral ones by ascending |xi|, critical ones by ascending harm (xi from 0
     down). Algorithm 4 cuts a unit's connections to critical successors only; physical removal cuts all of them, and so
-    do we.
+    do we. Options are those of C-SWAP.
     """
     data = usable(model, data, samples)
     engine = Engine(model, sites, data, budget=budget)
@@ -221,10 +219,7 @@ def amp(
     (the paper leaves that order open).
     """
     engine = Engine(model, sites, data, budget=budget)
-    log_p = engine.original.double().log_softmax(1)
-
-    def divergence(logits: Tensor) -> float:
-        return float((log_p.exp() * (log_p - logits.double().log_softmax(1))).sum(1).mean())
+    divergence = Divergence(engine.original)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         rise = divergence(logits) - divergence(now)
@@ -236,9 +231,12 @@ def amp(
     return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data))
 
 
-def _causal_test(engine: Engine, data: Batch, scoring: Scoring, form: str, alpha: float, inference: str) -> CausalTest:
-    target = data.target.to(engine.original.device)
-    return CausalTest(target, engine.original.shape[1], scoring, form, alpha, inference)
+def _causal_test(
+    engine: Engine, data: Batch, scoring: Scoring | None, form: str, alpha: float, inference: str
+) -> CausalTest:
+    objective, target = data.objective, data.target.to(engine.original.device)
+    classes, n_classes = objective.classes(target), engine.original.shape[1]
+    return CausalTest(target, classes, n_classes, scoring or objective.score, form, alpha, inference)
 
 
 def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
@@ -251,13 +249,14 @@ def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
     else:
         device = next(model.parameters()).device
         with exact():
-            kept = torch.cat([model(b.x.to(device)).argmax(1).cpu() == b.target for b in data.split(128)])
+            outcomes = [b.objective.outcome(model(b.x.to(device)).cpu(), b.target) for b in data.split(128)]
+        kept = torch.cat(outcomes) > 0.5
         said = "correctly classified calibration images"
-    counts = torch.bincount(data.target[kept], minlength=int(data.target.max()) + 1)
-    for target in data.target.unique().tolist():
-        if counts[target] < 2:
+    given = data.objective.classes(data.target)[1].unique().tolist()
+    counts = data.objective.counts(data.target[kept], max(given) + 1)
+    for k in given:
+        if counts[k] < 2:
             raise DataError(
-                f"class {target} has {int(counts[target])} {said}, a t-test needs 2: give more images a class "
-                "(--calibration)"
+                f"class {k} has {int(counts[k])} {said}, a t-test needs 2: give more images a class (--calibration)"
             )
     return data[torch.nonzero(kept).flatten()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
-from sukashi.criteria.progressive import Journal, Row, Verdict, plan_of, sweep
+from sukashi.criteria.progressive import Divergence, Journal, Row, Verdict, plan_of, sweep
 
 
 @criteria.register("drift", source="ours: growing budget of drift, per parameter", progressive=True, visits=2.5)
@@ -45,7 +45,7 @@ def drift(
     """
     rise = _scouted(model, sites, data, scout, budget, _journal)
     engine = Engine(model, sites, data, budget=budget)
-    divergence = _Divergence(engine.original)
+    divergence = Divergence(engine.original)
     rows: list[Row] = []
     passes: list[int] = []
     while True:
@@ -82,23 +82,12 @@ def drift(
     return plan_of(sites, rows, "drift", n_images=len(data), passes=passes)
 
 
-class _Divergence:
-    """Mean KL(F || G) over images, in nats and float64, from logits (N, K)."""
-
-    def __init__(self, original: Tensor) -> None:
-        self.log_p = original.double().log_softmax(1)
-        self.p = self.log_p.exp()
-
-    def __call__(self, logits: Tensor) -> float:
-        return float((self.p * (self.log_p - logits.double().log_softmax(1))).sum(1).mean())
-
-
 def _scouted(
     model: nn.Module, sites: Sequence[Site], data: Batch, scout: int, budget: int, journal: Journal | None
 ) -> dict[tuple[int, int], float]:
     """What each unit's loss alone moves in the intact network, on every `scout`-th image."""
     engine = Engine(model, sites, data[slice(0, None, scout)], budget=budget)
-    divergence = _Divergence(engine.original)
+    divergence = Divergence(engine.original)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         return Verdict(False, "", divergence(logits) - divergence(now))

@@ -19,6 +19,17 @@ from sukashi.criteria.magnitude import producer_magnitude
 Journal = MutableMapping[str, Any]
 
 
+class Divergence:
+    """Mean KL(F || G) over images, in nats and float64, from logits (N, K) of the original F and of another G."""
+
+    def __init__(self, original: Tensor) -> None:
+        self.log_p = original.double().log_softmax(1)
+        self.p = self.log_p.exp()
+
+    def __call__(self, logits: Tensor) -> float:
+        return float((self.p * (self.log_p - logits.double().log_softmax(1))).sum(1).mean())
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a criterion decided about a unit, and on what grounds."""

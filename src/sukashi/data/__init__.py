@@ -21,8 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from sukashi.core import progress
-from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import DataError, ModelError, UsageError, nearest
 from sukashi.data import downloads, files
 from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
 from sukashi.data.shapes import Shapes

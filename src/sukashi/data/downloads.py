@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sukashi.core.errors import DataError, UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import DataError, UsageError, nearest
 from sukashi.data.files import image_folder
 from sukashi.data.images import Found, Pixels, Source, numbered
 

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import UsageError, nearest
 from sukashi.data.images import Found, Pixels, Source, numbered
 
 SHAPES = ("circle", "ring", "square", "triangle", "cross", "crescent")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sukashi.core.errors import DataError, UsageError
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.types import Batch, Preprocess
 from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted, sized
 
@@ -50,6 +51,11 @@ class Split:
     def has_masks(self) -> bool:
         """Whether a target is a map (H, W) of classes rather than one class."""
         return self._targets is None
+
+    @property
+    def objective(self) -> Objective:
+        """What a network is for that learns these images."""
+        return CLASSIFICATION
 
     @property
     def targets(self) -> Tensor:
@@ -175,7 +181,7 @@ class Split:
             x[start : start + len(batch)] = batch.x
             targets.append(batch.target)
             start += len(batch)
-        return Batch(x, torch.cat(targets), self.image_ids)
+        return Batch(x, torch.cat(targets), self.image_ids, self.objective)
 
     def validation(self, fraction: float) -> tuple[Split, Split]:
         """The split without, and of, the `fraction` of each class that is held out to choose on.
@@ -224,7 +230,7 @@ class Split:
         shape = (1, preprocess.channels, 1, 1)
         mean, std = torch.tensor(preprocess.mean).view(shape), torch.tensor(preprocess.std).view(shape)
         target = torch.from_numpy(masks) if self._targets is None else self._targets[start:stop].clone()
-        return Batch((torch.from_numpy(x) - mean) / std, target, self.image_ids[start:stop])
+        return Batch((torch.from_numpy(x) - mean) / std, target, self.image_ids[start:stop], self.objective)
 
 
 @dataclass(frozen=True, eq=False)

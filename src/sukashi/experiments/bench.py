@@ -7,11 +7,10 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -24,66 +23,27 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
+from sukashi.experiments.reading import Opening, Reading
 from sukashi.models import Loaded
 from sukashi.network import sites
 from sukashi.network.sites import Found
 
-CALIBRATION = 32
-TEST_IMAGES = 2000
 
-
-class Opening(TypedDict, total=False):
-    """How a model and a dataset are opened: keywords of a `Source` that every function which takes both has."""
-
-    weights: str | Path | None
-    width: int | None
-    n_classes: int | None
-    pretrained: bool
-    output: str | None
-    skip_bad: bool
-    class_map: Mapping[str, int] | None
-    only: Sequence[str] | None
-    max_pixels: int
-    test_images: int
-    device: str
-    workers: int
-
-
-class Reading(Opening, total=False):
-    """Those of `check`, `compare` and `prune`, which look at calibration images too."""
-
-    calibration: int
-
-
-@dataclass(frozen=True)
-class Source:
+class Source(Reading):
     """A model and a dataset by name, and how they are read; nothing is loaded before `open`.
 
     `calibration` counts training images a class, `test_images` those of the test split at most. The rest is as in
     `models.load` and `data.load`.
     """
 
-    model: str
-    data: str
-    weights: str | Path | None = None
-    width: int | None = None
-    n_classes: int | None = None
-    pretrained: bool = False
-    output: str | None = None
-    skip_bad: bool = False
-    class_map: Mapping[str, int] | None = None
-    only: Sequence[str] | None = None
-    max_pixels: int = datasets.MAX_PIXELS
-    calibration: int = CALIBRATION
-    test_images: int = TEST_IMAGES
-    device: str = "auto"
-    workers: int = 0
+    @classmethod
+    def of(cls, settings: Opening, **more: Any) -> Source:
+        """That of an experiment's settings; `more` says what these do not."""
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)} | more)
 
     def read(self) -> Data:
         """The data, checked."""
         pick_device(self.device)  # refused before anything is read
-        if self.workers < 0:
-            raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
         images = datasets.load(
             self.data,
             skip_bad=self.skip_bad,
@@ -124,10 +84,6 @@ class Source:
 
         Without `units` nobody looks for what could be cut, and nothing need be found.
         """
-        if self.calibration < 1:
-            raise UsageError(
-                f"calibration must be at least 1, got {self.calibration}: it is the number of images a class"
-            )
         images = self.read()
         images.train.calibration(self.calibration, 0)
         setting = self.beside(images)

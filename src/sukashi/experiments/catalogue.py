@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 from sukashi import data, models
 from sukashi.attributions import attributions
-from sukashi.core.errors import UsageError
-from sukashi.core.registry import Registry, nearest
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.registry import Registry
 from sukashi.criteria import criteria
-from sukashi.experiments.schedule.schedules import schedules
+from sukashi.experiments.schedule.schedules import SCHEDULES
 from sukashi.measures import measures
 
 REGISTRIES: dict[str, Registry] = {
     "criteria": criteria,
     "attributions": attributions,
     "measures": measures,
-    "schedules": schedules,
 }
 
 
@@ -25,16 +25,29 @@ def rows(what: str) -> list[dict[str, str]]:
     """One dictionary a method, model or dataset: its name, and for methods what it gives and its source."""
     if what in REGISTRIES:
         return [{"name": m.name, "summary": m.summary, "source": m.source} for m in REGISTRIES[what]]
+    if what == "schedules":
+        return [{"name": s.name, "summary": s.summary, "source": s.source} for s in SCHEDULES]
     names = {"models": models.names, "data": data.names}
     if what not in names:
-        raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, *names])}")
+        raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, 'schedules', *names])}")
     return [{"name": name} for name in names[what]()]
 
 
 def about(what: str, name: str) -> dict[str, Any]:
-    """One method whole: its documentation, its source, and its options with their defaults as text."""
+    """One method whole: its documentation, its source, and its options with their defaults as `--set` takes them.
+
+    An option that is no JSON, such as a function, can only be given from Python and is left to the documentation.
+    """
+    if what == "schedules":
+        return SCHEDULES.about(name)
     if what not in REGISTRIES:
         raise UsageError(f"{what} have no options to show: give one of {', '.join(REGISTRIES)}, got {what!r}")
     method = REGISTRIES[what][name]
-    options = {option: getattr(value, "__name__", repr(value)) for option, value in method.options.items()}
+    options = {option: _written(value) for option, value in method.options.items() if not callable(value)}
     return {"name": name, "documentation": inspect.getdoc(method.fn) or "", "source": method.source, "options": options}
+
+
+def _written(value: Any) -> str:
+    """JSON, and a word as it is unless it means something in JSON, as true does."""
+    bare = isinstance(value, str) and value.isidentifier() and value not in ("true", "false", "null", "NaN", "Infinity")
+    return value if bare else json.dumps(value)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sukashi import data
 from sukashi.core import files, progress
 from sukashi.core.types import Batch
-from sukashi.experiments.compare.run import compare
-from sukashi.experiments.prune.run import prune
-from sukashi.models import RECIPE, Loaded, load
+from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.functions import compare, prune
+from sukashi.models import Loaded, load
 
 CRITERIA = ("random", "magnitude", "taylor", "cbp", "amp", "cswap", "drift")
 
 
-def run(out: Path, *, command: str) -> dict[str, Any]:
+def run(out: Path, *, command: str) -> CompareResult:
     """Train, compare all criteria over three seeds, cut half of the units with `drift`: everything lies in `out`.
 
-    What an earlier call has finished is kept. Returns what `compare` returns, with "report" and "pruned".
+    What an earlier call has finished is kept. Returns what `compare` does.
     """
-    weights, cut = out / "digits_cnn.safetensors", out / "pruned"
+    weights = out / "digits_cnn.safetensors"
     if not weights.exists():
         loaded = load("sukashi:digits_cnn")
         trained = train_digits("sukashi:digits_cnn", data.load("digits").train.whole(loaded.preprocess, 0))
@@ -41,9 +39,8 @@ def run(out: Path, *, command: str) -> dict[str, Any]:
         out=out / "compare",
         command=command,
     )
-    if not (cut / RECIPE).exists():
-        prune("sukashi:digits_cnn", "digits", "drift", 0.5, weights=weights, out=cut, command=command)
-    return {**result, "report": str(out / "compare" / "report.html"), "pruned": str(cut)}
+    prune("sukashi:digits_cnn", "digits", "drift", 0.5, weights=weights, out=out / "pruned", command=command)
+    return result
 
 
 def train_digits(spec: str, images: Batch, *, width: int | None = None, epochs: int = 20, seed: int = 0) -> Loaded:
@@ -62,7 +59,7 @@ def train_digits(spec: str, images: Batch, *, width: int | None = None, epochs: 
             for _ in range(epochs):
                 for rows in torch.randperm(len(images)).split(64):
                     batch = images[rows]
-                    loss = F.cross_entropy(model(batch.x), batch.target)
+                    loss = batch.objective.loss(model(batch.x), batch.target) / len(batch)
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
                     optimiser.step()

@@ -1,14 +1,13 @@
-"""What a cut did: measures give one number an image; importing this package registers them.
+"""What a cut did: measures give a number for each image or unit; importing this package registers them.
 
-`measure(model, batch, *, generator, reference=None, **options)` gives (B,), never averaged. Facts of a measure:
-`better` (higher or lower), and `reads` where it reads something else than a model and a batch: the names of its
-arguments, tensors with one row an image (`maps` and `reference` (B, H, W) of two models, `masks` (B, H, W) bool). One
-that reads a saliency map beside them takes it as `maps` too, see `measures.saliency`; its value is NaN where a map says
-nothing.
+A measure is a function that asks for what it needs by the names of its parameters, the keys of `inputs.INPUTS` and the
+providers of this registry, and has options as keywords. It returns a `Measurement`, or several by name, {"": the one
+that goes by the measure's name, "part": ...}, never averaged. The fact `better` (higher, if it says nothing else) is
+that of its measurements. `inputs.measured` calls measures and makes once what several of them ask for.
 """
 
 from sukashi.core.registry import Registry
 
-measures = Registry("measure", "measures")
+measures = Registry("measure", "measures", better="higher")
 
 from sukashi.measures import accuracy, faithfulness, maps  # noqa: E402, F401

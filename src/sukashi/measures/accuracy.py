@@ -1,266 +1,74 @@
-"""Accuracy of a network and of its cuts: per image, per class, as a curve over what was removed, and as one area."""
+"""Accuracy of a network: of each image and of each class, whatever its objective calls right."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sukashi.core import progress, stats
-from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError
 from sukashi.core.precision import exact
-from sukashi.core.stats import Interval
-from sukashi.core.types import Batch, Curve, Mask, Plan, Site
+from sukashi.core.types import Batch, Measurement
 from sukashi.measures import measures
-from sukashi.network import surgery
-
-# Fractions removed at which Sankarapu et al. 2025 (sec. 4.2) measure.
-THRESHOLDS = (0.15, 0.3, 0.5, 0.7)
-MARGIN = 0.01
-# A ratio becomes a whole number of units, so the point asked for as 0.7 may lie at 0.699: still measured at 0.7.
-REACH = 0.005
 
 
-@measures.register("accuracy", source="share of images whose largest logit is that of their target", better="higher")
-def accuracy(
-    model: nn.Module, batch: Batch, *, generator: torch.Generator, reference: nn.Module | None = None
-) -> Tensor:
+@measures.register("accuracy", source="share of images whose largest logit is that of their target")
+def accuracy(model: nn.Module, batch: Batch) -> Measurement:
     """1 for each image whose largest logit is its target's, else 0; (B,) float, in [0, 1].
 
-    Among equal logits the first counts. `generator` and `reference` are not used. Raises ModelError for logits that are
-    not finite, or not (B, K) with K above every target.
+    It is the outcome of the batch's objective: among equal logits the first counts. Raises as `outputs` does.
     """
-    return _correct(model, batch).float()
+    return Measurement(outcome(model, batch).float(), batch.image_id, "accuracy")
 
 
-def per_class(correct: ArrayLike, target: ArrayLike, n_classes: int) -> NDArray[np.float64]:
-    """(..., K) the share of each class's images that are right, NaN for a class without images.
+def by_class(outcome: NDArray[Any], classes: tuple[Tensor, Tensor], n_classes: int) -> list[float | None]:
+    """The mean outcome (the share of right answers) of each class's images, None for one without images.
 
-    `correct` (..., B) is 1 where an image is right, `target` (B,) its class number.
+    `outcome` (B,) is 1 where an image is right, `classes` which images have which class, as an objective gives them.
     """
-    right, target = np.asarray(correct, dtype=np.float64), np.asarray(target)
-    members = (target[:, None] == np.arange(n_classes)).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(right @ members / members.sum(axis=0))
-
-
-def curve(
-    model: nn.Module,
-    sites: Sequence[Site],
-    plan: Plan,
-    ratios: Sequence[float],
-    images: Batch | Iterable[Batch],
-    device: torch.device | str | None = None,
-    mode: str = "cut",
-) -> Curve:
-    """Which images a network gets right, dense and physically cut at each ratio of units and after each pass of a plan.
-
-    Points are sorted by units removed, the dense one first. `fraction` is measured: one minus the parameters of the cut
-    copy over those of the model. With `mode="zero"` units are silenced in a copy that keeps its parameters, and
-    `fraction` is that of the units. No count is rounded; the same cut is evaluated once. `images` is one batch, or
-    batches that can be gone through again in the same order; `device` is where the copies run (default: the model's).
-
-    Raises UsageError for a plan of other sites or a ratio outside [0, 1), DataError for images that change from pass to
-    pass, ModelError for logits that are not finite.
-    """
-    if set(sites) != set(plan.sites):
-        raise UsageError(f"the plan speaks of {len(plan.sites)} other sites than the model's {len(sites)}: rank again")
-    asked = [(plan.mask(ratio).n_removed, ratio) for ratio in ratios]
-    points = sorted({(0, 0.0), *asked}) + [(n_removed, float("nan")) for n_removed in plan.passes]
-    points.sort(key=lambda point: point[0])
-    counts = sorted({n_removed for n_removed, _ in points})
-    device = next(model.parameters()).device if device is None else torch.device(device)
-    n_dense = n_parameters(model)
-    ids: tuple[str, ...] = ()
-    measured: dict[int, tuple[float, NDArray[np.uint8]]] = {}
-    with progress.task("curve", len(counts)) as task:
-        for n_removed in counts:
-            keep = plan.mask_of(n_removed).keep
-            small = copy.deepcopy(model).to(device)
-            surgery.MODES[mode](small, Mask({site: keep[site] for site in sites}))
-            correct, seen = evaluate(small, images)
-            if n_removed and seen != ids:
-                raise DataError("the images change from one pass to the next: give batches in a fixed order")
-            ids = seen
-            gone = 1 - n_parameters(small) / n_dense if mode == "cut" else n_removed / plan.n_units
-            measured[n_removed] = (gone, correct)
-            task.advance(note=f"removed {n_removed}, accuracy {correct.mean():.3f}")
-    return Curve(
-        ratio=np.array([ratio for _, ratio in points]),
-        n_removed=np.array([n_removed for n_removed, _ in points]),
-        fraction=np.array([measured[n_removed][0] for n_removed, _ in points]),
-        correct=np.stack([measured[n_removed][1] for n_removed, _ in points]),
-        image_ids=ids,
-    )
-
-
-def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative: bool = False) -> float:
-    """Area under accuracy against the fraction of parameters removed, times 100; in percent, higher is better.
-
-        SAUCE = 100 * integral_0^1 a(f) df
-
-    by the trapezoid rule over the measured points and the endpoint (1, `chance`). `relative` divides by the dense
-    accuracy. The C-SWAP paper names the area but prints no formula: this reading fits its figures best. Between the
-    largest measured fraction and 1 the line is a guess, so report that fraction too.
-
-    Raises UsageError where the points do not start at 0, are not sorted, or are not all in [0, 1].
-    """
-    f, a = np.asarray(fraction, dtype=np.float64), np.asarray(accuracies, dtype=np.float64)
-    if f.ndim != 1 or f.shape != a.shape or not len(f):
-        raise UsageError(f"fractions {f.shape} and accuracies {a.shape} must be as many, one for each point")
-    if f[0] != 0 or not (np.diff(f) >= 0).all() or f[-1] > 1:
-        raise UsageError(f"fractions must rise from 0 (the dense network) to at most 1, got {f.tolist()}")
-    if not ((a >= 0) & (a <= 1)).all() or not 0 <= chance <= 1:
-        raise UsageError("accuracies and chance must be in [0, 1]")
-    if relative and a[0] == 0:
-        raise UsageError("the dense network gets nothing right: an area relative to its accuracy means nothing")
-    area = float(np.trapezoid([*a, chance], [*f, 1.0]))
-    return 100 * area / (float(a[0]) if relative else 1.0)
-
-
-def at(curves: Sequence[Curve], fractions: Sequence[float]) -> list[Interval | None]:
-    """Accuracy at these fractions removed, over the seeds' curves and their images; None past what every seed measured.
-
-    Between measured points an image counts by straight lines between its two answers, so accuracy lies on the straight
-    line between theirs. Intervals are those of `stats.crossed`, for new seeds and new images, within [0, 1].
-    """
-    reach = _reach(curves)
-    cells: list[Interval | None] = []
-    for fraction in fractions:
-        if fraction > reach:
-            cells.append(None)
-            continue
-        found = stats.crossed([_answers(curve, [fraction])[:, 0] for curve in curves])
-        cells.append(Interval(found.mean, max(0.0, found.low), min(1.0, found.high), found.n))
-    return cells
-
-
-def difference(first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float]) -> Interval | None:
-    """Mean accuracy at these fractions, `first` minus `second`, paired by seed and image.
-
-    None where one was not measured that far. Between points as in `at`; both have curves of the same seeds, in the same
-    order, over the same images. The interval is `stats.crossed`: where it holds 0, new seeds and images might turn
-    the order round.
-    """
-    if not first or _reach((*first, *second)) < max(fractions):
-        return None
-    pairs = zip(first, second, strict=True)
-    return stats.crossed([(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs])
-
-
-def _reach(curves: Sequence[Curve]) -> float:
-    return min(float(curve.fraction.max()) for curve in curves) + REACH
-
-
-def _answers(curve: Curve, fractions: Sequence[float]) -> NDArray[np.float64]:
-    """(B, F) how right each image is at these fractions, on straight lines between the measured points."""
-    order = np.argsort(curve.n_removed, kind="stable")
-    weights = [np.interp(fractions, curve.fraction[order], point) for point in np.eye(len(order))]
-    return np.asarray(curve.correct[order].T @ np.array(weights))
-
-
-def lossless(
-    curves: Sequence[Curve], margin: float, *, generator: np.random.Generator, n_resamples: int = 1_000
-) -> Interval:
-    """The largest fraction that goes without loss, mean over the seeds' curves.
-
-    `mean`, `low` and `high` are arrays (2,): the fraction on the curves' axis and the number of units removed there.
-    For each seed it is the last measured cut up to which every one passes `stats.not_lower` against the dense network,
-    paired over images, at 97.5 %, one-sided; 0 where the first fails. Tests stop at the first that fails, so there is
-    nothing to correct for their number (Maurer, Hothorn and Lehmacher 1995): the chance to name a cut that loses more
-    than `margin` stays below 2.5 % a seed. Nothing is interpolated. The 95 % interval is a bootstrap in which seeds and
-    images are drawn anew and the tests made again; with one seed it speaks of new images alone.
-
-    Raises UsageError for a margin outside (0, 1).
-    """
-    stats.check_margin(margin)
-    steps, places, changes = [], [], []
-    for curve in curves:
-        order = np.argsort(curve.n_removed, kind="stable")
-        places.append(np.stack([curve.fraction[order], curve.n_removed[order].astype(np.float64)], axis=1))
-        change = curve.correct[order].astype(np.int8) - curve.correct[order[0]].astype(np.int8)
-        changes.append(np.concatenate([change > 0, change < 0]).T.astype(np.float64))
-        steps.append(places[-1][_last_shown(changes[-1].sum(axis=0), len(change[0]), margin)])
-    n_images = len(changes[0])
-    found = []
-    for of_seeds, of_images in stats.resamples(len(curves), n_images, n_resamples, generator):
-        last = [_last_shown(of_images @ change, n_images, margin) for change in changes]
-        of_each = np.stack([place[row] for place, row in zip(places, last, strict=True)], axis=1)
-        found.append(np.einsum("rs,rsk->rk", of_seeds, of_each) / len(curves))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975], axis=0)
-    return Interval(np.mean(steps, axis=0), low, high, len(curves))
-
-
-def cautions(n_images: int, margin: float) -> list[str]:
-    """A sentence where so few test images can't show a margin, whatever the network answers."""
-    least = stats.least_images(margin)
-    if n_images >= least:
-        return []
-    return [
-        f"{n_images} test images cannot show that accuracy is at most {100 * margin:g} points lower, not even with "
-        f"equal answers: that takes {least} images or a larger --margin"
-    ]
-
-
-def _last_shown(counts: NDArray[np.float64], n_images: int, margin: float) -> Any:
-    """(...) the position of the last cut before the first that fails, from the images gained and lost (..., 2P)."""
-    gained, lost = np.split(counts, 2, axis=-1)
-    shown = np.asarray(stats.not_lower(gained, lost, n_images, margin))
-    shown[..., 0] = True  # the dense network loses nothing to itself, however few the images
-    return np.logical_and.accumulate(shown, axis=-1).sum(axis=-1) - 1
-
-
-def n_parameters(model: nn.Module) -> int:
-    """How many numbers a model has learned; a shared parameter counts once, buffers do not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    rows, of_rows = (part.numpy() for part in classes)
+    sums = np.bincount(of_rows, weights=outcome[rows], minlength=n_classes)
+    counts = np.bincount(of_rows, minlength=n_classes)
+    return [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
 
 
 def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """(B,) 1 where an image is right, and the images' ids (B,); on the model's device, in passes of `types.pass_size`.
 
-    Raises DataError where there are no images, ModelError as `accuracy` does.
+    Raises DataError where there are no images, and as `outputs` does.
     """
     device = next(model.parameters()).device
     found: list[Tensor] = []
     ids: list[str] = []
     for batch in [images] if isinstance(images, Batch) else images:
         for part in batch.in_passes():
-            x = part.x.to(device, memory_format=torch.channels_last)
-            found.append(_correct(model, Batch(x, part.target.to(device), part.image_id)).cpu())
+            there = part.to(device)
+            there = replace(there, x=there.x.to(memory_format=torch.channels_last))
+            found.append(outcome(model, there).cpu())
             ids += part.image_id
     if not ids:
         raise DataError("there are no images to measure accuracy on: give a split that holds some")
-    return torch.cat(found).numpy().astype(np.uint8), tuple(ids)
+    return torch.cat(found).numpy(), tuple(ids)
 
 
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """(B, K) what a network answers, checked.
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """What a network answers (B, K), checked.
 
-    Raises ModelError where it is not finite, or not (B, K) with K above every target.
+    Raises ModelError where it is not finite or not what the objective takes, DataError for a target that is no class.
     """
     with exact():
         found: Tensor = model(batch.x)
-    if found.ndim != 2 or len(found) != len(batch) or int(batch.target.max()) >= found.shape[1]:
-        raise ModelError(
-            f"logits have shape {tuple(found.shape)}, targets go up to {int(batch.target.max())}: they must be "
-            "(images, classes)"
-        )
+    batch.objective.check(found, batch.target)
     if not found.isfinite().all():
         raise ModelError("the network gives NaN or Inf on test images: check its weights and the preprocessing")
     return found
 
 
-def _correct(model: nn.Module, batch: Batch) -> Tensor:
-    """(B,) bool: is an image right?"""
-    return logits(model, batch).argmax(1).clone() == batch.target
-
-
-def by_class(correct: np.ndarray, target: torch.Tensor, n_classes: int) -> list[float | None]:
-    """The share of right answers in each class, None for one without images."""
-    found = per_class(correct, target, n_classes)
-    return [None if np.isnan(value) else float(value) for value in found]
+def outcome(model: nn.Module, batch: Batch) -> Tensor:
+    """How right a network is on each image (B,), by the batch's objective. Raises as `outputs` does."""
+    return batch.objective.outcome(outputs(model, batch), batch.target)

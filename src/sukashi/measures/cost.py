@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sukashi.core.errors import UsageError
 from sukashi.core.precision import exact
 from sukashi.core.types import Mask
-from sukashi.measures.accuracy import n_parameters
 from sukashi.network import surgery
 
 FLOP_COUNTER = "torch.utils.flop_counter, one multiply-add = 2 FLOPs, convolutions, matrix products and attention only"
@@ -44,6 +43,11 @@ def size(model: nn.Module, example: Tensor) -> dict[str, int]:
         "peak_bytes": peak_bytes(model, example),
         "bytes": len(safetensors.torch.save({name: t.clone() for name, t in model.state_dict().items()})),
     }
+
+
+def n_parameters(model: nn.Module) -> int:
+    """How many numbers a model has learned; a shared parameter counts once, buffers do not."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops(model: nn.Module, example: Tensor) -> int:

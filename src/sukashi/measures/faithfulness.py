@@ -1,7 +1,7 @@
-"""How faithful a saliency map is: one number an image, from maps (B, H, W) that lie beside a batch.
+"""How faithful a saliency map is: one number an image, from maps that lie beside a batch, row for row.
 
-A measure of a map takes it as `maps`, without a default: it is data like the batch, row for row, and no option that a
-study file could hold. So one map, computed once, serves every measure, and a map from elsewhere is measured as ours.
+A map is data like the batch, and no option that a study file could hold: one map, computed once, serves every measure,
+and a map from elsewhere is measured as ours.
 
 Where a map says nothing, being constant or holding NaN or Inf, the value is NaN: count those images and leave them out
 of means. Ties go by position, row by row from the top left.
@@ -10,8 +10,9 @@ of means. Ties go by position, row by row from the top left.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -21,17 +22,20 @@ from torchvision.transforms.functional import gaussian_blur
 
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.precision import without_tf32
-from sukashi.core.types import Batch
+from sukashi.core.types import Batch, Maps, Measurement
 from sukashi.measures import measures
-from sukashi.measures.accuracy import logits
+from sukashi.measures.accuracy import outputs
 from sukashi.measures.imputation import impute
 
 Count = Annotated[int, Field(ge=1)]
 Noise = Annotated[float, Field(ge=0)]
+Percentages = Annotated[Sequence[float], Field(min_length=1)]
 Order = Literal["morf", "lerf"]
 Outcome = Literal["accuracy", "probability"]
 Form = Literal["mean", "lottery"]
 Baseline = Literal["zeros", "blur"]
+
+ORDERS: tuple[Order, Order] = ("lerf", "morf")
 
 # Percent of the pixels removed: those of pytorch-grad-cam, which Rong et al. plot too.
 PERCENTAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -45,7 +49,8 @@ KERNEL, SIGMA = 11, 5.0
 class Removal:
     """What a network makes of images from which pixels go: for every image (B, P), a column for each of `percentages`.
 
-    `correct` is 1 where the target has the largest logit, `probability` the target's; NaN where a map ranks nothing.
+    `correct` is the outcome, 1 where the target has the largest logit, `probability` the score, the target's
+    probability, both by the batch's objective; NaN where a map ranks nothing.
     """
 
     percentages: tuple[float, ...]
@@ -60,9 +65,9 @@ class Removal:
 def removal(
     model: nn.Module,
     batch: Batch,
-    *,
-    maps: Tensor,
+    maps: Maps,
     generator: torch.Generator,
+    *,
     order: Order = "morf",
     percentages: Sequence[float] = PERCENTAGES,
     noise: float = 0.01,
@@ -95,8 +100,8 @@ def removal(
         for count in counts:
             missing = ranks[rows] < count
             x = impute(part.x, missing, tolerance=tolerance) if count else part.x
-            found = logits(model, Batch(x + missing[:, None] * grain, part.target, part.image_id))
-            outcomes.append((found.argmax(1) == part.target, _probability(found, part.target)))
+            found = outputs(model, replace(part, x=x + missing[:, None] * grain))
+            outcomes.append((part.objective.outcome(found, part.target), part.objective.score(found, part.target)))
         correct.append(torch.stack([right for right, _ in outcomes], 1).double())
         probability.append(torch.stack([p for _, p in outcomes], 1))
     silent = ~usable[:, None]
@@ -107,76 +112,74 @@ def removal(
     )
 
 
-@measures.register("road", source="Rong et al. 2022, joined as in pytorch-grad-cam, not halved", better="higher")
-def road(
+@dataclass(frozen=True)
+class RemovalCurves:
+    """The curves of ROAD of a network and its maps, each point computed once: when it is first asked for.
+
+    `remove(order=..., percentages=...)` gives them, `image_id` (B,) says whose they are.
+    """
+
+    image_id: tuple[str, ...]
+    remove: Callable[..., Removal]
+    _points: dict[tuple[Order, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def at(self, order: Order, percentages: Sequence[float]) -> Removal:
+        """The curve of one order at these percentages."""
+        missing = [p for p in percentages if (order, p) not in self._points]
+        if missing:
+            found = self.remove(order=order, percentages=missing)
+            columns = zip(found.correct.unbind(1), found.probability.unbind(1), strict=True)
+            self._points.update({(order, p): column for p, column in zip(missing, columns, strict=True)})
+        correct, probability = zip(*(self._points[order, p] for p in percentages), strict=True)
+        return Removal(tuple(percentages), torch.stack(correct, 1), torch.stack(probability, 1))
+
+
+@measures.provide
+def removal_curves(
     model: nn.Module,
     batch: Batch,
-    *,
-    maps: Tensor,
+    maps: Maps,
     generator: torch.Generator,
-    reference: nn.Module | None = None,
-    outcome: Outcome = "accuracy",
-    percentages: Sequence[float] | None = None,
+    *,
     noise: Noise = 0.01,
     tolerance: float = 1e-4,
     batch_size: Count = 64,
-) -> Tensor:
+) -> RemovalCurves:
+    """The curves of ROAD, as `removal` computes them with these options."""
+    fixed = partial(removal, model, batch, maps, generator, noise=noise, tolerance=tolerance, batch_size=batch_size)
+    return RemovalCurves(batch.image_id, fixed)
+
+
+@measures.register("road", source="Rong et al. 2022, joined as in pytorch-grad-cam, not halved")
+def road(removal_curves: RemovalCurves, *, percentages: Percentages | None = None) -> dict[str, Measurement]:
     """How much more stays when the least relevant pixels go than when the most relevant do: (B,) in [-1, 1].
 
         mean over p of (LeRF_p - MoRF_p)
 
-    of `outcome`: is the image right (accuracy), or its target's probability. A map that says nothing of the model has 0
-    on average. `removal` gives the two curves, says what the other options are, and raises; percentages None are 10,
-    20, ..., 90.
+    of right answers, and as `probability` of the target's. A map that says nothing of the model has 0 on average.
+    `removal` gives the two curves, says what the other options are, and raises; percentages None are 10, 20, ..., 90.
     """
-    both = [
-        removal(
-            model,
-            batch,
-            maps=maps,
-            generator=generator,
-            order=order,
-            percentages=PERCENTAGES if percentages is None else percentages,
-            noise=noise,
-            tolerance=tolerance,
-            batch_size=batch_size,
-        ).of(outcome)
-        for order in ("lerf", "morf")
-    ]
-    return (both[0] - both[1]).mean(1)
+    chosen = PERCENTAGES if percentages is None else percentages
+    least, most = (removal_curves.at(order, chosen) for order in ORDERS)
+    return _of_outcomes(removal_curves, lambda outcome: (least.of(outcome) - most.of(outcome)).mean(1))
 
 
-@measures.register("aopc", source="Samek et al. 2017, eq. 12; Suwal et al. 2025 and their code", better="higher")
-def aopc(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    maps: Tensor,
-    generator: torch.Generator,
-    reference: nn.Module | None = None,
-    form: Form = "mean",
-    outcome: Outcome = "accuracy",
-    noise: Noise = 0.01,
-    tolerance: float = 1e-4,
-    batch_size: Count = 64,
-) -> Tensor:
+@measures.register("aopc", source="Samek et al. 2017, eq. 12; Suwal et al. 2025 and their code")
+def aopc(removal_curves: RemovalCurves, *, form: Form = "mean") -> dict[str, Measurement]:
     """Area over the MoRF curve of ROAD: how much is lost when the most relevant pixels go, (B,) in [-1, 1].
 
     `mean` is the mean of a_0 - a_p over p = 10, 20, ..., 90 (Samek et al. count p = 0 too, whose term is 0); `lottery`
     is what the lottery paper's code does, the sum of a_1 - a_p over its ten percentages p = 1, 11, ..., 91 by eleven.
-    `area_over` gives both from a curve one has, `removal` says what the other options are, and raises.
+    Of right answers, and as `probability` of the target's. `area_over` gives both forms from a curve one has, `removal`
+    says what the other options are, and raises.
     """
-    curve = removal(
-        model,
-        batch,
-        maps=maps,
-        generator=generator,
-        percentages=AOPC_PERCENTAGES[form],
-        noise=noise,
-        tolerance=tolerance,
-        batch_size=batch_size,
-    )
-    return area_over(curve.of(outcome), form)
+    curve = removal_curves.at("morf", AOPC_PERCENTAGES[form])
+    return _of_outcomes(removal_curves, lambda outcome: area_over(curve.of(outcome), form))
+
+
+def _of_outcomes(curves: RemovalCurves, value: Callable[[Outcome], Tensor]) -> dict[str, Measurement]:
+    outcomes: dict[str, Outcome] = {"": "accuracy", "probability": "probability"}
+    return {part: Measurement(value(outcome), curves.image_id, outcome) for part, outcome in outcomes.items()}
 
 
 def area_over(curve: Tensor, form: Form) -> Tensor:
@@ -185,52 +188,48 @@ def area_over(curve: Tensor, form: Form) -> Tensor:
     return lost[:, 1:].mean(1) if form == "mean" else lost.sum(1) / (curve.shape[1] + 1)
 
 
-@measures.register("insertion", source="Petsiuk et al. 2018, sec. 3.4; Samek et al. 2017", better="higher")
+@measures.register("insertion", source="Petsiuk et al. 2018, sec. 3.4; Samek et al. 2017")
 def insertion(
     model: nn.Module,
     batch: Batch,
+    maps: Maps,
     *,
-    maps: Tensor,
-    generator: torch.Generator,
-    reference: nn.Module | None = None,
     step: Count | None = None,
     baseline: Baseline = "zeros",
     batch_size: Count = 64,
-) -> Tensor:
+) -> Measurement:
     """Area under the target's probability while pixels are put into a baseline, most relevant first: (B,) in [0, 1].
 
     `replacement` gives the curve of n + 1 probabilities, says what the options are, and raises; the area is that of the
     trapezoid rule over n intervals, by n. IMPACT starts from zeros, Petsiuk et al. from the blurred image.
     """
-    curve = replacement(model, batch, maps=maps, insert=True, step=step, baseline=baseline, batch_size=batch_size)
-    return _area_under(curve)
+    curve = replacement(model, batch, maps, insert=True, step=step, baseline=baseline, batch_size=batch_size)
+    return Measurement(_area_under(curve), batch.image_id, "probability")
 
 
 @measures.register("deletion", source="Petsiuk et al. 2018, sec. 3.4; Samek et al. 2017", better="lower")
 def deletion(
     model: nn.Module,
     batch: Batch,
+    maps: Maps,
     *,
-    maps: Tensor,
-    generator: torch.Generator,
-    reference: nn.Module | None = None,
     step: Count | None = None,
     baseline: Baseline = "zeros",
     batch_size: Count = 64,
-) -> Tensor:
+) -> Measurement:
     """Area under the target's probability while a baseline replaces pixels, most relevant first: (B,) in [0, 1].
 
     As `insertion`, from the image to the baseline. Both papers delete to zeros.
     """
-    curve = replacement(model, batch, maps=maps, insert=False, step=step, baseline=baseline, batch_size=batch_size)
-    return _area_under(curve)
+    curve = replacement(model, batch, maps, insert=False, step=step, baseline=baseline, batch_size=batch_size)
+    return Measurement(_area_under(curve), batch.image_id, "probability", better="lower")
 
 
 def replacement(
     model: nn.Module,
     batch: Batch,
+    maps: Maps,
     *,
-    maps: Tensor,
     insert: bool,
     step: int | None = None,
     baseline: Baseline = "zeros",
@@ -261,7 +260,7 @@ def replacement(
         x = torch.where(changed[:, None], after[image], before[image])
         # Ids are not needed here: the same image stands in many rows.
         target = batch.target[image]
-        found.append(_probability(logits(model, Batch(x, target, ())), target))
+        found.append(batch.objective.score(outputs(model, replace(batch, x=x, target=target, image_id=())), target))
     return torch.cat(found).view(-1, n_columns).masked_fill(~usable[:, None], torch.nan)
 
 
@@ -279,10 +278,6 @@ def _baseline(x: Tensor, baseline: Baseline) -> Tensor:
     return blurred
 
 
-def _probability(found: Tensor, target: Tensor) -> Tensor:
-    return found.double().softmax(1).gather(1, target[:, None])[:, 0]
-
-
 def _grain(image_id: str, seed: int, like: Tensor) -> Tensor:
     """Noise that belongs to an image, whatever batch it comes in; from the CPU, so that every device has the same."""
     digest = hashlib.sha256(f"{seed}/{image_id}".encode()).digest()
@@ -290,23 +285,25 @@ def _grain(image_id: str, seed: int, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
 
 
-def _ranks(batch: Batch, maps: Tensor, *, descending: bool) -> tuple[Tensor, Tensor]:
+def _ranks(batch: Batch, maps: Maps, *, descending: bool) -> tuple[Tensor, Tensor]:
     """(B, H, W) each pixel's place in the order of its map, ties by position; and (B,) whether the map has an order."""
     _check(batch, maps)
-    flat = maps.flatten(1)
+    flat = maps.values.flatten(1)
     order = flat.argsort(dim=1, descending=descending, stable=True)
     places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
     ranks = torch.empty_like(order).scatter_(1, order, places)
     usable = flat.isfinite().all(1) & (flat.amax(1) > flat.amin(1))
-    return ranks.view(maps.shape), usable
+    return ranks.view(maps.values.shape), usable
 
 
-def _check(batch: Batch, maps: Tensor) -> None:
+def _check(batch: Batch, maps: Maps) -> None:
     n_images, _, height, width = batch.x.shape
     if not n_images:
         raise DataError("there are no images to measure maps on: give a batch that holds some")
-    if maps.shape != (n_images, height, width):
+    if maps.values.shape != (n_images, height, width):
         raise UsageError(
-            f"maps have shape {tuple(maps.shape)}, images {tuple(batch.x.shape)}: give one value for each pixel, "
-            f"({n_images}, {height}, {width}); attributions.maps.saliency_map joins channels"
+            f"maps have shape {tuple(maps.values.shape)}, images {tuple(batch.x.shape)}: give one value for each "
+            f"pixel, ({n_images}, {height}, {width}); attributions.maps.saliency_map joins channels"
         )
+    if maps.image_id != batch.image_id:
+        raise UsageError("maps and batch are of different images, or in another order: give both row for row")

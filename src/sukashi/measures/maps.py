@@ -1,11 +1,12 @@
 """What saliency maps show: how few pixels hold them, whether they lie where they should, how alike two of an image are.
 
-These measures read maps (B, H, W) of `attributions.maps.saliency_map` and not the model: their fact `reads` names their
-arguments. NaN stands for a map with nothing to say, and is for the caller to count and leave out.
+These measures read maps of `attributions.maps.saliency_map` and not the model. NaN stands for a map with nothing to
+say, and is for the caller to count and leave out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
@@ -13,16 +14,15 @@ from pydantic import Field
 from torch import Tensor
 
 from sukashi.core.errors import UsageError
+from sukashi.core.types import Maps, Measurement
 from sukashi.measures import measures
 
 _ROWS = 4  # maps sorted at once: at 224 pixels they stay in a processor's cache
 _LEAST = 6  # pixels a side: SSIM's window reaches five beyond the border, by reflection
 
 
-@measures.register(
-    "gini", source="Suwal et al. 2025, eq. 1 (Hurley and Rickard 2009)", better="higher", reads=("maps",)
-)
-def gini(maps: Tensor) -> Tensor:
+@measures.register("gini", source="Suwal et al. 2025, eq. 1 (Hurley and Rickard 2009)")
+def gini(maps: Maps) -> Measurement:
     """How few pixels hold a map's absolute values: the Gini index; (B,) float64, in [0, 1].
 
         G = 1 - 2 sum_k a_(k) / |a|_1 (d - k + 1/2) / d = sum_k (2k - d - 1) a_(k) / (d sum a)
@@ -33,19 +33,16 @@ def gini(maps: Tensor) -> Tensor:
     Maps score differently by how channels are joined (`attributions.maps`). Values per channel have a Gini of their
     own, higher than all on the images we tried (.53 against .44 for slopes, .63 against .61 for integrated gradients,
     of a ResNet-20): we take none.
-
-    Raises UsageError for maps of another shape.
     """
-    if maps.dim() != 3:
-        raise UsageError(f"maps of shape {tuple(maps.shape)} must be (images, height, width)")
-    values = maps.detach().flatten(1)
+    values = maps.values.detach().flatten(1)
     d = values.shape[1]
-    weights = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=maps.device) - d - 1
+    weights = 2 * torch.arange(1, d + 1, dtype=torch.float64, device=values.device) - d - 1
     found = []
     for part in values.split(_ROWS):
         ordered = _sorted(part.abs()).double()
         found.append((ordered @ weights) / (d * ordered.sum(1)))
-    return torch.cat(found)  # 0 / 0 is NaN, and so is whatever NaN and Inf take part in
+    # 0 / 0 is NaN, and so is whatever NaN and Inf take part in
+    return Measurement(torch.cat(found), maps.image_id, "Gini index")
 
 
 def _sorted(values: Tensor) -> Tensor:
@@ -56,54 +53,46 @@ def _sorted(values: Tensor) -> Tensor:
     return values
 
 
-@measures.register(
-    "localisation",
-    source="Arras et al. 2022 (CLEVR-XAI), relevance mass accuracy",
-    better="higher",
-    reads=("maps", "masks"),
-)
-def localisation(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of a map's positive relevance that lies inside the mask; (B,) float64, in [0, 1].
+@measures.register("localisation", source="Arras et al. 2022 (CLEVR-XAI), relevance mass accuracy")
+def localisation(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement]:
+    """Share of a map's positive relevance that lies inside each concept's mask; (B,) float64, in [0, 1].
 
-    sum_{p in mask} a_p^+ / sum_p a_p^+. `masks` (B, H, W) is True where the evidence is. A map that points nowhere in
+    sum_{p in mask} a_p^+ / sum_p a_p^+. A concept's mask is True where the evidence is. A map that points nowhere in
     particular has the mask's share of the image. NaN where no relevance is positive, a map is not finite, or the mask
     is empty, which no map could point at.
 
-    Raises UsageError for masks that are not boolean or of another shape.
+    Raises UsageError for masks that are not boolean, of another shape or of other images.
     """
-    _check(maps, masks)
-    if masks.dtype != torch.bool:
-        raise UsageError(f"masks are of dtype {masks.dtype}: give booleans, True where the evidence is")
-    positive = maps.double().flatten(1).clamp(min=0)
-    inside = masks.flatten(1)
-    share = (positive * inside).sum(1) / positive.sum(1)
-    return share.where(maps.flatten(1).isfinite().all(1) & inside.any(1), torch.nan)
+    for mask in masks.values():
+        _check(maps, mask)
+        if mask.values.dtype != torch.bool:
+            raise UsageError(f"masks are of dtype {mask.values.dtype}: give booleans, True where the evidence is")
+    positive = maps.values.double().flatten(1).clamp(min=0)
+    finite = maps.values.flatten(1).isfinite().all(1)
+    found = {}
+    for concept, mask in masks.items():
+        inside = mask.values.flatten(1)
+        share = (positive * inside).sum(1) / positive.sum(1)
+        share = share.where(finite & inside.any(1), torch.nan)
+        found[concept] = Measurement(share, maps.image_id, "share of positive relevance")
+    return found
 
 
-@measures.register(
-    "rank_correlation",
-    source="Spearman 1904; of saliency maps Adebayo et al. 2018",
-    better="higher",
-    reads=("maps", "reference"),
-)
-def rank_correlation(maps: Tensor, reference: Tensor) -> Tensor:
+@measures.register("rank_correlation", source="Spearman 1904; of saliency maps Adebayo et al. 2018")
+def rank_correlation(maps: Maps, reference_maps: Maps) -> Measurement:
     """Spearman's correlation of a map with the reference's of the same image; (B,) float64, in [-1, 1].
 
     Pearson's correlation of the pixels' ranks, equal pixels at the mean of their ranks. NaN where a map is constant or
     not finite.
     """
-    _check(maps, reference)
-    one, other = (rank - rank.mean(1, keepdim=True) for rank in map(_midranks, (maps, reference)))
-    return _told((one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1)), maps, reference)
+    both = _pair(maps, reference_maps)
+    one, other = (rank - rank.mean(1, keepdim=True) for rank in map(_midranks, both))
+    found = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    return Measurement(_told(found, *both), maps.image_id, "correlation")
 
 
-@measures.register(
-    "ssim",
-    source="Wang et al. 2004, eq. 13; of saliency maps Adebayo et al. 2018",
-    better="higher",
-    reads=("maps", "reference"),
-)
-def ssim(maps: Tensor, reference: Tensor) -> Tensor:
+@measures.register("ssim", source="Wang et al. 2004, eq. 13; of saliency maps Adebayo et al. 2018")
+def ssim(maps: Maps, reference_maps: Maps) -> Measurement:
     """Structural similarity of a map and the reference's of the same image; (B,) float64, at most 1.
 
     torchmetrics' (Gaussian window, sigma 1.5; K1 = 0.01, K2 = 0.03, range 1), with each map divided by its own largest
@@ -113,42 +102,46 @@ def ssim(maps: Tensor, reference: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # seconds, that few commands need
 
-    _check(maps, reference)
-    if min(maps.shape[1:]) < _LEAST:
-        raise UsageError(f"maps of {maps.shape[1]} x {maps.shape[2]} pixels are too small for SSIM: {_LEAST} a side")
+    both = _pair(maps, reference_maps)
+    height, width = both[0].shape[1:]
+    if min(height, width) < _LEAST:
+        raise UsageError(f"maps of {height} x {width} pixels are too small for SSIM: {_LEAST} a side")
     # What has no largest value is NaN in the end, and must not make others so on the way.
-    one, other = (
-        (m.double() / m.double().abs().amax((1, 2), keepdim=True)).nan_to_num(0, 0, 0)[:, None]
-        for m in (maps, reference)
-    )
+    one, other = ((m.double() / m.double().abs().amax((1, 2), keepdim=True)).nan_to_num(0, 0, 0)[:, None] for m in both)
     found = structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
     assert isinstance(found, Tensor)
-    return _told(found.view(len(maps)), maps, reference)
+    return Measurement(_told(found.view(len(maps)), *both), maps.image_id, "structural similarity")
 
 
-@measures.register(
-    "top_overlap",
-    source="Ghorbani et al. 2019 (top-k intersection)",
-    better="higher",
-    reads=("maps", "reference"),
-)
-def top_overlap(maps: Tensor, reference: Tensor, *, fraction: Annotated[float, Field(gt=0, le=1)] = 0.1) -> Tensor:
+@measures.register("top_overlap", source="Ghorbani et al. 2019 (top-k intersection)")
+def top_overlap(
+    maps: Maps, reference_maps: Maps, *, fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+) -> Measurement:
     """Share of the reference's highest pixels that are among the map's highest too; (B,) float64, in [0, 1].
 
     The highest are exactly k = int(H W fraction) pixels, at least one; of equal ones those that come first, row by row.
     Two maps that have nothing to do with each other share `fraction`. NaN where a map is constant or not finite.
     """
-    _check(maps, reference)
-    k = max(1, int(maps[0].numel() * fraction))
-    one, other = (_highest(m, k) for m in (maps, reference))
-    return _told((one & other).sum(1).double() / k, maps, reference)
+    both = _pair(maps, reference_maps)
+    k = max(1, int(both[0][0].numel() * fraction))
+    one, other = (_highest(m, k) for m in both)
+    return Measurement(_told((one & other).sum(1).double() / k, *both), maps.image_id, "share of pixels")
 
 
-def _check(maps: Tensor, beside: Tensor) -> None:
-    if maps.dim() != 3 or maps.shape != beside.shape:
+def _pair(maps: Maps, beside: Maps) -> tuple[Tensor, Tensor]:
+    _check(maps, beside)
+    return maps.values, beside.values
+
+
+def _check(maps: Maps, beside: Maps) -> None:
+    if maps.values.shape != beside.values.shape:
         raise UsageError(
-            f"maps of shape {tuple(maps.shape)} and what they are held against, {tuple(beside.shape)}, must both be "
-            "(images, height, width)"
+            f"maps of shape {tuple(maps.values.shape)} and what they are held against, "
+            f"{tuple(beside.values.shape)}, must be of one shape"
+        )
+    if maps.image_id != beside.image_id:
+        raise UsageError(
+            "maps and what they are held against are of different images, or in another order: give both row for row"
         )
 
 

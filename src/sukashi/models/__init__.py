@@ -5,7 +5,7 @@ from sukashi.models.loaded import Loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.onnx import check_onnx_installed, export_onnx
 from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe
-from sukashi.models.saved import save
+from sukashi.models.saved import contents, save
 from sukashi.models.specs import names
 from sukashi.models.weights import digest, tensor_digests
 
@@ -16,6 +16,7 @@ __all__ = [
     "Loaded",
     "Recipe",
     "check_onnx_installed",
+    "contents",
     "digest",
     "export_onnx",
     "load",

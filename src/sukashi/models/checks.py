@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Preprocess
 from sukashi.models.loaded import Loaded, takes_classes
 from sukashi.network import hooks
@@ -90,8 +91,7 @@ def checked_logits(
     if not isinstance(first, Tensor):
         found = dict(named_outputs(first))
         raise ModelError(f"{spec} gives a {type(first).__name__}, not logits: select an output: {candidates(found)}")
-    if first.dim() != 2 or len(first) != len(example):
-        raise ModelError(f"{spec} gives {tuple(first.shape)} for {len(example)} images: it must give (images, classes)")
+    CLASSIFICATION.check_output(first, len(example), spec)
     if not first.isfinite().all():
         raise ModelError(f"{spec} gives NaN or Inf: check its weights and the preprocessing")
     if changed:

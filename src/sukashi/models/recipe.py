@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sukashi.core.errors import ModelError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import ModelError, nearest
+from sukashi.core.files import FORMAT
 from sukashi.network.surgery import Table
 
 RECIPE = "recipe.json"
@@ -50,10 +50,10 @@ class Recipe(Strict):
     """`recipe.json` of a saved folder: how to rebuild the model, and where it came from.
 
     `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `mask` is there for a model
-    that has one; `provenance` and `figures` are for readers.
+    that has one; `provenance` is for readers.
     """
 
-    format: Literal[1]
+    format: Literal[2]  # files.FORMAT
     model: ArchitectureRecipe
     preprocess: InputRecipe
     n_classes: int
@@ -62,7 +62,6 @@ class Recipe(Strict):
     weights_sha256: str
     tensors: dict[str, str]
     provenance: dict[str, Any]
-    figures: dict[str, Any]
     mask: MaskRecipe | None = None
 
 
@@ -75,6 +74,11 @@ def read_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
+        other = next((fault for fault in error.errors() if fault["loc"] == ("format",)), None)
+        if other is not None and other["type"] == "literal_error":
+            raise ModelError(
+                f"{path} has format {other['input']}, this version reads {FORMAT}: save the network again with this one"
+            ) from error
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":

@@ -91,58 +91,52 @@ def _mask(path: Path, recipe: MaskRecipe, model: nn.Module) -> Mask:
     return mask
 
 
-def save(
-    folder: str | Path,
-    loaded: Loaded,
-    *,
-    provenance: Mapping[str, Any],
-    figures: Mapping[str, Any],
-    files: Mapping[str, bytes] | None = None,
-) -> Recipe:
-    """The recipe written: a new folder with `model.safetensors`, `recipe.json` and further `files` by name.
-
-    A mask goes into `masks.safetensors`, one bit a weight: a 32nd of the weights' size on top of them, for zeros are
-    stored like any number. `sukashi.load(folder)` rebuilds the model. `provenance` says where it comes from, `figures`
-    what was measured; both are JSON. The folder appears whole or not at all: it is written beside its place and then
-    renamed.
-
-    Raises UsageError for a folder that exists, ResourceError where there is no space or no right to write.
+def contents(loaded: Loaded, provenance: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a saved folder by name, the recipe last: `model.safetensors`, `recipe.json`, and with a mask
+    `masks.safetensors`, one bit a weight: a 32nd of the weights' size on top of them, for zeros are stored like any
+    number. Equal networks give equal bytes.
     """
-    folder = Path(folder)
-    check_free(folder)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
     # No metadata: safetensors writes it in random order, and equal models should give equal bytes.
-    weights = safetensors.torch.save(state)
-    contents = {WEIGHTS: weights}
+    files = {WEIGHTS: safetensors.torch.save(state)}
     masked = None
     if loaded.mask is not None:
-        contents[MASKS] = safetensors.torch.save(sparsity.pack(loaded.mask))
+        files[MASKS] = safetensors.torch.save(sparsity.pack(loaded.mask))
         shapes = {site.layer: tuple(keep.shape) for site, keep in loaded.mask.keep.items()}
-        masked = MaskRecipe(sha256=hashlib.sha256(contents[MASKS]).hexdigest(), shapes=shapes)
+        masked = MaskRecipe(sha256=hashlib.sha256(files[MASKS]).hexdigest(), shapes=shapes)
     recipe = Recipe(
-        format=1,
+        format=2,
         model=ArchitectureRecipe(spec=loaded.spec, **loaded.options),
         preprocess=InputRecipe(**asdict(loaded.preprocess)),
         n_classes=loaded.n_classes,
         class_names=loaded.class_names,
         cuts=loaded.cuts,
-        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        weights_sha256=hashlib.sha256(files[WEIGHTS]).hexdigest(),
         tensors=tensor_digests(state),
         provenance=dict(provenance),
-        figures=dict(figures),
         mask=masked,
     )
-    # A recipe without a mask is what it was before there were any.
-    written = recipe.model_dump(exclude=None if masked else {"mask"})
-    contents |= {RECIPE: json.dumps(written, allow_nan=False).encode(), **(files or {})}
+    return files | {RECIPE: json.dumps(recipe.model_dump(), allow_nan=False).encode()}
+
+
+def save(folder: str | Path, loaded: Loaded, *, provenance: Mapping[str, Any]) -> None:
+    """Write a new folder from which `sukashi.load(folder)` rebuilds the network; see `contents`.
+
+    `provenance` says where it comes from, as JSON. The folder appears whole or not at all: it is written beside its
+    place and then renamed.
+
+    Raises UsageError for a folder that exists, ResourceError where there is no space or no right to write.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    files = contents(loaded, provenance)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with beside(folder) as draft:
             draft.mkdir()
-            for name, content in contents.items():
+            for name, content in files.items():
                 write_new(draft / name, content)
             sync(draft)
             check_free(folder)
             draft.rename(folder)
         sync(folder.parent)
-    return recipe

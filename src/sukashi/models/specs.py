@@ -16,8 +16,7 @@ from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
 from sukashi.models.checks import brief, candidates, named_outputs

@@ -14,8 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError
-from sukashi.core.registry import nearest
+from sukashi.core.errors import ModelError, nearest
 from sukashi.core.types import Kind, Mask, Member, Site
 from sukashi.network import hooks, surgery
 from sukashi.network.layers import Attention, AttentionCore, PadShortcut

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.core.errors import ModelError, ResourceError, UsageError
-from sukashi.core.types import Mask, Scores, Site, check_ratio
+from sukashi.core.schema import check_ratio
+from sukashi.core.types import Mask, Scores, Site
 
 SCOPES = ("global", "layer", "row")
 

@@ -21,10 +21,11 @@ CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": 
 # Each figure of a network: what the page calls it, and how it is printed.
 FIGURES = {
     "accuracy": ("accuracy", "percent"),
-    "ratio": ("units removed", "percent"),
-    "fraction": ("parameters removed", "percent"),
-    "sparsity": ("zeros in the masked layers", "percent"),
-    "zeros": ("zeros in all parameters", "percent"),
+    "units_removed": ("units removed", "percent"),
+    "weights_removed": ("weights removed", "percent"),
+    "parameters_removed": ("parameters removed", "percent"),
+    "zeros_in_masked_layers": ("zeros in the masked layers", "percent"),
+    "zeros_in_all": ("zeros in all parameters", "percent"),
     "parameters": ("parameters", "count"),
     "flops": ("FLOPs an image", "count"),
     "latency_ms": ("latency, ms", "number"),
@@ -51,7 +52,7 @@ def _shares(plans: Sequence[Plan], category: str) -> Array:
     return np.asarray(np.mean(found, axis=0))
 
 
-def cost_table(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def cost_table(columns: Mapping[str, Mapping[str, Any]], note: str) -> dict[str, Any] | None:
     """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known."""
     rows = []
     for name, (noun, form) in FIGURES.items():
@@ -60,7 +61,19 @@ def cost_table(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
             dense = values[0]
             factors = [value / dense if dense and value is not None and form != "percent" else None for value in values]
             rows.append((noun, [words.printed(value, form) for value in values], [None, *factors[1:]]))
-    return {"columns": list(columns), "rows": rows} if rows else None
+    return {"columns": list(columns), "rows": rows, "note": note} if rows else None
+
+
+def figure_rows(
+    columns: Mapping[str, Mapping[str, Any]], latency_ms: Mapping[str, float]
+) -> list[tuple[str, list[str]]]:
+    """What each figure is called, and how it is printed for each network."""
+    told = {name: {**of, "latency_ms": latency_ms.get(name)} for name, of in columns.items()}
+    return [
+        (noun, [words.printed(of.get(name), form) for of in told.values()])
+        for name, (noun, form) in FIGURES.items()
+        if any(of.get(name) is not None for of in told.values())
+    ]
 
 
 def slower(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,26 @@ from sukashi.core.errors import writing
 from sukashi.report.words import p_value, percent
 
 
-def render(template: str, folder: Path, figures: Mapping[str, bytes], **shown: Any) -> Path:
-    """The path of `report.html`, written into a folder from a template and what it shows.
+@dataclass(frozen=True)
+class Page:
+    """A page to be written: its template (a path inside the package), PNGs by name, and what it shows."""
 
-    The PNGs of `figures` are in the page itself and, by name, in the folder's `figures/` too.
+    template: str
+    figures: Mapping[str, bytes]
+    shown: Mapping[str, Any]
+
+
+def write(folder: Path, page: Page) -> Path:
+    """The path of `report.html`, written into a folder.
+
+    Its PNGs are in the page itself and, by name, in the folder's `figures/` too.
     """
-    if figures:
+    if page.figures:
         with writing(folder):
             (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, content in figures.items():
+    for name, content in page.figures.items():
         files.write(folder / "figures" / f"{name}.png", content)
-    inlined = {name: base64.b64encode(content).decode() for name, content in figures.items()}
+    inlined = {name: base64.b64encode(content).decode() for name, content in page.figures.items()}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent.parent),
         autoescape=True,
@@ -33,6 +43,10 @@ def render(template: str, folder: Path, figures: Mapping[str, bytes], **shown: A
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "p_value": p_value}
-    html = environment.get_template(template).render(figures=inlined, **shown)
+    html = environment.get_template(page.template).render(figures=inlined, **page.shown)
     files.write(folder / "report.html", html.encode())
     return folder / "report.html"
+
+
+def render(template: str, folder: Path, figures: Mapping[str, bytes], **shown: Any) -> Path:
+    return write(folder, Page(template, figures, shown))

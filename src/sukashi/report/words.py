@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# --- how things are printed
+from sukashi.core.experiment import Result
 
 
 def percent(value: float) -> str:
@@ -52,3 +52,28 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from flat(inner, f"{path}.{key}" if path else key)
     elif value is not None:
         yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Rows of text under a header, in columns as wide as they need."""
+    return rows([header, *body])
+
+
+def rows(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def where(result: Result) -> list[str]:
+    """The last lines of what a command prints: whether anything was done, and where the page is."""
+    done = ["", f"{result.out} was finished already: nothing was done"] if result.finished else []
+    return [*done, "", f"Report: {result.report}"]

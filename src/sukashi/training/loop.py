@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sukashi import models
@@ -36,7 +35,8 @@ from sukashi.network import sparsity
 from sukashi.training import checkpoint
 from sukashi.training.checkpoint import State
 from sukashi.training.distributed import World, lost, starts_again, unused, world
-from sukashi.training.settings import Finetuning, Training, about, check_training, n_batches, splits
+from sukashi.training.inputs import about, check_training, n_batches, splits
+from sukashi.training.settings import Finetuning, Training
 
 __all__ = ["MEMORY", "Finetuning", "Fitted", "Training", "fit"]
 
@@ -73,7 +73,7 @@ def fit(
     device: torch.device | None = None,
     workers: int = 0,
     memory: int = MEMORY,
-    tensorboard: bool = False,
+    tensorboard: Path | None = None,
     seconds: float = 10.0,
     until: int | None = None,
 ) -> Fitted:
@@ -86,9 +86,9 @@ def fit(
     bfloat16 where autocast thinks so. Under torchrun each process takes a part of every batch, and BatchNorm sees the
     whole: but for the order of sums, and what dropout draws, nothing changes.
 
-    `out` holds the run: `checkpoint.safetensors`, written every `seconds` and after every epoch, `history.jsonl` and,
-    with `tensorboard`, its log. The same call goes on from there. Images are kept in `memory` bytes of each process
-    where they fit and decoded by `workers` threads. The test split is not touched.
+    `out` holds the run: `checkpoint.safetensors`, written every `seconds` and after every epoch, and `history.jsonl`;
+    `tensorboard` is a folder for its log. The same call goes on from there. Images are kept in `memory` bytes of each
+    process where they fit and decoded by `workers` threads. The test split is not touched.
 
     Raises UsageError for settings that contradict each other or a folder of another run, DataError for too few images,
     ModelError for a mask of another architecture and where the loss is not finite (the last checkpoint is kept),
@@ -96,7 +96,7 @@ def fit(
     """
     device = next(loaded.model.parameters()).device if device is None else device
     train, validation, notes = splits(data, training)
-    check_training(training, train, validation, loaded, tensorboard)
+    check_training(training, train, validation, loaded, tensorboard is not None)
     checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
     with world(device) as processes, contextlib.ExitStack() as stack:
         try:
@@ -116,8 +116,8 @@ def fit(
             task.advance(resumed)
             while not run.ended:
                 run.epoch(task, asked, checkpoints.due)
-                if tensorboard and processes.rank == 0:
-                    _log(out, run.state.history)
+                if tensorboard is not None and processes.rank == 0:
+                    _log(tensorboard, run.state.history)
             return run.fitted(resumed, notes)
         except (SukashiError, RuntimeError) as error:
             found = error if isinstance(error, SukashiError) else _meant(error, out)
@@ -169,6 +169,7 @@ class _Run:
         optimizer = kind(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, **chosen)
         self.state = State(model, optimizer, copy.deepcopy(model).eval() if training.ema else None)
         self.net = processes.parallel(model)
+        self.objective = train.objective
         self.train_frames, self.train_target = frames(train), train.targets
         self.validation = None if validation is None else (frames(validation), validation.targets)
         self.until = training.epochs
@@ -255,7 +256,7 @@ class _Run:
         on_gpu = processes.device.type == "cuda"
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=on_gpu):
             logits = self.net(x)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=training.label_smoothing, reduction="sum")
+        loss = self.objective.loss(logits.float(), target, label_smoothing=training.label_smoothing)
         self.pending.append(processes.total(torch.stack([loss.detach(), loss.new_tensor(float(asked))])))
         last = (state.step + 1) % self.n_batches == 0
         if last or len(self.pending) >= _SETTLE[processes.device.type]:
@@ -295,7 +296,7 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> tuple[float | None, float | None]:
-        """Mean cross entropy and share of right answers on the validation images, in float32."""
+        """Mean loss and mean outcome (the share of right answers) on the validation images, in float32."""
         if self.validation is None:
             return None, None
         frames, targets = self.validation
@@ -306,8 +307,8 @@ class _Run:
         with exact(), contextlib.closing(frames.batches(parts)) as images:
             for part, pixels in zip(parts, images, strict=True):
                 logits, target = model(self._views(pixels, None)), targets[part].to(sums.device)
-                sums[0] += F.cross_entropy(logits, target, reduction="sum")
-                sums[1] += (logits.argmax(1) == target).sum()
+                sums[0] += self.objective.loss(logits, target)
+                sums[1] += self.objective.outcome(logits, target).sum()
         self.state.model.train()
         loss, right = (self.processes.total(sums) / len(targets)).tolist()
         if not math.isfinite(loss):
@@ -377,12 +378,12 @@ def _interrupts() -> Iterator[threading.Event]:
             signal.signal(kind, before[kind])
 
 
-def _log(out: Path, history: list[dict[str, Any]]) -> None:
+def _log(folder: Path, history: list[dict[str, Any]]) -> None:
     """Add the last epoch to the TensorBoard log, in place of what a killed run wrote of it."""
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
     entry = history[-1]
-    with writing(out), SummaryWriter(out / "tensorboard", purge_step=entry["epoch"]) as log:
+    with writing(folder), SummaryWriter(folder, purge_step=entry["epoch"]) as log:
         for name, value in entry.items():
             if name != "epoch" and value is not None:
                 log.add_scalar(name, value, entry["epoch"])

@@ -1,265 +1,42 @@
-"""The page of an audit: what changed and whether it matters, curves, differences, galleries of maps."""
+"""The page of an audit: what changed and whether it matters, then a panel for each subject."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
-from numpy.typing import NDArray
-
-from sukashi.report import figures, page, words
-
-Array = NDArray[np.float64]
-
-PANEL = (3.7, 2.9)
-# Pixels of a gallery: of a picture with what is around it, the gap, what stands above and at the left; a page's figures
-# have 160 to the inch.
-SIDE, GAP, TOP, LEFT, DPI = 150, 3, 75, 110, 160
+from sukashi.experiments.audit.networks import FEW, POPULATIONS
+from sukashi.experiments.audit.run import subject
+from sukashi.experiments.audit.summary import AuditResult, answers_of
+from sukashi.experiments.workspace import Workspace
+from sukashi.report.page import Page
+from sukashi.report.words import flat
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image of a gallery: its pixels (H, W, C) in [0, 1], its class, and every model's map (H, W) by label.
-
-    `wrong` are the models that do not get it right, `marked` the one for whose sake it is shown ("" for none).
-    """
-
-    pixels: Array
-    title: str
-    maps: Mapping[str, Array]
-    wrong: tuple[str, ...]
-    marked: str
-
-
-def write(
-    folder: Path,
-    result: Mapping[str, Any],
-    curves: Mapping[tuple[str, str], Mapping[str, Array]],
-    pictures: Mapping[str, Sequence[Picture]],
-    *,
-    percentages: Sequence[float],
-    population: str,
-    least: int,
-    command: str,
-    settings: Mapping[str, Any],
-) -> Path:
-    """The path of `report.html`, written into a folder; below `least` images a model has too few."""
-    drawn = [measure for measure in result["measures"] if "/" not in measure]
-    figures = {"changes": draw_changes(result, drawn)} if drawn else {}
-    if any("morf accuracy" in found for found in curves.values()):
-        figures["morf"] = draw_curves(result, curves, percentages)
-    figures |= {f"gallery-{name}": draw_gallery(found) for name, found in pictures.items()}
-    rows = {(row["model"], row["attribution"], row["measure"]): row for row in result["comparisons"]}
-    similar = {(row["model"], row["attribution"], row["measure"]): row for row in result["similarities"]}
-    pointing = {(row["model"], row["attribution"], row["concept"]): row for row in result["pointing"]}
-    return page.render(
+def page(result: AuditResult, space: Workspace) -> Page:
+    figures: dict[str, bytes] = {}
+    panels: dict[str, dict[str, Any]] = {}
+    for name, found in result.subjects.items():
+        drawn, panels[name] = subject(name, "page").panel(result, found, space)
+        figures |= drawn
+    run = (space.logged("run") or [{}])[-1]
+    answers, facts = answers_of(space)
+    settings: dict[str, Any] = {
+        **space.identity,
+        **{name: facts[name] for name in result.subjects},
+        "models": {one.label: dict(one.identity) for one in answers},
+    }
+    settings |= {name: run[name] for name in ("versions", "hardware") if name in run}
+    return Page(
         "experiments/audit/page.html.j2",
-        folder,
         figures,
-        result=result,
-        rows=rows,
-        guessing=[model["label"] for model in result["models"] if model["guesses"]],
-        few=[f"{model['label']} ({model['n_images']})" for model in result["models"] if model["few"]],
-        least=least,
-        n_series=2 if "" in (groups := series(result)) else len(groups),
-        unspoken=[
-            measure
-            for measure in dict.fromkeys(row["measure"] for row in result["comparisons"])
-            if measure not in result["measures"]
-        ],
-        silent=[
-            f"{n} of {model['n_images']} {name} maps of {model['label']} are constant or not finite, and left out"
-            for model in result["models"]
-            for name, n in model["silent"].items()
-            if n
-        ],
-        similar=similar,
-        similarities=list(dict.fromkeys(row["measure"] for row in result["similarities"])),
-        pointing=pointing,
-        concepts=list(dict.fromkeys(row["concept"] for row in result["pointing"])),
-        galleries=list(pictures),
-        population=population,
-        command=command,
-        settings=dict(words.flat(settings)),
+        {
+            "result": result,
+            "panels": panels,
+            "guessing": [model["label"] for model in result.models if model["guesses"]],
+            "few": [f"{model['label']} ({model['n_images']})" for model in result.models if model["few"]],
+            "least": FEW,
+            "population": POPULATIONS[space.identity["population"]],
+            "command": run.get("command", ""),
+            "settings": dict(flat(settings)),
+        },
     )
-
-
-def series(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The models beside the reference by what pruned them, in order of ratio.
-
-    One series named "", as they come, where that isn't known or no series has two ratios: there is nothing to follow.
-    """
-    others = result["models"][1:]
-    if any(model["ratio"] is None for model in others):
-        return {"": others}
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for model in sorted(others, key=lambda model: model["ratio"]):
-        found.setdefault(model["series"], []).append(model)
-    return found if any(models[0]["ratio"] < models[-1]["ratio"] for models in found.values()) else {"": others}
-
-
-def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
-    """Differences from the reference with intervals: a row of panels a measure, a column an attribution."""
-    groups, names = series(result), result["attributions"]
-    by_ratio = "" not in groups
-    order = [model["label"] for model in result["models"][1:]]
-    figure, panels = _panels(len(measures), len(names), below=0.4 if by_ratio else 0.04 * max(map(len, order)))
-    rows = {(row["model"], row["attribution"], row["measure"]): row for row in result["comparisons"]}
-    for i, measure in enumerate(measures):
-        for j, name in enumerate(names):
-            axes = panels[i][j]
-            axes.axhline(0, color=figures.INK, linewidth=0.9, linestyle="--")
-            for place, (group, of_group) in enumerate(groups.items()):
-                found = [(model, rows.get((model["label"], name, measure))) for model in of_group]
-                known = [(model, row) for model, row in found if row is not None and row["low"] is not None]
-                if not known:
-                    continue
-                shift = 0.006 * (place - (len(groups) - 1) / 2)
-                x = [model["ratio"] + shift if by_ratio else order.index(model["label"]) for model, _ in known]
-                mean, low, high = (np.array([row[key] for _, row in known]) for key in ("difference", "low", "high"))
-                colour = figures.colour(group.partition(",")[0], place) if group else figures.OTHERS[0]
-                style = "-" if by_ratio else "none"
-                figures.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.5, label=group)
-                guesses = [i for i, (model, _) in enumerate(known) if model["guesses"]]
-                hollow: dict[str, Any] = {"markersize": 4, "markerfacecolor": "white", "color": colour, "zorder": 3}
-                if guesses:
-                    axes.plot(np.array(x)[guesses], mean[guesses], "o", **hollow)
-            if i == 0:
-                axes.set_title(name, fontsize=10, color=figures.INK)
-            if j == 0:
-                axes.set_ylabel(f"{measure}, change")
-            axes.margins(y=0.2)
-            if by_ratio:
-                axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}%")  # 2.5% is not 2%
-                if i == len(measures) - 1:
-                    axes.set_xlabel("removed")
-            else:
-                named = order if i == len(measures) - 1 else [""] * len(order)
-                axes.set_xticks(range(len(order)), named, rotation=30, ha="right")
-                axes.set_xlim(-0.6, len(order) - 0.4)
-            figures.calm(axes)
-    if by_ratio:
-        handles, named = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, named, frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(named)))
-    return figures.png(figure)
-
-
-def draw_curves(
-    result: Mapping[str, Any], curves: Mapping[tuple[str, str], Mapping[str, Array]], percentages: Sequence[float]
-) -> bytes:
-    """Accuracy while the most relevant pixels go: a row for each attribution, a column for each series of models."""
-    groups, names = series(result), result["attributions"]
-    figure, panels = _panels(len(names), len(groups))
-    together = "" in groups
-    if together:
-        figure.set_figwidth(2 * PANEL[0])  # as wide again for the names of all models
-    share = np.array(percentages) / 100
-    for i, name in enumerate(names):
-        for j, (group, of_group) in enumerate(groups.items()):
-            axes = panels[i][j]
-            lines = [(result["reference"], figures.INK, "--")]
-            shades = colormaps["viridis"](np.linspace(0.05, 0.88, max(2, len(of_group))))
-            lines += [
-                (model["label"], shade, ":" if model["guesses"] else "-")
-                for model, shade in zip(of_group, shades, strict=False)
-            ]
-            for label, colour, style in lines:
-                values = curves[name, label]["morf accuracy"]
-                values = values[np.isfinite(values).all(1)]
-                if not len(values):
-                    continue
-                mean = values.mean(0)
-                half = 1.96 * values.std(0) / np.sqrt(len(values))
-                axes.fill_between(share, mean - half, mean + half, color=colour, alpha=0.13, linewidth=0)
-                axes.plot(share, mean, style, color=colour, linewidth=1.5, label=label)
-            axes.set_ylim(0, 1.02)
-            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            if i == 0 and group:
-                axes.set_title(group, fontsize=10, color=figures.INK)
-            if j == 0:
-                axes.set_ylabel(f"accuracy, {name}")
-            if i == len(names) - 1:
-                axes.set_xlabel("most relevant pixels removed")
-            figures.calm(axes)
-            if not together:
-                axes.legend(frameon=False, fontsize=7.5, loc="best")
-    if together:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
-    return figures.png(figure)
-
-
-def draw_gallery(pictures: Sequence[Picture]) -> bytes:
-    """Images and, beside each, the map of every model: shares of a map's total, on one scale of colours a row."""
-    labels = list(pictures[0].maps)
-    height, width = len(pictures) * SIDE, (1 + len(labels)) * SIDE
-    # One axes for all: matplotlib takes a tenth of a second for each that it has.
-    whole = np.ones((height, width, 3))
-    figure = Figure(figsize=((width + LEFT) / DPI, (height + TOP) / DPI))
-    axes = figure.add_axes((LEFT / (width + LEFT), 0, width / (width + LEFT), height / (height + TOP)))
-    axes.set_axis_off()
-
-    def write(x: float, y: float, said: str, **how: Any) -> None:
-        axes.text(x, y, said, **{"fontsize": 7.5, "color": figures.INK, "ha": "center", "va": "center", **how})
-
-    for column, label in enumerate(("image", *labels)):
-        write((column + 0.5) * SIDE, -6, _broken(label), va="bottom")
-    for line, picture in enumerate(pictures):
-        write(-8, (line + 0.5) * SIDE, _broken(picture.title), ha="right")
-        shares = {label: _share(found) for label, found in picture.maps.items()}
-        known = [found for found in shares.values() if found is not None]
-        top = (np.quantile(np.abs(known), 0.99) or np.max(np.abs(known))) if known else 1.0
-        signed = any((found < 0).any() for found in known)
-        _place(whole, line, 0, np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], 3)))
-        for column, (label, found) in enumerate(shares.items(), start=1):
-            if found is None:
-                write((column + 0.5) * SIDE, (line + 0.5) * SIDE, "says\nnothing")
-            else:
-                level = (found / top + 1) / 2 if signed else found / top
-                _place(whole, line, column, colormaps["RdBu_r" if signed else "magma"](level)[..., :3])
-            if label in picture.wrong:
-                write(
-                    (column + 1) * SIDE - 8,
-                    (line + 1) * SIDE - 10,
-                    "wrong",
-                    ha="right",
-                    fontweight="bold",
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
-                )
-            if label == picture.marked:
-                corner = (column * SIDE + 2, line * SIDE + 2)
-                axes.add_patch(Rectangle(corner, SIDE - 4, SIDE - 4, fill=False, edgecolor="#FF8C1A", linewidth=2.5))
-    axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
-    return figures.png(figure)
-
-
-def _place(whole: Array, line: int, column: int, colours: Array) -> None:
-    """Put a picture (H, W, 3) into its place, as large as there is room."""
-    inner = SIDE - 2 * GAP
-    rows, columns = (np.arange(inner) * size // inner for size in colours.shape[:2])
-    top, left = line * SIDE + GAP, column * SIDE + GAP
-    whole[top : top + inner, left : left + inner] = colours[rows][:, columns]
-
-
-def _panels(n_rows: int, n_columns: int, below: float = 0.4) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(PANEL[0] * n_columns, PANEL[1] * n_rows + below), layout="constrained")
-    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
-
-
-def _share(found: Array) -> Array | None:
-    """A map as shares of the sum of its sizes; None where it says nothing."""
-    total = np.abs(found).sum()
-    return found / total if np.isfinite(total) and total > 0 else None
-
-
-def _broken(name: str) -> str:
-    """A long name on several lines."""
-    return re.sub("[/_ ]", "\n", name) if len(name) > 9 else name

@@ -1,146 +1,74 @@
-"""Comparing criteria over seeds on one model and one dataset, resumable trial by trial."""
+"""Comparing criteria over samplings and seeds on one model and one dataset: a trial for each."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Unpack
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
-import torch
 
-from sukashi.core import progress, stats
+from sukashi.core import progress
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Batch, Plan, Trial, check_ratio
+from sukashi.core.experiment import Prepared, Trial
+from sukashi.core.types import Plan
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
+from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.criteria.pruning import check_options
-from sukashi.experiments import pages
-from sukashi.experiments.bench import Reading, Setting, Source, hardware, plan_for, versions
-from sukashi.experiments.compare.store import Store, Writer
-from sukashi.experiments.compare.summary import summary
-from sukashi.measures import accuracy, cost
+from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.compare.contenders import name_of, save_curve
+from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.workspace import Desk, Workspace
+from sukashi.measures import cost, curves
 from sukashi.measures.accuracy import by_class
-from sukashi.network import surgery
 
 LATENCY_BATCH = 32
-RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
-MODE = "removal mode"  # among a trial's params beside options of its criterion, none of which has a space in its name
 
 
-def compare(
-    model: str,
-    data: str,
-    criteria: Sequence[str],
-    *,
-    out: str | Path,
-    ratios: Sequence[float] = RATIOS,
-    seeds: int = 3,
-    sampling: str | Sequence[str] = "random",
-    mode: str = "cut",
-    margin: float = accuracy.MARGIN,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    skip_refused: bool = False,
-    command: str | None = None,
-    **reading: Unpack[Reading],
-) -> dict[str, Any]:
-    """SAUCE with intervals, curves and passes of several criteria over seeds; also written to `out` with a report.
+def prepare(settings: Compare) -> Prepared:
+    """Each (criterion, sampling, seed) is a trial: its plan comes from calibration images, its curve from physically
+    cut networks (no rounding), or with mode zero from networks that keep their shape.
 
-    Each (criterion, sampling, seed) is a trial: its plan comes from `calibration` training images a class, sampled in
-    one of `sampling.SAMPLINGS` (or in several), its curve from physically cut networks (no rounding) on at most
-    `test_images` test images. With `mode="zero"` units are silenced in a network that keeps its shape, and curves are
-    over the share of units, not of parameters. Finished trials are kept; an interrupted call is resumed by giving it
-    again, with the same result to the byte. `options` holds options by criterion. A criterion that refuses the model
-    (ModelError) stops everything, or with `skip_refused` is left out, with its reason under `refused`.
-
-    Returns {"sauce": {contender: {"mean", "low", "high"}}, "lossless", "accuracy_at", "dense_accuracy", "curves",
-    "passes", "notes", "refused", "out"}, where a contender is a criterion, followed by "/" and the sampling where that
-    is not random. `lossless` holds the largest "fraction" and "ratio" (of units) at which accuracy is shown to be at
-    most `margin` lower, see `measures.accuracy.lossless`; `accuracy_at` accuracy at accuracy.THRESHOLDS, by "0.15" and
-    so on, None where no trial went that far.
+    Raises UsageError for settings that contradict each other, and whatever loading raises.
     """
-    samplings = [sampling] if isinstance(sampling, str) else list(sampling)
-    for name in criteria:
-        check_options(name, (options or {}).get(name, {}))
-        registry[name].check_kinds(UNITS)
-    for name in options or {}:
-        if name not in criteria:
-            raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {list(criteria)}")
-    if not criteria or len(set(criteria)) != len(criteria):
-        raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {list(criteria)}")
-    for how in samplings:
-        check_sampling(how)
-    if not samplings or len(set(samplings)) != len(samplings):
-        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
-    surgery.check_mode(mode)
-    stats.check_margin(margin)
-    if seeds < 1:
-        raise UsageError(f"seeds must be at least 1, got {seeds}: it is the number of seeds, counted from 0")
-    for ratio in ratios:
-        check_ratio(ratio)
-    setting = Source(model, data, **reading).open()
-    ratios = sorted({0.0, *map(float, ratios)})
-    params: dict[str, Any] = {"ratios": ratios} | ({} if mode == "cut" else {MODE: mode})
+    _check(settings)
+    setting = Source.of(settings).open()
+    ratios = sorted({0.0, *map(float, settings.ratios)})
     trials = [
         Trial(
-            setting.about_model,
-            # Random sampling goes without saying, in a hash too.
-            setting.about_data | ({} if how == "random" else {"sampling": how}),
-            name,
-            seed,
-            {**dict((options or {}).get(name, {})), **params},
+            {
+                "model": setting.about_model,
+                # Random sampling goes without saying.
+                "data": setting.about_data | ({} if sampling == "random" else {"sampling": sampling}),
+                "criterion": name,
+                "seed": seed,
+                "options": settings.options.get(name, {}),
+                "ratios": ratios,
+                "mode": settings.mode,
+            },
+            partial(_run, setting, settings.skip_refused),
+            label=f"{name_of(name, sampling)}, seed {seed}",
         )
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
-        for seed in range(seeds)
-        for name in criteria
-        for how in samplings_of(name, samplings)
+        for seed in range(settings.seeds)
+        for name in settings.criteria
+        for sampling in samplings_of(name, settings.sampling)
     ]
-    study: dict[str, Any] = {
+    identity = {
         "model": setting.about_model,
         "data": setting.about_data,
-        "criteria": list(criteria),
-        "seeds": seeds,
+        "criteria": settings.criteria,
+        "sampling": settings.sampling,
+        "seeds": settings.seeds,
         "ratios": ratios,
-        "options": {name: dict(chosen) for name, chosen in (options or {}).items()},
-        "mode": mode,
+        "options": {name: settings.options.get(name, {}) for name in settings.criteria},
+        "mode": settings.mode,
     }
-    if samplings != ["random"]:  # what an older version kept stays what it was
-        study |= {"sampling": samplings, "contenders": [trial.contender for trial in trials if trial.seed == 0]}
-    store = Store(out)
-    with store.writing(study):
-        store.log(
-            "run",
-            command=command or "sukashi.compare(...)",
-            versions=versions(),
-            hardware=hardware(setting.device),
-            margin=margin,
-        )
-        missing = [trial for trial in trials if store.record(trial) is None]
-        if missing:
-            for how in {trial.data.get("sampling", "random") for trial in missing}:
-                setting.calibration(0, how)  # what can't be sampled is refused before the first trial
-            test = setting.test()
-            with progress.task("trials", len(missing)) as shown:
-                for trial in missing:
-                    shown.advance(0, note=f"{trial.contender}, seed {trial.seed}")
-                    try:
-                        with store.run(trial) as writer:
-                            _run(setting, trial, writer, test)
-                    except ModelError as error:
-                        if not skip_refused:
-                            raise
-                        store.log("refused", contender=trial.contender, reason=str(error))
-                    shown.advance()
-            if not store.finished():
-                raise ModelError(
-                    f"{model} is refused by every criterion; first: {store.logged('refused')[0]['reason']}"
-                )
-        if mode == "cut":
-            _time(setting, store, [trial for trial in trials if store.record(trial) is not None])
-        pages.write(store.folder)
-    return summary(store, margin)
+    log = {"versions": versions(), "hardware": hardware(setting.device), "margin": settings.margin}
+    after = partial(_time, setting) if settings.mode == "cut" else None
+    return Prepared(identity, trials, log, before=partial(_try_samplings, setting), after=after)
 
 
 def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
@@ -148,34 +76,66 @@ def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
     return list(samplings) if registry[criterion].facts.get("needs_data", True) else ["random"]
 
 
-def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
-    options = {name: value for name, value in trial.params.items() if name not in ("ratios", MODE)}
-    mode = trial.params.get(MODE, "cut")
-    plan = writer.plan(setting.found.sites)
+def _check(settings: Compare) -> None:
+    criteria, samplings = settings.criteria, settings.sampling
+    for name in criteria:
+        check_options(name, settings.options.get(name, {}))
+        registry[name].check_kinds(UNITS)
+    for name in settings.options:
+        if name not in criteria:
+            raise UsageError(f"options were given for {name!r}, which is not compared: criteria are {criteria}")
+    if not criteria or len(set(criteria)) != len(criteria):
+        raise UsageError(f"criteria must be different names out of {', '.join(registry.names())}, got {criteria}")
+    for how in samplings:
+        check_sampling(how)
+    if not samplings or len(set(samplings)) != len(samplings):
+        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
+
+
+def _try_samplings(setting: Setting, missing: Sequence[Trial]) -> None:
+    """Refuse what can't be sampled before the first trial."""
+    for how in {trial.about["data"].get("sampling", "random") for trial in missing}:
+        setting.calibration(0, how)
+
+
+def _run(setting: Setting, skip_refused: bool, desk: Desk) -> None:
+    try:
+        _measure(setting, desk)
+    except ModelError as error:
+        if not skip_refused:
+            raise
+        desk.finish({"refused": str(error)})
+
+
+def _measure(setting: Setting, desk: Desk) -> None:
+    about = desk.trial.about
+    mode, sites = about["mode"], setting.found.sites
+    kept = desk.arrays("plan")
+    plan = None if kept is None else plan_of(kept, sites)
     if plan is None:
+        sampling = about["data"].get("sampling", "random")
         plan = plan_for(
-            setting,
-            trial.criterion,
-            trial.seed,
-            sampling=trial.data.get("sampling", "random"),
-            options=options,
-            journal=writer.journal,
+            *(setting, about["criterion"], about["seed"]),
+            sampling=sampling,
+            options=about["options"],
+            journal=desk.journal,
         )
-        writer.save_plan(plan)
-    curve = accuracy.curve(setting.loaded.model, setting.found.sites, plan, trial.params["ratios"], test, mode=mode)
-    writer.save_curve(curve)
-    chance = 1 / setting.loaded.n_classes
-    area = accuracy.sauce(curve.fraction, curve.accuracy, chance)
-    writer.finish(
+    desk.save("plan", plan_arrays(plan))
+    test = setting.test()
+    curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
+    save_curve(desk, curve)
+    n_classes, objective = setting.loaded.n_classes, test.objective
+    chance = objective.chance(n_classes)
+    desk.finish(
         {
-            "sauce": area,
-            "relative_sauce": accuracy.sauce(curve.fraction, curve.accuracy, chance, relative=True),
-            "largest_fraction": float(curve.fraction.max()),
+            "mode": mode,
+            "sauce": curves.sauce(curve.fraction, curve.accuracy, chance),
+            "relative_sauce": curves.sauce(curve.fraction, curve.accuracy, chance, relative=True),
             "dense_accuracy": float(curve.accuracy[int(np.argmin(curve.n_removed))]),
             "chance": chance,
             "class_names": list(setting.data.class_names),
-            "class_counts": torch.bincount(test.target, minlength=setting.loaded.n_classes).tolist(),
-            "class_accuracy": [by_class(row, test.target, setting.loaded.n_classes) for row in curve.correct],
+            "class_counts": objective.counts(test.target, n_classes).tolist(),
+            "class_accuracy": [by_class(row, objective.classes(test.target), n_classes) for row in curve.correct],
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "notes": list(setting.data.notes),
@@ -183,30 +143,29 @@ def _run(setting: Setting, trial: Trial, writer: Writer, test: Batch) -> None:
     )
 
 
-def _cost(setting: Setting, plan: Plan) -> dict[str, Any]:
+def _cost(setting: Setting, plan: Plan) -> dict[str, dict[str, int]]:
     """Parameters and FLOPs, dense and with half of the units gone: what no clock decides."""
     return cost.sizes(setting.loaded.model, setting.example[:1], plan.mask(0.5))
 
 
-def _time(setting: Setting, store: Store, trials: Sequence[Trial]) -> None:
-    """Log the latency of each trial's network with half of its units gone, unless an earlier run of the study did.
+def _time(setting: Setting, space: Workspace) -> None:
+    """Log the latency of each trial's network with half of its units gone, unless an earlier run did.
 
     A clock decides these, so they are kept apart from the results, which every run gives alike.
     """
-    timed = {entry["trial"] for entry in store.logged("cost")}
-    missing = [trial for trial in trials if trial.key not in timed]
+    timed = {(entry["contender"], entry["seed"]) for entry in space.logged("latency")}
     batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
+    missing = {}
+    for record in space.records():
+        about = record.about
+        key = name_of(about["criterion"], about["data"].get("sampling", "random")), about["seed"]
+        if key not in timed and "refused" not in record.result:
+            missing[key] = record
     with progress.task("latency", len(missing)) as shown:
-        for trial in missing:
-            record = store.record(trial)
-            plan = record.plan(setting.found.sites) if record else None
-            assert plan is not None, "a finished trial has a plan"
-            small = pruning.cut(setting.loaded, plan.mask(0.5))
+        for (name, seed), record in missing.items():
+            small = pruning.cut(setting.loaded, plan_of(record.arrays("plan"), setting.found.sites).mask(0.5))
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
-            store.log(
-                "cost",
-                trial=trial.key,
-                dense={"latency_ms": statistics.median(dense)},
-                cut={"latency_ms": statistics.median(cut)},
+            space.log(
+                "latency", contender=name, seed=seed, dense_ms=statistics.median(dense), cut_ms=statistics.median(cut)
             )
-            shown.advance(note=trial.contender)
+            shown.advance(note=name)

@@ -1,49 +1,97 @@
-"""Courses: how networks get to levels of sparsity, as a study file or a command says it, checked before any work."""
+"""What a schedule is: how networks get to their levels of sparsity."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import model_validator
 
 from sukashi.core.errors import UsageError
-from sukashi.core.types import check_ratio
-from sukashi.criteria import UNITS, pruning
-from sukashi.criteria import criteria as registry
-from sukashi.criteria.pruning import check_options
-from sukashi.experiments.schedule.schedules import schedules
-from sukashi.network import sparsity
+from sukashi.core.schema import MAX_SEEDS, Ratio, Settings, checked, option
+from sukashi.experiments.reading import OPTIONS, Reading
+from sukashi.experiments.train.settings import Memory
 from sukashi.training.settings import Finetuning, Training
 
 LEAKY = "unenforced"
-_TRAININGS = ("training", "finetuning")
+TRAININGS = ("training", "finetuning")
 
 
-class Course(BaseModel):
-    """How networks get to their levels; a study file's own keys.
+class Levels(Settings):
+    """To which levels networks are pruned, and by what."""
 
-    `scope` makes it single weights (see `sparsity.mask_of`), None units, whose widths are rounded up to multiples of
-    `round_to`. `training` makes the dense network where none was given, and every level of a schedule that rewinds;
-    `finetuning` the levels of the others; what would train nothing is refused. `enforce_mask` may ask for both: what
-    training under a mask leaves, and what it leaves where only the start was masked. `rewind` is the epoch to whose
-    weights a schedule rewinds, 0 the start.
+    criteria: list[str] = option(
+        joined=True,
+        examples=[["magnitude"]],
+        help="See `sukashi list criteria`; with a scope those of single weights (wanda, magnitude, random), else those "
+        "of units.",
+    )
+    ratios: list[Ratio] = option(
+        examples=[[0.3, 0.6, 0.9]],
+        help="Fractions removed of the dense network's units, or with a scope weights; ascending, above 0.",
+    )
+    scope: str | None = option(
+        None,
+        default="units",
+        help="Remove single weights, the lowest of all (global), of a layer, of a row, or N of M such as 2:4. Without "
+        "it units are cut.",
+    )
+    exclude: list[str] = option([], help="With a scope: a layer to leave alone, by name.")
+    round_to: int = option(8, ge=1, help="Without a scope: each site keeps a multiple of this many units.")
+    seeds: int = option(
+        1, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0; each trains a dense network and all levels."
+    )
+    rewind: int = option(0, ge=0, help="Of lottery: the epoch to whose weights it goes back; 0 is the start.")
+    options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)
+
+
+class Course(Levels):
+    """How networks get to their levels.
+
+    `training` makes the dense network where none was given, and every level of a schedule that rewinds; `finetuning`
+    the levels of the others; what would train nothing is refused. `enforce_mask` may ask for both: what training under
+    a mask leaves, and what it leaves where only the start was masked.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    kind: ClassVar[str] = "schedule"
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "enforce_mask", "seeds", "options", "ratios"})
 
-    schedule: str = Field(examples=["oneshot"])
-    criteria: list[str] = Field(examples=[["magnitude"]])
-    ratios: list[float] = Field(examples=[[0.3, 0.6, 0.9]])
-    scope: str | None = None
-    exclude: list[str] = []
-    round_to: int = pruning.ROUND_TO
-    seeds: int = 1
-    enforce_mask: list[bool] = [True]
-    rewind: int = 0
-    options: dict[str, dict[str, Any]] = {}
-    training: Training = Field(default_factory=lambda: Training.model_validate({}))
-    finetuning: Finetuning = Field(default_factory=lambda: Finetuning.model_validate({}))
+    schedule: str = option(examples=["oneshot"], help="oneshot, iterative or lottery, see `sukashi list schedules`.")
+    enforce_mask: list[bool] = option(
+        [True],
+        help="With a scope: [true], [false] or both; those not enforced are called magnitude/unenforced.",
+    )
+    training: Training = option(
+        Training, default="theirs", help="Settings of the dense network and of every level of lottery."
+    )
+    finetuning: Finetuning = option(
+        Finetuning,
+        default="theirs",
+        help="Settings of the levels of oneshot and iterative; lr is a tenth where it is not given.",
+    )
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Course:
+        for name, several in (
+            ("criteria", self.criteria),
+            ("ratios", self.ratios),
+            ("enforce_mask", self.enforce_mask),
+        ):
+            if not several or len(set(several)) != len(several):
+                raise UsageError(f"{name} must be different values, at least one, got {several}")
+        if min(self.ratios) == 0 or list(self.ratios) != sorted(self.ratios):
+            raise UsageError(f"ratios must ascend from above 0, got {self.ratios}: the dense network is level 0 anyway")
+        if self.scope is None and (self.exclude or False in self.enforce_mask):
+            what = "exclude" if self.exclude else "enforce_mask = false"
+            raise UsageError(f"{what} is for single weights, and there is no scope: give one, or leave it out")
+        for name in self.options:
+            if name not in self.criteria:
+                raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")
+        if not (self.training.enforce_mask and self.finetuning.enforce_mask):
+            raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
+        sizes = {name: getattr(self, name).size for name in TRAININGS if name in self.model_fields_set}
+        if len(set(sizes.values())) > 1:
+            raise UsageError(f"size must be the same at every level, got {sizes}: give it to both")
+        return self
 
     @property
     def contenders(self) -> dict[str, tuple[str, bool]]:
@@ -56,75 +104,34 @@ class Course(BaseModel):
         """The side of the images at every level, where it is not the architecture's own."""
         return self.training.size or self.finetuning.size
 
-    def used(self, given: bool) -> dict[str, Training]:
-        """The settings that train something, by name; `given` says that the dense network needs no training."""
-        rewinds = schedules[self.schedule].facts["rewinds"]
-        return ({} if given else {"training": self.training}) | ({} if rewinds else {"finetuning": self.finetuning})
+
+class Scheduled(Memory, Course, Reading):
+    """A course with a model and data, as a study file has it."""
+
+    out: str = option(path=True, decides=False, help="Folder for the networks.")
+
+    @property
+    def whole(self) -> Course:
+        # What was not said stays unsaid: settings that would train nothing are refused.
+        return Course(**{name: getattr(self, name) for name in self.model_fields_set if name in Course.model_fields})
 
 
-def check(course: Course) -> None:
-    """Refuse a course that means nothing, before anything is loaded."""
-    facts = schedules[course.schedule].facts
-    for name in course.criteria:
-        check_options(name, course.options.get(name, {}))
-        registry[name].check_kinds(UNITS if course.scope is None else ("weight",))
-    for what, several in (
-        ("criteria", course.criteria),
-        ("ratios", course.ratios),
-        ("enforce_mask", course.enforce_mask),
-    ):
-        if not several or len(set(several)) != len(several):
-            raise UsageError(f"{what} must be different values, at least one, got {several}")
-    for ratio in course.ratios:
-        check_ratio(ratio)
-        if course.scope is not None:
-            sparsity.check_scope(course.scope, ratio)
-    if min(course.ratios) == 0 or list(course.ratios) != sorted(course.ratios):
-        raise UsageError(f"ratios must ascend from above 0, got {course.ratios}: the dense network is level 0 anyway")
-    if course.scope is None and (course.exclude or False in course.enforce_mask):
-        what = "exclude" if course.exclude else "enforce_mask = false"
-        raise UsageError(f"{what} is for single weights, and there is no scope: give one, or leave it out")
-    if course.seeds < 1:
-        raise UsageError(f"seeds must be at least 1, got {course.seeds}")
-    pruning.check_round_to(course.round_to)
-    for name in course.options:
-        if name not in course.criteria:
-            raise UsageError(f"options were given for {name!r}, which is not used: criteria are {course.criteria}")
-    if not (course.training.enforce_mask and course.finetuning.enforce_mask):
-        raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
-    sizes = {name: getattr(course, name).size for name in _TRAININGS if name in course.model_fields_set}
-    if len(set(sizes.values())) > 1:
-        raise UsageError(f"size must be the same at every level, got {sizes}: give it to both")
-    last = course.training.epochs
-    if not 0 <= course.rewind < last or (course.rewind and not facts["rewinds"]):
-        raise UsageError(f"rewind must be an epoch below {last} of a schedule that rewinds, got {course.rewind}")
+class Schedule(Memory, Levels, Training, Reading):
+    """Prune and train to each of several ratios, one saved network a ratio, with accuracy over seeds and a report."""
 
+    kind: ClassVar[str] = "schedule"
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "options", "ratios"})
 
-def check_used(course: Course, given: bool) -> None:
-    """Refuse settings of a training that will not take place; `given` as in `Course.used`."""
-    for name in _TRAININGS:
-        if name in course.model_fields_set and name not in course.used(given):
-            why = "the model brings its weights" if name == "training" else f"{course.schedule} trains every level anew"
-            raise UsageError(f"{name} would train nothing, {why}: take its settings out")
+    how: str = option(argument=True, help="oneshot, iterative or lottery; see `sukashi list schedules`.")
+    out: str = option(path=True, decides=False, help="Folder for the networks; an interrupted schedule is resumed.")
 
-
-def grown(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether a study's `study.json` differs from what is asked for only by more, so that every level kept is its own.
-
-    It grows by seeds, criteria (with options of theirs), masks not enforced, and ratios above those it has.
-    """
-    if "course" not in kept:  # a comparison's
-        return False
-    old, new = kept["course"], asked["course"]
-    growing = ("criteria", "enforce_mask", "seeds", "options", "ratios")
-    if {**kept, "course": {k: v for k, v in old.items() if k not in growing}} != {
-        **asked,
-        "course": {k: v for k, v in new.items() if k not in growing},
-    }:
-        return False
-    return (
-        all(set(old[key]) <= set(new[key]) for key in ("criteria", "enforce_mask"))
-        and old["seeds"] <= new["seeds"]
-        and new["ratios"][: len(old["ratios"])] == old["ratios"]
-        and all(old["options"].get(name) == new["options"].get(name) for name in old["criteria"])
-    )
+    def course(self, *, rewinds: bool, given: bool) -> Course:
+        """What these settings come to: those of training hold for each that takes place."""
+        chosen = {name: getattr(self, name) for name in self.model_fields_set if name in Training.model_fields}
+        chosen.pop("enforce_mask", None)
+        trained = {"training": chosen} if rewinds or not given else {}
+        tuned = {} if rewinds else {"finetuning": chosen}
+        levels = {name: getattr(self, name) for name in Levels.model_fields}
+        return checked(
+            Course, {"schedule": self.how, "enforce_mask": [self.enforce_mask], **levels, **trained, **tuned}
+        )

@@ -1,29 +1,93 @@
-"""What the levels of a course show: accuracy over seeds and images, differences from dense, in words and a picture."""
+"""What the levels of a schedule show, from their artefacts alone: accuracy, and how far it is from dense."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from sukashi.core import stats
+from sukashi.core.errors import UsageError
+from sukashi.core.experiment import Result
 from sukashi.core.stats import Interval
-from sukashi.experiments.schedule.settings import LEAKY, Course
-from sukashi.report import figures, words
+from sukashi.experiments.schedule.settings import LEAKY
+from sukashi.experiments.workspace import Record, Workspace
+from sukashi.report import words
 
 LOST = 0.02  # Suwal et al. 2025, sec. 3.1, speak of one to two points
 SAME = 0.01  # fractions removed that are further apart are not the same level
 
 
+class ScheduleResult(Result):
+    """Networks pruned and trained to several levels.
+
+    levels   of each contender and ratio: ratio_asked; units_removed or weights_removed (with a scope; the other is
+             None), the mean fraction that was removed of the dense network's; parameters_removed; the share of weights
+             that are zero in the end, zeros_in_masked_layers; accuracy and its difference from the dense network of
+             the same seed, {"mean", "low", "high"} for new seeds and new images
+    pairs    of two contenders at the same ratio: difference, first minus second, what was `removed` of each, and `so`;
+             where that is more than a point apart, they are "not comparable"
+    """
+
+    kind: ClassVar[str] = "schedule"
+
+    model: str
+    data: str
+    schedule: str
+    scope: str | None
+    removes: str
+    contenders: list[str]
+    seeds: int
+    n_images: int
+    dense_accuracy: dict[str, float]
+    levels: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    verdict: str
+    lines: list[str]
+    notes: list[str]
+
+    def text(self) -> str:
+        of_weights = self.removes == "weights"
+        header = [
+            *("contender", f"{self.removes} removed", "asked for"),
+            *("zeros at the end" if of_weights else "parameters removed", "accuracy, %", "95 % interval"),
+            *("against dense, points", "95 % interval"),
+        ]
+        rows = []
+        for row in self.levels:
+            right, change = row["accuracy"], row["difference"]
+            less = row["zeros_in_masked_layers" if of_weights else "parameters_removed"]
+            rows.append(
+                [
+                    *(row["contender"], f"{removed(row):.1%}", f"{row['ratio_asked']:.1%}", f"{less:.1%}"),
+                    f"{100 * right['mean']:.1f}",
+                    f"{100 * right['low']:.1f} to {100 * right['high']:.1f}",
+                    f"{100 * change['mean']:+.1f}",
+                    f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
+                ]
+            )
+        mean, low, high = (100 * self.dense_accuracy[name] for name in ("mean", "low", "high"))
+        said = [words.table(header, rows), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f})", ""]
+        said += [self.verdict, *self.lines, *(f"note: {note}" for note in self.notes)]
+        return "\n".join([*said, *words.where(self)])
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each level."""
+        flat = []
+        for row in self.levels:
+            bounds = {f"{name}_{key}": value for name in ("accuracy", "difference") for key, value in row[name].items()}
+            plain = {key: value for key, value in row.items() if key not in ("accuracy", "difference")}
+            flat.append({"model": self.model, "data": self.data, "schedule": self.schedule, **plain, **bounds})
+        return flat
+
+
 @dataclass(frozen=True)
-class Level:
-    """A network of a study: which it is, which test images it gets right (B,), and what its recipe says of it."""
+class Outcome:
+    """A network of a schedule: which it is, which test images it gets right (B,), and what was measured of it."""
 
     contender: str
     seed: int
@@ -32,71 +96,110 @@ class Level:
     figures: Mapping[str, Any]
 
 
-def summary(levels: Sequence[Level], course: Course) -> dict[str, Any]:
-    """The figures of a study's levels, over seeds and images; those of `levels.run`, but for where it was done."""
-    right = {(level.contender, level.ratio, level.seed): level.correct.astype(float) for level in levels}
-    whole = {level.seed: level.figures["parameters"] for level in levels if level.contender == "dense"}
+def summary(space: Workspace) -> ScheduleResult:
+    """Raises UsageError where levels are not finished."""
+    records = space.records()
+    if len(records) < space.n_trials:
+        raise UsageError(
+            f"{space.folder} has {len(records)} of {space.n_trials} networks finished: give the same command again"
+        )
+    identity = space.identity
+    found = of_outcomes([_outcome(record) for record in records if record.about["until"] is None], identity)
+    notes = (space.logged("run") or [{}])[-1].get("notes", [])
+    found["notes"] = [*notes, *found["notes"]]
+    return ScheduleResult(model=identity["model"]["spec"], data=identity["data"]["spec"], **found)
+
+
+def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a result, but for model and data."""
+    right = {(one.contender, one.ratio, one.seed): one.correct.astype(float) for one in outcomes}
+    whole = {one.seed: one.figures["parameters"] for one in outcomes if one.contender == "dense"}
+    names = list(dict.fromkeys(one.contender for one in outcomes if one.contender != "dense"))
+    what = "weights" if identity["scope"] else "units"
 
     def over_seeds(contender: str, ratio: float) -> NDArray[np.float64]:
-        return np.array([right[contender, ratio, seed] for seed in range(course.seeds)])
+        return np.array([right[contender, ratio, seed] for seed in range(identity["seeds"])])
 
     dense = over_seeds("dense", 0.0)
     rows = {}
-    for name in course.contenders:
-        for ratio in course.ratios:
-            of_level = [level for level in levels if (level.contender, level.ratio) == (name, ratio)]
+    for name in names:
+        for ratio in identity["ratios"]:
+            of_level = [one for one in outcomes if (one.contender, one.ratio) == (name, ratio)]
+            gone = float(np.mean([one.figures["removed"] for one in of_level]))
             rows[name, ratio] = {
                 "contender": name,
-                "ratio": ratio,
+                "ratio_asked": ratio,
                 "accuracy": _share(over_seeds(name, ratio)),
                 "difference": _bounds(stats.crossed(over_seeds(name, ratio) - dense)),
-                "removed": float(np.mean([level.figures["removed"] for level in of_level])),
-                "parameters": float(np.mean([1 - lvl.figures["parameters"] / whole[lvl.seed] for lvl in of_level])),
-                "zeros": float(np.mean([level.figures["zeros"] for level in of_level])),
+                "units_removed": gone if what == "units" else None,
+                "weights_removed": gone if what == "weights" else None,
+                "parameters_removed": float(
+                    np.mean([1 - one.figures["parameters"] / whole[one.seed] for one in of_level])
+                ),
+                "zeros_in_masked_layers": float(np.mean([one.figures["zeros_in_masked_layers"] for one in of_level])),
             }
     pairs = []
-    for one, other in itertools.combinations(course.contenders, 2):
-        for ratio in course.ratios:
+    for one, other in itertools.combinations(names, 2):
+        for ratio in identity["ratios"]:
             difference = _bounds(stats.crossed(over_seeds(one, ratio) - over_seeds(other, ratio)))
-            removed = [rows[name, ratio]["removed"] for name in (one, other)]
-            pair = {"first": one, "second": other, "ratio": ratio, "removed": removed, "difference": difference}
+            gone_of = [removed(rows[name, ratio]) for name in (one, other)]
+            pair = {"first": one, "second": other, "ratio_asked": ratio, "removed": gone_of, "difference": difference}
             pairs.append(pair | {"so": _so(pair)})
     found = {
-        "dense_accuracy": _share(dense),
-        "seeds": course.seeds,
+        "schedule": identity["schedule"],
+        "scope": identity["scope"],
+        "removes": what,
+        "contenders": names,
+        "seeds": identity["seeds"],
         "n_images": dense.shape[1],
-        "removes": "weights" if course.scope else "units",
+        "dense_accuracy": _share(dense),
         "levels": list(rows.values()),
         "pairs": pairs,
     }
-    return found | {"verdict": _verdict(found, course), "lines": _lines(found, course)}
+    notes = cautions(found, identity["round_to"])
+    return found | {"verdict": _verdict(found), "lines": _lines(found), "notes": notes}
 
 
-def cautions(result: Mapping[str, Any], course: Course) -> list[str]:
+def removed(row: Mapping[str, Any]) -> float:
+    """What was removed at a level, of units or of weights."""
+    return float(row["weights_removed"] if row["units_removed"] is None else row["units_removed"])
+
+
+def cautions(found: Mapping[str, Any], round_to: int) -> list[str]:
     """That the images are too few for a verdict; where other fractions were removed than asked for, and why."""
-    if course.scope is not None:
+    if found["scope"] is not None:
         why = "whole numbers of each group go"
-    elif course.round_to > 1:
-        why = f"widths are rounded up to multiples of {course.round_to}"
+    elif round_to > 1:
+        why = f"widths are rounded up to multiples of {round_to}"
     else:
         why = "one unit of each layer stays"
     said, least = [], stats.least_images(LOST)
-    if result["n_images"] < least:
+    if found["n_images"] < least:
         said.append(
-            f"{result['n_images']} test images can't show that accuracy is at most {100 * LOST:g} points lower, "
+            f"{found['n_images']} test images can't show that accuracy is at most {100 * LOST:g} points lower, "
             f"{least} are needed"
         )
-    for name in course.contenders:
-        rows = [row for row in _rows(result, name) if _apart(row["removed"], row["ratio"])]
+    for name in found["contenders"]:
+        rows = [row for row in rows_of(found, name) if _apart(removed(row), row["ratio_asked"])]
         if rows:
-            removed = words.listed([words.percent(row["removed"]) for row in rows])
+            gone = words.listed([words.percent(removed(row)) for row in rows])
             asked = words.listed([_asked(row) for row in rows])
-            said.append(f"{name}: {removed} of the {result['removes']} were removed, {asked} were asked for: {why}")
+            said.append(f"{name}: {gone} of the {found['removes']} were removed, {asked} were asked for: {why}")
     return said
 
 
-def _rows(result: Mapping[str, Any], contender: str) -> list[Any]:
-    return [row for row in result["levels"] if row["contender"] == contender]
+def rows_of(found: Mapping[str, Any], contender: str) -> list[Any]:
+    return [row for row in found["levels"] if row["contender"] == contender]
+
+
+def _outcome(record: Record) -> Outcome:
+    about, arrays = record.about, record.arrays("correct")
+    correct = np.unpackbits(arrays["correct"], count=int(arrays["n"])).astype(bool)
+    return Outcome(about["contender"], about["seed"], about["ratio_asked"], correct, record.result)
+
+
+def _enforced(name: str) -> bool:
+    return not name.endswith(f"/{LEAKY}")
 
 
 def _apart(one: float, other: float) -> bool:
@@ -105,7 +208,7 @@ def _apart(one: float, other: float) -> bool:
 
 
 def _asked(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['ratio']:.4g}%"
+    return f"{100 * row['ratio_asked']:.4g}%"
 
 
 def _so(pair: Mapping[str, Any]) -> str:
@@ -116,44 +219,43 @@ def _so(pair: Mapping[str, Any]) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not separated"
 
 
-def _safe(result: Mapping[str, Any], contender: str) -> list[Any]:
+def _safe(found: Mapping[str, Any], contender: str) -> list[Any]:
     """The levels at which accuracy is shown not to have fallen by more than LOST: where one is not, a later one may.
 
     Of equal answers the interval is a point, however few they are: below `stats.least_images` there is no such level.
     """
-    if result["n_images"] < stats.least_images(LOST):
+    if found["n_images"] < stats.least_images(LOST):
         return []
-    return [row for row in _rows(result, contender) if row["difference"]["low"] > -LOST]
+    return [row for row in rows_of(found, contender) if row["difference"]["low"] > -LOST]
 
 
-def _verdict(result: Mapping[str, Any], course: Course) -> str:
+def _verdict(found: Mapping[str, Any]) -> str:
     """How far one may go, as a heading. What was only masked at the start is no level of sparsity."""
-    names = [name for name, (_, enforced) in course.contenders.items() if enforced] or list(course.contenders)
-    furthest = {name: safe[-1]["removed"] for name in names if (safe := _safe(result, name))}
+    names = list(filter(_enforced, found["contenders"])) or found["contenders"]
+    furthest = {name: removed(safe[-1]) for name in names if (safe := _safe(found, name))}
     if not furthest:
         return f"At no level is accuracy shown to be at most {100 * LOST:g} points lower"
     most = max(furthest.values())
     who = words.listed([name for name in furthest if furthest[name] == most])
     return (
-        f"Accuracy is at most {100 * LOST:g} points lower at {words.percent(most)} of the {result['removes']} removed "
+        f"Accuracy is at most {100 * LOST:g} points lower at {words.percent(most)} of the {found['removes']} removed "
         f"({who})"
     )
 
 
-def _lines(result: Mapping[str, Any], course: Course) -> list[str]:
+def _lines(found: Mapping[str, Any]) -> list[str]:
     """One sentence for each contender: where accuracy has not fallen by more than LOST, and its last level."""
 
     def level(row: Mapping[str, Any], of: str = "") -> str:
-        asked = f" ({_asked(row)} asked for)" if _apart(row["removed"], row["ratio"]) else ""
-        return f"{words.percent(row['removed'])}{of}{asked}"
+        asked = f" ({_asked(row)} asked for)" if _apart(removed(row), row["ratio_asked"]) else ""
+        return f"{words.percent(removed(row))}{of}{asked}"
 
-    of = f" of the {result['removes']} removed"
-
+    of = f" of the {found['removes']} removed"
     said = []
-    for name in course.contenders:
-        safe, row = _safe(result, name), _rows(result, name)[-1]
+    for name in found["contenders"]:
+        safe, row = _safe(found, name), rows_of(found, name)[-1]
         last = row["difference"]
-        leak = "" if course.contenders[name][1] else f" (where {row['zeros']:.0%} are zero in the end)"
+        leak = "" if _enforced(name) else f" (where {row['zeros_in_masked_layers']:.0%} are zero in the end)"
         said.append(
             f"{name}: "
             + (f"at {words.listed([*map(level, safe[:-1]), level(safe[-1], of)])}" if safe else "at no level")
@@ -164,30 +266,7 @@ def _lines(result: Mapping[str, Any], course: Course) -> list[str]:
     return said
 
 
-def draw(result: Mapping[str, Any], course: Course) -> bytes:
-    """Accuracy by level with intervals, a line for each contender; as a PNG."""
-    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    dense = result["dense_accuracy"]
-    axes.axhspan(dense["low"], dense["high"], color=figures.FAINT, alpha=0.5, linewidth=0)
-    figures.level(axes, dense["mean"], "dense", "--")
-    for place, name in enumerate(course.contenders):
-        rows = _rows(result, name)
-        mean, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("mean", "low", "high"))
-        colour = figures.colour(name.partition("/")[0], place)
-        # Side by side, that intervals at one level do not hide each other.
-        x = np.array([row["removed"] for row in rows]) + 0.006 * (place - (len(course.contenders) - 1) / 2)
-        style = ":" if name.endswith(LEAKY) else "-"
-        figures.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.6, label=name)
-    axes.set(xlabel=f"fraction of the {result['removes']} that was removed", ylabel="accuracy on test images")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    figures.calm(axes)
-    return figures.png(figure)
-
-
-def _share(right: NDArray[np.float64]) -> dict[str, float | None]:
+def _share(right: NDArray[np.float64]) -> dict[str, float]:
     """Of one seed the interval that the page of its training shows, which is for images alone too."""
     if len(right) == 1:
         return _bounds(stats.share(int(right.sum()), right.size))
@@ -195,5 +274,5 @@ def _share(right: NDArray[np.float64]) -> dict[str, float | None]:
     return {"mean": found.mean, "low": max(0.0, found.low), "high": min(1.0, found.high)}
 
 
-def _bounds(found: Interval) -> dict[str, float | None]:
+def _bounds(found: Interval) -> dict[str, float]:
     return {"mean": found.mean, "low": found.low, "high": found.high}

@@ -1,4 +1,4 @@
-"""The page of a trained folder."""
+"""The page of a training."""
 
 from __future__ import annotations
 
@@ -8,33 +8,27 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sukashi.core.stats import share
+from sukashi.experiments.train.summary import TrainResult
+from sukashi.experiments.workspace import Workspace
 from sukashi.report import figures, words
 from sukashi.report.figures import INK
+from sukashi.report.page import Page
 
 
-def trained(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    about, run = recipe["figures"], recipe["provenance"]
-    reached = share(round(about["accuracy"] * about["n_images"]), about["n_images"])
-    before = about.get("accuracy_before")
-    verdict = f"{words.percent(about['accuracy'])} of {about['n_images']:,} test images are right"
-    if before is not None:
-        verdict += f", {words.percent(before)} before ({100 * (about['accuracy'] - before):+.1f})"
-    epochs = f"{about['epochs']} epoch{'s' if about['epochs'] > 1 else ''}"
-    shown_above = ("command", "versions", "history", "notes", "class_accuracy", "class_counts")
-    shown = {
-        "title": f"{recipe['model']['spec']}, {'trained' if before is None else 'fine-tuned'}",
-        "verdict": f"{verdict}.",
-        "rule": f"Weights of epoch {about['epoch']} of {epochs}. The 95% interval of the accuracy is "
-        f"{words.percent(reached.low)} to {words.percent(reached.high)} (Wilson's); the test images chose nothing.",
-        "warnings": about["notes"],
-        "history": about["history"],
-        "epoch": about["epoch"],
-        "classes": list(zip(recipe["class_names"] or (), about["class_counts"], about["class_accuracy"], strict=False)),
-        "settings": dict(words.flat({key: value for key, value in {**run, **about}.items() if key not in shown_above})),
-        "run": run,
-    }
-    return shown, {"epochs": _draw_epochs(about["history"], about["epoch"])}
+def page(result: TrainResult, space: Workspace) -> Page:
+    told = "trained" if result.accuracy_before is None else "fine-tuned"
+    return Page(
+        "experiments/train/page.html.j2",
+        {"epochs": _draw_epochs(result.history, result.epoch)},
+        {
+            "result": result,
+            "title": f"{result.model}, {told}",
+            "warnings": result.notes,
+            "classes": list(zip(result.class_names, result.class_counts, result.class_accuracy, strict=True)),
+            "settings": dict(words.flat(space.identity)),
+            "run": (space.logged("run") or [{}])[-1],
+        },
+    )
 
 
 def _draw_epochs(history: Sequence[Mapping[str, Any]], chosen: int) -> bytes:

@@ -1,0 +1,51 @@
+"""Writes the tables of settings into the pages here: `python docs/tables.py` after a setting has changed.
+
+A table stands between `<!-- settings: KIND -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+from sukashi.core.schema import Settings, default_of, option_of
+from sukashi.experiments.study.settings import ComparisonFile, ModelTable, ScheduleFile
+from sukashi.training.settings import Training
+
+KINDS: dict[str, type[Settings]] = {
+    kind.__name__: kind for kind in (ComparisonFile, ScheduleFile, ModelTable, Training)
+}
+PAGE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(page: str) -> str:
+    """A page with its tables as the settings are now."""
+    return PAGE.sub(lambda found: found[1] + table(KINDS[found[2]]) + found[3], page)
+
+
+def table(kind: type[Settings]) -> str:
+    """A row for each setting, those that must be given first."""
+    fields = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
+    rows = [f"| `{name}` | {default(field)} | {field.description} |" for name, field in fields]
+    return "\n".join(["| setting | default | what it is |", "|---|---|---|", *rows, ""])
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be given"
+    told, value = option_of(field).default, default_of(field)
+    if told is not None:
+        return told
+    if value is None:
+        return "none"
+    if isinstance(value, list) and len(value) > 4:
+        return f"{value[0]:g}, {value[1]:g} ... {value[-1]:g}"
+    return f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    for path in Path(__file__).parent.glob("*.md"):
+        path.write_text(written(path.read_text()))

@@ -1,0 +1,167 @@
+"""Settings as the arguments and options of a command: a field is one of them, its text becomes the field's value."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from sukashi.core.errors import UsageError
+from sukashi.core.schema import Settings, alternatives, check_ratio, default_of, option_of
+
+OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
+
+
+def parameters(kind: type[Settings]) -> list[inspect.Parameter]:
+    """What a command takes for settings of a kind, as typer reads it from a signature; what must be given is first."""
+    fields = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
+    return [_parameter(name, field) for name, field in fields]
+
+
+def is_said(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was given, and is not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def values(kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a command was given, by field. Raises UsageError for text that is no such value."""
+    found: dict[str, Any] = {}
+    for name, text in given.items():
+        field = kind.model_fields[name]
+        match _type(field):
+            case "options":
+                continue
+            case "names":
+                found[name] = _names(text)
+            case "ratios":
+                found[name] = _ratios(text)
+            case "numbers by name":
+                found[name] = _class_map(text)
+            case _:
+                found[name] = text
+    if "options" in given:
+        found["options"] = _options(kind, given["options"], found)
+    return found
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    about, shape, default = option_of(field), _type(field), default_of(field)
+    help, annotation, flags = field.description, next(alternatives(field.annotation)), []
+    match shape:
+        case "options":
+            annotation, default, flags, help = list[str], None, ["--set"], OPTIONS
+        case "names":
+            annotation, help = str, f"{help} Joined by commas."
+            default = None if default is None else ",".join(default)
+        case "ratios":
+            annotation, help = str, f"{help} START:STOP:STEP or a,b,c."
+            default = None if default is None else _span(default)
+        case "several":
+            annotation, default = list[str], None
+            help = help if about.argument else f"{help} Repeatable."
+        case "numbers by name":
+            annotation = Path
+        case "yes or no":
+            flag = name.replace("_", "-")
+            flags = [f"--{flag}/--no-{flag}" if default else f"--{flag}"]
+        case "path":
+            annotation = Path
+        case "word":
+            annotation = str
+    if about.flag is not None:
+        flags = [about.flag]
+    told: dict[str, Any] = {"help": help} | ({} if about.default is None else {"show_default": about.default})
+    info = typer.Argument(**told) if about.argument else typer.Option(*flags, **told)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if field.is_required() else default,
+        annotation=Annotated[annotation if field.is_required() or default is not None else annotation | None, info],
+    )
+
+
+def _type(field: FieldInfo) -> str:
+    """How a field's value is written on the command line, in a word."""
+    about, annotation = option_of(field), next(alternatives(field.annotation))
+    if get_origin(annotation) is dict:
+        return "numbers by name" if get_args(annotation) == (str, int) else "options"
+    if get_origin(annotation) is list:
+        return ("names" if about.joined else "several") if get_args(annotation) == (str,) else "ratios"
+    if annotation is bool:
+        return "yes or no"
+    if annotation in (int, float):
+        return "number"
+    return "path" if about.path else "word"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _ratios(text: str) -> list[float]:
+    """START:STOP:STEP, both ends included, or a list."""
+    try:
+        parts = [float(part) for part in text.split(":" if ":" in text else ",")]
+    except ValueError:
+        raise UsageError(f"ratios must be START:STOP:STEP or a,b,c, got {text!r}: for example 0:0.95:0.05") from None
+    if ":" in text:
+        if len(parts) != 3 or not parts[2] >= 0.001 or not parts[1] >= parts[0]:
+            raise UsageError(f"ratios must be START:STOP:STEP with STOP >= START and STEP >= 0.001, got {text!r}")
+        start, stop, step = parts
+        check_ratio(start)
+        check_ratio(stop)
+        # A step that does not divide the range ends below STOP, one that does must not miss it by a rounding error.
+        parts = [round(start + i * step, 10) for i in range(math.floor((stop - start) / step + 1e-9) + 1)]
+    for part in parts:
+        check_ratio(part)
+    return parts
+
+
+def _span(ratios: list[float]) -> str:
+    """START:STOP:STEP of evenly spaced ratios."""
+    return f"{ratios[0]:g}:{ratios[-1]:g}:{ratios[1] - ratios[0]:g}"
+
+
+def _options(kind: type[Settings], given: list[str], found: Mapping[str, Any]) -> dict[str, Any]:
+    """--set NAME=VALUE; values are JSON where they can be, else text. By method, where settings are of several."""
+    if "criterion" in kind.model_fields:
+        return _by_method(given, [found["criterion"]]).get(found["criterion"], {})
+    return _by_method(given, found.get("criteria"))
+
+
+def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[str, Any]]:
+    chosen: dict[str, dict[str, Any]] = {}
+    for setting in given:
+        name, _, text = setting.partition("=")
+        method, dot, option = name.rpartition(".")
+        if not option or "=" not in setting:
+            raise UsageError(f"--set must be NAME=VALUE or METHOD.NAME=VALUE, got {setting!r}")
+        if not dot:
+            if methods is None or len(methods) != 1:
+                raise UsageError(f"--set {setting}: with several methods give METHOD.NAME=VALUE")
+            method = methods[0]
+        if methods is not None and method not in methods:
+            raise UsageError(f"--set {setting} is for {method!r}, which is not among {', '.join(methods)}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        chosen.setdefault(method, {})[option] = value
+    return chosen
+
+
+def _class_map(path: Path) -> dict[str, int]:
+    try:
+        return TypeAdapter(dict[str, int]).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): check the path of --class-map") from None
+    except ValidationError:
+        raise UsageError(f'{path} must be JSON like {{"cat": 0, "dog": 1}}: each class and its number') from None

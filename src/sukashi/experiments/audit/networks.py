@@ -1,0 +1,216 @@
+"""The networks of an audit, on the same test images: what each gets right, and on which images it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sukashi import models
+from sukashi.core import progress, stats
+from sukashi.core.errors import DataError, UsageError
+from sukashi.core.types import Batch, Preprocess
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.bench import Setting, Source
+from sukashi.experiments.reading import Architecture
+from sukashi.measures import accuracy
+from sukashi.models import Loaded
+
+POPULATIONS = {
+    "both": "the reference and the model get right",
+    "reference": "the reference gets right",
+    "all": "there are",
+}
+# Below so many images nothing is said of a model: with 20 pairs a t test at 5 % finds four times in five a mean of .66
+# standard deviations of the differences (Cohen 1988), and smaller ones less often.
+FEW = 20
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model of the audit answers.
+
+    `label` is its column's name, `series` and `ratio` what pruned it and how far (or None), `trained` whether it was
+    trained after it was cut, as its recipe tells, `chance` what guessing would get right. `right` (N,) says which of
+    the test images it gets right, `rows` are those on which it is audited; `image_ids` (N,) and `target` (N,) are the
+    same for all models. `identity` is what decides its answers, `areas` (N,) for each concept the share of an image's
+    pixels it has, where the data know.
+    """
+
+    label: str
+    series: str | None
+    ratio: float | None
+    trained: bool
+    chance: float
+    class_names: tuple[str, ...]
+    identity: Mapping[str, Any]
+    image_ids: tuple[str, ...]
+    target: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    areas: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether it is not shown to get more test images right than guessing would."""
+        return bool(stats.share(int(self.right.sum()), len(self.right)).low <= self.chance)
+
+    @property
+    def few(self) -> bool:
+        """Whether the images it is audited on are too few to say anything of it."""
+        return len(self.rows) < FEW
+
+
+def packed(answers: Sequence[Answers]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Plain facts of each model and arrays, from which `unpacked` makes the answers again."""
+    facts = [
+        {name: getattr(one, name) for name in ("label", "series", "ratio", "trained", "chance")} for one in answers
+    ]
+    for fact, one in zip(facts, answers, strict=True):
+        fact |= {"identity": dict(one.identity), "class_names": list(one.class_names)}
+    arrays: dict[str, Any] = {
+        "image_ids": np.array(answers[0].image_ids, dtype=np.str_),
+        "target": answers[0].target,
+        "right": np.stack([one.right for one in answers]),
+        **{f"rows {i}": one.rows for i, one in enumerate(answers)},
+        **{f"area {concept}": of_images for concept, of_images in answers[0].areas.items()},
+    }
+    return facts, arrays
+
+
+def unpacked(facts: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]]) -> list[Answers]:
+    return [
+        Answers(
+            **{name: fact[name] for name in ("label", "series", "ratio", "trained", "chance", "identity")},
+            class_names=tuple(fact["class_names"]),
+            image_ids=tuple(arrays["image_ids"].tolist()),
+            target=arrays["target"],
+            right=arrays["right"][i],
+            rows=arrays[f"rows {i}"],
+            areas={name.removeprefix("area "): of for name, of in arrays.items() if name.startswith("area ")},
+        )
+        for i, fact in enumerate(facts)
+    ]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of the audit at work: its answers, and the batch of test images as it sees them."""
+
+    answers: Answers
+    setting: Setting
+    batch: Batch
+
+    @property
+    def label(self) -> str:
+        return self.answers.label
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        return self.answers.rows
+
+    @property
+    def loaded(self) -> Loaded:
+        return self.setting.loaded
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self.answers.identity
+
+
+def opened(asked: Audit) -> list[Network]:
+    """The models on the same test images, and on which of them each is audited."""
+    specs, population = asked.models, asked.population
+    given = [name for name in Architecture.model_fields if getattr(asked, name)]
+    folders = [Path(spec).is_dir() for spec in specs]
+    if given and all(folders):
+        raise UsageError(f"saved folders bring their own {given[0]}, and all models are such: leave it out")
+    without = asked.model_copy(update=dict(Architecture()))
+    sources = [Source.of(without if folder else asked, model=spec) for spec, folder in zip(specs, folders, strict=True)]
+    source = sources[0]
+    images = source.read()
+    split = images.test.limit(source.test_images)
+    batches: dict[Preprocess, Batch] = {}
+    found: list[Network] = []
+    with progress.task("models", len(specs)) as shown:
+        for spec, label, folder, own in zip(specs, labels(specs), folders, sources, strict=True):
+            setting = own.beside(images)
+            preprocess = setting.loaded.preprocess
+            size, first = size_of(preprocess), size_of(found[0].loaded.preprocess if found else preprocess)
+            if size != first:
+                raise UsageError(
+                    f"{label} reads images of {size[0]} x {size[1]} pixels and {found[0].label} of {first[0]} x "
+                    f"{first[1]}: maps of different sizes can't be compared, audit them apart"
+                )
+            if preprocess not in batches:
+                batches[preprocess] = split.whole(preprocess, source.workers)
+            batch = batches[preprocess]
+            right = accuracy.evaluate(setting.loaded.model, batch)[0].astype(bool)
+            of_reference = found[0].answers.right if found else right
+            kept = {"both": of_reference & right, "reference": of_reference, "all": np.ones_like(right)}[population]
+            if not kept.any():
+                whose = label if found or population != "both" else "any other model"
+                raise DataError(
+                    f"there is no test image to audit {whose} on, of {len(right)}, that "
+                    f"{POPULATIONS[population]}: give more --test-images or another --population"
+                )
+            series, ratio, trained = _level(spec) if folder else (None, None, False)
+            loaded = setting.loaded
+            answers = Answers(
+                label=label,
+                series=series,
+                ratio=ratio,
+                trained=trained,
+                chance=batch.objective.chance(loaded.n_classes),
+                class_names=images.class_names,
+                identity={
+                    "spec": loaded.spec,
+                    "options": dict(loaded.options),
+                    "preprocess": asdict(loaded.preprocess),
+                    "weights": models.digest(loaded.model),
+                },
+                image_ids=batch.image_id,
+                target=batch.target.numpy(),
+                right=right,
+                rows=np.flatnonzero(kept),
+            )
+            found.append(Network(answers, setting, batch))
+            shown.advance(note=label)
+    return found
+
+
+def size_of(preprocess: Preprocess) -> tuple[int, int]:
+    return preprocess.height, preprocess.width
+
+
+def labels(specs: Sequence[str]) -> list[str]:
+    """A short name for each model: of a folder what its path has and not all have, of a spec what follows its colon.
+
+    A name without a letter, as that of a ratio, gets the folder it lies in.
+    """
+    paths = {spec: Path(spec).resolve().parts for spec in specs if Path(spec).is_dir()}
+    shared = set.intersection(*map(set, paths.values())) if paths else set()
+    found: list[str] = []
+    for spec in specs:
+        parts = [part for part in paths.get(spec, ()) if part not in shared]
+        name = "/".join(parts) or (paths[spec][-1] if spec in paths else spec.rpartition(":")[2])
+        if spec in paths and not any(map(str.isalpha, name)):
+            name = f"{paths[spec][-2]}/{paths[spec][-1]}"
+        same = sum(known.partition(" (")[0] == name for known in found)
+        found.append(f"{name} ({same + 1})" if same else name)
+    return found
+
+
+def _level(folder: str) -> tuple[str | None, float | None, bool]:
+    """By what a saved model was pruned and how far, where its recipe says so; and whether it was trained then."""
+    recipe = models.read_recipe(Path(folder) / models.RECIPE)
+    told = recipe.provenance
+    trained = bool(told.get("trained"))
+    series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked", told.get("ratio"))
+    if not isinstance(series, str) or not isinstance(ratio, int | float):
+        return None, None, trained
+    return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio), trained

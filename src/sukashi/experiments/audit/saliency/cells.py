@@ -1,0 +1,288 @@
+"""Measuring the maps of an audit: networks on the same images, by each attribution, every number of every image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sukashi.attributions import attributions as explainers
+from sukashi.attributions.maps import Channels, saliency_map
+from sukashi.core import progress
+from sukashi.core.errors import ModelError
+from sukashi.core.experiment import Trial
+from sukashi.core.types import Batch, Maps, pass_size
+from sukashi.experiments.audit.networks import Network, size_of
+from sukashi.experiments.audit.saliency.summary import moved
+from sukashi.experiments.audit.saliency.values import OF_CURVES, ORDERS, OUTCOMES, Array, Cell
+from sukashi.experiments.bench import Setting
+from sukashi.experiments.workspace import Desk
+from sukashi.measures import measures as registry
+from sukashi.measures.inputs import Inputs, measured
+from sukashi.network import sites
+from sukashi.network.layers import AttentionCore
+
+BATCH = 64  # images at once: ROAD at 224 pixels takes less than 2 GB for them
+USUAL = 3  # images of a gallery that were not chosen for their maps
+
+# How the channels of an attribution become a map, where that isn't their sum. Suwal et al. 2025 (appendix B) measure
+# absolute values of slopes and integrated gradients; relevance (LRP, Chefer) keeps its sign and what it sums to.
+CHANNELS: dict[str, Channels] = {
+    "saliency": "sum_abs",
+    "internal_influence": "sum_abs",
+    "integrated_gradients": "sum_abs",
+}
+BASICS = ("gini", "road", "aopc", "rank_correlation", "ssim", "top_overlap")
+OF_TRANSFORMERS = ("insertion", "deletion")
+
+
+def channels(name: str) -> Channels:
+    return CHANNELS.get(name, "sum")
+
+
+def explaining(
+    networks: Sequence[Network], asked: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], dict[str, str]]:
+    """The attributions that every network takes, and why the others are left out."""
+    basics = ["saliency", "integrated_gradients"]
+    names = list(asked or ([*basics, "chefer"] if all(map(_attends, networks)) else basics))
+    refused: dict[str, str] = {}
+    for name in names:
+        for network in networks:
+            try:
+                maps_of(network, network.batch[:2], name, options.get(name, {}))
+            except ModelError as error:
+                refused[name] = f"{network.label}: {error}"
+                break
+    if len(refused) == len(names):
+        raise ModelError("; ".join(f"{name} refuses {reason}" for name, reason in refused.items()))
+    return [name for name in names if name not in refused], refused
+
+
+def _attends(network: Network) -> bool:
+    return any(isinstance(module, AttentionCore) for module in network.loaded.model.modules())
+
+
+def measuring(networks: Sequence[Network], asked: Sequence[str] | None) -> list[str]:
+    located = networks[0].setting.data.has_ground_truth
+    if asked is not None:
+        if "localisation" in asked and not located:
+            networks[0].setting.data.ground_truth(())  # says why not
+        return list(asked)
+    names = [*BASICS, *(OF_TRANSFORMERS if all(map(_attends, networks)) else ())]
+    return [*names, "localisation"] if located else names
+
+
+def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any]) -> Tensor:
+    """(B, H, W) of what an attribution says of each image's class, on the network's device."""
+    pixels = sites.input_site(batch.x)
+    device = network.setting.device
+    found = explainers[name](
+        network.loaded.model, batch.x.to(device), batch.target.to(device), [pixels], batch.objective, **dict(options)
+    )[pixels]
+    return saliency_map(found, channels(name))
+
+
+def rounded(network: Network, seed: int) -> Network:
+    """The network as other rounding could have left it: every weight w is w (1 + e) or w (1 - e), drawn by `seed`.
+
+    e is the precision of the weights, 2^-23 in float32. By as much numbers move in any layer where sums are taken in
+    another order, by another device, batch or kernel. Weights of 0 stay: what was cut stays cut.
+    """
+    model = copy.deepcopy(network.loaded.model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            sign = torch.randn(weight.shape, generator=generator).sign().to(weight)
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * sign)
+    return replace(network, setting=replace(network.setting, loaded=replace(network.loaded, model=model)))
+
+
+def parts(network: Network, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows, as many at a time as are explained and measured at once."""
+    size = min(BATCH, pass_size(network.batch.x))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# --- cells
+
+
+class Auditor:
+    """Measures maps, network by network and attribution by attribution, or reads what was measured before."""
+
+    def __init__(
+        self, networks: Sequence[Network], measures: Sequence[str], options: Mapping[str, Any], seed: int
+    ) -> None:
+        self.networks, self.measures, self.options, self.seed = networks, measures, options, seed
+        self._kept: dict[str, Tensor] = {}
+        self.reference = networks[0]
+        self.compares = any("reference_maps" in registry[name].inputs for name in measures)
+        # Of all images: which of them are audited may differ from model to model.
+        self.rows = np.unique(np.concatenate([network.rows for network in networks]))
+        self.truth: dict[str, Tensor] = {}
+        if "localisation" in measures:
+            ids = self.reference.batch.image_id
+            size = size_of(self.reference.loaded.preprocess)
+            self.truth = masks(self.reference.setting, ids, size)
+
+    @property
+    def areas(self) -> dict[str, Array]:
+        """(N,) for each concept the share of an image's pixels it has."""
+        return {concept: mask.double().mean((1, 2)).numpy() for concept, mask in self.truth.items()}
+
+    def try_out(self, name: str) -> None:
+        """Measure two images, so that a measure that can't have such maps says so before the work."""
+        rows = self.rows[:2]
+        maps = self._maps(self.reference, name, rows)
+        self._measure(self.reference, rows, maps, maps)
+
+    def trials(self, names: Sequence[str], answers: Trial) -> list[Trial]:
+        """A trial for each cell, attribution by attribution, and after those of an attribution its gallery."""
+        found = []
+        for name in names:
+            cells = {network.label: self._about(network, name) for network in self.networks}
+            of_name = [
+                Trial(cells[network.label], partial(self._run, network, name), label=f"{name}, {network.label}")
+                for network in self.networks
+            ]
+            keys = {network.label: trial.key for network, trial in zip(self.networks, of_name, strict=True)}
+            found += of_name
+            found.append(
+                Trial(
+                    {"gallery": name, "answers": answers.key, "cells": keys},
+                    partial(self._gallery, name),
+                    needs=(answers.key, *dict.fromkeys(keys.values())),
+                    label=f"{name}, gallery",
+                )
+            )
+        return found
+
+    def rows_of(self, network: Network) -> NDArray[np.int64]:
+        """The images of a network's cells: the reference's are all that any network is audited on."""
+        return self.rows if network is self.reference else network.rows
+
+    def _about(self, network: Network, name: str) -> dict[str, Any]:
+        """All that decides a cell."""
+        return {
+            "network": network.identity,
+            "reference": "itself, rounded" if network is self.reference else self.reference.identity,
+            "attribution": [name, channels(name), self.options.get(name, {})],
+            "measures": {measure: self.options.get(measure, {}) for measure in self.measures},
+            "data": self.reference.setting.data.sha256,
+            "images": [network.batch.image_id[row] for row in self.rows_of(network)],
+            "seed": self.seed,
+        }
+
+    def _run(self, network: Network, name: str, desk: Desk) -> None:
+        with progress.task("images", len(self.rows_of(network))) as shown:
+            desk.save("cell", self._cell(network, name, shown))
+        desk.finish({})
+
+    @cached_property
+    def _rounded(self) -> Network:
+        return rounded(self.reference, self.seed)
+
+    def _of_reference(self, name: str) -> Tensor:
+        """Maps of all rows, (N, H, W) on the CPU: made once for an attribution, for all cells that need them."""
+        if name not in self._kept:
+            found = [self._maps(self.reference, name, part).cpu() for part in parts(self.reference, self.rows)]
+            self._kept = {name: torch.cat(found)}
+        return self._kept[name]
+
+    def _maps(self, network: Network, name: str, rows: NDArray[np.int64]) -> Tensor:
+        return maps_of(network, network.batch[torch.from_numpy(rows)], name, self.options.get(name, {}))
+
+    def _cell(self, network: Network, name: str, shown: progress.Task) -> dict[str, Any]:
+        """The columns of a cell by name."""
+        of_reference, rows = self._of_reference(name), self.rows_of(network)
+        values: dict[str, list[Tensor]] = {}
+        for part in parts(network, rows):
+            known = of_reference[np.searchsorted(self.rows, part)].to(network.setting.device)
+            maps, beside = known, known
+            if network is not self.reference:
+                maps = self._maps(network, name, part)
+            elif self.compares:
+                beside = self._maps(self._rounded, name, part)
+            for column, found in self._measure(network, part, maps, beside).items():
+                values.setdefault(column, []).append(found.cpu())
+            shown.advance(len(part), note=f"{name}, {network.label}")
+        ids = np.array([network.batch.image_id[row] for row in rows], dtype=np.str_)
+        return {"image_ids": ids} | {column: torch.cat(parts).numpy() for column, parts in values.items()}
+
+    def _measure(self, network: Network, rows: NDArray[np.int64], maps: Tensor, beside: Tensor) -> dict[str, Tensor]:
+        """Columns (B, ...) of a cell: `silent`, one for each measure, and one for each curve of ROAD."""
+        part = network.batch[torch.from_numpy(rows)].to(maps.device)
+        truth = {concept: Maps(mask[rows].to(maps.device), part.image_id) for concept, mask in self.truth.items()}
+        inputs = Inputs(
+            {
+                "model": network.loaded.model,
+                "batch": part,
+                "maps": Maps(maps, part.image_id),
+                "reference_maps": Maps(beside, part.image_id),
+                "masks": truth,
+                "generator": torch.Generator().manual_seed(self.seed),
+            }
+        )
+        flat = maps.flatten(1)
+        silent = ~flat.isfinite().all(1) | (flat == flat[:, :1]).all(1)
+        found = measured(self.measures, inputs, {name: self.options.get(name, {}) for name in self.measures})
+        values = {column: each.values.double().masked_fill(silent, torch.nan) for column, each in found.items()}
+        return {"silent": silent, **self._curves(inputs), **values}
+
+    def _curves(self, inputs: Inputs) -> dict[str, Tensor]:
+        """ROAD's curves, those that aopc is made of where it is measured."""
+        name = next((name for name in OF_CURVES if name in self.measures), None)
+        if name is None:
+            return {}
+        curves = inputs.get("removal_curves", self.options.get(name, {}))
+        orders = OF_CURVES["road" if "road" in self.measures else name]
+        removed = {order: curves.at(order, ORDERS[order]) for order in orders}
+        return {f"{order} {outcome}": removed[order].of(outcome) for order in orders for outcome in OUTCOMES}
+
+    def _gallery(self, name: str, desk: Desk) -> None:
+        """Some images as they come, one a class, then those whose maps moved most: pixels, and the maps of all."""
+        labels, answers = [n.label for n in self.networks], [n.answers for n in self.networks]
+        cells = {(name, label): Cell.read(desk.needed(key)) for label, key in desk.trial.about["cells"].items()}
+        pairs = moved(answers, cells, [name])
+        seen = set.intersection(*(set(n.rows.tolist()) for n in self.networks)) or set(self.rows.tolist())
+        target = answers[0].target
+        first = {int(target[row]): row for row in sorted(seen, reverse=True)}
+        usual = [row for _, row in sorted(first.items())][:USUAL]
+        place = {image_id: row for row, image_id in enumerate(answers[0].image_ids)}
+        chosen = [(row, "") for row in usual] + [(place[pair["image_id"]], pair["model"]) for pair in pairs]
+        at = np.array([row for row, _ in chosen])
+        maps = [self._maps(network, name, at).cpu().numpy() for network in self.networks]
+        desk.save("gallery", {"pixels": np.stack([_pixels(self.reference, row) for row in at]), "maps": np.stack(maps)})
+        pictures = [
+            {
+                "title": answers[0].class_names[int(target[row])],
+                "wrong": [one.label for one in answers if not one.right[row]],
+                "marked": marked,
+            }
+            for row, marked in chosen
+        ]
+        desk.finish({"attribution": name, "labels": labels, "pictures": pictures})
+
+
+def masks(setting: Setting, image_ids: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Where the evidence is, (B, H, W) bool for each concept, at the size the models see."""
+    return {
+        concept: F.interpolate(mask[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
+        for concept, mask in setting.data.ground_truth(image_ids).items()
+    }
+
+
+def _pixels(network: Network, row: int) -> Array:
+    """(H, W, C) of an image in [0, 1], as a network sees it."""
+    preprocess = network.loaded.preprocess
+    planes = network.batch.x[row].double() * torch.tensor(preprocess.std)[:, None, None].double()
+    shown = (planes + torch.tensor(preprocess.mean)[:, None, None].double()).clamp(0, 1)
+    return shown.permute(1, 2, 0).numpy()

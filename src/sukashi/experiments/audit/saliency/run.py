@@ -1,0 +1,50 @@
+"""What is asked of saliency maps, checked, and the trials that measure them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sukashi.attributions import attributions as explainers
+from sukashi.core.errors import UsageError
+from sukashi.core.experiment import Trial
+from sukashi.experiments.audit.networks import Network
+from sukashi.experiments.audit.saliency.cells import Auditor, explaining, measuring
+from sukashi.experiments.audit.settings import Audit
+from sukashi.measures import measures as registry
+
+
+class Subject:
+    """Saliency maps of the networks of an audit: `facts` are kept with their answers."""
+
+    def __init__(self, settings: Audit, networks: list[Network]) -> None:
+        names, refused = explaining(networks, settings.attributions, settings.options)
+        measures = measuring(networks, settings.measures)
+        for name in settings.options:
+            if name not in (*names, *refused, *measures):
+                raise UsageError(f"options were given for {name!r}, which is not part of this audit: leave them out")
+        self.names = names
+        self.auditor = Auditor(networks, measures, settings.options, settings.seed)
+        self.auditor.try_out(names[0])
+        self.facts: dict[str, Any] = {"attributions": names, "refused": refused, "seed": settings.seed}
+        self.identity = {
+            "measures": measures,
+            "options": {name: settings.options[name] for name in measures if name in settings.options},
+        }
+        reference = networks[0]
+        networks[0] = replace(reference, answers=replace(reference.answers, areas=self.auditor.areas))
+
+    def trials(self, answers: Trial) -> list[Trial]:
+        return self.auditor.trials(self.names, answers)
+
+
+def check(settings: Audit) -> None:
+    """Refuse what means nothing, before anything is loaded."""
+    for name in settings.attributions or ():
+        explainers[name]
+    for name in settings.measures or ():
+        if "maps" not in registry[name].inputs:
+            known = [method.name for method in registry if "maps" in method.inputs]
+            raise UsageError(f"{name} measures no saliency maps: choose from {', '.join(known)}")
+    for name, chosen in settings.options.items():
+        (explainers if name in explainers else registry)[name].check_options(chosen)

@@ -1,0 +1,39 @@
+"""What an audit is."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sukashi.core.schema import MAX_SEED, option
+from sukashi.experiments.reading import OPTIONS, Opening
+
+
+class Audit(Opening):
+    """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
+
+    kind: ClassVar[str] = "audit"
+
+    models: list[str] = option(
+        argument=True, help="Specs, which share --weights, or saved folders. The first is the reference."
+    )
+    out: str = option(path=True, decides=False, help="Folder for results; an interrupted audit is resumed.")
+    subjects: list[str] = option(["saliency"], joined=True, help="What to look at: saliency.")
+    attributions: list[str] | None = option(
+        None,
+        joined=True,
+        default="saliency,integrated_gradients; for transformers chefer too",
+        help="See `sukashi list attributions`.",
+    )
+    measures: list[str] | None = option(
+        None,
+        joined=True,
+        default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, where the "
+        "data know where the evidence is localisation too",
+        help="See `sukashi list measures`.",
+    )
+    population: str = option(
+        "both", help="Images looked at: both (reference and model get them right), reference (it does) or all."
+    )
+    test_images: int = option(500, help="Test images at most, evenly over the classes.")
+    seed: int = option(0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding and the bootstrap.")
+    options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)

@@ -1,0 +1,1 @@
+"""Preflights: what a model and data would give, before anything is done."""

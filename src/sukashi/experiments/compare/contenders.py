@@ -1,0 +1,118 @@
+"""The finished trials of a comparison, contender by contender."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sukashi.core.errors import DataError, UsageError
+from sukashi.core.stats import Interval, interval
+from sukashi.core.types import Curve, Plan
+from sukashi.criteria.plans import plan_of
+from sukashi.experiments.workspace import Desk, Record, Workspace
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """The finished trials of a criterion with a sampling, by seed."""
+
+    name: str
+    criterion: str
+    sampling: str
+    seeds: tuple[int, ...]
+    results: list[dict[str, Any]]
+    curves: list[Curve]
+    plans: list[Plan]
+
+    @property
+    def sauce(self) -> Interval:
+        return self.over_seeds("sauce")
+
+    def over_seeds(self, name: str) -> Interval:
+        return interval([float(result[name]) for result in self.results])
+
+    @property
+    def reach(self) -> float:
+        """The largest fraction that every seed measured."""
+        return float(min(curve.fraction.max() for curve in self.curves))
+
+    def at(self, fractions: Array) -> Interval:
+        """Accuracy over seeds at these fractions, on straight lines between the measured points."""
+        rows = []
+        for curve in self.curves:
+            order = np.argsort(curve.n_removed, kind="stable")
+            rows.append(np.interp(fractions, curve.fraction[order], curve.accuracy[order]))
+        return interval(rows)
+
+
+def name_of(criterion: str, sampling: str) -> str:
+    """What a trial stands for: its criterion, and how images were sampled where not at random."""
+    return criterion if sampling == "random" else f"{criterion}/{sampling}"
+
+
+def contenders(space: Workspace) -> list[Contender]:
+    """Best mean SAUCE first; criteria that refused the model are left out.
+
+    Raises UsageError where no trial is finished, DataError where trials were tested on different images.
+    """
+    by_name: dict[str, list[Record]] = {}
+    for record in space.records():
+        if "refused" not in record.result:
+            by_name.setdefault(name_of(record.about["criterion"], sampling_of(record)), []).append(record)
+    if not by_name:
+        raise UsageError(
+            f"{space.folder} holds no finished trial: give the same compare command again to go on with it"
+        )
+    found = []
+    for name, records in sorted(by_name.items()):
+        records.sort(key=lambda record: int(record.about["seed"]))
+        found.append(
+            Contender(
+                name=name,
+                criterion=records[0].about["criterion"],
+                sampling=sampling_of(records[0]),
+                seeds=tuple(record.about["seed"] for record in records),
+                results=[record.result for record in records],
+                curves=[curve_of(record) for record in records],
+                plans=[plan_of(record.arrays("plan")) for record in records],
+            )
+        )
+    if len({curve.image_ids for one in found for curve in one.curves}) > 1:
+        raise DataError("the trials of this folder were tested on different images: run it again into another folder")
+    return sorted(found, key=lambda one: -one.sauce.mean)
+
+
+def refused(space: Workspace) -> dict[str, str]:
+    """Why contenders are left out that refused the model."""
+    return {
+        name_of(record.about["criterion"], sampling_of(record)): record.result["refused"]
+        for record in space.records()
+        if "refused" in record.result
+    }
+
+
+def sampling_of(record: Record) -> str:
+    return str(record.about["data"].get("sampling", "random"))
+
+
+def save_curve(desk: Desk, curve: Curve) -> None:
+    arrays = {
+        "ratio": curve.ratio.astype(np.float64),
+        "n_removed": curve.n_removed.astype(np.int64),
+        "fraction": curve.fraction.astype(np.float64),
+        "correct": np.packbits(curve.correct.astype(bool), axis=1),
+        "image_ids": np.array(curve.image_ids, dtype=np.str_),
+    }
+    desk.save("curve", arrays)
+
+
+def curve_of(record: Record) -> Curve:
+    arrays = record.arrays("curve")
+    image_ids = tuple(arrays["image_ids"].tolist())
+    correct = np.unpackbits(arrays["correct"], axis=1, count=len(image_ids)).astype(bool)
+    return Curve(arrays["ratio"], arrays["n_removed"], arrays["fraction"], correct, image_ids)

@@ -1,0 +1,196 @@
+"""Runs experiments: claims the folder, does the trials whose needs are met, then writes summary, tables and page."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sukashi.core import errors, files, progress
+from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
+from sukashi.core.experiment import Prepared, Result, Trial
+from sukashi.experiments.workspace import Workspace
+from sukashi.report import page
+
+_LOOK = 0.2  # seconds from one look at what other processes have finished to the next
+
+
+def part(room: str, name: str) -> Any:
+    """The file `name` of a kind of experiment, by its folder: run, summary or page."""
+    return importlib.import_module(f"sukashi.experiments.{room}.{name}")
+
+
+def room_of(settings: Any) -> str:
+    """The folder of a kind of experiment; two commands may share one, as train and finetune do."""
+    return type(settings).__module__.split(".")[-2]
+
+
+def prepare_of(settings: Any) -> Prepared:
+    """An experiment with its model and data loaded and checked."""
+    prepared: Prepared = part(room_of(settings), "run").prepare(settings)
+    return prepared
+
+
+def summarised(space: Workspace, **options: Any) -> Result:
+    """The summary of a folder, whatever kind of experiment is in it."""
+    found: Result = part(space.about["kind"], "summary").summary(space, **options)
+    return found
+
+
+def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
+    """What an experiment found, after doing those of its trials that are not finished, in the folder `settings.out`.
+
+    The same call goes on where an earlier one was interrupted. With `jobs` above 1 so many processes share the trials.
+    A new experiment that is refused before a trial is finished leaves nothing behind. Under torchrun all processes do
+    all trials together, the first one writes, and the others get None.
+    """
+    if jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
+    room, prepared = room_of(settings), prepare_of(settings)
+    space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
+    missing = [trial for trial in prepared.trials if not space.finished(trial)]
+    new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows)
+    try:
+        if first:
+            space.log("run", command=command, **prepared.log)
+        if missing and prepared.before:
+            prepared.before(missing)
+        if jobs > 1 and len(missing) > 1:
+            _share(space, settings, missing, jobs)
+        else:
+            told = work(space, prepared.trials)
+        if first and prepared.after:
+            prepared.after(space)
+    except (UsageError, DataError, ModelError):
+        if new and not space.records():
+            space.discard()
+        raise
+    if not first:
+        return None
+    return conclude(space).model_copy(update={"finished": not missing, **told})
+
+
+def conclude(space: Workspace, **options: Any) -> Result:
+    """The summary of the trials that are finished; results.json, tables and page are written anew from it.
+
+    `options` are those of the kind's summary that no trial depends on.
+    """
+    kind, found = space.about["kind"], summarised(space, **options)
+    tables = getattr(part(kind, "summary"), "tables", None)
+    with space.held():
+        more = tables(space) if tables else {}
+        for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
+            files.write(space.folder / name, content)
+        report = page.write(space.folder, part(kind, "page").page(found, space))
+        found = found.model_copy(update={"out": str(space.folder), "report": str(report)})
+        kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
+        files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
+    return found
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), content)
+    return content.getvalue()
+
+
+def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Do the trials whose needs are met until all are finished, here or by another process; what their runs told."""
+    told: dict[str, Any] = {}
+    waiting = [trial for trial in trials if not space.finished(trial)]
+    with progress.task("trials", len(waiting)) as shown:
+        while waiting:
+            taken = _next(space, waiting)
+            if taken is None:
+                time.sleep(_LOOK)
+                continue
+            trial, told_of_it = taken
+            told |= told_of_it
+            waiting.remove(trial)
+            shown.advance(note=trial.label)
+    return told
+
+
+def _next(space: Workspace, waiting: Sequence[Trial]) -> tuple[Trial, Mapping[str, Any]] | None:
+    """Do the first trial that can be done; None where others are at work on all of those."""
+    unfinished = {trial.key for trial in waiting}
+    for trial in waiting:
+        if unfinished & set(trial.needs):
+            continue
+        if space.finished(trial):
+            return trial, {}
+        with space.lease(trial) as desk:
+            if desk is not None:
+                return trial, {} if space.finished(trial) else (trial.run(desk) or {})
+    return None
+
+
+def _share(space: Workspace, settings: Any, missing: Sequence[Trial], jobs: int) -> None:
+    """Start processes that share the trials, and show how many are finished; the first that fails ends all."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    said = json.dumps([room_of(settings), type(settings).__name__, settings.model_dump(mode="json")])
+    started: list[tuple[subprocess.Popen[str], Any]] = []
+    try:
+        for _ in range(min(jobs, len(missing))):
+            stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            child = subprocess.Popen(
+                [sys.executable, "-m", "sukashi.experiments.executor", str(space.folder)],
+                stdin=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+            )
+            started.append((child, stderr))
+            assert child.stdin is not None
+            child.stdin.write(said)
+            child.stdin.close()
+        with progress.task("trials", len(missing)) as shown:
+            done = 0
+            while any(child.poll() is None for child, _ in started):
+                now = sum(space.finished(trial) for trial in missing)
+                shown.advance(now - done)
+                done = now
+                for child, stderr in started:
+                    if child.poll():
+                        raise _failed(child.returncode, stderr)
+                time.sleep(_LOOK)
+        for child, stderr in started:
+            if child.returncode:
+                raise _failed(child.returncode, stderr)
+    finally:
+        for child, _ in started:
+            child.kill()
+            child.wait()
+
+
+def _failed(code: int, stderr: Any) -> SukashiError:
+    """The error that a process ended with, by its exit code and last words."""
+    stderr.seek(0)
+    said = stderr.read().strip().splitlines() or [f"a process of this run ended with {code}"]
+    kinds = (errors.UsageError, errors.DataError, errors.ModelError)
+    return next((kind for kind in kinds if kind.exit_code == code), errors.ResourceError)(said[-1])
+
+
+def _child(folder: str) -> int:
+    room, kind, given = json.loads(sys.stdin.read())
+    try:
+        settings = getattr(part(room, "settings"), kind).model_validate_json(json.dumps(given))
+        work(Workspace(folder), prepare_of(settings).trials)
+    except SukashiError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1]))

@@ -1,0 +1,215 @@
+"""The functions of the face: keywords become settings, and settings are executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from sukashi.core.experiment import Result
+from sukashi.core.schema import Settings, keyworded, keywords
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.audit.summary import AuditResult
+from sukashi.experiments.check.run import check
+from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.executor import conclude, execute
+from sukashi.experiments.prune.settings import Prune
+from sukashi.experiments.prune.summary import PruneResult
+from sukashi.experiments.schedule.settings import Schedule
+from sukashi.experiments.schedule.summary import ScheduleResult
+from sukashi.experiments.study.file import read
+from sukashi.experiments.study.summary import StudyResult
+from sukashi.experiments.train.settings import Finetune, Train
+from sukashi.experiments.train.summary import TrainResult
+from sukashi.experiments.workspace import Workspace
+
+__all__ = ["audit", "check", "compare", "finetune", "prune", "results", "schedule", "study", "train"]
+
+
+@keyworded(Compare)
+def compare(
+    model: str,
+    data: str,
+    criteria: Sequence[str],
+    *,
+    out: str | Path,
+    jobs: int = 1,
+    command: str | None = None,
+    **settings: Any,
+) -> CompareResult:
+    """Criteria over ratios and seeds: SAUCE with intervals, curves and passes; also written to `out` with a report.
+
+    Each (criterion, sampling, seed) is a trial: its plan comes from `calibration` training images a class, its curve
+    from physically cut networks (no rounding) on at most `test_images` test images. With `mode="zero"` units are
+    silenced in a network that keeps its shape, and curves are over the share of units, not of parameters. Finished
+    trials are kept; an interrupted call is resumed by giving it again, with the same result to the byte; `jobs`
+    processes share the trials. A criterion that refuses the model (ModelError) stops everything, or with `skip_refused`
+    is left out, with its reason under `refused`.
+
+    Raises UsageError for settings that contradict each other and a folder of another experiment, and whatever loading,
+    criteria and sampling raise.
+    """
+    given = {"model": model, "data": data, "criteria": criteria, "out": out, **settings}
+    return cast(CompareResult, _run(Compare, given, command, jobs))
+
+
+@keyworded(Audit)
+def audit(
+    models: Sequence[str],
+    data: str,
+    *,
+    out: str | Path,
+    jobs: int = 1,
+    command: str | None = None,
+    **settings: Any,
+) -> AuditResult:
+    """What cuts did to the reasons of a network: saliency maps of the first model beside those of the others.
+
+    `models` are specs (which share `weights`, `width` and so on) or saved folders, the reference first. A map is an
+    attribution of the image's class at the pixels; an attribution that refuses a model is left out for all, with the
+    reason. By default `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are
+    gini, road, aopc, rank_correlation, ssim and top_overlap, for transformers insertion and deletion too, and
+    localisation where the data know where the evidence is (`sukashi list measures` tells what each computes).
+    `options` are those of attributions and measures by name. ROAD's curves, in the table and on the page, are at 10,
+    20, ... percent whatever the options, with the noise and tolerance of aopc, or of road where there is no aopc.
+
+    Images are `test_images` of the test split, evenly over the classes, and of those the ones that the reference and
+    the model both get right (`population`: "both", "reference" or "all"). Each model sees them by its own
+    preprocessing, at the same size. `seed` draws ROAD's noise, the rounding below and the bootstrap.
+
+    Differences are paired by image: the model's value minus the reference's, their mean with a bootstrap interval, a
+    paired t test, and Holm's correction over all comparisons. Maps that are constant or not finite are counted and left
+    out. Maps have a floor of noise: similarities of the reference are those of its maps and the maps it has with every
+    weight moved by the precision of float32. A model not shown to get more images right than guessing would is told
+    by name, and left out of the verdict and the lines.
+
+    Raises UsageError for unknown names and keywords, models of different input sizes and a folder of another audit,
+    DataError where there is no image to compare on, ModelError where every attribution refuses.
+    """
+    return cast(AuditResult, _run(Audit, {"models": models, "data": data, "out": out, **settings}, command, jobs))
+
+
+@keyworded(Prune)
+def prune(
+    model: str, data: str, criterion: str, ratio: float, *, out: str | Path, command: str | None = None, **settings: Any
+) -> PruneResult:
+    """A model cut for real and saved to the folder `out`, with its figures beside the dense model's.
+
+    Removes round(ratio * units) units in the order of `criterion`, less what rounding each site to a multiple of
+    `round_to` gives back. With `mode="zero"` the network keeps its shape and the units are silent: logits are those of
+    the cut network, size and speed those of the dense one, and nothing is rounded. `sukashi.load(out)` rebuilds the
+    model; with `onnx` the folder holds `onnx/model.onnx` too, checked in onnxruntime.
+
+    With a `scope` (see `sparsity.mask_of`) single weights are set to zero instead, those of convolutions and linear
+    layers but `exclude`; with `sequential` layer by layer (see `pruning.weight_mask`). The mask is saved too, and the
+    network is as large and as slow as before.
+
+    Raises UsageError for settings that contradict each other and a folder of another experiment, and whatever loading,
+    criteria and exports raise.
+    """
+    given = {"model": model, "data": data, "criterion": criterion, "ratio": ratio, "out": out, **settings}
+    return cast(PruneResult, _run(Prune, given, command))
+
+
+@keyworded(Train)
+def train(model: str, data: str, *, out: str | Path, command: str | None = None, **settings: Any) -> TrainResult | None:
+    """A network trained from random weights (drawn by `seed`) or from those given, saved to the folder `out`.
+
+    The test split is measured once, at the end, on `test_images` of it. `sukashi.load(out)` rebuilds the network. An
+    interrupted call is resumed by giving it again; given once more it returns what was found. Under torchrun all
+    processes call it, and all but the first get None.
+
+    Raises UsageError for settings that contradict each other and a folder of another run, DataError for too few images,
+    ModelError where the loss is not finite (the last checkpoint is kept), ResourceError where nothing can be written.
+    """
+    return cast(TrainResult | None, _run(Train, {"model": model, "data": data, "out": out, **settings}, command))
+
+
+@keyworded(Finetune)
+def finetune(
+    model: str, data: str, *, out: str | Path, command: str | None = None, **settings: Any
+) -> TrainResult | None:
+    """A network trained on from weights or a saved folder, whose cuts and mask stay, saved to the folder `out`.
+
+    `model` is a folder that `prune`, `train`, `finetune` or `schedule` wrote, or a name with `weights` or `pretrained`.
+    Resuming is as in `sukashi.train`, and so are the settings but for `lr`, which is a tenth where it is not given.
+
+    Raises UsageError for a model without weights, and what `sukashi.train` raises.
+    """
+    return cast(TrainResult | None, _run(Finetune, {"model": model, "data": data, "out": out, **settings}, command))
+
+
+@keyworded(Schedule)
+def schedule(
+    model: str,
+    data: str,
+    how: str,
+    criteria: Sequence[str],
+    ratios: Sequence[float],
+    *,
+    out: str | Path,
+    jobs: int = 1,
+    command: str | None = None,
+    **settings: Any,
+) -> ScheduleResult | None:
+    """Networks pruned and trained to every ratio of a list, by criteria and seeds, saved in `out` with a page.
+
+    `how` is "oneshot" (each ratio from the dense network: prune, fine-tune), "iterative" (each from the one before) or
+    "lottery" (each from the one before, rewound to the weights before training, or after `rewind` epochs, and trained
+    anew). Ratios ascend, and are fractions removed of the dense network's units or, with a `scope` ("global", "layer",
+    "row" or N:M), of its weights without the layers `exclude`. `options` holds options by criterion.
+
+    Settings of training hold for the dense network, where none was given, and for every level; where levels are
+    fine-tuned (oneshot, iterative) it is with a tenth of the learning rate that is usual, unless `lr` is given. With
+    `enforce_mask=False` the weights a mask removes are zero at the start of a level only. Seeds count from 0, and are
+    added to the setting `seed`.
+
+    Levels that are there are kept and a training that was interrupted goes on: the same call ends in the same networks.
+    Each is a saved folder, as in `out/magnitude/0/0.50` (criterion, seed, ratio); `sukashi.load` rebuilds it. Under
+    torchrun all processes but the first get None.
+
+    Raises UsageError for settings that contradict each other and a folder of another experiment, and whatever loading,
+    criteria and training raise.
+    """
+    named = {"model": model, "data": data, "how": how, "criteria": criteria, "ratios": ratios, "out": out}
+    return cast(ScheduleResult | None, _run(Schedule, {**named, **settings}, command, jobs))
+
+
+def study(
+    file: str | Path,
+    *,
+    out: str | Path | None = None,
+    data: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    jobs: int = 1,
+    command: str | None = None,
+) -> StudyResult | ScheduleResult | None:
+    """The experiments of a study file, see `experiments.study.file`, with one page in its `out`.
+
+    `out`, `data`, `device` and `workers` replace the file's. Finished trials are kept: an interrupted study goes on
+    when it is run again. A file with a `schedule` is one experiment, whose result is returned.
+
+    Raises UsageError for a file that breaks a rule, and whatever its experiments raise; a model that cannot be loaded,
+    or does not fit the data, is refused before the first experiment.
+    """
+    settings = read(file, out=out, data=data, device=device, workers=workers)
+    said = command or f"sukashi study {file}"
+    return cast(StudyResult | ScheduleResult | None, execute(settings, command=said, jobs=jobs))
+
+
+def results(folder: str | Path, **options: Any) -> Result:
+    """What the experiment in a folder found, of whatever kind; its page and results.json are written again.
+
+    `options`: `margin`, of a comparison's lossless points.
+
+    Raises UsageError where the folder holds no experiment or too little of it is finished, DataError where a file is
+    broken.
+    """
+    return conclude(Workspace(folder), **options)
+
+
+def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs: int = 1) -> Result | None:
+    settings = keywords(kind, given, known=("command", "jobs"))
+    return execute(settings, command=command or f"sukashi.{kind.kind}(...)", jobs=jobs)

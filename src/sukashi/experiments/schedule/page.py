@@ -1,0 +1,53 @@
+"""The page of a schedule: how far one may go, accuracy at each level, whether one contender beats another."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from sukashi.experiments.schedule.settings import LEAKY
+from sukashi.experiments.schedule.summary import ScheduleResult, removed
+from sukashi.experiments.workspace import Workspace
+from sukashi.report import figures, words
+from sukashi.report.page import Page
+
+
+def page(result: ScheduleResult, space: Workspace) -> Page:
+    scope = "" if result.scope is None else f", scope {result.scope}"
+    names = ", ".join(space.identity["criteria"])
+    return Page(
+        "experiments/schedule/page.html.j2",
+        {"accuracy": draw(result)},
+        {
+            "result": result,
+            "title": f"{result.schedule}: {result.model}, {names}{scope}",
+            "warnings": result.notes,
+            "gone": [removed(row) for row in result.levels],
+            "settings": dict(words.flat(space.identity)),
+            "run": (space.logged("run") or [{}])[-1],
+        },
+    )
+
+
+def draw(result: ScheduleResult) -> bytes:
+    """Accuracy by level with intervals, a line for each contender; as a PNG."""
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    dense = result.dense_accuracy
+    axes.axhspan(dense["low"], dense["high"], color=figures.FAINT, alpha=0.5, linewidth=0)
+    figures.level(axes, dense["mean"], "dense", "--")
+    for place, name in enumerate(result.contenders):
+        rows = [row for row in result.levels if row["contender"] == name]
+        mean, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("mean", "low", "high"))
+        colour = figures.colour(name.partition("/")[0], place)
+        # Side by side, that intervals at one level do not hide each other.
+        x = np.array([removed(row) for row in rows]) + 0.006 * (place - (len(result.contenders) - 1) / 2)
+        style = ":" if name.endswith(LEAKY) else "-"
+        figures.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.6, label=name)
+    axes.set(xlabel=f"fraction of the {result.removes} that was removed", ylabel="accuracy on test images")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    figures.calm(axes)
+    return figures.png(figure)

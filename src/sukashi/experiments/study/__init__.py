@@ -1,0 +1,1 @@
+"""Study files: several experiments, one page about all of them."""

@@ -1,0 +1,228 @@
+"""Study files: TOML that names several experiments.
+
+A comparison for each of several models; its keys are the fields of `ComparisonFile`:
+
+    out = "../runs/mine"             where results go; a folder for each model in it
+    data = "$SUKASHI_DATA/cifar10"   a dataset's name or folder
+    criteria = ["magnitude", "lrp"]
+    sampling = ["random", "clustering"]
+    pairs = [["lrp", "magnitude"]]   contenders whose difference the page tells, first minus second
+
+    [models.resnet]
+    spec = "sukashi:cifar_resnet20"
+    weights = "$SUKASHI_WEIGHTS/resnet20-cifar10.safetensors"
+
+    [options.lrp]                    options of a criterion
+    [environment]                    what a $VARIABLE is where the environment does not set it
+    SUKASHI_DATA = "../../shared/data"
+
+A criterion that refuses a model (ModelError) is left out for it and the page says why.
+
+With a key `schedule` one network, in the table [model], pruned and trained to several levels: its keys are the fields
+of `ScheduleFile`, with tables [training] and [finetuning]. That is one experiment, and lies in `out` itself.
+
+With tables [experiments.NAME] any experiments, one after the other:
+
+    out = "../runs/mine"
+    data = "digits"                  shared by all that have such a setting
+    [experiments.dense]
+    kind = "train"
+    model = "sukashi:digits_cnn"
+    [experiments.half]
+    kind = "prune"
+    model = "$OUT/dense"
+    criterion = "drift"
+    ratio = 0.5
+
+Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sukashi.core.errors import UsageError, nearest
+from sukashi.core.schema import Settings, checked, option_of
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.compare.contenders import name_of
+from sukashi.experiments.compare.run import samplings_of
+from sukashi.experiments.compare.settings import Compare, Contest
+from sukashi.experiments.prune.settings import Prune
+from sukashi.experiments.reading import Architecture, Calibrated, Images
+from sukashi.experiments.schedule.settings import Course, Schedule, Scheduled
+from sukashi.experiments.study.settings import (
+    ComparisonFile,
+    ExperimentsFile,
+    ModelTable,
+    ScheduleFile,
+    Study,
+    StudyFile,
+)
+from sukashi.experiments.train.settings import Finetune, Train
+
+KINDS: dict[str, type[Settings]] = {kind.kind: kind for kind in (Compare, Prune, Train, Finetune, Schedule, Audit)}
+# What stands in a path for the study's own folder, which need not be there yet.
+OUT = "$OUT"
+
+
+def read(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    data: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+) -> Study | Scheduled:
+    """What a file asks for; `out`, `data`, `device` and `workers` replace the file's.
+
+    Raises UsageError for a file that breaks a rule.
+    """
+    path = Path(path)
+    said = {"data": data, "device": device, "workers": workers}
+    given = _toml(path) | ({} if out is None else {"out": str(out)})
+    replaced = {name: value for name, value in said.items() if value is not None}
+    if "experiments" in given:
+        return _experiments(path, given, replaced, out is not None)
+    given |= replaced
+    place = _Places(path, given.get("environment", {}), out is not None)
+    if "schedule" in given:
+        return _levels(_course(path, given), place, data)
+    return _comparisons(path, _grid(path, given), place, data)
+
+
+def _comparisons(path: Path, file: ComparisonFile, place: _Places, data: str | None) -> Study:
+    shared = {name: getattr(file, name) for name in (*Contest.model_fields, *Calibrated.model_fields)}
+    shared |= {"kind": "compare", "skip_refused": True, **_images(file, place, data)}
+    return Study(
+        out=place.out(file.out),
+        title=file.title or path.stem,
+        pairs=file.pairs,
+        experiments={
+            name: {**shared, "model": model.spec, **_architecture(model, place)} for name, model in file.models.items()
+        },
+    )
+
+
+def _levels(file: ScheduleFile, place: _Places, data: str | None) -> Scheduled:
+    # What the file does not say stays unsaid: a course refuses settings that would do nothing.
+    course = file.model_dump(include=set(Course.model_fields), exclude_unset=True)
+    more = {"model": file.model.spec, "out": place.out(file.out), "calibration": file.calibration}
+    return checked(
+        Scheduled, {**course, **more, **_architecture(file.model, place), **_images(file, place, data)}, file=place.file
+    )
+
+
+def _experiments(path: Path, given: Mapping[str, Any], replaced: Mapping[str, Any], said: bool) -> Study:
+    own = {name: given[name] for name in given if name in ExperimentsFile.model_fields}
+    shared = {name: value for name, value in given.items() if name not in own} | dict(replaced)
+    file = checked(ExperimentsFile, own, file=path, options=("out",))
+    place = _Places(path, file.environment, said)
+    found, used = {}, set()
+    for name, table in file.experiments.items():
+        _check_name(path, name)
+        kind = table.get("kind")
+        if kind not in KINDS:
+            raise UsageError(f"{path}: kind of [experiments.{name}] must be one{nearest(str(kind), KINDS)}")
+        fields = KINDS[kind].model_fields
+        used |= {key for key in shared if key in fields}
+        asked = {key: value for key, value in shared.items() if key in fields} | table
+        asked = {key: place.value(key, value, fields) for key, value in asked.items() if key != "kind"}
+        checked(KINDS[kind], {**asked, "out": "out"}, file=f"{path}, [experiments.{name}]")
+        found[name] = {"kind": kind, **asked}
+    for key in shared:
+        if key not in used:
+            known = {*ExperimentsFile.model_fields, *(field for kind in KINDS.values() for field in kind.model_fields)}
+            raise UsageError(f"{path} has an unknown key {key!r}{nearest(key, sorted(known))}")
+    return Study(out=place.out(file.out), title=file.title or path.stem, experiments=found)
+
+
+def _images(file: StudyFile, place: _Places, data: str | None) -> dict[str, Any]:
+    """How the images are read."""
+    return {name: getattr(file, name) for name in Images.model_fields} | {
+        "data": place.data(file.data) if data is None else data
+    }
+
+
+def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
+    given = {name: getattr(model, name) for name in Architecture.model_fields}
+    return given | {"weights": None if model.weights is None else place.path(model.weights)}
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
+
+
+def _course(path: Path, given: Mapping[str, Any]) -> ScheduleFile:
+    if "models" in given:
+        raise UsageError(f"{path} has a schedule, and so one model: write [model] in place of [models.NAME]")
+    return checked(ScheduleFile, given, file=path, options=("out", "data"))
+
+
+def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
+    if "model" in given:
+        raise UsageError(f"{path} has no schedule, and so compares models: write [models.NAME] in place of [model]")
+    file = checked(ComparisonFile, given, file=path, options=("out", "data"))
+    if not file.models:
+        raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
+    for name in file.models:
+        _check_name(path, name)
+    compared = {name_of(name, how) for name in file.criteria for how in samplings_of(name, file.sampling)}
+    for contender in itertools.chain.from_iterable(file.pairs):
+        if contender not in compared:
+            raise UsageError(
+                f"{path} pairs {contender!r}, which it does not compare{nearest(contender, sorted(compared))}"
+            )
+    return file
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UsageError(f"{path}: such a name becomes a folder, so it must be letters, digits, _ or -: {name!r}")
+
+
+class _Places:
+    """Paths of a study file: variables filled in, then relative to the file."""
+
+    def __init__(self, path: Path, defaults: dict[str, str], said: bool) -> None:
+        """`said` is whether the folder for results was given by the caller, and not by the file."""
+        self.file, self.defaults, self.said = path, defaults, said
+
+    def path(self, text: str) -> str:
+        # Absolute: trials are found again wherever the study is run from.
+        return str((self.file.parent / Path(re.sub(r"\$(\w+)", self._value, text)).expanduser()).resolve())
+
+    def out(self, text: str) -> str:
+        return text if self.said else self.path(text)
+
+    def value(self, key: str, value: Any, fields: Mapping[str, Any]) -> Any:
+        """A setting with its paths filled in: files and folders, data, and models that are folders."""
+        if isinstance(value, list) and key == "models":
+            return [self.value("model", part, fields) for part in value]
+        if not isinstance(value, str) or value.startswith(OUT):
+            return value
+        if key in ("model", "data"):
+            return self.data(value)
+        return self.path(value) if key in fields and option_of(fields[key]).path else value
+
+    def data(self, text: str) -> str:
+        """A dataset's folder where there is one, else its name."""
+        return self.path(text) if "$" in text or Path(self.path(text)).exists() else text
+
+    def _value(self, variable: re.Match[str]) -> str:
+        name = variable[1]
+        if name in os.environ:
+            return str(Path(os.environ[name]).absolute())
+        if name in self.defaults:
+            return str((self.file.parent / self.defaults[name]).absolute())
+        raise UsageError(f"{self.file} uses ${name}, which is not set: set it, or give it under [environment]")

@@ -1,0 +1,53 @@
+"""A study: a trial is a whole experiment, in a folder of its own by its name."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sukashi.core.experiment import Prepared, Trial
+from sukashi.experiments.bench import versions
+from sukashi.experiments.executor import execute, prepare_of
+from sukashi.experiments.study.file import KINDS, OUT
+from sukashi.experiments.study.settings import Study
+from sukashi.experiments.workspace import Desk
+
+
+def prepare(settings: Study) -> Prepared:
+    """Every experiment is prepared, so that what is wrong with a later one does not show after hours of work; but for
+    those that read what others have yet to make.
+    """
+    trials: list[Trial] = []
+    for name, asked in settings.experiments.items():
+        own = settings_of(asked, settings.out, name)
+        about: dict[str, Any] = {"name": name, "kind": asked["kind"]}
+        needs: tuple[str, ...] = ()
+        if OUT in str(asked):
+            about |= {"settings": own.identity(), "after": [trial.key for trial in trials]}
+            needs = tuple(trial.key for trial in trials)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # it is said when the experiment's turn comes
+                about["identity"] = dict(prepare_of(own).identity)
+        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name))
+    identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
+    return Prepared(identity, trials, {"versions": versions(), "title": settings.title, "pairs": settings.pairs})
+
+
+def settings_of(asked: dict[str, Any], out: str, name: str) -> Any:
+    """The settings of one of its experiments, which goes into a folder by its name."""
+    given = {key: _filled(value, out) for key, value in asked.items() if key != "kind"}
+    return KINDS[asked["kind"]].model_validate(given | {"out": str(Path(out) / name)})
+
+
+def _filled(value: Any, out: str) -> Any:
+    if isinstance(value, list):
+        return [_filled(part, out) for part in value]
+    return value.replace(OUT, out) if isinstance(value, str) else value
+
+
+def _run(settings: Any, name: str, desk: Desk) -> None:
+    command = desk.space.logged("run")[-1]["command"]
+    execute(settings, command=command)
+    desk.finish({"name": name})

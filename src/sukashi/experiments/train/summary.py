@@ -1,0 +1,98 @@
+"""What a training gave, from its artefacts alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sukashi.core.errors import UsageError
+from sukashi.core.experiment import Result
+from sukashi.core.stats import share
+from sukashi.experiments.workspace import Workspace
+from sukashi.report import words
+
+
+class TrainResult(Result):
+    """A trained network.
+
+    accuracy           of the test images, measured once, at the end; `accuracy_before` that of the network that was
+                       fine-tuned, on the same images
+    epochs, epoch      how many were done, and whose weights these are; `validation` is {"loss", "accuracy"} there
+    weights_removed, zeros_in_masked_layers   shares of the weights a mask speaks of that it removes, and that are zero
+                       in the end; None without a mask
+    history            of each epoch: train_loss, val_loss, val_accuracy, lr
+    images_per_second, waiting (the share of the time spent on getting images ready), resumed (the step this call went
+                       on from)   what a clock and a call decide
+    """
+
+    kind: ClassVar[str] = "train"
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "images_per_second", "waiting", "resumed")
+
+    model: str
+    accuracy: float
+    accuracy_before: float | None
+    n_images: int
+    epochs: int
+    epoch: int
+    validation: dict[str, float | None]
+    weights_removed: float | None
+    zeros_in_masked_layers: float | None
+    class_names: list[str]
+    class_accuracy: list[float | None]
+    class_counts: list[int]
+    history: list[dict[str, Any]]
+    verdict: str
+    rule: str
+    notes: list[str]
+    images_per_second: float | None = None
+    waiting: float | None = None
+    resumed: int | None = None
+
+    def text(self) -> str:
+        before = "" if self.accuracy_before is None else f" (before: {self.accuracy_before:.4f})"
+        rows = [["test accuracy", f"{self.accuracy:.4f}{before}"]]
+        if self.validation["accuracy"] is not None:
+            rows.append(["validation accuracy", f"{self.validation['accuracy']:.4f}"])
+        rows.append(["epochs", f"{self.epochs}, weights of epoch {self.epoch}"])
+        if self.images_per_second is not None:
+            rows.append(["images a second", f"{self.images_per_second:.0f}"])
+            rows.append(["waiting for images", f"{self.waiting:.1%}"])
+        if self.zeros_in_masked_layers is not None:
+            rows.append(["zeros", f"{self.zeros_in_masked_layers:.1%} of the masked layers' weights"])
+        said = [words.rows(rows), *(f"note: {note}" for note in self.notes)]
+        if self.resumed:
+            said += ["", f"Went on from step {self.resumed}"]
+        return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each epoch."""
+        return [{"model": self.model, **entry} for entry in self.history]
+
+
+def summary(space: Workspace) -> TrainResult:
+    """Raises UsageError where the network is not there."""
+    records = space.records()
+    if not records:
+        raise UsageError(f"{space.folder} holds no finished network: give the same command again to go on training")
+    found, key = records[0].result, records[0].key
+    reached = share(round(found["accuracy"] * found["n_images"]), found["n_images"])
+    before = found["accuracy_before"]
+    verdict = f"{words.percent(found['accuracy'])} of {found['n_images']:,} test images are right"
+    if before is not None:
+        verdict += f", {words.percent(before)} before ({100 * (found['accuracy'] - before):+.1f})"
+    timed = [logged["epochs"] for logged in space.logged("speed") if logged["trial"] == key]
+    speed: dict[str, Any] = _speed(timed[-1]) if timed else {}
+    epochs = f"{found['epochs']} epoch{'s' if found['epochs'] > 1 else ''}"
+    return TrainResult(
+        model=records[0].about["model"]["spec"],
+        verdict=f"{verdict}.",
+        rule=f"Weights of epoch {found['epoch']} of {epochs}. The 95% interval of the accuracy is "
+        f"{words.percent(reached.low)} to {words.percent(reached.high)} (Wilson's); the test images chose nothing.",
+        **found,
+        **speed,
+    )
+
+
+def _speed(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = sum(1 / entry["images_per_second"] for entry in epochs)
+    waiting = sum(entry["waiting"] / entry["images_per_second"] for entry in epochs)
+    return {"images_per_second": len(epochs) / seconds, "waiting": waiting / seconds}

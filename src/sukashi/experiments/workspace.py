@@ -1,0 +1,342 @@
+"""The folder of an experiment, of whatever kind.
+
+    experiment.json        what it is for, and its trials; it may grow, another experiment is refused
+    trials/KEY/trial.json  a trial that is finished: what it is about, its result, its artefacts and their hashes
+               *.npz *.safetensors ...   the artefacts
+               under_way/  what an unfinished trial goes on from: its journal, its checkpoints
+    log.jsonl              when, where and how fast: the one file that differs between a resumed and an undisturbed run
+    results.json  report.html  figures/  *.parquet
+
+A trial may have a place of its own in the folder. Every file but the `.jsonl` appears whole or not at all, and all but
+log.jsonl hold the same bytes however often the run was killed on the way. Several processes may work on one folder: a
+trial is leased to one of them, and the kernel takes the lease back when that process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sukashi.core import files, progress
+from sukashi.core.errors import DataError, UsageError, writing
+from sukashi.core.experiment import Trial
+from sukashi.core.files import FORMAT, Journal
+
+EXPERIMENT, TRIAL, LOG = "experiment.json", "trial.json", "log.jsonl"
+# What may lie in a folder that a killed run left before it said what it is for.
+_OURS = {"trials", ".lock", ".leases", LOG}
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished trial."""
+
+    folder: Path
+
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        return dict(files.read_json(self.folder / TRIAL))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return dict(self.kept["about"])
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return dict(self.kept["result"])
+
+    @property
+    def key(self) -> str:
+        return Trial(self.about, _nothing).key
+
+    def read(self, name: str) -> bytes:
+        """An artefact by file name. Raises DataError where it is not what was kept."""
+        path, known = self.folder / name, self.kept["artefacts"]
+        if name not in known:
+            raise DataError(f"{self.folder} has no artefact {name!r}: it has {', '.join(known) or 'none'}")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error.strerror or str(error)) from error
+        if hashlib.sha256(content).hexdigest() != known[name]:
+            raise _unreadable(path, "it was altered")
+        return content
+
+    def has(self, name: str) -> bool:
+        return name in self.kept["artefacts"]
+
+    def arrays(self, name: str) -> Arrays:
+        """The arrays of the artefact `name`.npz."""
+        path = self.folder / f"{name}.npz"
+        content = self.read(path.name)
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise _unreadable(path, str(error)) from error
+
+
+@dataclass
+class Desk:
+    """A trial being worked on. Of processes that torchrun started all but the first write nothing."""
+
+    folder: Path
+    space: Workspace
+    trial: Trial
+
+    def __post_init__(self) -> None:
+        self._artefacts: dict[str, str] = {}
+        self._writes = progress.first()
+
+    @property
+    def scratch(self) -> Path:
+        """Where an unfinished trial keeps what it goes on from; gone once it is finished."""
+        return self.folder / "under_way"
+
+    @cached_property
+    def journal(self) -> Journal:
+        """Decisions so far, those of an interrupted run included."""
+        with writing(self.scratch):
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        return Journal(self.scratch / "journal.jsonl")
+
+    def arrays(self, name: str) -> Arrays | None:
+        """What `save` kept before an interruption, or None."""
+        path = self.folder / f"{name}.npz"
+        if not path.exists():
+            return None
+        with files.unpacked(path) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+    def save(self, name: str, content: Mapping[str, Any] | bytes) -> None:
+        """Keep an artefact: arrays by name as `name`.npz, or bytes as they are under the file name `name`."""
+        if not self._writes:
+            return
+        if not isinstance(content, bytes):
+            name, content = f"{name}.npz", files.packed(**content)
+        files.write(self.folder / name, content)
+        self.keep(name)
+
+    def keep(self, name: str) -> None:
+        """Count a file that lies in the trial's folder already among its artefacts."""
+        if self._writes:
+            self._artefacts[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+
+    def needed(self, key: str) -> Record:
+        """A trial that this one needs, by key."""
+        assert key in self.trial.needs, "a trial reads none but those it needs"
+        return self.space.record(key)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The trial is finished from here on. `result` is JSON that every run of it gives alike: no times."""
+        if not self._writes:
+            return
+        kept = {
+            "about": json.loads(self.trial.json),
+            "needs": list(self.trial.needs),
+            "artefacts": dict(sorted(self._artefacts.items())),
+            "result": result,
+        }
+        files.write(self.folder / TRIAL, files.canonical(kept, indent=1) + b"\n")
+
+
+class Workspace:
+    """The folder of one experiment: read it as it is, claim it, and lease its trials."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the folder is for: {"format", "kind", "identity", "trials": [[key, place]]}.
+
+        Raises UsageError where it is no experiment's or another version's.
+        """
+        path = self.folder / EXPERIMENT
+        if not path.exists():
+            raise UsageError(f"{self.folder} holds no experiment (no {EXPERIMENT}): give the --out of a command")
+        found = dict(files.read_json(path))
+        if found.get("format") != FORMAT:
+            raise UsageError(
+                f"{self.folder} has format {found.get('format')}, this version reads {FORMAT}: use the version that "
+                "made it, or another --out"
+            )
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return dict(self.about["identity"])
+
+    def claim(
+        self, kind: str, identity: Mapping[str, Any], trials: Sequence[Trial], grows: frozenset[str] = frozenset()
+    ) -> bool:
+        """Make the folder this experiment's, or find that it is: whether it is new.
+
+        What is in `grows` may be more than before: a larger number, further names, further numbers at the end of a
+        list. Raises UsageError where the folder is another's or anything else, ResourceError where it can't be written.
+        """
+        self._refuse_foreign()
+        asked = json.loads(files.canonical(identity))
+        whole = {"format": FORMAT, "kind": kind, "identity": asked, "trials": [[t.key, t.folder] for t in trials]}
+        with self.held():
+            new = not (self.folder / EXPERIMENT).exists()
+            if not new:
+                kept = self.about
+                if kept["kind"] != kind:
+                    raise UsageError(
+                        f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now "
+                        f"{kind}): choose another --out or remove the folder"
+                    )
+                if not _grown(kept["identity"], asked, grows):
+                    files.refuse_other(self.folder, kept["identity"], asked)
+            for path in self.folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+            if new or kept != whole:
+                files.write(self.folder / EXPERIMENT, files.canonical(whole, indent=1) + b"\n")
+        return new
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder, held by this process for as long as its own files take to write; others wait."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / ".lock", "a")  # noqa: SIM115
+        with lock:
+            with writing(self.folder):
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def lease(self, trial: Trial) -> Iterator[Desk | None]:
+        """The desk of a trial for this process alone, or None where another process has it."""
+        folder = self.folder / trial.folder
+        if not progress.first():
+            yield Desk(folder, self, trial)
+            return
+        leases = self.folder / ".leases"
+        with writing(leases):
+            leases.mkdir(exist_ok=True)
+            lock = open(leases / trial.key, "a")  # noqa: SIM115
+        with lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield None
+                return
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            if trial.place != ".":
+                for path in folder.glob(".*.tmp"):
+                    path.unlink(missing_ok=True)
+            desk = Desk(folder, self, trial)
+            yield desk
+            if self.finished(trial):
+                shutil.rmtree(desk.scratch, ignore_errors=True)
+                (leases / trial.key).unlink(missing_ok=True)
+        with suppress(OSError):  # others still have leases
+            leases.rmdir()
+
+    def finished(self, trial: Trial) -> bool:
+        """Whether the trial is finished. Raises UsageError where its place is another's."""
+        path = self.folder / trial.folder / TRIAL
+        if not path.exists():
+            return False
+        files.refuse_other(path.parent, Record(path.parent).about, json.loads(trial.json))
+        return True
+
+    def record(self, key: str) -> Record:
+        """The finished trial with that key."""
+        place = dict(self.about["trials"])[key]
+        return Record(self.folder / place)
+
+    def records(self) -> list[Record]:
+        """Every finished trial, in the order of the experiment."""
+        found = [Record(self.folder / place) for _, place in self.about["trials"]]
+        return [record for record in found if (record.folder / TRIAL).exists()]
+
+    @property
+    def n_trials(self) -> int:
+        return len(self.about["trials"])
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Add a line about this very run (command, machine, speed): kept apart from the results."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = files.canonical({"time": stamp, "event": event, **facts})
+        with writing(self.folder):
+            files.append(self.folder / LOG, b"\n" + line + b"\n")  # the first ends a line a kill has torn
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The facts of every such line, oldest first."""
+        path = self.folder / LOG
+        entries = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with suppress(ValueError):  # torn by a kill
+                entries.append(json.loads(line))
+        return [entry for entry in entries if entry["event"] == event]
+
+    def discard(self) -> None:
+        """Remove what a new experiment that was refused has written."""
+        for _, place in self.about["trials"] if (self.folder / EXPERIMENT).exists() else ():
+            if place != ".":
+                shutil.rmtree(self.folder / place, ignore_errors=True)
+        for folder in ("trials", ".leases", "under_way"):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+        for name in (EXPERIMENT, LOG, ".lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # what else lies there is not ours
+            self.folder.rmdir()
+
+    def _refuse_foreign(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is a file: --out needs a folder")
+        if self.folder.is_dir() and not (self.folder / EXPERIMENT).exists():
+            foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in _OURS and p.suffix != ".tmp")
+            if foreign:
+                raise UsageError(
+                    f"{self.folder} is not empty ({foreign[0]}) and holds no experiment: choose another --out"
+                )
+
+
+def _nothing(desk: Desk) -> None:
+    raise AssertionError("a trial read from disk is not run")
+
+
+def _unreadable(path: Path, why: str) -> DataError:
+    return DataError(f"{path} can't be read ({why}): remove its folder and run the same command again")
+
+
+def _grown(kept: Mapping[str, Any], asked: Mapping[str, Any], grows: frozenset[str]) -> bool:
+    """Whether two identities differ by nothing but more of what may grow."""
+    return kept.keys() == asked.keys() and all(
+        kept[name] == asked[name] or (name in grows and _more(kept[name], asked[name])) for name in kept
+    )
+
+
+def _more(kept: Any, asked: Any) -> bool:
+    match kept, asked:
+        case dict(), dict():
+            return all(name in asked and asked[name] == value for name, value in kept.items())
+        case list(), list() if all(isinstance(value, str) for value in kept):
+            return set(kept) <= set(asked)
+        case list(), list():
+            # A number in between may be one that another was reached from.
+            return bool(asked[: len(kept)] == kept)
+        case int(), int():
+            return kept <= asked
+    return False
