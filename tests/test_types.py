@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sukashi.core.errors import UsageError
+from sukashi.core.objective import Classification
 from sukashi.core.schema import check_ratio
 from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, pass_size, rank
 
@@ -162,6 +163,31 @@ def test_by_class_sorts_by_target_then_id_and_keeps_images_whole(batch):
     assert list(zip(found.target.tolist(), found.image_id, found.x.flatten().tolist(), strict=True)) == sorted(triples)
     again = found.by_class()
     assert torch.equal(again.x, found.x)
+
+
+class Pairs(Classification):
+    """Every image has its class and class 3."""
+
+    def classes(self, target):
+        rows = torch.arange(len(target)).repeat_interleave(2)
+        return rows, torch.stack([target, torch.full_like(target, 3)], 1).flatten()
+
+
+@given(batches())
+def test_the_objective_of_a_batch_goes_where_its_images_go_and_says_their_classes(batch):
+    batch = dataclasses.replace(batch, objective=Pairs())
+    for part in (batch[:1], *batch.split(2), *batch.in_passes(), batch.by_class(), batch.to(torch.device("cpu"))):
+        assert isinstance(part.objective, Pairs)
+    swapped = dataclasses.replace(batch, target=3 - batch.target, objective=Reversed())
+    expected = sorted(range(len(batch)), key=lambda i: (int(batch.target[i]), batch.image_id[i]))
+    assert swapped.by_class().image_id == tuple(batch.image_id[i] for i in expected)
+
+
+class Reversed(Classification):
+    """Class numbers count from the last."""
+
+    def classes(self, target):
+        return torch.arange(len(target)), 3 - target
 
 
 @given(batches(), st.integers(1, 15))
