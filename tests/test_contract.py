@@ -324,7 +324,7 @@ def test_a_method_goes_on_from_any_prefix_of_its_journal(outcomes, small, monkey
     assert_same_bits(run(name, case, _journal=journal), whole)
     lines = json.loads(json.dumps(list(journal.items())))
     assert len(lines) >= len(case.sites)
-    for n_lines in range(0, len(lines), -(-len(lines) // 12)):
+    for n_lines in range(0, len(lines), -(-len(lines) // 8)):
         resumed = dict(lines[:n_lines])
         assert_same_bits(run(name, case, _journal=resumed), whole)
         assert json.dumps(resumed) == json.dumps(journal)
