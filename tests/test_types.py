@@ -1,5 +1,6 @@
 """Plans, rankings, batches and keys against their slow definitions."""
 
+import dataclasses
 import math
 
 import numpy as np
