@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from sukashi.core.errors import UsageError, nearest
-from sukashi.core.schema import checked, option_of
+from sukashi.core.schema import Settings, checked, option_of
 from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
 from sukashi.experiments.compare.settings import Contest
