@@ -541,7 +541,9 @@ def test_a_second_process_waits_for_what_another_one_does(sukashi, tmp_path):
     assert sukashi(*compare, undisturbed).code == 0
     ((key, _),) = json.loads((undisturbed / "experiment.json").read_text())["trials"]
     (out / ".leases").mkdir(parents=True)
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
+    )
     owner = subprocess.Popen(
         [sys.executable, "-c", f"{code}; time.sleep(600)", str(out / ".leases" / key)], stdout=subprocess.PIPE
     )
@@ -685,7 +687,9 @@ def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("stage", ["sukashi.criteria.pruning.cut", "sukashi.models.contents", "sukashi.report.page.write"])
+@pytest.mark.parametrize(
+    "stage", ["sukashi.criteria.pruning.cut", "sukashi.models.contents", "sukashi.report.page.write"]
+)
 def test_an_interrupted_cut_goes_on(sukashi, tmp_path, monkeypatch, stage):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -716,8 +720,10 @@ def test_list_tells_all_about_one_method(sukashi, refused):
     found = strict(sukashi("list", "criteria", "lrp", "--json").out)
     assert found["options"]["normalise"] == "none"
     shown = sukashi("list", "criteria", "lrp").out
-    assert "--set lrp.normalise=none" in shown
+    assert "--set lrp.normalise=none\n" in shown
     assert found["documentation"] in shown
+    # What would be JSON is quoted for the shell and for JSON.
+    assert """--set saliency.classes='"true"'\n""" in sukashi("list", "criteria", "saliency").out
     refused(2, ["unknown criterion 'lpr'", "did you mean 'lrp'?"], "list", "criteria", "lpr")
     refused(2, ["models have no options"], "list", "models", "sukashi:digits_cnn")
 
@@ -839,7 +845,14 @@ def test_prune_makes_sparse_and_says_that_nothing_gets_smaller(sukashi, refused,
     args = ["prune", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--criterion", "wanda"]
     shown = sukashi(*args, "--ratio", 0.5, "--scope", "row", "--exclude", "fc2", "--out", tmp_path / "a")
     assert (shown.code, shown.err) == (0, "")
-    for words in ("conv2", "zeros in the masked layers", "zeros in all parameters", "accuracy", "weights removed", "pruned"):
+    for words in (
+        "conv2",
+        "zeros in the masked layers",
+        "zeros in all parameters",
+        "accuracy",
+        "weights removed",
+        "pruned",
+    ):
         assert words in shown.out
     assert "Masked zeros are not compression" in " ".join(shown.out.split())
     assert "fc2" not in shown.out

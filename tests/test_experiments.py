@@ -138,7 +138,9 @@ def perform(one, *, kind="", changed=(), **more):
 
 def with_cut(one, given):
     def filled(value):
-        return [filled(part) for part in value] if isinstance(value, list) else str(one.cut) if value == "CUT" else value
+        return (
+            [filled(part) for part in value] if isinstance(value, list) else str(one.cut) if value == "CUT" else value
+        )
 
     return {name: filled(value) for name, value in given.items()}
 

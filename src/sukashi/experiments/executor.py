@@ -45,18 +45,20 @@ def prepare_of(settings: Any) -> Prepared:
 def summarised(space: Workspace, **options: Any) -> Result:
     """The summary of a folder, whatever kind of experiment is in it."""
     found: Result = part(space.about["kind"], "summary").summary(space, **options)
-    return found
+    return found.model_copy(update={"out": str(space.folder), "report": str(space.folder / page.REPORT)})
 
 
 def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     """What an experiment found, after doing those of its trials that are not finished, in the folder `settings.out`.
 
     The same call goes on where an earlier one was interrupted. With `jobs` above 1 so many processes share the trials.
-    A new experiment that is refused before a trial is finished leaves nothing behind, but for the last checkpoint of a training. Under torchrun all processes do
-    all trials together, the first one writes, and the others get None.
+    A new experiment that is refused before a trial is finished leaves nothing behind, but for the last checkpoint of a
+    training. Under torchrun all processes do all trials together, the first one writes, and the others get None.
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
+    if jobs > 1 and "memory:" in settings.model_dump_json():
+        raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     space.check_place()
     room, prepared = room_of(settings), prepare_of(settings)
@@ -95,8 +97,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
-        report = page.write(space.folder, part(kind, "page").page(found, space))
-        found = found.model_copy(update={"out": str(space.folder), "report": str(report)})
+        page.write(space.folder, part(kind, "page").page(found, space))
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
         files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
     return found
@@ -127,9 +128,7 @@ def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
     return told
 
 
-def _next(
-    space: Workspace, waiting: Sequence[Trial], shown: progress.Task
-) -> tuple[Trial, Mapping[str, Any]] | None:
+def _next(space: Workspace, waiting: Sequence[Trial], shown: progress.Task) -> tuple[Trial, Mapping[str, Any]] | None:
     """Do the first trial that can be done; None where others are at work on all of those."""
     unfinished = {trial.key for trial in waiting}
     for trial in waiting:
@@ -149,7 +148,8 @@ def _next(
 def _share(space: Workspace, settings: Any, missing: Sequence[Trial], jobs: int) -> None:
     """Start processes that share the trials, and show how many are finished; the first that fails ends all."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    said = json.dumps([room_of(settings), type(settings).__name__, settings.model_dump(mode="json", exclude_unset=True)])
+    given = settings.model_dump(mode="json", exclude_unset=True)  # what was left unsaid stays so
+    said = json.dumps([room_of(settings), type(settings).__name__, given])
     started: list[tuple[subprocess.Popen[str], Any]] = []
     try:
         for _ in range(min(jobs, len(missing))):

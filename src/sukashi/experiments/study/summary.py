@@ -69,7 +69,7 @@ def summary(space: Workspace) -> StudyResult:
         experiments={name: {"kind": result.kind, **_kept(result)} for name, result in found.items()},
         pairs=pairs,
         texts={name: result.text() for name, result in found.items()},
-        verdicts={name: result.verdict for name, result in found.items()},
+        verdicts={name: str(result.to_json()["verdict"]) for name, result in found.items()},
         verdict=run.get("title", "") or ", ".join(found),
     )
 
