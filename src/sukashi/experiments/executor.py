@@ -21,6 +21,7 @@ from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
 from sukashi.core.experiment import Prepared, Result, Trial
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import page
+from sukashi.training import checkpoint
 
 _LOOK = 0.2  # seconds from one look at what other processes have finished to the next
 
@@ -51,17 +52,18 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     """What an experiment found, after doing those of its trials that are not finished, in the folder `settings.out`.
 
     The same call goes on where an earlier one was interrupted. With `jobs` above 1 so many processes share the trials.
-    A new experiment that is refused before a trial is finished leaves nothing behind. Under torchrun all processes do
-    all trials together, the first one writes, and the others get None.
+    A new experiment that is refused before a trial is finished leaves nothing behind, but for the last checkpoint of a
+    training. Under torchrun all processes do all trials together, the first one writes, and the others get None.
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
     if jobs > 1 and "memory:" in settings.model_dump_json():
         raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
-    room, prepared = room_of(settings), prepare_of(settings)
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
-    missing = [trial for trial in prepared.trials if not space.finished(trial)]
+    space.check_place()
+    room, prepared = room_of(settings), prepare_of(settings)
     new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows)
+    missing = [trial for trial in prepared.trials if not space.finished(trial)]
     try:
         if first:
             space.log("run", command=command, **prepared.log)
@@ -74,7 +76,7 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
         if first and prepared.after:
             prepared.after(space)
     except (UsageError, DataError, ModelError):
-        if new and not space.records():
+        if new and not space.records() and not any(space.folder.rglob(checkpoint.FILE)):  # that is hours of work
             space.discard()
         raise
     if not first:
@@ -90,6 +92,8 @@ def conclude(space: Workspace, **options: Any) -> Result:
     kind, found = space.about["kind"], summarised(space, **options)
     tables = getattr(part(kind, "summary"), "tables", None)
     with space.held():
+        for folder in (space.folder, space.folder / "figures"):
+            files.remove_drafts(folder)
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
@@ -111,7 +115,7 @@ def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
     waiting = [trial for trial in trials if not space.finished(trial)]
     with progress.task("trials", len(waiting)) as shown:
         while waiting:
-            taken = _next(space, waiting)
+            taken = _next(space, waiting, shown)
             if taken is None:
                 time.sleep(_LOOK)
                 continue
@@ -119,10 +123,12 @@ def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
             told |= told_of_it
             waiting.remove(trial)
             shown.advance(note=trial.label)
+    if progress.first():
+        space.tidy(trials)
     return told
 
 
-def _next(space: Workspace, waiting: Sequence[Trial]) -> tuple[Trial, Mapping[str, Any]] | None:
+def _next(space: Workspace, waiting: Sequence[Trial], shown: progress.Task) -> tuple[Trial, Mapping[str, Any]] | None:
     """Do the first trial that can be done; None where others are at work on all of those."""
     unfinished = {trial.key for trial in waiting}
     for trial in waiting:
@@ -132,14 +138,18 @@ def _next(space: Workspace, waiting: Sequence[Trial]) -> tuple[Trial, Mapping[st
             return trial, {}
         with space.lease(trial) as desk:
             if desk is not None:
-                return trial, {} if space.finished(trial) else (trial.run(desk) or {})
+                if space.finished(trial):
+                    return trial, {}
+                shown.advance(0, trial.label)
+                return trial, trial.run(desk) or {}
     return None
 
 
 def _share(space: Workspace, settings: Any, missing: Sequence[Trial], jobs: int) -> None:
     """Start processes that share the trials, and show how many are finished; the first that fails ends all."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    said = json.dumps([room_of(settings), type(settings).__name__, settings.model_dump(mode="json")])
+    given = settings.model_dump(mode="json", exclude_unset=True)  # what was left unsaid stays so
+    said = json.dumps([room_of(settings), type(settings).__name__, given])
     started: list[tuple[subprocess.Popen[str], Any]] = []
     try:
         for _ in range(min(jobs, len(missing))):

@@ -40,7 +40,7 @@ def page(result: CompareResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model} on {result.data}",
-            "warnings": result.notes,
+            "warnings": [*result.notes, *result.slower],
             "colours": colours,
             "removed": REMOVED[result.mode],
             "fractions": THRESHOLDS,

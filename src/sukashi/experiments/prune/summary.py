@@ -19,12 +19,13 @@ class PruneResult(Result):
 
     `dense` and `pruned` hold accuracy, class_accuracy (None for a class without images), parameters, flops (of an
     image), peak_bytes (of a batch) and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too.
-    Fractions removed are of all units, of the weights in scope, and of all parameters. `latency_ms` of a batch of
-    `latency_batch` images is what a clock decides. `layers` counts the weights removed from each, with a scope.
+    Fractions removed are of all units, of the weights in scope, and of all parameters. `layers` counts the weights
+    removed from each, with a scope. `latency_ms` of a batch of `latency_batch` images is what a clock decides, and so
+    are `slower`, whether the cut network is, and the `verdict`.
     """
 
     kind: ClassVar[str] = "prune"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "verdict")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "slower", "verdict")
 
     model: str
     data: str
@@ -47,6 +48,7 @@ class PruneResult(Result):
     verdict: str
     rule: str
     notes: list[str]
+    slower: list[str]
 
     def text(self) -> str:
         told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned}, self.latency_ms)
@@ -62,7 +64,7 @@ class PruneResult(Result):
         said.append(words.table(["", "dense", "pruned"], rows))
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
-        said += [f"warning: {note}" for note in self.notes]
+        said += [f"warning: {note}" for note in (*self.notes, *self.slower)]
         return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
@@ -106,7 +108,8 @@ def summary(space: Workspace) -> PruneResult:
         verdict=_verdict(dense, pruned, latency, scope),
         rule=f"Measured on {found['n_images']:,} test images; the 95% interval of the pruned network's accuracy is "
         f"{words.percent(within.low)} to {words.percent(within.high)} (Wilson's).",
-        notes=[*found["notes"], *(slower if about.get("mode") == "cut" else [])],
+        notes=found["notes"],
+        slower=slower if about.get("mode") == "cut" else [],
     )
 
 

@@ -22,12 +22,13 @@ class StudyResult(Result):
     """
 
     kind: ClassVar[str] = "study"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "texts")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "texts", "verdicts")
 
     title: str
     experiments: dict[str, dict[str, Any]]
     pairs: list[dict[str, Any]]
     texts: dict[str, str]
+    verdicts: dict[str, str]
     verdict: str
 
     def text(self) -> str:
@@ -41,9 +42,9 @@ class StudyResult(Result):
         return "\n".join([*parts, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each experiment."""
+        """A row for each experiment; its verdict where no clock has a part in that."""
         return [
-            {"name": name, "kind": found["kind"], "verdict": found["verdict"]}
+            {"name": name, "kind": found["kind"], "verdict": found.get("verdict")}
             for name, found in self.experiments.items()
         ]
 
@@ -68,12 +69,13 @@ def summary(space: Workspace) -> StudyResult:
         experiments={name: {"kind": result.kind, **_kept(result)} for name, result in found.items()},
         pairs=pairs,
         texts={name: result.text() for name, result in found.items()},
+        verdicts={name: str(result.to_json()["verdict"]) for name, result in found.items()},
         verdict=run.get("title", "") or ", ".join(found),
     )
 
 
 def _kept(result: Result) -> dict[str, Any]:
-    return {name: value for name, value in result.to_json().items() if name not in result.of_call or name == "verdict"}
+    return {name: value for name, value in result.to_json().items() if name not in result.of_call}
 
 
 def _pair(model: str, space: Workspace, first: str, second: str) -> dict[str, Any]:
