@@ -53,7 +53,7 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     """What an experiment found, after doing those of its trials that are not finished, in the folder `settings.out`.
 
     The same call goes on where an earlier one was interrupted. With `jobs` above 1 so many processes share the trials.
-    A new experiment that is refused before a trial is finished leaves nothing behind. Under torchrun all processes train
+    A new experiment that is refused before anything is done leaves nothing behind. Under torchrun all processes train
     together, the first one does all else and writes, and the others get None.
     """
     if jobs < 1:
@@ -78,7 +78,7 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
         if first and prepared.after:
             prepared.after(space)
     except (UsageError, DataError, ModelError):
-        if new and not space.records():
+        if new and space.untouched:
             space.discard()
         raise
     if not first:

@@ -36,7 +36,7 @@ from sukashi.core.errors import DataError, UsageError, writing
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT, Journal
 
-EXPERIMENT, TRIAL, LOG = "experiment.json", "trial.json", "log.jsonl"
+EXPERIMENT, TRIAL, LOG, UNDER_WAY = "experiment.json", "trial.json", "log.jsonl", "under_way"
 # What may lie in a folder that a killed run left before it said what it is for.
 _OURS = {"trials", ".lock", ".leases", LOG}
 
@@ -107,7 +107,7 @@ class Desk:
     @property
     def scratch(self) -> Path:
         """Where an unfinished trial keeps what it goes on from; gone once it is finished."""
-        return self.folder / "under_way"
+        return self.folder / UNDER_WAY
 
     @cached_property
     def journal(self) -> Journal:
@@ -290,12 +290,18 @@ class Workspace:
                 entries.append(json.loads(line))
         return [entry for entry in entries if entry["event"] == event]
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no trial is finished, and none has left anything to go on from."""
+        places = [place for _, place in self.about["trials"]]
+        return not self.records() and not any(any((self.folder / place / UNDER_WAY).glob("*")) for place in places)
+
     def discard(self) -> None:
         """Remove what a new experiment that was refused has written."""
         for _, place in self.about["trials"] if (self.folder / EXPERIMENT).exists() else ():
             if place != ".":
                 shutil.rmtree(self.folder / place, ignore_errors=True)
-        for folder in ("trials", ".leases", "under_way"):
+        for folder in ("trials", ".leases", UNDER_WAY):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
         for name in (EXPERIMENT, LOG, ".lock"):
             (self.folder / name).unlink(missing_ok=True)
