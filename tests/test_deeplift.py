@@ -1,11 +1,13 @@
 """DeepLIFT against its definition, completeness, and captum where captum is right."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cases import noise
+from cases import PIXELS, TARGET, explained, noise
 from oracles.deeplift import written_out
 from sukashi.attributions import attributions
 from sukashi.attributions.deeplift import deeplift
@@ -15,17 +17,13 @@ from sukashi.models.architectures import DigitsCNN, DigitsViT
 from sukashi.network import sites
 from sukashi.network.layers import AttentionCore
 
-PIXELS = Site("", "pixel", 3)
-TARGET = torch.tensor([0, 2, 1])
-
 
 def difference(model, x, base, target=TARGET):
     with torch.no_grad():
         return (model(x) - model(base)).gather(1, target[:, None])[:, 0]
 
 
-def contributions(model, x, target=TARGET, site=PIXELS, **options):
-    return deeplift(model, x, target, [site], **options)[site]
+contributions = partial(explained, deeplift)
 
 
 class Gated(nn.Module):

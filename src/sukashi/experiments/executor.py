@@ -46,7 +46,7 @@ def prepare_of(settings: Any) -> Prepared:
 def summarised(space: Workspace, **options: Any) -> Result:
     """The summary of a folder, whatever kind of experiment is in it."""
     found: Result = part(space.about["kind"], "summary").summary(space, **options)
-    return found
+    return found.model_copy(update={"out": str(space.folder), "report": str(space.folder / page.REPORT)})
 
 
 def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
@@ -97,8 +97,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
-        report = page.write(space.folder, part(kind, "page").page(found, space))
-        found = found.model_copy(update={"out": str(space.folder), "report": str(report)})
+        page.write(space.folder, part(kind, "page").page(found, space))
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
         files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
     return found

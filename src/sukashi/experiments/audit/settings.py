@@ -22,14 +22,14 @@ class Audit(Opening):
         None,
         joined=True,
         default="saliency,integrated_gradients; for transformers chefer too",
-        help="See `sukashi list attributions`.",
+        help="Names, see `sukashi list attributions`.",
     )
     measures: list[str] | None = option(
         None,
         joined=True,
         default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, where the "
         "data know where the evidence is localisation too",
-        help="See `sukashi list measures`.",
+        help="Names, see `sukashi list measures`.",
     )
     population: str = option(
         "both", help="Images looked at: both (reference and model get them right), reference (it does) or all."

@@ -22,8 +22,8 @@ class Levels(Settings):
     criteria: list[str] = option(
         joined=True,
         examples=[["magnitude"]],
-        help="See `sukashi list criteria`; with a scope those of single weights (wanda, magnitude, random), else those "
-        "of units.",
+        help="Names, see `sukashi list criteria`; with a scope those of single weights (wanda, magnitude, random), "
+        "else those of units.",
     )
     ratios: list[Ratio] = option(
         examples=[[0.3, 0.6, 0.9]],
