@@ -31,7 +31,7 @@ from sukashi.core import progress
 from sukashi.core.errors import ResourceError, UsageError
 from sukashi.experiments import demo
 from sukashi.experiments.bench import Source
-from sukashi.experiments.compare.run import compare
+from sukashi.experiments.functions import compare
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]

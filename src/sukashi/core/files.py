@@ -139,6 +139,12 @@ def write(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+def remove_drafts(folder: Path, name: str = "") -> None:
+    """Take away what `write` had begun in a folder, of one file or of all, when it was killed; nobody may be at it."""
+    for path in folder.glob(f".{name}*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """UsageError, naming the differences, where a folder was made by another configuration than is asked for."""
     different = list(differences("", kept, asked))

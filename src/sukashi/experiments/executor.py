@@ -64,8 +64,8 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
         raise UsageError(f"the {size()} processes of torchrun train together: leave --jobs out")
     room, prepared = room_of(settings), prepare_of(settings)
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
-    missing = [trial for trial in prepared.trials if not space.finished(trial)]
     new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows)
+    missing = [trial for trial in prepared.trials if not space.finished(trial)]
     try:
         if first:
             space.log("run", command=command, **prepared.log)
@@ -94,6 +94,8 @@ def conclude(space: Workspace, **options: Any) -> Result:
     kind, found = space.about["kind"], summarised(space, **options)
     tables = getattr(part(kind, "summary"), "tables", None)
     with space.held():
+        for folder in (space.folder, space.folder / "figures"):
+            files.remove_drafts(folder)
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
@@ -125,6 +127,8 @@ def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
                     told |= trial.run(desk) or {}
             waiting.remove(trial)
             shown.advance(note=trial.label)
+    if progress.first():
+        space.tidy(trials)
     return told
 
 

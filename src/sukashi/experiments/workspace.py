@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,8 @@ from sukashi.core.errors import DataError, UsageError, writing
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT, Journal
 
-EXPERIMENT, TRIAL, LOG, UNDER_WAY = "experiment.json", "trial.json", "log.jsonl", "under_way"
+EXPERIMENT, TRIAL, LOG = "experiment.json", "trial.json", "log.jsonl"
+UNDER_WAY = "under_way"
 # What may lie in a folder that a killed run left before it said what it is for.
 _OURS = {"trials", ".lock", ".leases", LOG}
 
@@ -137,6 +138,7 @@ class Desk:
         """Count a file that lies in the trial's folder already among its artefacts."""
         if self._writes:
             self._artefacts[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+            self.space.artefacts.append(self.folder / name)
 
     def needed(self, key: str) -> Record:
         """A trial that this one needs, by key."""
@@ -161,6 +163,7 @@ class Workspace:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self.artefacts: list[Path] = []  # that this process has written
 
     @property
     def about(self) -> dict[str, Any]:
@@ -205,8 +208,7 @@ class Workspace:
                     )
                 if not _grown(kept["identity"], asked, grows):
                     files.refuse_other(self.folder, kept["identity"], asked)
-            for path in self.folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+            files.remove_drafts(self.folder, EXPERIMENT)
             if new or kept != whole:
                 files.write(self.folder / EXPERIMENT, files.canonical(whole, indent=1) + b"\n")
         return new
@@ -229,11 +231,7 @@ class Workspace:
         if not progress.first():
             yield Desk(folder, self, trial)
             return
-        leases = self.folder / ".leases"
-        with writing(leases):
-            leases.mkdir(exist_ok=True)
-            lock = open(leases / trial.key, "a")  # noqa: SIM115
-        with lock:
+        with self._lease_file(trial) as lock:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -241,14 +239,26 @@ class Workspace:
                 return
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            if trial.place != ".":
-                for path in folder.glob(".*.tmp"):
-                    path.unlink(missing_ok=True)
-            desk = Desk(folder, self, trial)
-            yield desk
+            with self.held():
+                files.remove_drafts(folder)
+            yield Desk(folder, self, trial)
             if self.finished(trial):
-                shutil.rmtree(desk.scratch, ignore_errors=True)
-                (leases / trial.key).unlink(missing_ok=True)
+                self.tidy([trial])
+
+    def _lease_file(self, trial: Trial) -> IO[str]:
+        leases = self.folder / ".leases"
+        with writing(leases):
+            while True:
+                leases.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # another process had no lease left and removed the folder
+                    return open(leases / trial.key, "a")
+
+    def tidy(self, trials: Sequence[Trial]) -> None:
+        """Take away what finished trials went on from, which a kill may have left."""
+        leases = self.folder / ".leases"
+        for trial in trials:
+            shutil.rmtree(self.folder / trial.folder / UNDER_WAY, ignore_errors=True)
+            (leases / trial.key).unlink(missing_ok=True)
         with suppress(OSError):  # others still have leases
             leases.rmdir()
 
@@ -301,6 +311,11 @@ class Workspace:
         for _, place in self.about["trials"] if (self.folder / EXPERIMENT).exists() else ():
             if place != ".":
                 shutil.rmtree(self.folder / place, ignore_errors=True)
+                for above in Path(place).parents[:-1]:
+                    with suppress(OSError):  # it holds more
+                        (self.folder / above).rmdir()
+        for path in self.artefacts:
+            path.unlink(missing_ok=True)
         for folder in ("trials", ".leases", UNDER_WAY):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
         for name in (EXPERIMENT, LOG, ".lock"):
