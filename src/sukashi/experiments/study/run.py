@@ -33,7 +33,7 @@ def prepare(settings: Study) -> Prepared:
             with warnings.catch_warnings(action="ignore"):  # it is said when the experiment's turn comes
                 about["identity"] = dict(prepare_of(own).identity)
             Workspace(own.out).check(room_of(own), about["identity"], own.grows)
-        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name))
+        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name, together=True))
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
     return Prepared(identity, trials, {"versions": versions(), "title": settings.title, "pairs": settings.pairs})
 
