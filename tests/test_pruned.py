@@ -164,6 +164,16 @@ def test_equal_models_give_equal_bytes(saved, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_what_is_saved_is_its_contents_and_the_recipe_comes_last(saved, sparse_folder):
+    for small, folder, names in (
+        (*saved, ["model.safetensors", "recipe.json"]),
+        (*sparse_folder, ["model.safetensors", "masks.safetensors", "recipe.json"]),
+    ):
+        files = models.contents(small, json.loads((folder / "recipe.json").read_text())["provenance"])
+        assert list(files) == names, "a folder whose recipe is there is whole"
+        assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_a_new_process_gives_the_same_logits(saved, tmp_path):
     small, folder = saved
     x = torch.randn(3, 1, 8, 8)
