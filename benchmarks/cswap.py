@@ -20,7 +20,7 @@ from torch import nn
 
 from sukashi import data as datasets
 from sukashi import models
-from sukashi.core.types import Batch, Mask
+from sukashi.core.types import Batch
 from sukashi.criteria.causal import CausalTest, usable
 from sukashi.criteria.engine import Engine
 from sukashi.criteria.progressive import unit_orders
@@ -28,7 +28,8 @@ from sukashi.experiments import demo
 from sukashi.network import sites as finder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import naive
+from oracles.causal import probability, verdict
+from oracles.whole import all_kept, logits_of
 
 
 def race(model: nn.Module, batch: Batch) -> dict[str, float]:
@@ -49,8 +50,8 @@ def race(model: nn.Module, batch: Batch) -> dict[str, float]:
     before = test.scores(engine.original)
     orders = unit_orders(model, sites, "magnitude", torch.Generator())
     middle = time.perf_counter()
-    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
-    plain_before = naive.probability(naive.logits_of(model, Mask(keep), batch.x), batch.target)
+    keep = all_kept(sites)
+    plain_before = probability(logits_of(model, keep, batch.x), batch.target)
     seconds = {"engine": middle - start, "plain": time.perf_counter() - middle}
     mismatches = 0
     for position in reversed(range(len(sites))):
@@ -60,16 +61,16 @@ def race(model: nn.Module, batch: Batch) -> dict[str, float]:
         with engine.open(site) as suffix:
             for unit in orders[position]:
                 logits = suffix.without(unit)
-                verdict = test(before, logits)
-                gone = verdict.gone and suffix.n_left > 1
+                found = test(before, logits)
+                gone = found.gone and suffix.n_left > 1
                 if gone:
                     suffix.remove(unit, logits)
-                decided[unit] = (gone, verdict.category)
+                decided[unit] = (gone, found.category)
         middle = time.perf_counter()
         for unit in orders[position]:
             keep[site][unit] = False
-            after = naive.probability(naive.logits_of(model, Mask(keep), batch.x), batch.target)
-            significant, xi = naive.verdict(plain_before, after, batch.target.numpy())
+            after = probability(logits_of(model, keep, batch.x), batch.target)
+            significant, xi = verdict(plain_before, after, batch.target.numpy())
             critical = significant and xi <= 0
             gone = not critical and bool(keep[site].any())
             category = "neutral" if not significant else "critical" if critical else "detrimental"

@@ -3,6 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from sukashi.core.types import Site
+
+PIXELS = Site("", "pixel", 3)
+TARGET = torch.tensor([0, 2, 1])
+
 
 def noise(*shape, seed=0, dtype=torch.float64):
     """Gaussian noise that depends on the seed alone."""
@@ -13,6 +18,11 @@ def logit(model, x, target):
     """(B,) the target's logit of each image."""
     with torch.no_grad():
         return model(x).gather(1, target[:, None])[:, 0]
+
+
+def explained(attribution, model, x, target=TARGET, site=PIXELS, **options):
+    """What an attribution says at one site."""
+    return attribution(model, x, target, [site], **options)[site]
 
 
 def fitted(model, images, *, epochs, size, rate):

@@ -11,7 +11,8 @@ from sukashi.models.architectures import OWN
 from sukashi.network.layers import explicit_attention
 
 # name -> input size, units; the counts are written down from the architectures, not from what find() says. Images are
-# small and the two hidden layers of VGG's classifier narrow: what is coupled to what depends on neither.
+# small, the hidden layers of VGG's classifier narrow, and vision transformers have four of their equal blocks: what is
+# coupled to what depends on none of these.
 ZOO = {
     "torchvision:resnet18": (64, 2880),
     "torchvision:resnet50": (64, 11456),
@@ -20,10 +21,10 @@ ZOO = {
     "torchvision:mobilenet_v2": (64, 9128),
     "torchvision:densenet121": (64, 10240),
     "torchvision:efficientnet_b0": (64, 11404),
-    "torchvision:vit_b_16": (64, 46080),
-    "timm:deit3_small_patch16_224": (64, 23040),
-    "timm:deit3_base_patch16_224": (64, 46080),
-    "timm:vit_tiny_patch16_224": (64, 11520),
+    "torchvision:vit_b_16": (64, 4 * (3072 + 768)),
+    "timm:deit3_small_patch16_224": (64, 4 * (1536 + 384)),
+    "timm:deit3_base_patch16_224": (64, 4 * (3072 + 768)),
+    "timm:vit_tiny_patch16_224": (64, 4 * (768 + 192)),
     "sukashi:cifar_resnet20": (32, 448),
     "sukashi:cifar_resnet32": (32, 672),
     "sukashi:cifar_resnet44": (32, 896),
@@ -51,9 +52,11 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
         widths = itertools.pairwise((512 * 7 * 7, 24, 24, 10))
         model.classifier[0], model.classifier[3], model.classifier[6] = (nn.Linear(*both) for both in widths)
     elif family == "timm":
-        model = timm.create_model(short, img_size=size)
+        model = timm.create_model(short, img_size=size, depth=4)
+    elif short == "vit_b_16":
+        model = torchvision.models.VisionTransformer(size, 16, 4, 12, 768, 3072)
     else:
-        model = torchvision.models.get_model(short, **({"image_size": size} if short.startswith("vit") else {}))
+        model = torchvision.models.get_model(short)
     explicit_attention(model)
     return randomised(model.eval()), (channels, size, size)
 

@@ -1,24 +1,23 @@
 """DL-Backtrace against its rules written out unit by unit."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cases import logit, noise
+from cases import PIXELS, TARGET, explained, logit, noise
 from oracles.backtrace import written_out
 from sukashi.attributions.backtrace import backtrace
 from sukashi.core.errors import ModelError
 from sukashi.core.types import Member, Site
 from sukashi.models.architectures import CifarResNet
 
-PIXELS = Site("", "pixel", 3)
-TARGET = torch.tensor([0, 2, 1])
 MODES = ("default", "contrastive")
 
 
-def relevance(model, x, target=TARGET, site=PIXELS, **options):
-    return backtrace(model, x, target, [site], **options)[site]
+relevance = partial(explained, backtrace)
 
 
 def network():

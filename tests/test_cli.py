@@ -683,10 +683,12 @@ def test_lists(sukashi, what):
 
 def test_list_tells_all_about_one_method(sukashi, refused):
     found = strict(sukashi("list", "criteria", "lrp", "--json").out)
-    assert found["options"]["normalise"] == "'none'"
+    assert found["options"]["normalise"] == "none"
     shown = sukashi("list", "criteria", "lrp").out
-    assert "--set normalise='none'" in shown
+    assert "--set lrp.normalise=none\n" in shown
     assert found["documentation"] in shown
+    # What would be JSON is quoted for the shell and for JSON.
+    assert """--set saliency.classes='"true"'\n""" in sukashi("list", "criteria", "saliency").out
     refused(2, ["unknown criterion 'lpr'", "did you mean 'lrp'?"], "list", "criteria", "lpr")
     refused(2, ["models have no options"], "list", "models", "sukashi:digits_cnn")
 

@@ -14,6 +14,7 @@ import torch
 
 from sukashi.attributions import attributions
 from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.objective import CLASSIFICATION, Classification
 from sukashi.core.types import CATEGORIES, Kind, Maps, Measurement, Plan, Scores, rank
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import Engine
@@ -323,7 +324,7 @@ def test_a_method_goes_on_from_any_prefix_of_its_journal(outcomes, small, monkey
     assert_same_bits(run(name, case, _journal=journal), whole)
     lines = json.loads(json.dumps(list(journal.items())))
     assert len(lines) >= len(case.sites)
-    for n_lines in range(0, len(lines), -(-len(lines) // 12)):
+    for n_lines in range(0, len(lines), -(-len(lines) // 8)):
         resumed = dict(lines[:n_lines])
         assert_same_bits(run(name, case, _journal=resumed), whole)
         assert json.dumps(resumed) == json.dumps(journal)
@@ -540,6 +541,62 @@ def test_a_measure_that_lacks_something_says_what_before_any_is_measured(small, 
 def test_a_measurement_has_as_many_values_as_ids():
     with pytest.raises(AssertionError, match=r"\(2, 2\) values of 2 images"):
         Measurement(torch.zeros(2, 2), ("a", "b"), "share")
+
+
+# Objectives.
+
+
+class Other(Classification):
+    """An objective whose every answer is another."""
+
+    def loss(self, output, target, **options):
+        return super().loss(output, target, **options) + super().score(output, target).to(output).sum()
+
+    def outcome(self, output, target):
+        return torch.ones_like(super().outcome(output, target))
+
+    def score(self, output, target):
+        return super().score(output, target) ** 2
+
+    def explained(self, output, target):
+        return super().explained(output, target) - super().explained(output, (target + 1) % output.shape[1])
+
+
+# What goes by weights, activations, or how far the output distribution moves, reads no targets.
+UNLABELLED = {"random", "magnitude", "wanda", "amp", "drift"}
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_what_a_criterion_makes_of_targets_is_what_the_objective_says(small, name):
+    case, other = small[FIRST[name]], copy.copy(small[FIRST[name]])
+    other.data = replace(case.data, objective=Other())
+    # The same images, whichever are right.
+    options = {"samples": "all"} if "samples" in criteria[name].options else {}
+    plans = [as_plan(run(name, each, **options)) for each in (case, other)]
+    same = all(np.array_equal(*(getattr(plan, field) for plan in plans)) for field in FIELDS)
+    assert same == (name in UNLABELLED)
+    if options:
+        assert run(name, other).n_images == len(case.data) > run(name, case).n_images
+
+
+@pytest.mark.parametrize(("name", "net"), EXPLAINED)
+def test_what_an_attribution_explains_is_what_the_objective_says(small64, name, net):
+    case = small64[net]
+    (site,) = sites_of(name, case)[-1:]
+    one, other = (
+        attributions[name](case.model, case.data.x[:3], case.data.target[:3], [site], objective)[site]
+        for objective in (CLASSIFICATION, Other())
+    )
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("name", [method.name for method in measures if "model" in method.inputs])
+def test_what_a_measure_makes_of_answers_is_what_the_objective_says(small, name):
+    inputs = given(small["cnn"])
+    other = inputs | {"batch": replace(inputs["batch"], objective=Other())}
+    before, after = measured([name], inputs), measured([name], other)
+    for key, measurement in before.items():
+        assert not torch.equal(measurement.values, after[key].values)
 
 
 # All.

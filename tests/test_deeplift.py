@@ -1,11 +1,13 @@
 """DeepLIFT against its definition, completeness, and captum where captum is right."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cases import noise
+from cases import PIXELS, TARGET, explained, noise
 from oracles.deeplift import written_out
 from sukashi.attributions import attributions
 from sukashi.attributions.deeplift import deeplift
@@ -15,17 +17,13 @@ from sukashi.models.architectures import DigitsCNN, DigitsViT
 from sukashi.network import sites
 from sukashi.network.layers import AttentionCore
 
-PIXELS = Site("", "pixel", 3)
-TARGET = torch.tensor([0, 2, 1])
-
 
 def difference(model, x, base, target=TARGET):
     with torch.no_grad():
         return (model(x) - model(base)).gather(1, target[:, None])[:, 0]
 
 
-def contributions(model, x, target=TARGET, site=PIXELS, **options):
-    return deeplift(model, x, target, [site], **options)[site]
+contributions = partial(explained, deeplift)
 
 
 class Gated(nn.Module):
@@ -257,7 +255,7 @@ def test_what_it_cannot_do_is_refused():
         contributions(network(), x, torch.zeros(3, 8, 8, dtype=torch.long))
     with pytest.raises(DataError, match="target 4 is no class of a model with 3 logits"):
         contributions(network(), x, torch.tensor([0, 4, -1]))
-    with pytest.raises(ModelError, match="explain one logit an image"):
+    with pytest.raises(ModelError, match=r"the model gives \(3, 2, 8, 8\) for 3 images"):
         contributions(nn.Sequential(nn.Conv2d(3, 2, 1)).double(), x)
 
 

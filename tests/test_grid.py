@@ -192,6 +192,24 @@ def test_a_later_model_that_cannot_be_loaded_is_refused_before_the_first_is_comp
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
+def test_how_images_are_read_is_said_by_the_file_and_a_call_goes_before_it(home, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def compared(*given, **settings):
+        raise Stopped(settings)
+
+    monkeypatch.setattr(study_file, "compare", compared)
+    monkeypatch.setattr(study_file.Source, "open", lambda source: None)
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    (tmp_path / "study.toml").write_text('workers = 2\nonly = ["3", "5"]\nskip_bad = true\n' + STUDY)
+    for given, expected in (({}, 2), ({"workers": 0}, 0)):
+        with pytest.raises(Stopped) as stopped:
+            study_file.run(tmp_path / "study.toml", **given)
+        (settings,) = stopped.value.args
+        assert (settings["workers"], settings["only"], settings["skip_bad"]) == (expected, ["3", "5"], True)
+
+
 def test_files_that_are_not_there_or_hold_no_model(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read .*nowhere.toml \(No such file"):
         study_file.run(tmp_path / "nowhere.toml")

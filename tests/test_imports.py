@@ -85,6 +85,11 @@ def test_every_room_has_a_place():
     assert sorted(ROOMS) == sorted({room(name) for name in FILES})
 
 
+def test_the_map_in_the_docs_has_these_rooms():
+    told = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", told.partition("## One story")[0], re.MULTILINE) == ROOMS[:-1]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_upwards(name):
     assert list(violations(name, TREES[name])) == []

@@ -25,7 +25,7 @@ from sukashi.experiments.reading import Images
 from sukashi.experiments.schedule.settings import Course, Schedule
 from sukashi.experiments.study.settings import ComparisonFile
 from sukashi.experiments.train.settings import Finetune, Train
-from sukashi.measures import accuracy
+from sukashi.measures import curves
 from sukashi.training import loop
 
 KINDS = [Check, Prune, Compare, Train, Finetune, Schedule, Audit]
@@ -92,6 +92,7 @@ def test_a_file_is_strict():
         ("seeds", 10**6, "seeds must be at most 1000, got 1000000"),
         ("margin", float("nan"), "margin must be a finite number"),
         ("device", "gpu", "device must be auto, cpu or cuda, got 'gpu'"),
+        ("weights", 3, "weights must be a string, got 3"),
         ("sede", 3, "unknown setting 'sede': did you mean 'seeds'"),
     ],
 )
@@ -99,6 +100,11 @@ def test_what_python_gives_wrong_is_one_sentence(name, value, said):
     with pytest.raises(UsageError, match=f"^{said}") as found:
         keywords(Compare, {**COMPARED, name: value})
     assert "\n" not in str(found.value)
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(UsageError, match=r"^data must be given: data = \"digits\"$"):
+        keywords(Compare, {name: value for name, value in COMPARED.items() if name != "data"})
 
 
 @pytest.mark.parametrize("kind", [Prune, Train, Audit])
@@ -111,12 +117,12 @@ def test_seeds_that_no_generator_takes_are_refused(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 def test_help_of_a_function_tells_the_settings(kind):
     function = getattr(sukashi, kind.kind)
-    told = inspect.signature(function).parameters
+    told, said = inspect.signature(function).parameters, " ".join(function.__doc__.split())
     assert set(kind.model_fields) == set(told) - {"command", "skip_refused"}
     for name, field in kind.model_fields.items():
         if not field.is_required():
-            assert told[name].default == default_of(field)
-            assert f"    {name}: {field.description}\n" in function.__doc__
+            assert told[name].default == (... if name in ("lr", "weight_decay") else default_of(field))
+            assert f" {name}: {field.description}" in said
 
 
 # What decides results.
@@ -221,7 +227,7 @@ def test_defaults_are_those_of_the_functions_below():
     assert Images.model_fields["max_pixels"].default == data.MAX_PIXELS
     assert Schedule.model_fields["round_to"].default == pruning.ROUND_TO
     assert option_of(Prune.model_fields["round_to"]).default == str(pruning.ROUND_TO)
-    assert Compare.model_fields["margin"].default == accuracy.MARGIN
+    assert Compare.model_fields["margin"].default == curves.MARGIN
     assert Train.model_fields["memory"].default * 2**30 == loop.MEMORY
 
 

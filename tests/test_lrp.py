@@ -1,6 +1,7 @@
 """LRP against its rules written out over dense matrices, its conservation laws, and zennit."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from cases import logit, noise
+from cases import PIXELS, TARGET, explained, logit, noise
 from oracles.lrp import shares, written_out
 from oracles.matrices import dense
 from sukashi.attributions.lrp import lrp
@@ -18,13 +19,10 @@ from sukashi.models.architectures import CifarResNet, DigitsViT
 from sukashi.network import sites as finder
 from sukashi.network.layers import AttentionCore
 
-PIXELS = Site("", "pixel", 3)
-TARGET = torch.tensor([0, 2, 1])
 RULES = ("epsilon_plus", "epsilon", "gamma", "alpha1beta0")
 
 
-def relevance(model, x, target=TARGET, site=PIXELS, **options):
-    return lrp(model, x, target, [site], **options)[site]
+relevance = partial(explained, lrp)
 
 
 # Rules over dense matrices.

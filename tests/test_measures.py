@@ -68,8 +68,8 @@ def test_by_class():
     classes = CLASSIFICATION.classes(torch.tensor([0, 0, 2, 2]))
     assert accuracy.by_class(np.array([1, 0, 1, 1]), classes, 3) == [0.5, None, 1.0]
     # An image that has two classes counts for both.
-    both = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
-    assert accuracy.by_class(np.array([1.0, 0.5]), both, 2) == [1.0, 0.75]
+    both = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])
+    assert accuracy.by_class(np.array([1.0, 0.25]), both, 2) == [0.625, 0.25]
 
 
 # Curves.

@@ -6,9 +6,10 @@ import torch
 
 from oracles import ORACLES
 from sukashi.attributions import attributions
-from sukashi.core.types import Scores
+from sukashi.core.types import Maps, Scores
 from sukashi.criteria import criteria
 from sukashi.measures import measures
+from sukashi.measures.inputs import measured
 from sukashi.network import sites as finder
 
 REGISTRIES = {"attributions": attributions, "criteria": criteria, "measures": measures}
@@ -71,18 +72,23 @@ def test_a_criterion_is_its_oracle(sequence64, name, kind):
 
 @pytest.mark.parametrize("name", names("measures"))
 def test_a_measure_is_its_oracle(sequence64, name):
-    method, expected = measures[name], ORACLES["measures", name]
+    expected = ORACLES["measures", name]
     draw = torch.Generator().manual_seed(0)
     data = sequence64.data[slice(0, None, 8)]
     maps = (data.x[:, 0] * 4).round() + torch.randint(0, 3, data.x[:, 0].shape, generator=draw)  # with ties
-    given = {"maps": maps, "reference": torch.randn(maps.shape, generator=draw, dtype=maps.dtype)}
-    given["masks"] = torch.rand(maps.shape, generator=draw) < 0.3
-    if "reads" in method.facts:
-        read = [given[what] for what in method.facts["reads"]]
-        found, literal = method(*read, **expected.given), expected(*read)
-    else:
-        read = {"maps": maps} if method.reads_maps else {}
-        found = method(sequence64.model, data, generator=draw, **read, **expected.given)
-        literal = expected(sequence64.model, data, **read)
-    assert len(set(literal)) > 1, "the case must say something"
-    assert found.tolist() == pytest.approx(literal, rel=expected.rtol, abs=expected.atol)
+    plain = {
+        "model": sequence64.model,
+        "batch": data,
+        "maps": maps,
+        "masks": torch.rand(maps.shape, generator=draw) < 0.3,
+    }
+    plain["reference_maps"] = torch.randn(maps.shape, generator=draw, dtype=maps.dtype)
+    given = plain | {what: Maps(plain[what], data.image_id) for what in ("maps", "reference_maps", "masks")}
+    given |= {"masks": {"there": given["masks"]}, "generator": draw}
+    found = measured([name], given, {name: expected.given})
+    literal = expected(**{what: plain[what] for what in expected.asks})
+    parts = literal if isinstance(literal, dict) else {"there" if "masks" in expected.asks else "": literal}
+    assert list(found) == [f"{name}/{part}" if part else name for part in parts]
+    for measurement, values in zip(found.values(), parts.values(), strict=True):
+        assert len(set(values)) > 1, "the case must say something"
+        assert measurement.values.tolist() == pytest.approx(values, rel=expected.rtol, abs=expected.atol)

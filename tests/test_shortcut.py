@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from cases import fitted
 from sukashi import data
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
@@ -27,14 +27,7 @@ def trained(spec):
         images = data.load(spec).train.whole(PREPROCESS, 0)
         layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 16, 6)]
-        model = nn.Sequential(*layers)
-        optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
-        for _ in range(12):
-            for rows in torch.randperm(len(images)).split(32):
-                optimiser.zero_grad()
-                F.cross_entropy(model(images.x[rows]), images.target[rows]).backward()
-                optimiser.step()
-    return model.eval()
+        return fitted(nn.Sequential(*layers), images, epochs=12, size=32, rate=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 
 from sukashi.core import stats
 from sukashi.core.errors import UsageError
-from sukashi.core.stats import bootstrap, crossed, holm, interval, least_images, mcnemar, not_lower, paired, share
+from sukashi.core.stats import bootstrap, crossed, holm, interval, least_images, not_lower, paired, share
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -140,15 +140,6 @@ def test_the_same_difference_in_every_pair_gives_no_p_value() -> None:
     assert (got.t.mean, got.p_t, got.p_wilcoxon) == (2.0, None, None)
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 3), (1, 9), (12, 2), (0, 5)])
-def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int) -> None:
-    a = np.array([True] * only_a + [False] * only_b + [True] * 7 + [False] * 4)
-    b = np.array([False] * only_a + [True] * only_b + [True] * 7 + [False] * 4)
-    n = only_a + only_b
-    expected = scipy_stats.binomtest(only_a, n, 0.5).pvalue if n else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected)
-
-
 def _likeliest(b: int, c: int, n: int, margin: float) -> float:
     """p_c that maximises the likelihood of b, c and n - b - c under p_b = p_c - margin, by search."""
     grid = np.linspace(margin + 1e-9, (1 + margin) / 2 - 1e-9, 2_000_001)
@@ -207,8 +198,6 @@ def test_bad_arguments_are_refused() -> None:
         interval([1.0, 2.0], level=95)
     with pytest.raises(UsageError, match="got 2 and 3"):
         paired([1, 2], [1, 2, 3], generator=rng())
-    with pytest.raises(UsageError, match="got 2 and 3"):
-        mcnemar([True, False], [True, False, True])
     for margin in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(UsageError, match=r"margin must be in \(0, 1\), got"):
             not_lower(1, 1, 10, margin)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sukashi.core.errors import UsageError
+from sukashi.core.objective import Classification
 from sukashi.core.schema import check_ratio
-from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, Trial, pass_size, rank
+from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, pass_size, rank
 
 
 @st.composite
@@ -164,6 +165,31 @@ def test_by_class_sorts_by_target_then_id_and_keeps_images_whole(batch):
     assert torch.equal(again.x, found.x)
 
 
+class Pairs(Classification):
+    """Every image has its class and class 3."""
+
+    def classes(self, target):
+        rows = torch.arange(len(target)).repeat_interleave(2)
+        return rows, torch.stack([target, torch.full_like(target, 3)], 1).flatten()
+
+
+@given(batches())
+def test_the_objective_of_a_batch_goes_where_its_images_go_and_says_their_classes(batch):
+    batch = dataclasses.replace(batch, objective=Pairs())
+    for part in (batch[:1], *batch.split(2), *batch.in_passes(), batch.by_class(), batch.to(torch.device("cpu"))):
+        assert isinstance(part.objective, Pairs)
+    swapped = dataclasses.replace(batch, target=3 - batch.target, objective=Reversed())
+    expected = sorted(range(len(batch)), key=lambda i: (int(batch.target[i]), batch.image_id[i]))
+    assert swapped.by_class().image_id == tuple(batch.image_id[i] for i in expected)
+
+
+class Reversed(Classification):
+    """Class numbers count from the last."""
+
+    def classes(self, target):
+        return torch.arange(len(target)), 3 - target
+
+
 @given(batches(), st.integers(1, 15))
 def test_split_gives_all_images_in_order(batch, size):
     parts = list(batch.split(size))
@@ -207,58 +233,6 @@ def test_a_mask_counts():
 def test_accuracy_of_a_curve_is_the_share_of_right_images():
     curve = Curve(np.zeros(2), np.zeros(2), np.zeros(2), np.array([[1, 0, 1, 1], [0, 0, 0, 1]]), ("a", "b", "c", "d"))
     assert curve.accuracy.tolist() == [0.75, 0.25]
-
-
-# Trials.
-
-TRIAL = Trial(
-    model={"spec": "sukashi:digits_cnn", "width": None, "weights_sha256": "ab" * 32},
-    data={"spec": "digits", "calibration": 32},
-    criterion="cswap",
-    seed=3,
-    params={"ratios": [0.0, 0.5], "alpha": 0.05},
-)
-
-
-def test_the_key_of_a_trial_never_changes():
-    """Finished trials on people's disks are found by it."""
-    assert TRIAL.json == (
-        '{"criterion":"cswap","data":{"calibration":32,"spec":"digits"},'
-        f'"model":{{"spec":"sukashi:digits_cnn","weights_sha256":"{"ab" * 32}","width":null}},'
-        '"params":{"alpha":0.05,"ratios":[0.0,0.5]},"seed":3}'
-    )
-    assert TRIAL.key == "cfab7d222a040923"
-
-
-def test_the_key_does_not_depend_on_the_order_of_a_dictionary():
-    turned = {name: dict(reversed(getattr(TRIAL, name).items())) for name in ("model", "data", "params")}
-    assert dataclasses.replace(TRIAL, **turned).key == TRIAL.key
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model": {"spec": "sukashi:digits_vit"}},
-        {"data": {"spec": "digits", "calibration": 33}},
-        {"criterion": "cbp"},
-        {"seed": 4},
-        {"params": {"ratios": [0.0, 0.5], "alpha": 0.01}},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_every_field_is_in_the_key(change):
-    assert dataclasses.replace(TRIAL, **change).key != TRIAL.key
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_trial_of_nan_has_no_key(value):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        _ = dataclasses.replace(TRIAL, params={"alpha": value}).key
-
-
-def test_a_contender_is_a_criterion_and_a_sampling_that_is_not_random():
-    assert Trial({}, {"spec": "digits"}, "taylor", 0).contender == "taylor"
-    assert Trial({}, {"spec": "digits", "sampling": "clustering"}, "taylor", 0).contender == "taylor/clustering"
 
 
 def test_large_images_go_in_smaller_passes():

@@ -1,5 +1,7 @@
 """sukashi prunes vision networks with explanations, and measures what the cut did to them.
 
+bench = sukashi.open(model, data)                           for a notebook: bench.sites, bench.rank("drift").cut(0.5)
+sukashi.attribute(model, x, target, "lrp")                  what each pixel, or unit, had to do with a logit
 sukashi.check(model, data)                                  what would happen
 sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and save
 sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
@@ -10,6 +12,8 @@ sukashi.audit([model, ...], data, out=folder)               saliency maps of cut
 sukashi.study("study.toml")                                 a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
 sukashi.results(folder)                                     what a folder holds, its page written again
+
+A model is a name, a saved folder or a torch module; data are a name, a folder, tensors, a torch Dataset or DataLoader.
 """
 
 from __future__ import annotations
@@ -18,25 +22,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sukashi.core.types import Preprocess
     from sukashi.experiments.functions import (
+        attribute,
         audit,
         check,
         compare,
         finetune,
+        load,
+        open,
         prune,
         results,
         schedule,
         study,
         train,
     )
-    from sukashi.models import load
 
 __all__ = [
+    "Preprocess",
+    "attribute",
     "audit",
     "check",
     "compare",
     "finetune",
     "load",
+    "open",
     "prune",
     "results",
     "schedule",
@@ -45,16 +55,14 @@ __all__ = [
 ]
 
 # torch takes seconds to import and the command line must not wait for it.
-_HOMES = {name: ("experiments.functions", name) for name in __all__} | {
-    "load": ("models", "load"),
-}
+_HOMES = dict.fromkeys(__all__, "experiments.functions") | {"Preprocess": "core.types"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOMES and name not in importlib.import_module("sukashi.experiments.kinds").kinds():
         raise AttributeError(f"module 'sukashi' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f"sukashi.{module}"), attribute)
+    home = _HOMES.get(name, "experiments.functions")
+    return getattr(importlib.import_module(f"sukashi.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -5,9 +5,11 @@ one, and compares each with its method. A twin shares no code with what it check
 
     criterion(model, sites, data, *, generator, **options) -> Scores or Plan
     attribution(model, image, target, site, **options) -> (U, positions) of one image (C, H, W)
-    measure(what it reads, **options) -> one number an image, as a list
+    measure(what it asks for by name, maps and masks as tensors, **options) -> one number an image, as a list, or
+        several such by the names of their parts
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,12 @@ class Oracle:
     rtol: float
     atol: float
     given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> list[str]:
+        """What it is given, by name."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)

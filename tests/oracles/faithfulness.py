@@ -35,21 +35,22 @@ def removed(model, image, target, image_map, order, percentage):
 @oracle("measures", "road", noise=0.0, tolerance=TIGHT)
 def road(model, batch, maps):
     """The mean over percentages of right with the least relevant gone, less right with the most relevant gone."""
-
-    def gap(row, percentage):
-        one = model, batch.x[row], batch.target[row], maps[row]
-        least, most = (removed(*one, order, percentage)[0] for order in ("lerf", "morf"))
-        return least - most
-
-    return [sum(gap(row, p) for p in PERCENTAGES) / len(PERCENTAGES) for row in range(len(batch))]
+    found = {"": [], "probability": []}
+    for row in zip(batch.x, batch.target, maps, strict=True):
+        least, most = ([removed(model, *row, order, p) for p in PERCENTAGES] for order in ("lerf", "morf"))
+        for outcome, part in enumerate(found.values()):
+            gaps = [one[outcome] - other[outcome] for one, other in zip(least, most, strict=True)]
+            part.append(sum(gaps) / len(PERCENTAGES))
+    return found
 
 
 @oracle("measures", "aopc", noise=0.0, tolerance=TIGHT)
 def aopc(model, batch, maps):
-    found = []
+    found = {"": [], "probability": []}
     for row in zip(batch.x, batch.target, maps, strict=True):
-        right = [removed(model, *row, "morf", p)[0] for p in (0, *PERCENTAGES)]
-        found.append(sum(right[0] - later for later in right[1:]) / len(PERCENTAGES))
+        curve = [removed(model, *row, "morf", p) for p in (0, *PERCENTAGES)]
+        for outcome, part in enumerate(found.values()):
+            part.append(sum(curve[0][outcome] - later[outcome] for later in curve[1:]) / len(PERCENTAGES))
     return found
 
 

@@ -33,8 +33,8 @@ def localisation(maps, masks):
 
 
 @oracle("measures", "rank_correlation")
-def rank_correlation(maps, reference):
-    pairs = zip(maps.flatten(1).numpy(), reference.flatten(1).numpy(), strict=True)
+def rank_correlation(maps, reference_maps):
+    pairs = zip(maps.flatten(1).numpy(), reference_maps.flatten(1).numpy(), strict=True)
     return [float(scipy.stats.spearmanr(*pair).statistic) for pair in pairs]
 
 
@@ -62,17 +62,17 @@ def written_out_ssim(one, other):
 
 
 @oracle("measures", "ssim")
-def ssim(maps, reference):
+def ssim(maps, reference_maps):
     """Of maps brought to one scale by their largest absolute values."""
-    pairs = zip(maps, reference, strict=True)
+    pairs = zip(maps, reference_maps, strict=True)
     return [written_out_ssim(*(one / one.abs().max() for one in pair)) for pair in pairs]
 
 
 @oracle("measures", "top_overlap")
-def top_overlap(maps, reference, *, fraction=0.1):
+def top_overlap(maps, reference_maps, *, fraction=0.1):
     """The share of the k highest pixels of one map that are among the other's; of equal pixels the first come first."""
     found = []
-    for pair in zip(maps, reference, strict=True):
+    for pair in zip(maps, reference_maps, strict=True):
         values = [one.flatten().tolist() for one in pair]
         k = max(1, int(len(values[0]) * fraction))
         highest = [set(sorted(range(len(v)), key=lambda p, v=v: (-v[p], p))[:k]) for v in values]

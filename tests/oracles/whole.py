@@ -16,6 +16,6 @@ def without(keep, site, unit):
     return lost
 
 
-def logits_of(model, keep, x):
-    with torch.no_grad(), hooks.masked(model, keep):
-        return model(x)
+def logits_of(model, keep, x, chunk=256):
+    with torch.inference_mode(), hooks.masked(model, keep):
+        return torch.cat([model(part) for part in x.split(chunk)]).double()

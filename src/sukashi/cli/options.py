@@ -68,7 +68,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             annotation, default = list[str], None
             help = help if about.argument else f"{help} Repeatable."
         case "numbers by name":
-            annotation = Path
+            annotation, help = Path, f"JSON file {help}"
         case "yes or no":
             flag = name.replace("_", "-")
             flags = [f"--{flag}/--no-{flag}" if default else f"--{flag}"]
@@ -78,8 +78,9 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             annotation = str
     if about.flag is not None:
         flags = [about.flag]
-    told: dict[str, Any] = {"help": help} | ({} if about.default is None else {"show_default": about.default})
-    info = typer.Argument(**told) if about.argument else typer.Option(*flags, **told)
+    if about.default is not None:
+        help = f"{help} Default: {about.default}."
+    info = typer.Argument(help=help) if about.argument else typer.Option(*flags, help=help)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -12,7 +12,7 @@ import shutil
 import socket
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,28 +137,6 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(folder)  # else the name may be lost with the power though the bytes are not
         finally:
             os.close(folder)
-
-
-def claim(
-    file: Path, about: Mapping[str, Any], grown: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] | None = None
-) -> None:
-    """Make a folder and write into it what it is for, or find there that it is for the same.
-
-    `grown(kept, asked)` may allow that more is asked for than before. Raises UsageError where the folder is for
-    something else.
-    """
-    asked, folder = json.loads(canonical(about)), file.parent
-    if file.exists():
-        kept = read_json(file)
-        if kept == asked:
-            return
-        if grown is None or not grown(kept, asked):
-            refuse_other(folder, kept, asked)
-    elif not (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
-        check_free(folder)  # an empty folder is free: what was killed before its first file leaves one
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write(file, canonical(asked, indent=1) + b"\n")
 
 
 def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -43,6 +44,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     kind: ClassVar[str] = ""
+    """The command of an experiment, and the function of its name."""
+    command: ClassVar[bool] = True
+    """Whether these are what the command takes, and not what is made of it or of a file."""
+    shared: ClassVar[bool] = False
+    """Whether it has several trials, which processes may share."""
     grows: ClassVar[frozenset[str]] = frozenset()
     """Fields of which more may be asked for in a folder that exists."""
 
@@ -125,11 +131,20 @@ def keyworded(kind: type[Settings]) -> Callable[[_Function], _Function]:
         named = {p.name for p in own}
         fields = {name: field for name, field in kind.model_fields.items() if name not in named}
         more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_of(field), annotation=_said(field))
+            # An elided default follows from other settings.
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=... if field.default_factory_takes_validated_data else default_of(field),
+                annotation=_bare(field.annotation),
+            )
             for name, field in fields.items()
         ]
         function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        lines = "\n".join(f"    {name}: {field.description}" for name, field in fields.items())
+        lines = "\n".join(
+            textwrap.fill(f"{name}: {_told(field)}", 116, initial_indent="    ", subsequent_indent="        ")
+            for name, field in fields.items()
+        )
         function.__doc__ = f"{inspect.getdoc(function)}\n\nSettings:\n{lines}\n"
         return function
 
@@ -175,9 +190,22 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _said(field: FieldInfo) -> Any:
-    """The annotation of a field as a reader knows it."""
-    return inspect.formatannotation(field.annotation).replace("NoneType", "None") if field.annotation else Any
+def _told(field: FieldInfo) -> str:
+    default = option_of(field).default
+    return f"{field.description}" if default is None else f"{field.description} Default: {default}."
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without what checks its values."""
+    match get_origin(annotation):
+        case None:
+            return annotation
+        case origin if origin is Annotated:
+            return _bare(get_args(annotation)[0])
+        case origin if origin is list:
+            return list[_bare(get_args(annotation)[0])]  # type: ignore[misc]
+        case _:
+            return annotation
 
 
 # Faults.
@@ -212,6 +240,8 @@ def checked(
     if fault["type"] == "extra_forbidden":
         said = "unknown setting" if file is None else f"{file} has an unknown key"
         raise UsageError(f"{said} {where!r}{nearest(name, [*inner.model_fields, *known])}")
+    if fault["type"] == "missing" and file is None:
+        raise UsageError(f"{where} must be given: {_toml(name, _example(inner, name))}")
     if fault["type"] == "missing":
         among = f" in [{'.'.join(tables)}]" if tables else ""
         remedy = f", or give --{name}" if name in options else ""

@@ -165,21 +165,6 @@ def t_test(differences: Array) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided p-value of McNemar's exact test that `a` and `b` (B,), right or wrong on the same images, are as good.
-
-    Only the images on which they disagree count: with n01 and n10 of them, min(1, 2 P(X <= min(n01, n10))) for
-    X ~ Binomial(n01 + n10, 1/2); 1 where they never disagree.
-
-    Raises: UsageError where the lengths differ.
-    """
-    x, y = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    if x.shape != y.shape:
-        raise UsageError(f"pairs need as many values on both sides, got {len(x)} and {len(y)}")
-    only_a, only_b = int((x & ~y).sum()), int((y & ~x).sum())
-    return float(min(1.0, 2 * stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
 def not_lower(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, level: float = 0.975) -> Any:
     """Whether pairs show that a share is at most `margin` lower: a bool, or an array of them for arrays of counts.
 

@@ -5,12 +5,9 @@ Axes, used as shape suffixes (`act_BCHW`): B images, C channels, H W pixels, U u
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -326,36 +323,3 @@ class Measurement:
         assert self.values.shape == (len(self.ids),), (
             f"{tuple(self.values.shape)} values of {len(self.ids)} {self.axis}s"
         )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One cell of a study. `key`, the hash of its canonical JSON, names its folder."""
-
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    criterion: str
-    seed: int
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, no NaN."""
-        fields = {
-            "model": self.model,
-            "data": self.data,
-            "criterion": self.criterion,
-            "seed": self.seed,
-            "params": self.params,
-        }
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-    @property
-    def contender(self) -> str:
-        """What it stands for in a comparison: its criterion, and how images were sampled where not at random."""
-        sampling = self.data.get("sampling")
-        return f"{self.criterion}/{sampling}" if sampling else self.criterion
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(self.json.encode()).hexdigest()[:16]

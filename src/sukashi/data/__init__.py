@@ -22,12 +22,14 @@ from torch import Tensor
 
 from sukashi.core import progress
 from sukashi.core.errors import DataError, ModelError, UsageError, nearest
-from sukashi.data import downloads, files
+from sukashi.core.types import Preprocess
+from sukashi.data import downloads, files, memory
 from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
+from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
 from sukashi.data.splits import Batches, Split
 
-__all__ = ["Batches", "Data", "Split", "check_classes", "load", "names"]
+__all__ = ["Batches", "Data", "Split", "check_classes", "hold", "load", "names"]
 
 HELD_OUT = 0.2
 """Fraction of each class that becomes the test split where a dataset brings none."""
@@ -45,7 +47,8 @@ class Data:
 
     `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
     `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits, and
-    `ignore_index` the target of pixels without a class, None where targets are one class an image.
+    `ignore_index` the target of pixels without a class, None where targets are one class an image. `preprocess` is
+    there for images that are tensors as a network takes them, whatever its own says.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Data:
     bad: tuple[tuple[str, str], ...]
     sha256: str
     ignore_index: int | None
+    preprocess: Preprocess | None
     _ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(repr=False)
     _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
 
@@ -183,6 +187,7 @@ def load(
         bad,
         _sha256(splits, digests),
         found.ignore_index,
+        found.preprocess,
         found.ground_truth,
         found.facts,
     )
@@ -226,6 +231,8 @@ def _found(spec: str | Path, max_pixels: int) -> tuple[str, Found]:
             return spec, _digits()
         if name == "shapes":
             return spec, Shapes.parse(options).found()
+        if spec.startswith(memory.PREFIX):
+            return spec, memory.held(options)
         if name == "torchvision":
             return options, downloads.torchvision(options, max_pixels)
     path = Path(spec)

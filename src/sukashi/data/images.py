@@ -121,12 +121,15 @@ def _plain(image: Image.Image) -> Image.Image:
     return image if image.mode in ("RGB", "F") else image.convert("RGB")
 
 
-def sized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+def sized(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """The plain image as uint8 (C, H, W), or as float32 in [0, 1] where it is deeper than 8 bits.
 
     RGB becomes grey by the luma of ITU-R BT.601 (0.299 R + 0.587 G + 0.114 B), grey becomes RGB by repetition, and the
-    size is met by Pillow's antialiased bilinear filter without keeping the aspect, in the depth the image has.
+    size is met by Pillow's antialiased bilinear filter without keeping the aspect, in the depth the image has. An image
+    that is planes (C, H, W) already is taken as it is.
     """
+    if isinstance(image, np.ndarray):
+        return image
     if preprocess.channels == 1 and image.mode == "RGB":
         image = image.convert("L")
     if image.size != (preprocess.width, preprocess.height):
@@ -137,7 +140,7 @@ def sized(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return pixels.transpose(2, 0, 1)
 
 
-def fitted(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """What `sized` gives as float32 (C, H, W) in [0, 1]."""
     pixels = sized(image, preprocess)
     return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(255)
@@ -152,8 +155,8 @@ class Source(Protocol):
     def check(self, row: int) -> tuple[bytes, list[str]]:
         """A digest of the image's bytes (16, then 16 of its mask's), and the rules it needs; raises if unusable."""
 
-    def image(self, row: int) -> Image.Image:
-        """The decoded image, plain."""
+    def image(self, row: int) -> Image.Image | np.ndarray:
+        """The decoded image, plain; or its planes (C, H, W) as a network takes them."""
 
     def name(self, row: int) -> str:
         """What a message calls the image."""
@@ -232,7 +235,8 @@ class Found:
     """A dataset as a reader finds it, before any image was looked at.
 
     `splits` maps train, test and val, or "" for images that were never split, to their source and targets (N,), None
-    where each image has a map of classes instead.
+    where each image has a map of classes instead. `preprocess` is there for images that are tensors as a network takes
+    them: nothing is left to be done.
     """
 
     splits: Mapping[str, tuple[Source, Tensor | None]]
@@ -241,6 +245,7 @@ class Found:
     ignore_index: int | None = None
     ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = None
     facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = None
+    preprocess: Preprocess | None = None
 
 
 def numbered(split: str, n: int) -> tuple[str, ...]:

@@ -13,20 +13,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
-from sukashi.core.types import Batch, Plan, Scores, rank
-from sukashi.criteria import calibration
+from sukashi.core.types import Batch, Plan, Scores, Site, rank
+from sukashi.criteria import calibration, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
 from sukashi.experiments.reading import Opening, Reading
+from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.network import sites
 from sukashi.network.sites import Found
+from sukashi.report import words
 
 
 class Source(Reading):
@@ -70,6 +73,8 @@ class Source(Reading):
                 pretrained=self.pretrained,
                 output=self.output,
             )
+        if images.preprocess is not None:
+            loaded = replace(loaded, preprocess=images.preprocess)
         datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)
         loaded.model.to(place)
         return loaded
@@ -79,7 +84,7 @@ class Source(Reading):
         """Whether the model is known to have random weights."""
         return self.weights is None and not self.pretrained and models.takes_classes(self.model)
 
-    def open(self, *, units: bool = True) -> Setting:
+    def open(self, *, units: bool = True) -> Bench:
         """The model and the data, loaded; whatever does not fit is refused before anything is computed.
 
         Without `units` nobody looks for what could be cut, and nothing need be found.
@@ -89,7 +94,7 @@ class Source(Reading):
         setting = self.beside(images)
         return replace(setting, found=sites.find(setting.loaded.model, setting.example)) if units else setting
 
-    def beside(self, images: Data) -> Setting:
+    def beside(self, images: Data) -> Bench:
         """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
         loaded = self.build(images)
         images = images.read_in(loaded.preprocess.channels)
@@ -99,20 +104,48 @@ class Source(Reading):
             )
             warnings.warn(random_weights, stacklevel=4)
             images = replace(images, notes=(random_weights, *images.notes))
-        setting = Setting(self, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
+        setting = Bench(self, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
         models.probe(loaded, setting.example)
         return setting
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A model and a dataset that fit each other, ready for criteria."""
+class Bench:
+    """A model and a dataset that fit each other, ready to be looked at: what `sukashi.open` gives.
+
+    `loaded.model` is the network, `data` the images, `found` what can be cut and what can't.
+    """
 
     source: Source
     loaded: Loaded
     data: Data
     found: Found
     device: torch.device
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What can be cut."""
+        return self.found.sites
+
+    def rank(self, criterion: str, *, seed: int = 0, sampling: str = "random", **options: Any) -> Ranking:
+        """The order in which units go, by one criterion with its options; `seed` draws the calibration images.
+
+        Raises UsageError for a criterion or option that there is not, and whatever the criterion raises.
+        """
+        return Ranking(self, plan_for(self, criterion, seed, sampling=sampling, options=options))
+
+    def accuracy(self, network: nn.Module | Loaded | None = None) -> float:
+        """The share of the test images that a network gets right, by default the one that was opened."""
+        chosen = self.loaded if network is None else network
+        model = chosen.model if isinstance(chosen, Loaded) else chosen
+        return float(accuracy.evaluate(model, self.test())[0].mean())
+
+    def __repr__(self) -> str:
+        rows = [[site.layer, site.kind, str(site.n_units)] for site in self.sites]
+        refused = [f"not cut: {layer}: {reason}" for layer, reason in self.found.refused.items()]
+        n_units = sum(site.n_units for site in self.sites)
+        named = f"{self.source.model} on {self.source.data}: {len(rows)} sites, {n_units} units"
+        return "\n".join([named, words.table(["site", "kind", "units"], rows), *refused])
 
     @property
     def about_model(self) -> dict[str, Any]:
@@ -166,6 +199,35 @@ class Setting:
         return self.data.test.limit(self.source.test_images).whole(self.loaded.preprocess, self.source.workers)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which the units of a bench's network go."""
+
+    bench: Bench
+    plan: Plan
+
+    def cut(self, ratio: float, *, round_to: int = pruning.ROUND_TO) -> Loaded:
+        """The network without round(ratio * units) units, less what rounding each site to a multiple of `round_to`
+        gives back (1: the exact ratio); `.model` is the module, `models.save` writes it.
+
+        Raises UsageError for a ratio outside [0, 1).
+        """
+        return pruning.cut(self.bench.loaded, pruning.round_mask(self.plan, ratio, round_to))
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each unit, first to go first: layer, unit, category and effect (the method's own measure)."""
+        plan = self.plan
+        rows = zip(plan.site.tolist(), plan.unit.tolist(), plan.category.tolist(), plan.effect.tolist(), strict=True)
+        return [
+            {"layer": plan.sites[site].layer, "unit": unit, "category": category, "effect": effect}
+            for site, unit, category, effect in rows
+        ]
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{row['layer']}[{row['unit']}]" for row in self.table()[:5])
+        return f"{self.plan.method}: {self.plan.n_units} units, first to go {first}, ..."
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; of the processes that torchrun has started each takes its own."""
     if name not in ("auto", "cpu", "cuda"):
@@ -184,7 +246,7 @@ PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
 
 
 def plan_for(
-    setting: Setting,
+    setting: Bench,
     criterion: str,
     seed: int,
     *,

@@ -44,7 +44,7 @@ def prepare_of(settings: Any) -> Prepared:
 def summarised(space: Workspace, **options: Any) -> Result:
     """The summary of a folder, whatever kind of experiment is in it."""
     found: Result = part(space.about["kind"], "summary").summary(space, **options)
-    return found
+    return found.model_copy(update={"out": str(space.folder), "report": str(space.folder / page.REPORT)})
 
 
 def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
@@ -56,6 +56,8 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
+    if jobs > 1 and "memory:" in settings.model_dump_json():
+        raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
     room, prepared = room_of(settings), prepare_of(settings)
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
@@ -91,8 +93,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
-        report = page.write(space.folder, part(kind, "page").page(found, space))
-        found = found.model_copy(update={"out": str(space.folder), "report": str(report)})
+        page.write(space.folder, part(kind, "page").page(found, space))
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
         files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
     return found

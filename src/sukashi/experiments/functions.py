@@ -1,21 +1,36 @@
-"""The functions of the face: keywords become settings, and settings are executed."""
+"""The functions of the face: keywords become settings, and settings are executed.
+
+Where `out` is not given results go into a new folder for temporary files, which `result.out` names.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor, nn
+
+from sukashi import data as images
+from sukashi import models
+from sukashi.attributions import attributions
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keyworded, keywords
+from sukashi.core.types import Preprocess, Site
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.audit.summary import AuditResult
-from sukashi.experiments.check.run import check
+from sukashi.experiments.bench import Bench, Source
+from sukashi.experiments.check import run as checking
+from sukashi.experiments.check.run import CheckResult
+from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import conclude, execute
+from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.summary import PruneResult
+from sukashi.experiments.reading import Reading
 from sukashi.experiments.schedule.settings import Schedule
 from sukashi.experiments.schedule.summary import ScheduleResult
 from sukashi.experiments.study.file import read
@@ -23,17 +38,105 @@ from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
+from sukashi.models import Loaded
+from sukashi.network.sites import input_site
 
-__all__ = ["audit", "check", "compare", "finetune", "prune", "results", "schedule", "study", "train"]
+__all__ = [
+    "attribute",
+    "audit",
+    "check",
+    "compare",
+    "finetune",
+    "load",
+    "open",
+    "prune",
+    "results",
+    "schedule",
+    "study",
+    "train",
+]
+
+# A name, a saved folder, a module, or a network as `load` and `Ranking.cut` give it.
+Network = str | Path | nn.Module | Loaded
+# A name, a folder, tensors (images, targets), a torch Dataset or DataLoader, or {"train": such, "test": such}.
+Images = Any
+
+
+def load(
+    model: Network,
+    *,
+    weights: str | Path | None = None,
+    n_classes: int | None = None,
+    width: int | None = None,
+    pretrained: bool = False,
+    output: str | None = None,
+) -> Loaded:
+    """A network, ready to run: `.model` is a module in eval mode, `.preprocess` what it expects of an image.
+
+    `model` is a spec (`sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable`), a folder that one of
+    our commands wrote, or a module; with a module, or an import path, `weights` may be a folder that was made from it.
+
+    Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
+    rule. No input is unpickled.
+    """
+    given: Any = {"n_classes": n_classes, "width": width, "pretrained": pretrained, "output": output}
+    return models.load(_named(model, None), weights=weights, **given)
+
+
+@keyworded(Reading)
+def open(model: Network, data: Images, **settings: Any) -> Bench:
+    """A model and data, loaded and found to fit each other, for a notebook.
+
+    `bench.sites` is what can be cut, `bench.rank("drift")` the order in which units go, `.cut(0.5)` of that the network
+    without half of them, `bench.accuracy(network)` the share of test images it gets right.
+
+    Raises UsageError for settings that do not exist, and whatever loading raises.
+    """
+    given = _given(model=model, data=data, **settings)
+    return Source.of(keywords(Reading, given)).open()
+
+
+def attribute(
+    model: Network,
+    x: Tensor,
+    target: Tensor,
+    attribution: str = "lrp",
+    *,
+    sites: Sequence[Site] | None = None,
+    **options: Any,
+) -> Any:
+    """What each pixel of images x (B, C, H, W) had to do with the logit of their targets (B,): (B, C, H, W).
+
+    With `sites` (of `bench.sites`) {site: (B, units, positions...)}, all in one pass. `x` is preprocessed,
+    `attribution` one of `sukashi list attributions`, with its options.
+
+    Raises UsageError for an attribution or option that there is not, ModelError where it has no rule for the model.
+    """
+    network = model.model if isinstance(model, Loaded) else model
+    network = network if isinstance(network, nn.Module) else load(network).model
+    pixels = input_site(x)
+    found = attributions[attribution](network, x, target, [pixels] if sites is None else list(sites), **options)
+    return found[pixels] if sites is None else found
+
+
+@keyworded(Check)
+def check(model: Network, data: Images, **settings: Any) -> CheckResult:
+    """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
+
+    Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
+    cannot be estimated within `limit` seconds is listed as unmeasured, a criterion that refuses the model under
+    `cannot` with its reason. Nothing is written.
+    """
+    return checking.check(keywords(Check, _given(model=model, data=data, **settings)))
 
 
 @keyworded(Compare)
 def compare(
-    model: str,
-    data: str,
+    model: Network,
+    data: Images,
     criteria: Sequence[str],
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     jobs: int = 1,
     command: str | None = None,
     **settings: Any,
@@ -56,10 +159,10 @@ def compare(
 
 @keyworded(Audit)
 def audit(
-    models: Sequence[str],
-    data: str,
+    models: Sequence[Network],
+    data: Images,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     jobs: int = 1,
     command: str | None = None,
     **settings: Any,
@@ -92,7 +195,14 @@ def audit(
 
 @keyworded(Prune)
 def prune(
-    model: str, data: str, criterion: str, ratio: float, *, out: str | Path, command: str | None = None, **settings: Any
+    model: Network,
+    data: Images,
+    criterion: str,
+    ratio: float,
+    *,
+    out: str | Path | None = None,
+    command: str | None = None,
+    **settings: Any,
 ) -> PruneResult:
     """A model cut for real and saved to the folder `out`, with its figures beside the dense model's.
 
@@ -113,7 +223,9 @@ def prune(
 
 
 @keyworded(Train)
-def train(model: str, data: str, *, out: str | Path, command: str | None = None, **settings: Any) -> TrainResult | None:
+def train(
+    model: Network, data: Images, *, out: str | Path | None = None, command: str | None = None, **settings: Any
+) -> TrainResult | None:
     """A network trained from random weights (drawn by `seed`) or from those given, saved to the folder `out`.
 
     The test split is measured once, at the end, on `test_images` of it. `sukashi.load(out)` rebuilds the network. An
@@ -128,7 +240,7 @@ def train(model: str, data: str, *, out: str | Path, command: str | None = None,
 
 @keyworded(Finetune)
 def finetune(
-    model: str, data: str, *, out: str | Path, command: str | None = None, **settings: Any
+    model: Network, data: Images, *, out: str | Path | None = None, command: str | None = None, **settings: Any
 ) -> TrainResult | None:
     """A network trained on from weights or a saved folder, whose cuts and mask stay, saved to the folder `out`.
 
@@ -142,13 +254,13 @@ def finetune(
 
 @keyworded(Schedule)
 def schedule(
-    model: str,
-    data: str,
+    model: Network,
+    data: Images,
     how: str,
     criteria: Sequence[str],
     ratios: Sequence[float],
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     jobs: int = 1,
     command: str | None = None,
     **settings: Any,
@@ -210,6 +322,42 @@ def results(folder: str | Path, **options: Any) -> Result:
     return conclude(Workspace(folder), **options)
 
 
+def __getattr__(name: str) -> Any:
+    """The function of a kind of experiment that has none above: all of its settings are keywords."""
+    if name not in kinds():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    kind = kinds()[name]
+
+    def function(*, out: str | Path | None = None, jobs: int = 1, command: str | None = None, **settings: Any) -> Any:
+        return _run(kind, {"out": out, **settings}, command, jobs)
+
+    function.__name__, function.__doc__ = name, kind.__doc__
+    return keyworded(kind)(function)
+
+
 def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs: int = 1) -> Result | None:
+    given = _given(**given)
+    if given.get("out") is None:
+        given["out"] = tempfile.mkdtemp(prefix="sukashi-")
     settings = keywords(kind, given, known=("command", "jobs"))
     return execute(settings, command=command or f"sukashi.{kind.kind}(...)", jobs=jobs)
+
+
+def _given(**given: Any) -> dict[str, Any]:
+    """Keywords in which networks and images in memory have become names."""
+    data, tensors = given.get("data", ""), None
+    if not isinstance(data, str | Path):
+        given["data"] = images.hold(data)
+        tensors = images.load(given["data"]).preprocess
+    if "model" in given:
+        given["model"] = _named(given["model"], tensors)
+    if isinstance(given.get("models"), list | tuple):
+        given["models"] = [_named(model, tensors) for model in given["models"]]
+    return given
+
+
+def _named(model: Any, tensors: Preprocess | None) -> Any:
+    """The spec of a network; `tensors` is how the data are taken, where their images are tensors."""
+    if isinstance(model, Loaded):
+        return models.hold(model.model, tensors or model.preprocess)
+    return models.hold(model, tensors) if isinstance(model, nn.Module) else model

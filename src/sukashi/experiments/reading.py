@@ -18,7 +18,7 @@ class Architecture(Settings):
     )
     width: int | None = option(None, ge=1, le=65_536, help="Base width, for our own models.")
     n_classes: int | None = option(
-        None, ge=1, flag="--classes", help="Class count; by default that of the weights or of the data."
+        None, ge=1, le=1_000_000, flag="--classes", help="Class count; by default that of the weights or of the data."
     )
     pretrained: bool = option(False, help="Download pretrained weights.")
     output: str | None = option(None, help="Which of a model's outputs holds the logits.")
@@ -30,7 +30,7 @@ class Images(Settings):
     data: str = option(examples=["digits"], help="digits, shapes, torchvision:NAME, or a folder of images.")
     skip_bad: bool = option(False, help="Leave unreadable images out, and say so.")
     class_map: dict[str, int] | None = option(
-        None, help='{"class of the data": its number in the model}, where the two differ; as a flag a JSON file.'
+        None, help='{"class of the data": its number in the model}, where the two differ.'
     )
     only: list[str] | None = option(None, joined=True, help="Leave all classes out but these; numbered in this order.")
     max_pixels: int = option(64_000_000, help="Pixels an image may have.")

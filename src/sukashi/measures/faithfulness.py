@@ -157,7 +157,9 @@ def road(removal_curves: RemovalCurves, *, percentages: Percentages | None = Non
         mean over p of (LeRF_p - MoRF_p)
 
     of right answers, and as `probability` of the target's. A map that says nothing of the model has 0 on average.
-    `removal` gives the two curves, says what the other options are, and raises; percentages None are 10, 20, ..., 90.
+    Percentages None are 10, 20, ..., 90. `noise` is the standard deviation of what is added where pixels went, in those
+    of the images, `tolerance` how far the imputation may be from its solution, `batch_size` how many images are imputed
+    at once; `removal`, which gives the two curves, says more of them, and raises.
     """
     chosen = PERCENTAGES if percentages is None else percentages
     least, most = (removal_curves.at(order, chosen) for order in ORDERS)
@@ -170,8 +172,8 @@ def aopc(removal_curves: RemovalCurves, *, form: Form = "mean") -> dict[str, Mea
 
     `mean` is the mean of a_0 - a_p over p = 10, 20, ..., 90 (Samek et al. count p = 0 too, whose term is 0); `lottery`
     is what the lottery paper's code does, the sum of a_1 - a_p over its ten percentages p = 1, 11, ..., 91 by eleven.
-    Of right answers, and as `probability` of the target's. `area_over` gives both forms from a curve one has, `removal`
-    says what the other options are, and raises.
+    Of right answers, and as `probability` of the target's. `area_over` gives both forms from a curve one has. The other
+    options are those of `road`.
     """
     curve = removal_curves.at("morf", AOPC_PERCENTAGES[form])
     return _of_outcomes(removal_curves, lambda outcome: area_over(curve.of(outcome), form))

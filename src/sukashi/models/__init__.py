@@ -6,7 +6,7 @@ from sukashi.models.loading import load
 from sukashi.models.onnx import check_onnx_installed, export_onnx
 from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe
 from sukashi.models.saved import contents, save
-from sukashi.models.specs import names
+from sukashi.models.specs import hold, names
 from sukashi.models.weights import digest, tensor_digests
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "contents",
     "digest",
     "export_onnx",
+    "hold",
     "load",
     "names",
     "probe",

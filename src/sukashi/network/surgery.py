@@ -62,14 +62,6 @@ def zero(model: nn.Module, mask: Mask) -> Table:
 MODES: dict[str, Callable[[nn.Module, Mask], Table]] = {"cut": cut, "zero": zero}
 
 
-def check_mode(mode: str) -> None:
-    """Refuse a mode of removal that there is not."""
-    if mode not in MODES:
-        raise UsageError(
-            f"mode must be {' or '.join(MODES)}, got {mode!r}: cut makes layers smaller, zero silences units"
-        )
-
-
 def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
     """Remove what `table` says, in place; all of the table is checked before the first layer is touched.
 

@@ -14,6 +14,8 @@ from sukashi.core import files
 from sukashi.core.errors import writing
 from sukashi.report.words import p_value, percent
 
+REPORT = "report.html"
+
 
 @dataclass(frozen=True)
 class Page:
@@ -24,8 +26,8 @@ class Page:
     shown: Mapping[str, Any]
 
 
-def write(folder: Path, page: Page) -> Path:
-    """The path of `report.html`, written into a folder.
+def write(folder: Path, page: Page) -> None:
+    """Write a page into a folder.
 
     Its PNGs are in the page itself and, by name, in the folder's `figures/` too.
     """
@@ -44,9 +46,4 @@ def write(folder: Path, page: Page) -> Path:
     )
     environment.filters |= {"percent": percent, "p_value": p_value}
     html = environment.get_template(page.template).render(figures=inlined, **page.shown)
-    files.write(folder / "report.html", html.encode())
-    return folder / "report.html"
-
-
-def render(template: str, folder: Path, figures: Mapping[str, bytes], **shown: Any) -> Path:
-    return write(folder, Page(template, figures, shown))
+    files.write(folder / REPORT, html.encode())

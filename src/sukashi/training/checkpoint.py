@@ -132,12 +132,6 @@ def held(out: Path, described: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def clear(out: Path) -> None:
-    """Take what only an unfinished run needs out of its folder."""
-    for name in (FILE, _SAID):
-        (out / name).unlink(missing_ok=True)
-
-
 def claim(out: Path) -> bool:
     """Whether this process is the first of its run to say why the run ends."""
     try:

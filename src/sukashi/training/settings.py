@@ -56,9 +56,9 @@ class Training(Settings):
     label_smoothing: float = option(0.0, ge=0, lt=1, help="Share of each target that all classes get alike.")
     augment: Literal["none", "crop_flip", "resized_crop", "affine"] = option(
         "none",
-        help="Random views. crop_flip: mirrored or not, moved by up to an eighth of the side. resized_crop: mirrored "
-        "or not, 35 to 100 % of the area. affine: turned by up to 10 degrees, moved by 5 %, 10 % larger or smaller; "
-        "never mirrored, so for digits and X-rays.",
+        help="Random views, or none. crop_flip: mirrored or not, moved by up to an eighth of the side. resized_crop: "
+        "mirrored or not, 35 to 100 % of the area. affine: turned by up to 10 degrees, moved by 5 %, 10 % larger or "
+        "smaller; never mirrored, so for digits and X-rays.",
     )
     ema: float = option(
         0.0,

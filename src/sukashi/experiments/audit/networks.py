@@ -15,7 +15,7 @@ from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Batch, Preprocess
 from sukashi.experiments.audit.settings import Audit
-from sukashi.experiments.bench import Setting, Source
+from sukashi.experiments.bench import Bench, Source
 from sukashi.experiments.reading import Architecture
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
@@ -102,7 +102,7 @@ class Network:
     """A model of the audit at work: its answers, and the batch of test images as it sees them."""
 
     answers: Answers
-    setting: Setting
+    setting: Bench
     batch: Batch
 
     @property

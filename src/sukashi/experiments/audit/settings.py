@@ -12,6 +12,7 @@ class Audit(Opening):
     """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
 
     kind: ClassVar[str] = "audit"
+    shared: ClassVar[bool] = True
 
     models: list[str] = option(
         argument=True, help="Specs, which share --weights, or saved folders. The first is the reference."
@@ -22,14 +23,14 @@ class Audit(Opening):
         None,
         joined=True,
         default="saliency,integrated_gradients; for transformers chefer too",
-        help="See `sukashi list attributions`.",
+        help="Names, see `sukashi list attributions`.",
     )
     measures: list[str] | None = option(
         None,
         joined=True,
         default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, where the "
         "data know where the evidence is localisation too",
-        help="See `sukashi list measures`.",
+        help="Names, see `sukashi list measures`.",
     )
     population: str = option(
         "both", help="Images looked at: both (reference and model get them right), reference (it does) or all."

@@ -10,7 +10,6 @@ import torch
 
 from sukashi.core.errors import SukashiError
 from sukashi.core.experiment import Result
-from sukashi.core.schema import keyworded, keywords
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.engine import Engine
 from sukashi.experiments.bench import Source
@@ -59,16 +58,9 @@ class CheckResult(Result):
         return [{"model": self.model, **site} for site in self.sites]
 
 
-@keyworded(Check)
-def check(model: str, data: str, **settings: Any) -> CheckResult:
-    """What would happen: sites, layers that can't be cut and why, class counts, and seconds each criterion would take.
-
-    Seconds are extrapolated from single units at the first, middle and last site, on `calibration` images a class; what
-    cannot be estimated within `limit` seconds is listed as unmeasured, a criterion that refuses the model under
-    `cannot` with its reason. Nothing is written.
-    """
+def check(asked: Check) -> CheckResult:
+    """See `functions.check`."""
     start = time.perf_counter()
-    asked = keywords(Check, {"model": model, "data": data, **settings})
     limit, setting = asked.limit, Source.of(asked).open()
     found, train = setting.found, setting.data.train
     n_units = sum(site.n_units for site in found.sites)
@@ -107,7 +99,7 @@ def check(model: str, data: str, **settings: Any) -> CheckResult:
             except SukashiError as error:
                 cannot[method.name] = str(error)
     return CheckResult(
-        model=model,
+        model=asked.model,
         parameters=sum(p.numel() for p in setting.loaded.model.parameters()),
         sites=[{"layer": site.layer, "kind": site.kind, "units": site.n_units} for site in found.sites],
         units=n_units,

@@ -17,7 +17,7 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
 from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.criteria.pruning import check_options
-from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
 from sukashi.experiments.compare.contenders import name_of, save_curve
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.workspace import Desk, Workspace
@@ -92,13 +92,13 @@ def _check(settings: Compare) -> None:
         raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
 
 
-def _try_samplings(setting: Setting, missing: Sequence[Trial]) -> None:
+def _try_samplings(setting: Bench, missing: Sequence[Trial]) -> None:
     """Refuse what can't be sampled before the first trial."""
     for how in {trial.about["data"].get("sampling", "random") for trial in missing}:
         setting.calibration(0, how)
 
 
-def _run(setting: Setting, skip_refused: bool, desk: Desk) -> None:
+def _run(setting: Bench, skip_refused: bool, desk: Desk) -> None:
     try:
         _measure(setting, desk)
     except ModelError as error:
@@ -107,7 +107,7 @@ def _run(setting: Setting, skip_refused: bool, desk: Desk) -> None:
         desk.finish({"refused": str(error)})
 
 
-def _measure(setting: Setting, desk: Desk) -> None:
+def _measure(setting: Bench, desk: Desk) -> None:
     about = desk.trial.about
     mode, sites = about["mode"], setting.found.sites
     kept = desk.arrays("plan")
@@ -143,12 +143,12 @@ def _measure(setting: Setting, desk: Desk) -> None:
     )
 
 
-def _cost(setting: Setting, plan: Plan) -> dict[str, dict[str, int]]:
+def _cost(setting: Bench, plan: Plan) -> dict[str, dict[str, int]]:
     """Parameters and FLOPs, dense and with half of the units gone: what no clock decides."""
     return cost.sizes(setting.loaded.model, setting.example[:1], plan.mask(0.5))
 
 
-def _time(setting: Setting, space: Workspace) -> None:
+def _time(setting: Bench, space: Workspace) -> None:
     """Log the latency of each trial's network with half of its units gone, unless an earlier run did.
 
     A clock decides these, so they are kept apart from the results, which every run gives alike.

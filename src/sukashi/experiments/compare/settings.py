@@ -13,7 +13,7 @@ RATIOS = [round(0.05 * i, 2) for i in range(20)]
 class Contest(Settings):
     """Criteria, and how they are held against each other."""
 
-    criteria: list[str] = option(joined=True, examples=[["magnitude"]], help="See `sukashi list criteria`.")
+    criteria: list[str] = option(joined=True, examples=[["magnitude"]], help="Names, see `sukashi list criteria`.")
     ratios: list[Ratio] = option(RATIOS, help="Fractions of units removed.")
     seeds: int = option(3, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0.")
     sampling: list[str] = option(
@@ -32,6 +32,7 @@ class Compare(Contest, Reading):
     """Compare criteria: accuracy against the fraction of parameters removed, over seeds, with SAUCE and a report."""
 
     kind: ClassVar[str] = "compare"
+    shared: ClassVar[bool] = True
     grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "sampling", "options"})
 
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted comparison is resumed.")

@@ -20,7 +20,7 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import check_sampling
 from sukashi.criteria.plans import plan_arrays
 from sukashi.criteria.pruning import check_options
-from sukashi.experiments.bench import Setting, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
@@ -92,7 +92,7 @@ def _check(settings: Prune) -> None:
         models.check_onnx_installed()
 
 
-def _prune(setting: Setting, settings: Prune, desk: Desk) -> None:
+def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.class_names)
     if settings.scope is None:
@@ -133,7 +133,7 @@ def _prune(setting: Setting, settings: Prune, desk: Desk) -> None:
     )
 
 
-def _cut(setting: Setting, settings: Prune, dense: Loaded, desk: Desk) -> tuple[Mask, Loaded]:
+def _cut(setting: Bench, settings: Prune, dense: Loaded, desk: Desk) -> tuple[Mask, Loaded]:
     plan = plan_for(
         *(setting, settings.criterion, settings.seed),
         sampling=settings.sampling,
@@ -146,7 +146,7 @@ def _cut(setting: Setting, settings: Prune, dense: Loaded, desk: Desk) -> tuple[
     return mask, pruning.cut(dense, mask, chosen["mode"])
 
 
-def _figures(setting: Setting, loaded: Loaded, test: Batch, batch: torch.Tensor) -> dict[str, Any]:
+def _figures(setting: Bench, loaded: Loaded, test: Batch, batch: torch.Tensor) -> dict[str, Any]:
     correct = _correct(setting, loaded, test)
     return {
         "accuracy": float(correct.mean()),
@@ -155,7 +155,7 @@ def _figures(setting: Setting, loaded: Loaded, test: Batch, batch: torch.Tensor)
     }
 
 
-def _correct(setting: Setting, loaded: Loaded, test: Batch) -> np.ndarray:
+def _correct(setting: Bench, loaded: Loaded, test: Batch) -> np.ndarray:
     """(B,) 1 where an image is right."""
     found = [accuracy.accuracy(loaded.model, part.to(setting.device)).values for part in test.split(128)]
     return torch.cat(found).cpu().numpy()
@@ -183,7 +183,7 @@ def _cautions(settings: Prune, mask: Mask) -> list[str]:
     return found
 
 
-def _export(setting: Setting, desk: Desk) -> None:
+def _export(setting: Bench, desk: Desk) -> None:
     """The saved network as one ONNX file."""
     home = desk.space.folder
     path = desk.folder / "model.onnx"
@@ -193,7 +193,7 @@ def _export(setting: Setting, desk: Desk) -> None:
     desk.finish({"opset": "torch's default"})
 
 
-def _time(setting: Setting, space: Workspace) -> None:
+def _time(setting: Bench, space: Workspace) -> None:
     """Log the latency of the dense and the pruned network in turns, unless an earlier run did."""
     if space.logged("latency") or not Path(space.folder / models.RECIPE).exists():
         return

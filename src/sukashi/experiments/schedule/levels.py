@@ -16,7 +16,7 @@ from sukashi.core import progress
 from sukashi.core.types import Batch, Mask
 from sukashi.criteria import pruning
 from sukashi.data import Data
-from sukashi.experiments.bench import Setting, Source, plan_for
+from sukashi.experiments.bench import Bench, Source, plan_for
 from sukashi.experiments.schedule.settings import Course
 from sukashi.experiments.train.run import history_of, log_speed
 from sukashi.experiments.workspace import Desk
@@ -52,11 +52,11 @@ class Seed:
         self._latest: dict[str, Loaded] = {}
 
     @cached_property
-    def setting(self) -> Setting:
+    def setting(self) -> Bench:
         loaded = models.resized(self.source.build(self.images, self.seed), self.course.size)
         read = self.images.read_in(loaded.preprocess.channels)
         device = next(loaded.model.parameters()).device
-        setting = Setting(self.source, loaded, read, Found((), {}), device)
+        setting = Bench(self.source, loaded, read, Found((), {}), device)
         models.probe(loaded, setting.example)
         if self.course.scope is None:
             return replace(setting, found=sites.find(loaded.model, setting.example))

@@ -15,7 +15,7 @@ from typing import Any
 
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.experiments.bench import Setting, Source, hardware, versions
+from sukashi.experiments.bench import Bench, Source, hardware, versions
 from sukashi.experiments.schedule.checks import check, check_trained, trained
 from sukashi.experiments.schedule.levels import Level, Seed
 from sukashi.experiments.schedule.schedules import SCHEDULES
@@ -119,7 +119,7 @@ def named(ratio: float) -> str:
     return max(f"{ratio:.2f}", repr(ratio), key=len)
 
 
-def _fits(setting: Setting, course: Course, given: bool) -> list[str]:
+def _fits(setting: Bench, course: Course, given: bool) -> list[str]:
     """Refuse what does not fit the model or the data before hours of training; what is to be known of the data.
 
     Raises UsageError for layers that a pattern cannot group, and whatever sampling and training refuse.

@@ -10,7 +10,8 @@ from typing import Any
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.experiments.bench import versions
 from sukashi.experiments.executor import execute, prepare_of
-from sukashi.experiments.study.file import KINDS, OUT
+from sukashi.experiments.kinds import kinds
+from sukashi.experiments.study.file import OUT
 from sukashi.experiments.study.settings import Study
 from sukashi.experiments.workspace import Desk
 
@@ -38,7 +39,7 @@ def prepare(settings: Study) -> Prepared:
 def settings_of(asked: dict[str, Any], out: str, name: str) -> Any:
     """The settings of one of its experiments, which goes into a folder by its name."""
     given = {key: _filled(value, out) for key, value in asked.items() if key != "kind"}
-    return KINDS[asked["kind"]].model_validate(given | {"out": str(Path(out) / name)})
+    return kinds()[asked["kind"]].model_validate(given | {"out": str(Path(out) / name)})
 
 
 def _filled(value: Any, out: str) -> Any:

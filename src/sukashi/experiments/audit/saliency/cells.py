@@ -23,7 +23,7 @@ from sukashi.core.types import Batch, Maps, pass_size
 from sukashi.experiments.audit.networks import Network, size_of
 from sukashi.experiments.audit.saliency.summary import moved
 from sukashi.experiments.audit.saliency.values import OF_CURVES, ORDERS, OUTCOMES, Array, Cell
-from sukashi.experiments.bench import Setting
+from sukashi.experiments.bench import Bench
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import measures as registry
 from sukashi.measures.inputs import Inputs, measured
@@ -272,7 +272,7 @@ class Auditor:
         desk.finish({"attribution": name, "labels": labels, "pictures": pictures})
 
 
-def masks(setting: Setting, image_ids: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
+def masks(setting: Bench, image_ids: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
     """Where the evidence is, (B, H, W) bool for each concept, at the size the models see."""
     return {
         concept: F.interpolate(mask[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
