@@ -1,20 +1,29 @@
-"""Study files: read strictly, run model by model, resumed, and told on one page."""
+"""Study files: read strictly, run experiment by experiment, resumed, and told on one page."""
 
 import functools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
-from sukashi.experiments.compare.store import Store
 
+import sukashi
 from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.criteria import criteria
-from sukashi.experiments import study_file
+from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.compare import run as comparing
+from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.schedule.checks import check
+from sukashi.experiments.schedule.settings import Scheduled
+from sukashi.experiments.study.file import read
+from sukashi.experiments.study.summary import StudyResult
+from sukashi.experiments.train.summary import TrainResult
+from sukashi.experiments.workspace import Workspace
 
+RESULTS = {kind.kind: kind for kind in (AuditResult, CompareResult, PruneResult, TrainResult)}
 STUDY = """
 title = "Two networks"
 out = "results"
@@ -60,13 +69,19 @@ def home(small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(home):
-    return study_file.run(home / "study.toml")
+    return sukashi.study(home / "study.toml")
+
+
+def kept(result):
+    """What results.json has of a result."""
+    return {name: value for name, value in result.to_json().items() if name not in result.of_call}
 
 
 def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
-    assert json.loads((home / "results" / "results.json").read_text()) == done
-    assert list(done["models"]) == ["cnn", "vit"]
-    alone = comparing.compare(
+    assert json.loads((home / "results" / "results.json").read_text()) == kept(done)
+    assert list(done.experiments) == ["cnn", "vit"]
+    assert (done.title, done.finished) == ("Two networks", False)
+    alone = sukashi.compare(
         "sukashi:digits_cnn",
         "digits",
         ["magnitude", "taylor"],
@@ -82,25 +97,28 @@ def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
         width=8,
         out=tmp_path / "alone",
     )
-    assert {**done["models"]["cnn"], "out": ""} == {**alone, "out": ""}
+    assert done.experiments["cnn"] == {"kind": "compare", **kept(alone)}
+    for path in sorted((tmp_path / "alone" / "trials").rglob("*")):
+        if path.is_file():
+            assert (home / "results" / "cnn" / path.relative_to(tmp_path / "alone")).read_bytes() == path.read_bytes()
 
 
 def test_a_pair_is_the_difference_of_mean_accuracies(done):
-    pairs = [(pair["model"], pair["first"], pair["second"]) for pair in done["pairs"]]
+    pairs = [(pair["model"], pair["first"], pair["second"]) for pair in done.pairs]
     assert pairs == [
         (model, *pair)
         for model in ("cnn", "vit")
         for pair in (("taylor", "magnitude"), ("taylor/confidence", "taylor"))
     ]
-    found = done["models"]["cnn"]["accuracy_at"]
+    found = done.experiments["cnn"]["accuracy_at"]
     mean = {name: sum(cell["mean"] for cell in cells.values()) / 4 for name, cells in found.items()}
-    assert done["pairs"][0]["mean"] == pytest.approx(mean["taylor"] - mean["magnitude"])
-    assert all(pair["low"] <= pair["mean"] <= pair["high"] for pair in done["pairs"])
+    assert done.pairs[0]["mean"] == pytest.approx(mean["taylor"] - mean["magnitude"])
+    assert all(pair["low"] <= pair["mean"] <= pair["high"] for pair in done.pairs)
 
 
 def test_the_page_shows_every_model_and_leads_to_its_own(home, done):
-    page = Path(done["report"]).read_text()
-    assert Path(done["report"]) == home / "results" / "report.html"
+    page = Path(done.report).read_text()
+    assert Path(done.report) == home / "results" / "report.html"
     for words in (
         "Two networks",
         "taylor/confidence",
@@ -113,10 +131,46 @@ def test_the_page_shows_every_model_and_leads_to_its_own(home, done):
     assert "http" not in page
 
 
+def test_what_is_printed_and_the_table(home, done):
+    text = done.text()
+    for name in ("cnn", "vit"):
+        assert f"\n{name}\n\n{sukashi.results(home / 'results' / name).text()}" in "\n" + text
+    first = done.pairs[0]
+    assert (
+        f"cnn: taylor minus magnitude: {100 * first['mean']:+.1f} points, 95 % interval {100 * first['low']:.1f} to"
+        in text
+    )
+    assert text.endswith(f"Report: {done.report}")
+    rows = [{"name": name, "kind": "compare", "verdict": done.experiments[name]["verdict"]} for name in ("cnn", "vit")]
+    assert done.table() == rows == pq.read_table(home / "results" / "results.parquet").to_pylist()
+
+
 def test_a_finished_study_computes_nothing_again_from_wherever_it_is_run(home, done, monkeypatch):
+    before = {path: path.read_bytes() for path in (home / "results").rglob("*") if path.is_file()}
     monkeypatch.setattr(comparing, "plan_for", None)
     monkeypatch.chdir(home)
-    assert study_file.run("study.toml") == done
+    again = sukashi.study("study.toml")
+    assert again.finished
+    assert again.to_json() == {**done.to_json(), "finished": True}
+    assert {path.name for path, content in before.items() if path.read_bytes() != content} <= {"log.jsonl", "report.html"}
+
+
+def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    (tmp_path / "small").mkdir()
+    one = STUDY.replace("seeds = 2", "seeds = 1").replace("[models.vit]", "[ignored.vit]")
+    without = one[: one.index("[ignored.vit]")] + one[one.index("[options.taylor]") :]
+    (tmp_path / "small" / "study.toml").write_text(without)
+    out = tmp_path / "out"
+    first = sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    assert list(first.experiments) == ["cnn"]
+    seen = {path: path.read_bytes() for path in (out / "cnn" / "trials").rglob("*") if path.is_file()}
+    grown = sukashi.study(home / "study.toml", out=out)
+    assert grown.experiments == done.experiments
+    assert grown.pairs == done.pairs
+    assert {path: path.read_bytes() for path in seen} == seen
+    with pytest.raises(UsageError, match="experiments"):
+        sukashi.study(tmp_path / "small" / "study.toml", out=out)
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")
@@ -126,34 +180,35 @@ def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_
         raise ModelError("GELU is not handled: choose another")
 
     monkeypatch.setitem(criteria._methods, "taylor", replace(criteria["taylor"], fn=refuse))
-    found = study_file.run(home / "study.toml", out=tmp_path / "out")
-    for model in found["models"].values():
+    found = sukashi.study(home / "study.toml", out=tmp_path / "out")
+    for model in found.experiments.values():
         assert list(model["sauce"]) == ["magnitude"]
         reason = "GELU is not handled: choose another"
         assert model["refused"] == {"taylor": reason, "taylor/confidence": reason}
-    assert all(pair["mean"] is None for pair in found["pairs"])
+    assert all(pair["mean"] is None for pair in found.pairs)
+    assert "cnn: taylor minus magnitude: not measured that far" in found.text()
     assert "refused: GELU is not handled" in (tmp_path / "out" / "report.html").read_text()
     page = (tmp_path / "out" / "cnn" / "report.html").read_text()
     assert "taylor is left out, it refused the model: GELU" in page
     assert "trials are finished" not in page
+    vit = ("sukashi:digits_vit", "digits", ["taylor"])
     with pytest.raises(ModelError, match="GELU"):
-        comparing.compare("sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "strict")
+        sukashi.compare(*vit, calibration=4, out=tmp_path / "strict")
     with pytest.raises(ModelError, match="refused by every criterion; first: GELU"):
-        comparing.compare(
-            "sukashi:digits_vit", "digits", ["taylor"], calibration=4, out=tmp_path / "none", skip_refused=True
-        )
-    assert not (tmp_path / "none").exists()
+        sukashi.compare(*vit, calibration=4, out=tmp_path / "none", skip_refused=True)
+    with pytest.raises(ModelError, match="refused by every criterion; first: GELU"):
+        sukashi.results(tmp_path / "none")
 
 
-def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home, small, tmp_path, monkeypatch):
+def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home, done, small, tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS", str(tmp_path))
     for name in ("cnn", "vit"):
         state = {
             key: 1.01 * value for key, value in small[name].model.state_dict().items() if value.is_floating_point()
         }
         safetensors.torch.save_file({**small[name].model.state_dict(), **state}, tmp_path / f"{name}.safetensors")
-    study_file.run(home / "study.toml", out=tmp_path / "out", data="digits")
-    here, there = (Store(folder / "cnn").study["model"] for folder in (tmp_path / "out", home / "results"))
+    sukashi.study(home / "study.toml", out=tmp_path / "out", data="digits")
+    here, there = (Workspace(folder / "cnn").identity["model"] for folder in (tmp_path / "out", home / "results"))
     assert here["weights_sha256"] != there["weights_sha256"]
     assert {**here, "weights_sha256": ""} == {**there, "weights_sha256": ""}
 
@@ -179,50 +234,41 @@ def test_a_file_that_breaks_a_rule_is_refused(home, tmp_path, old, new, words):
     text = text.replace(old, new, 1).replace('WEIGHTS = "weights"', f'WEIGHTS = "{home / "weights"}"')
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
-        study_file.run(tmp_path / "study.toml")
+        sukashi.study(tmp_path / "study.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
 def test_a_later_model_that_cannot_be_loaded_is_refused_before_the_first_is_compared(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "compare", None)
+    monkeypatch.setattr(comparing, "plan_for", None)
     (tmp_path / "study.toml").write_text(STUDY.replace("$WEIGHTS/vit", "$WEIGHTS/gone"))
     monkeypatch.setenv("WEIGHTS", str(home / "weights"))
     with pytest.raises(SukashiError, match=r"gone\.safetensors"):
-        study_file.run(tmp_path / "study.toml")
+        sukashi.study(tmp_path / "study.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
 def test_how_images_are_read_is_said_by_the_file_and_a_call_goes_before_it(home, tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
-
-    def compared(*given, **settings):
-        raise Stopped(settings)
-
-    monkeypatch.setattr(study_file, "compare", compared)
-    monkeypatch.setattr(study_file.Source, "open", lambda source: None)
     monkeypatch.setenv("WEIGHTS", str(home / "weights"))
     (tmp_path / "study.toml").write_text('workers = 2\nonly = ["3", "5"]\nskip_bad = true\n' + STUDY)
     for given, expected in (({}, 2), ({"workers": 0}, 0)):
-        with pytest.raises(Stopped) as stopped:
-            study_file.run(tmp_path / "study.toml", **given)
-        (settings,) = stopped.value.args
-        assert (settings["workers"], settings["only"], settings["skip_bad"]) == (expected, ["3", "5"], True)
+        found = read(tmp_path / "study.toml", **given)
+        for settings in found.experiments.values():
+            assert (settings["workers"], settings["only"], settings["skip_bad"]) == (expected, ["3", "5"], True)
 
 
 def test_files_that_are_not_there_or_hold_no_model(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read .*nowhere.toml \(No such file"):
-        study_file.run(tmp_path / "nowhere.toml")
+        sukashi.study(tmp_path / "nowhere.toml")
     (tmp_path / "empty.toml").write_text('out = "o"\ndata = "digits"\ncriteria = ["random"]\n[models]\n')
     with pytest.raises(UsageError, match="has no model"):
-        study_file.run(tmp_path / "empty.toml")
+        sukashi.study(tmp_path / "empty.toml")
 
 
 def test_keys_that_are_missing_or_of_another_kind_of_study(tmp_path):
     def refused(text, words):
         (tmp_path / "study.toml").write_text(text)
         with pytest.raises(UsageError, match=words):
-            study_file.run(tmp_path / "study.toml")
+            sukashi.study(tmp_path / "study.toml")
 
     levels_of = {"schedule": '"oneshot"', "criteria": '["magnitude"]', "ratios": "[0.5]", "out": '"o"', "data": '"x"'}
     model = '\n[model]\nspec = "sukashi:digits_cnn"\n'
@@ -252,17 +298,19 @@ def test_data_and_out_need_not_be_in_the_file(home, done, tmp_path, monkeypatch)
     monkeypatch.setenv("WEIGHTS", str(home / "weights"))
     text = STUDY.replace('out = "results"', "").replace('data = "digits"', "")
     (tmp_path / "study.toml").write_text(text)
-    again = study_file.run(tmp_path / "study.toml", data="digits", out=home / "results")
-    assert again["models"] == done["models"]
+    again = sukashi.study(tmp_path / "study.toml", data="digits", out=home / "results")
+    assert again.experiments == done.experiments
 
 
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parent.parent / "studies").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_the_studies_that_come_along_keep_the_rules(path):
-    given = study_file._toml(path)
-    assert set(given["criteria"]) <= set(criteria.names())
-    if "schedule" in given:
-        check(study_file._course(path, given))
+    found = read(path, out="out")
+    if isinstance(found, Scheduled):
+        check(found)
+        assert found.model
     else:
-        assert study_file._grid(path, given).models
+        assert found.experiments
+        for asked in found.experiments.values():
+            assert set(asked["criteria"]) <= set(criteria.names())
