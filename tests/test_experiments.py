@@ -210,7 +210,7 @@ def test_a_second_call_does_nothing_and_says_so(experiment, monkeypatch):
     again = perform(experiment)
     assert (experiment.result.finished, again.finished) == (False, True)
     assert kept(again) == kept(experiment.result)
-    told = {name for name in differing(experiment.out, experiment.finished)}
+    told = set(differing(experiment.out, experiment.finished))
     assert told - {"report.html"} == {"log.jsonl"}
 
 
