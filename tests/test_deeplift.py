@@ -257,7 +257,7 @@ def test_what_it_cannot_do_is_refused():
         contributions(network(), x, torch.zeros(3, 8, 8, dtype=torch.long))
     with pytest.raises(DataError, match="target 4 is no class of a model with 3 logits"):
         contributions(network(), x, torch.tensor([0, 4, -1]))
-    with pytest.raises(ModelError, match="explain one logit an image"):
+    with pytest.raises(ModelError, match=r"gives \(3, 2, 8, 8\) for 3 images: it must be a classifier"):
         contributions(nn.Sequential(nn.Conv2d(3, 2, 1)).double(), x)
 
 

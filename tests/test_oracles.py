@@ -1,14 +1,17 @@
 """Every registered method against its oracle, on a small sequence of layers that has learned the digits, in float64."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 from oracles import ORACLES
 from sukashi.attributions import attributions
-from sukashi.core.types import Scores
+from sukashi.core.types import Maps, Scores
 from sukashi.criteria import criteria
 from sukashi.measures import measures
+from sukashi.measures.inputs import INPUTS, measured
 from sukashi.network import sites as finder
 
 REGISTRIES = {"attributions": attributions, "criteria": criteria, "measures": measures}
@@ -71,18 +74,24 @@ def test_a_criterion_is_its_oracle(sequence64, name, kind):
 
 @pytest.mark.parametrize("name", names("measures"))
 def test_a_measure_is_its_oracle(sequence64, name):
-    method, expected = measures[name], ORACLES["measures", name]
+    expected = ORACLES["measures", name]
     draw = torch.Generator().manual_seed(0)
     data = sequence64.data[slice(0, None, 8)]
-    maps = (data.x[:, 0] * 4).round() + torch.randint(0, 3, data.x[:, 0].shape, generator=draw)  # with ties
-    given = {"maps": maps, "reference": torch.randn(maps.shape, generator=draw, dtype=maps.dtype)}
-    given["masks"] = torch.rand(maps.shape, generator=draw) < 0.3
-    if "reads" in method.facts:
-        read = [given[what] for what in method.facts["reads"]]
-        found, literal = method(*read, **expected.given), expected(*read)
-    else:
-        read = {"maps": maps} if method.reads_maps else {}
-        found = method(sequence64.model, data, generator=draw, **read, **expected.given)
-        literal = expected(sequence64.model, data, **read)
-    assert len(set(literal)) > 1, "the case must say something"
-    assert found.tolist() == pytest.approx(literal, rel=expected.rtol, abs=expected.atol)
+    with_ties = (data.x[:, 0] * 4).round() + torch.randint(0, 3, data.x[:, 0].shape, generator=draw)
+    shape, ids = with_ties.shape, data.image_id
+    given = {
+        "model": sequence64.model,
+        "batch": data,
+        "maps": Maps(with_ties, ids),
+        "reference_maps": Maps(torch.randn(shape, generator=draw, dtype=torch.float64), ids),
+        "masks": {concept: Maps(torch.rand(shape, generator=draw) < 0.3, ids) for concept in ("here", "there")},
+        "generator": draw,
+    }
+    assert given.keys() == INPUTS.keys()
+    found = measured([name], given, {name: expected.given})
+    literal = expected(**{asked: given[asked] for asked in inspect.signature(expected.fn).parameters if asked in given})
+    assert list(found) == [f"{name}/{part}" if part else name for part in literal]
+    for measurement, values in zip(found.values(), literal.values(), strict=True):
+        assert len(set(values)) > 1, "the case must say something"
+        assert measurement.ids == ids
+        assert measurement.values.tolist() == pytest.approx(values, rel=expected.rtol, abs=expected.atol)

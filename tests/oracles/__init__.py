@@ -5,7 +5,7 @@ one, and compares each with its method. A twin shares no code with what it check
 
     criterion(model, sites, data, *, generator, **options) -> Scores or Plan
     attribution(model, image, target, site, **options) -> (U, positions) of one image (C, H, W)
-    measure(what it reads, **options) -> one number an image, as a list
+    measure(what it asks for by name, **options) -> {part: one number an image, as a list}, part "" where it is one
 """
 
 from collections.abc import Callable, Mapping

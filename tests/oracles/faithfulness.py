@@ -35,21 +35,23 @@ def removed(model, image, target, image_map, order, percentage):
 @oracle("measures", "road", noise=0.0, tolerance=TIGHT)
 def road(model, batch, maps):
     """The mean over percentages of right with the least relevant gone, less right with the most relevant gone."""
-
-    def gap(row, percentage):
-        one = model, batch.x[row], batch.target[row], maps[row]
-        least, most = (removed(*one, order, percentage)[0] for order in ("lerf", "morf"))
-        return least - most
-
-    return [sum(gap(row, p) for p in PERCENTAGES) / len(PERCENTAGES) for row in range(len(batch))]
+    found = {"": [], "probability": []}
+    for row in zip(batch.x, batch.target, maps.values, strict=True):
+        least, most = ([removed(model, *row, order, p) for p in PERCENTAGES] for order in ("lerf", "morf"))
+        for i, values in enumerate(found.values()):
+            gaps = [one[i] - other[i] for one, other in zip(least, most, strict=True)]
+            values.append(sum(gaps) / len(PERCENTAGES))
+    return found
 
 
 @oracle("measures", "aopc", noise=0.0, tolerance=TIGHT)
 def aopc(model, batch, maps):
-    found = []
-    for row in zip(batch.x, batch.target, maps, strict=True):
-        right = [removed(model, *row, "morf", p)[0] for p in (0, *PERCENTAGES)]
-        found.append(sum(right[0] - later for later in right[1:]) / len(PERCENTAGES))
+    """The mean over percentages of right with all there, less right with the most relevant gone."""
+    found = {"": [], "probability": []}
+    for row in zip(batch.x, batch.target, maps.values, strict=True):
+        whole, *later = (removed(model, *row, "morf", p) for p in (0, *PERCENTAGES))
+        for i, values in enumerate(found.values()):
+            values.append(sum(whole[i] - left[i] for left in later) / len(PERCENTAGES))
     return found
 
 
@@ -68,16 +70,16 @@ def replaced(model, first, last, target, image_map, step):
 def insertion(model, batch, maps, *, step=None, baseline="zeros"):
     """From the baseline to the image."""
     start = blurred(batch.x) if baseline == "blur" else torch.zeros_like(batch.x)
-    rows = zip(start, batch.x, batch.target, maps, strict=True)
-    return [replaced(model, *row, step or maps.shape[2]) for row in rows]
+    rows = zip(start, batch.x, batch.target, maps.values, strict=True)
+    return {"": [replaced(model, *row, step or batch.x.shape[3]) for row in rows]}
 
 
 @oracle("measures", "deletion")
 def deletion(model, batch, maps, *, step=None, baseline="zeros"):
     """From the image to the baseline."""
     end = blurred(batch.x) if baseline == "blur" else torch.zeros_like(batch.x)
-    rows = zip(batch.x, end, batch.target, maps, strict=True)
-    return [replaced(model, *row, step or maps.shape[2]) for row in rows]
+    rows = zip(batch.x, end, batch.target, maps.values, strict=True)
+    return {"": [replaced(model, *row, step or batch.x.shape[3]) for row in rows]}
 
 
 def blurred(x):

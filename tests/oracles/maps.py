@@ -12,30 +12,31 @@ from oracles import oracle
 def gini(maps):
     """Equation 1 over sorted absolute values."""
     found = []
-    for image_map in maps:
+    for image_map in maps.values:
         values = sorted(abs(v) for v in image_map.flatten().tolist())
         d, total = len(values), math.fsum(values)
         found.append(1 - 2 * math.fsum(v / total * (d - k + 0.5) / d for k, v in enumerate(values, start=1)))
-    return found
+    return {"": found}
 
 
 @oracle("measures", "localisation")
 def localisation(maps, masks):
-    """The share of positive relevance inside the mask."""
-    found = []
-    for image_map, mask in zip(maps, masks, strict=True):
-        inside = total = 0.0
-        for value, within in zip(image_map.flatten().tolist(), mask.flatten().tolist(), strict=True):
-            total += max(value, 0.0)
-            inside += max(value, 0.0) if within else 0.0
-        found.append(inside / total)
+    """The share of positive relevance inside each concept's mask."""
+    found = {concept: [] for concept in masks}
+    for concept, of_concept in masks.items():
+        for image_map, mask in zip(maps.values, of_concept.values, strict=True):
+            inside = total = 0.0
+            for value, within in zip(image_map.flatten().tolist(), mask.flatten().tolist(), strict=True):
+                total += max(value, 0.0)
+                inside += max(value, 0.0) if within else 0.0
+            found[concept].append(inside / total)
     return found
 
 
 @oracle("measures", "rank_correlation")
-def rank_correlation(maps, reference):
-    pairs = zip(maps.flatten(1).numpy(), reference.flatten(1).numpy(), strict=True)
-    return [float(scipy.stats.spearmanr(*pair).statistic) for pair in pairs]
+def rank_correlation(maps, reference_maps):
+    pairs = zip(maps.values.flatten(1).numpy(), reference_maps.values.flatten(1).numpy(), strict=True)
+    return {"": [float(scipy.stats.spearmanr(*pair).statistic) for pair in pairs]}
 
 
 def written_out_ssim(one, other):
@@ -62,19 +63,19 @@ def written_out_ssim(one, other):
 
 
 @oracle("measures", "ssim")
-def ssim(maps, reference):
+def ssim(maps, reference_maps):
     """Of maps brought to one scale by their largest absolute values."""
-    pairs = zip(maps, reference, strict=True)
-    return [written_out_ssim(*(one / one.abs().max() for one in pair)) for pair in pairs]
+    pairs = zip(maps.values, reference_maps.values, strict=True)
+    return {"": [written_out_ssim(*(one / one.abs().max() for one in pair)) for pair in pairs]}
 
 
 @oracle("measures", "top_overlap")
-def top_overlap(maps, reference, *, fraction=0.1):
+def top_overlap(maps, reference_maps, *, fraction=0.1):
     """The share of the k highest pixels of one map that are among the other's; of equal pixels the first come first."""
     found = []
-    for pair in zip(maps, reference, strict=True):
+    for pair in zip(maps.values, reference_maps.values, strict=True):
         values = [one.flatten().tolist() for one in pair]
         k = max(1, int(len(values[0]) * fraction))
         highest = [set(sorted(range(len(v)), key=lambda p, v=v: (-v[p], p))[:k]) for v in values]
         found.append(len(highest[0] & highest[1]) / k)
-    return found
+    return {"": found}
