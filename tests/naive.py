@@ -13,7 +13,7 @@ from sukashi.network import hooks
 
 
 def logits_of(model, mask, x, chunk=256):
-    with torch.inference_mode(), hooks.masked(model, mask):
+    with torch.inference_mode(), hooks.ablated(model, mask):
         return torch.cat([model(part) for part in x.split(chunk)]).double()
 
 

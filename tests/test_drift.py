@@ -29,7 +29,7 @@ def all_kept(sites):
 
 
 def logits_of(model, keep, x):
-    with torch.no_grad(), hooks.masked(model, Mask(keep)):
+    with torch.no_grad(), hooks.ablated(model, Mask(keep)):
         return model(x)
 
 

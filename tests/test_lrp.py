@@ -34,7 +34,7 @@ def logit(model, x, target=TARGET):
 
 
 def tap(layer, width):
-    return Site(layer, "channel", width, 1, (Member(layer, "out", tuple((u,) for u in range(width))),))
+    return Site(layer, "channel", width, 1, (Member(layer, "out", tuple((u,) for u in range(width)), 1),))
 
 
 # Rules over dense matrices.
@@ -186,7 +186,7 @@ def test_cp_lrp_conserves_relevance_and_attnlrp_does_not():
 
 
 def core(name, inner):
-    return Member(f"{name}.core", "in", tuple((c, inner + c, 2 * inner + c) for c in range(inner)))
+    return Member(f"{name}.core", "in", tuple((c, inner + c, 2 * inner + c) for c in range(inner)), -1)
 
 
 # Transformers.

@@ -112,7 +112,7 @@ def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_furt
     silent = pruning.cut(loaded, mask, "zero")
     save(tmp_path / "silent", silent, provenance={}, figures={})
     back = models.load(str(tmp_path / "silent"))
-    with hooks.masked(loaded.model, mask):
+    with hooks.ablated(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(back.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(silent.model, x))
@@ -132,7 +132,7 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     small = pruning.cut(loaded, mask)
     recipe = save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
     back = models.load(str(tmp_path / "deep" / "cut"))
-    with hooks.masked(loaded.model, mask):
+    with hooks.ablated(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(small.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(small.model, x))

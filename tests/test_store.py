@@ -144,7 +144,7 @@ def test_a_finished_trial_holds_what_was_given(tmp_path: Path) -> None:
 def test_a_plan_comes_back_on_the_sites_found_again(tmp_path: Path) -> None:
     plan = a_plan()
     (tmp_path / "plan.npz").write_bytes(plan_bytes(plan))
-    member = Member("fc", "in", ((0,), (1,), (2,)))
+    member = Member("fc", "in", ((0,), (1,), (2,)), -1)
     found = (Site("blocks.0.heads", "head", 3, axis=2, members=(member,)), Site("conv1", "channel", 5))
     back = read_plan(tmp_path / "plan.npz", found)
     assert back.sites == plan.sites

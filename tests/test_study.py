@@ -177,7 +177,7 @@ def _test_images(case):
 
 
 def _masked_accuracy(case, mask, test):
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         return float((case.model(test.x).argmax(1) == test.target).double().mean())
 
 
@@ -231,7 +231,7 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, weights,
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
 
     mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert 0.2 < result["ratio"] == mask.n_removed / 32 < 0.5
@@ -256,7 +256,7 @@ def test_onnx_agrees_with_the_masked_model(small, weights, tmp_path):
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
     mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x).numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -468,7 +468,7 @@ def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, weights, t
     result = sukashi.prune(SPEC, "digits", "taylor", 0.4, mode="zero", out=out, weights=weights, **CUT)
     back = models.load(str(out))
     mask = read_plan(out / "plan.npz", case.sites).mask(0.4)
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x)
     with torch.no_grad():
         found = back.model(case.data.x)

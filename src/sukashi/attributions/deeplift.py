@@ -57,7 +57,7 @@ def deeplift(
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         before.clear()
-        with torch.no_grad(), hooks.tapped(form, sites) as taps:
+        with torch.no_grad(), hooks.recorded(form, sites) as taps:
             form(start[rows] if len(start) == len(x) else start)
             base = {site: hooks.gather(site, taps[site]) for site in sites}
         reads, multipliers = carried(form, x[rows], sites, lambda logits: ones(explained(logits, target[rows])))

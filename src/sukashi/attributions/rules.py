@@ -116,7 +116,7 @@ def carried(
 
     `seed(logits)` gives the outputs to start from and the values to start with.
     """
-    with torch.enable_grad(), hooks.tapped(form, sites) as taps:
+    with torch.enable_grad(), hooks.recorded(form, sites) as taps:
         outputs, start = seed(form(x.detach().requires_grad_()))
         reads = {site: list(taps[site]) for site in sites}
         flat = [tensor for tensors in reads.values() for tensor in tensors]

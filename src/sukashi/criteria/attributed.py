@@ -34,7 +34,7 @@ def taylor(
     total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
     for batch in data.split(batch_size):
         gates = {site: torch.ones(len(batch), site.n_units, device=device, requires_grad=True) for site in sites}
-        with without_tf32(), torch.enable_grad(), hooks.masked(model, gates):
+        with without_tf32(), torch.enable_grad(), hooks.ablated(model, gates):
             # The sum keeps every image's gradient its own, whatever the batch size.
             loss = F.cross_entropy(model(batch.x.to(device)), batch.target.to(device), reduction="sum")
             gradients: tuple[Tensor, ...] = torch.autograd.grad(loss, list(gates.values()))

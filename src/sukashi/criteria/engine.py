@@ -295,10 +295,7 @@ class _Network:
         for node in self.nodes:
             member = names.get(str(node.target)) if node.op == "call_module" else None
             if member is not None:
-                source = node.args[0]
-                module = self.modules[member.module]
-                axis = -1 if isinstance(module, nn.Linear | layers.AttentionCore) else 1
-                readers.append(_Reader(node, source, member.module, member.index, axis))
+                readers.append(_Reader(node, node.args[0], member.module, member.index, member.axis))
                 changing.add(node)
             elif any(used in changing for used in node.all_input_nodes):
                 changing.add(node)

@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -97,7 +98,8 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
             raise ModelError(f"layer {node.target!r} is called by keyword: call it as layer(x)")
     with exact():
         # Copies, for the model may write into what it is given.
-        expected = _output(model, x[:2].clone())
+        with evaluating(model):
+            expected = answer(model, x[:2].clone())
         if not isinstance(expected, Tensor):
             raise ModelError(f"{name} gives a {type(expected).__name__}: it must give one tensor of logits; wrap it")
         _Activity(fx.GraphModule(root, graph)).run(x[:1].clone())
@@ -127,6 +129,18 @@ def answer(model: nn.Module, x: Tensor) -> Any:
             f"this {type(model).__name__} fails on images of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
             f"{reason}): give images of the size and channels it was made for"
         ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in eval mode; then each of its layers is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def performs(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -177,15 +191,6 @@ class _Activity(fx.Interpreter):
 def active(node: Any) -> bool:
     """Whether a node of a canonical graph holds activations."""
     return isinstance(node, fx.Node) and bool(node.meta.get("active"))
-
-
-def _output(model: nn.Module, x: Tensor) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        return answer(model.eval(), x)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # Functions and methods of one activation, with the arguments that follow it -> the module that does the same.
