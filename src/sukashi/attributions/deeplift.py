@@ -50,7 +50,7 @@ def deeplift(
     baseline of another shape, DataError for a target that is no class number an image.
     """
     check(model, x, target)
-    form = canonical(model, x)
+    form = canonical(model, x, sites)
     before: dict[nn.Module, tuple[Tensor, ...]] = {}
     ruled(form, {cls: rule and partial(_twice, before, rule) for cls, rule in _RULES.items()}, "deeplift")
     start = _start(x, baseline)

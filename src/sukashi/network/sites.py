@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.registry import nearest
 from sukashi.core.types import Kind, Mask, Member, Site
-from sukashi.network import hooks, surgery
+from sukashi.network import hooks, insert, surgery
 from sukashi.network.canonical import answer, evaluating, performs
 from sukashi.network.layers import Attention, AttentionCore, PadShortcut
 
@@ -144,7 +144,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
     standardises its weight): there a zero would not be what a mask takes it for.
     """
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, kinds)}
     for name in exclude:
         if name not in layers:
             raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
@@ -177,7 +177,8 @@ def find(model: nn.Module, example: Tensor) -> Found:
 
     Coupled layers are those of DepGraph (Fang et al. 2023), with option-A shortcuts and attention followed by
     ourselves. DepGraph is not trusted: the sites are cut at random in a copy whose normalisation is made random, and
-    those whose cut does not give the masked logits are refused. Works on a copy on the CPU: the model is left alone.
+    those whose cut does not give the masked logits are refused. What is inserted has no sites, and those it would not
+    fit after a cut are refused. Works on a copy on the CPU: the model is left alone.
 
     Raises ModelError where the model cannot be copied, run or traced, gives no finite tensor, or nothing can be cut.
     """
@@ -186,6 +187,8 @@ def find(model: nn.Module, example: Tensor) -> Found:
         x = example[:2].detach().cpu().float()
         with torch.no_grad():
             dense = twin(x)
+            whole = copy.deepcopy(twin) if any(isinstance(m, insert.Inserted) for m in twin.modules()) else twin
+            inserted = insert.remove(twin)
             order = hooks.calls(twin, x)
     except Exception as error:
         raise ModelError(
@@ -209,7 +212,12 @@ def find(model: nn.Module, example: Tensor) -> Found:
             )
     graph = _graph(twin, x)
     candidates = _distinct(_sites(twin, graph, order, refused), refused)
-    sites = _verified(twin, x, candidates, refused)
+    sites = _verified(twin, x, candidates, refused, "a trial cut did not give the logits of the masked model")
+    if inserted:
+        reason = (
+            f"after a trial cut of its units what is inserted after {' or '.join(map(repr, inserted))} does not fit"
+        )
+        sites = _verified(whole, x, sites, refused, reason)
     if not sites:
         layer, reason = next(iter(refused.items()), ("", "it has no convolution or linear layer"))
         raise ModelError(f"nothing in this {type(model).__name__} can be cut safely; first, at {layer!r}: {reason}")
@@ -434,7 +442,7 @@ def _distinct(sites: list[Site], refused: dict[str, str]) -> list[Site]:
     return [site for site in sites if site not in clash]
 
 
-def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, str]) -> list[Site]:
+def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, str], reason: str) -> list[Site]:
     """The sites whose random cut gives the masked logits: all at once, and one by one only where that fails."""
     if not sites or _agrees(twin, x, sites):
         return sites
@@ -443,7 +451,7 @@ def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, 
         if _agrees(twin, x, [site]):
             good.append(site)
         else:
-            refused[site.layer] = "a trial cut did not give the logits of the masked model"
+            refused[site.layer] = reason
     if good and not _agrees(twin, x, good):
         raise ModelError(f"cutting {good[0].layer!r} and other sites together does not give the masked logits")
     return good
