@@ -14,6 +14,7 @@ from sukashi.core.types import Mask, Plan, Site
 from sukashi.criteria.plans import plan_bytes, read_plan
 from sukashi.models.architectures import DigitsCNN, DigitsViT, cifar_resnet18
 from sukashi.network import hooks, sites, surgery
+from sukashi.network.canonical import canonical
 from sukashi.network.layers import explicit_attention
 from sukashi.network.sites import place
 from supported import randomised
@@ -170,6 +171,12 @@ def test_means_are_those_of_each_position_that_a_unit_is_read_at():
         assert found[whole][c // 4, c % 4] == pytest.approx(float(written[:, :, c].mean()))
     for t in range(5):
         assert found[tokens][t, 0] == pytest.approx(float(block[:, t].mean()))
+    stage = next(site for site in sites.find(MODELS["resnet"], images("resnet")).sites if len(site.consumers) > 2)
+    mean = hooks.means(MODELS["resnet"], [stage], [images("resnet")])[stage]
+    for r, member in enumerate(stage.consumers):
+        read = held(("resnet", member.module, "in", None, None), images("resnet"))
+        for u in range(stage.n_units):
+            assert float(mean[u, r]) == pytest.approx(float(read[:, u].mean())), "one reader after another"
     gone = torch.zeros(8)
     with hooks.ablated(model, {head: gone}, found), hooks.recorded(model, [head]) as seen:
         model(x)
@@ -209,6 +216,42 @@ def test_gradients_are_taken_at_places_of_every_kind(name, method):
             slope = (logits[0] - logits[1]) / (2 * step)
             expected = slope.abs() if method == "saliency" else slope * value[row, p].flatten()[spot]
             assert float(flat[spot]) == pytest.approx(float(expected), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_canonical_form_holds_at_a_place_what_the_model_does(name):
+    model, x = MODELS[name], images(name)
+    taken = [at(key)[1] for key in TOGETHER[name]]
+    form = canonical(model, x, taken)
+    with hooks.recorded(model, taken) as plain, hooks.recorded(form, taken) as seen:
+        torch.testing.assert_close(form(x), model(x), rtol=1e-10, atol=1e-12)
+    for site in taken:
+        if site.layer != "conv1":  # its BatchNorm is folded into it
+            torch.testing.assert_close(seen[site][0], plain[site][0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lrp", "deeplift"])
+def test_rules_reach_blocks_norms_and_attention(method):
+    """The sum that a block ends with is a layer of the canonical form: the literal twin of the block's own place."""
+    model, x, target = MODELS["vit"], images("vit"), torch.tensor([0, 3, 1])
+    out, into = place(model, "blocks.0", x, axis=-1), place(model, "blocks.1", x, "in", axis=-1)
+    token, norm = place(model, "blocks.0", x, axis=1), place(model, "norm", x)
+    v = [place(model, "blocks.1.attn.core", x, "in", units=CORE.positions(part, 1)) for part in ("q", "v")]
+    literal = Site("blocks.0.add_1", "hidden", 8, -1)
+    found = attributions[method](model, x, target, [out, into, token, norm, literal, *v])
+    for site in (out, into):
+        torch.testing.assert_close(found[site], found[literal])
+    torch.testing.assert_close(found[token], found[literal].transpose(1, 2))
+    assert found[norm].shape == (3, 8, 5)
+    assert not found[norm][:, :, 1:].any(), "the logits are read off the class token"
+    assert all(found[site].shape == (3, 4, 5) and found[site].abs().max() > 0 for site in v)
+    if method == "deeplift":
+        change = (model(x) - model(torch.zeros_like(x))).gather(1, target[:, None])[:, 0]
+        for site in (out, into, token, norm):
+            torch.testing.assert_close(found[site].flatten(1).sum(1), change, rtol=1e-6, atol=1e-9)
+    both = [out, place(model, "blocks.0", x, "in", axis=-1)]
+    with pytest.raises(ModelError, match=r"both what block 'blocks.0' reads and what it writes"):
+        attributions[method](model, x, target, both)
 
 
 # Refusals.
