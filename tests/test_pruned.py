@@ -358,6 +358,26 @@ def test_a_mask_of_another_architecture_is_put_on_no_model(sparse_folder):
         pruning.sparse(other, small.mask)
 
 
+def test_a_sparse_folder_runs_semi_structured_where_a_gpu_does(tmp_path):
+    torch.manual_seed(0)
+    dense = models.load("sukashi:digits_vit", width=128)
+    small, _ = _sparse(dense, 0.5, "2:4")
+    # Ten outputs are no size that torch takes.
+    mask = Mask({site: keep for site, keep in small.mask.keep.items() if site.layer != "head"})
+    save(tmp_path / "sparse", replace(small, mask=mask), provenance={}, figures={})
+    loaded = models.load(str(tmp_path / "sparse"))
+    with pytest.raises(UsageError, match="digits_vit has no mask of single weights: prune with scope 2:4"):
+        models.semi_structured(dense)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        with pytest.raises(ResourceError, match=r"compute capability 8\.0 or newer"):
+            models.semi_structured(loaded)
+    else:
+        x = torch.randn(64, 1, 8, 8)
+        found = models.semi_structured(loaded)(x.half().cuda()).float().cpu()
+        torch.testing.assert_close(found, loaded.model(x), rtol=2e-2, atol=2e-2)
+    assert loaded.model.head.weight.dtype == torch.float32
+
+
 def test_units_cut_from_a_sparse_model_take_their_masks_along(sparse_folder, tmp_path):
     small, _ = sparse_folder
     plan = _plan(sites.find(small.model, torch.randn(2, 1, 8, 8)).sites)
