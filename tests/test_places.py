@@ -53,6 +53,8 @@ def images(name, n=3):
 PLACES = {
     ("resnet", "conv1", "out", None, None): ("channel", 4, "out[:, :]"),
     ("resnet", "layer2.0.conv1", "in", None, range(2, 4)): ("channel", 2, "in[:, 2:4]"),
+    ("resnet", "relu", "in", 1, None): ("channel", 4, "in[:, :]"),
+    ("resnet", "relu", "out", 1, None): ("channel", 4, "out[:, :]"),
     ("resnet", "layer1.0.bn1", "out", None, None): ("channel", 4, "out[:, :]"),
     ("resnet", "layer3", "out", 1, range(4, 12)): ("channel", 8, "out[:, 4:12]"),
     ("resnet", "layer2.1", "in", 1, (1, 5)): ("channel", 2, "in[2 units on axis 1, "),
@@ -177,6 +179,8 @@ def test_means_are_those_of_each_position_that_a_unit_is_read_at():
         read = held(("resnet", member.module, "in", None, None), images("resnet"))
         for u in range(stage.n_units):
             assert float(mean[u, r]) == pytest.approx(float(read[:, u].mean())), "one reader after another"
+    with pytest.raises(UsageError, match="no image to take means of"):
+        hooks.means(model, [head], [])
     gone = torch.zeros(8)
     with hooks.ablated(model, {head: gone}, found), hooks.recorded(model, [head]) as seen:
         model(x)

@@ -86,6 +86,8 @@ def means(model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor]) ->
     """What each unit is on average, over images and all places of a map or sequence: {site: (U, R)} for `ablated`.
 
     R counts the positions that a unit has on the axes of what it is read from. Sums are kept in float64.
+
+    Raises UsageError where there is no image, and what `recorded` does.
     """
     total = {site: torch.zeros(()) for site in sites}
     n_images = 0
@@ -102,6 +104,8 @@ def means(model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor]) ->
                 owners = torch.cat([_flat(member)[0] for member in _places(site)])
                 order = owners.argsort(stable=True)
                 total[site] = total[site] + torch.cat(parts, 1).sum(0).cpu()[order].view(site.n_units, -1)
+    if not n_images:
+        raise UsageError("there is no image to take means of: give one batch at least")
     return {site: values / n_images for site, values in total.items()}
 
 
@@ -165,8 +169,8 @@ def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, lis
         # A view is a node of its own in the graph and takes no memory; `finish` sees whether it was overwritten.
         kept = keep((name, "in"), x.view_as(x))
         versions[name] = (kept, kept._version)
-        # The images are small, and a first layer that works in place may do so on a copy.
-        return kept if name else kept.clone(), *args[1:]
+        # A layer that works in place may do so on a copy; and so may the first, for images are small.
+        return kept.clone() if not name or getattr(module, "inplace", False) else kept, *args[1:]
 
     def write(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         check(name, output)
