@@ -277,7 +277,12 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "given", "error", "words"),
     [
-        ("agian", {}, ModelError, "no layer 'agian' to look at or to act on: did you mean 'again'"),
+        (
+            "agian",
+            {},
+            ModelError,
+            "no layer 'agian' to look at or to act on, or none that a pass calls exactly once: did you mean 'again'",
+        ),
         ("again", {}, ModelError, "'again' is called 2 times"),
         ("never", {}, ModelError, "'never' is called 0 times"),
         ("attention", {"axis": 1}, ModelError, "'attention' holds a tuple"),
@@ -317,6 +322,9 @@ def test_a_mask_that_reaches_nothing_is_refused():
     with pytest.raises(UsageError, match="holds single weights"), hooks.ablated(model, {weight: torch.ones(16)}):
         pass
     site = Site("again", "hidden", 4, -1)
+    both = {site: torch.ones(4), Site("again", "hidden", 2, -1): torch.ones(2)}
+    with pytest.raises(UsageError, match="two gates act on one position of layer 'again'"), hooks.ablated(model, both):
+        pass
     for fill, words in [({}, "a gate and no fill"), ({site: torch.ones(3)}, r"shape \(3,\): give \(4,\) or \(4, 1\)")]:
         with pytest.raises(UsageError, match=words), hooks.ablated(model, {site: torch.ones(4)}, fill):
             pass

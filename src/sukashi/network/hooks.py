@@ -31,8 +31,9 @@ def ablated(
     `fill` is one number for all units or, for each site, (U,), or (U, R) with a value for each of the R positions a
     unit has on the axes of what it is read from (three in attention: q, k and v). `means` gives those of a data set.
 
-    Raises UsageError where the shape of a gate or a fill does not fit its site; in a pass ModelError for a layer that
-    is not called, or reads or writes what the mask does not fit: a mask never does nothing silently.
+    Raises UsageError where the shape of a gate or a fill does not fit its site, and for two gates of one position; in a
+    pass ModelError for a layer that is not called, or reads or writes what the mask does not fit: a mask never does
+    nothing silently.
     """
     gates = gates.keep if isinstance(gates, Mask) else gates
     places: dict[tuple[str, str, int], list[_Part]] = defaultdict(list)
@@ -49,6 +50,13 @@ def ablated(
         for member, values in zip(members, fills, strict=True):
             units, positions = _flat(member)
             places[member.module, member.side, member.axis].append(_Part(gate, values, units, positions))
+    for (name, _, axis), parts in places.items():
+        if len(parts) > 1:
+            positions = torch.cat([part.positions for part in parts])
+            if len(positions.unique()) < len(positions):
+                raise UsageError(
+                    f"two gates act on one position of layer {name!r}, axis {axis}: give one of both sites"
+                )
     reached: set[str] = set()
 
     def start(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -260,7 +268,9 @@ def layer(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         known = [name for name, _ in model.named_modules()]
-        raise ModelError(f"no layer {name!r} to look at or to act on{nearest(name, known)}") from None
+        raise ModelError(
+            f"no layer {name!r} to look at or to act on, or none that a pass calls exactly once{nearest(name, known)}"
+        ) from None
 
 
 def calls(model: nn.Module, x: Tensor) -> list[str]:
