@@ -57,9 +57,9 @@ def deeplift(
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         before.clear()
-        with torch.no_grad(), hooks.recorded(form, sites) as taps:
+        with torch.no_grad(), hooks.recorded(form, sites) as seen:
             form(start[rows] if len(start) == len(x) else start)
-            base = {site: hooks.gather(site, taps[site]) for site in sites}
+            base = {site: hooks.gather(site, seen[site]) for site in sites}
         reads, multipliers = carried(form, x[rows], sites, lambda logits: ones(explained(logits, target[rows])))
         return {
             site: hooks.gather(site, multipliers.pop(site)) * (hooks.gather(site, reads.pop(site)) - base.pop(site))

@@ -121,9 +121,9 @@ def carried(
 
     `seed(logits)` gives the outputs to start from and the values to start with.
     """
-    with torch.enable_grad(), hooks.recorded(form, sites) as taps:
+    with torch.enable_grad(), hooks.recorded(form, sites) as seen:
         outputs, start = seed(form(x.detach().requires_grad_()))
-        reads = {site: list(taps[site]) for site in sites}
+        reads = {site: list(seen[site]) for site in sites}
         flat = [tensor for tensors in reads.values() for tensor in tensors]
         found = iter(torch.autograd.grad(outputs, flat, start, materialize_grads=True))
     return (
