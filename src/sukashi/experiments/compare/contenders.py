@@ -68,9 +68,8 @@ def contenders(space: Workspace) -> list[Contender]:
     if not by_name:
         reasons = refused(space)
         if reasons and len(space.records()) == space.n_trials:
-            raise ModelError(
-                f"{space.identity['model']['spec']} is refused by every criterion; first: {next(iter(reasons.values()))}"
-            )
+            model, first = space.identity["model"]["spec"], next(iter(reasons.values()))
+            raise ModelError(f"{model} is refused by every criterion; first: {first}")
         raise UsageError(
             f"{space.folder} holds no finished trial: give the same compare command again to go on with it"
         )
