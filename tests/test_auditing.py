@@ -397,7 +397,7 @@ def test_what_was_found_is_read_from_the_folder_again(done, monkeypatch):
     result, out = done
     page = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
-    monkeypatch.setattr(networks, "opened", None)
+    monkeypatch.setattr("sukashi.experiments.audit.run.prepare", None)
     assert sukashi.results(out) == result
     assert (out / "report.html").read_bytes() == page
 
