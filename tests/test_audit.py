@@ -154,7 +154,7 @@ def clean():
 
 
 def here(*names):
-    return [f"test_auditing:{name}" for name in names]
+    return [f"test_audit:{name}" for name in names]
 
 
 # What is measured.
