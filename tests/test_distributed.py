@@ -19,7 +19,7 @@ import sukashi
 from sukashi import models
 from sukashi.core import progress
 from sukashi.core.errors import UsageError
-from sukashi.experiments.workspace import TRIAL, UNDER_WAY, Workspace
+from sukashi.experiments.workspace import UNDER_WAY, Workspace
 from sukashi.training import checkpoint, distributed
 from sukashi.training.loop import Training, fit
 
@@ -277,39 +277,53 @@ def test_jobs_are_no_business_of_torchruns_processes(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-SCHEDULE = {"width": 4, "epochs": 1, "batch_size": 128, "test_images": 100, "calibration": 2, "scope": "global"}
+STUDY = """
+data = "digits"
+out = "out"
+test_images = 100
+calibration = 2
+epochs = 1
+[experiments.levels]
+kind = "schedule"
+model = "sukashi:digits_cnn"
+width = 8
+how = "lottery"
+criteria = ["magnitude"]
+scope = "global"
+ratios = RATIOS
+seeds = SEEDS
+[experiments.half]
+kind = "prune"
+model = "$OUT/levels/dense/0"
+criterion = "drift"
+ratio = 0.5
+[experiments.tuned]
+kind = "finetune"
+model = "$OUT/half"
+"""
 
 
-def test_a_schedule_under_torchrun_is_that_of_one_process(tmp_path):
-    """Two seeds; the second dense network is kept from one process, and its levels start from what is on the disk."""
-    given = ["sukashi:digits_cnn", "digits", "lottery", ["magnitude"], [0.3, 0.6]]
-    one = sukashi.schedule(*given, out=tmp_path / "one", seeds=2, **SCHEDULE)
-    sukashi.schedule(*given[:4], [0.3], out=tmp_path / "two", **SCHEDULE)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SCHEDULE.items()]
-    command = [
-        "-m",
-        "sukashi",
-        "schedule",
-        given[0],
-        "lottery",
-        "--data=digits",
-        "--criteria=magnitude",
-        "--ratios=0.3,0.6",
-    ]
-    command += [f"--out={tmp_path / 'two'}", "--seeds=2", *flags]
-    done = torchrun(*command, "--json")
+def study(path, ratios, seeds):
+    path.write_text(STUDY.replace("RATIOS", ratios).replace("SEEDS", seeds))
+    return path
+
+
+def test_a_study_under_torchrun_is_that_of_one_process(tmp_path):
+    """Where one process has made the first levels: seeds and levels beside them start from what is on the disk."""
+    whole = sukashi.study(study(tmp_path / "whole.toml", "[0.3, 0.6]", "2"), out=tmp_path / "one")
+    sukashi.study(study(tmp_path / "part.toml", "[0.3]", "1"), out=tmp_path / "two")
+    done = torchrun("-m", "sukashi", "study", str(tmp_path / "whole.toml"), "--out", str(tmp_path / "two"), "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)  # only one of them speaks
-    assert [row["ratio_asked"] for row in told["levels"]] == [0.3, 0.6]
-    assert not told["finished"]
+    assert told["experiments"].keys() == whole.experiments.keys() == {"levels", "half", "tuned"}
+    assert [row["ratio_asked"] for row in told["experiments"]["levels"]["levels"]] == [0.3, 0.6]
     assert not [path for path in (tmp_path / "two").rglob("*") if path.name in (UNDER_WAY, ".leases", ".said")]
-    for path in sorted((tmp_path / "one").rglob(TRIAL)):
-        place = path.parent.relative_to(tmp_path / "one")
-        about = [json.loads((tmp_path / name / place / TRIAL).read_text())["about"] for name in ("one", "two")]
-        assert about[0] == about[1]
+    recipes = sorted(path.parent.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("recipe.json"))
+    assert len(recipes) == 2 * 3 + 2
+    for place in recipes:
         ours, theirs = (models.load(str(tmp_path / name / place)) for name in ("one", "two"))
+        assert theirs.cuts == ours.cuts
         for name, tensor in ours.model.state_dict().items():
             torch.testing.assert_close(theirs.model.state_dict()[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
         if ours.mask is not None:
             assert all(torch.equal(keep, theirs.mask.keep[site]) for site, keep in ours.mask.keep.items())
-    assert one.n_images == told["n_images"] == 100
