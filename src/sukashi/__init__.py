@@ -59,9 +59,10 @@ _HOMES = dict.fromkeys(__all__, "experiments.functions") | {"Preprocess": "core.
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOMES and name not in importlib.import_module("sukashi.experiments.kinds").kinds():
         raise AttributeError(f"module 'sukashi' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sukashi.{_HOMES[name]}"), name)
+    home = _HOMES.get(name, "experiments.functions")
+    return getattr(importlib.import_module(f"sukashi.{home}"), name)
 
 
 def __dir__() -> list[str]:

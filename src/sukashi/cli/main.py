@@ -18,12 +18,7 @@ from sukashi.cli.options import is_said, parameters, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
-from sukashi.experiments.audit.settings import Audit
-from sukashi.experiments.check.settings import Check
-from sukashi.experiments.compare.settings import Compare
-from sukashi.experiments.prune.settings import Prune
-from sukashi.experiments.schedule.settings import Schedule
-from sukashi.experiments.train.settings import Finetune, Train
+from sukashi.experiments.kinds import kinds
 
 app = typer.Typer(
     name="sukashi",
@@ -50,11 +45,11 @@ def _global(
     """Prunes vision networks with explanations, and measures what the cut did to them."""
 
 
-def _experiment(kind: type[Settings], *, jobs: bool = False) -> None:
-    """Make a command of a kind of settings and of the function of its name; with `jobs` its trials can be shared."""
+def _experiment(kind: type[Settings]) -> None:
+    """Make a command of a kind of settings and of the function of its name."""
 
     def run(context: typer.Context, as_json: bool, **given: Any) -> None:
-        n_jobs = {"jobs": given.pop("jobs")} if jobs else {}
+        n_jobs = {"jobs": given.pop("jobs")} if kind.shared else {}
         with working():
             # What was not given stays unsaid, as in a call from Python.
             said = {name: value for name, value in given.items() if is_said(context, name)}
@@ -74,7 +69,7 @@ def _experiment(kind: type[Settings], *, jobs: bool = False) -> None:
         *parameters(kind),
         inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption),
     ]
-    if jobs:
+    if kind.shared:
         taken.append(inspect.Parameter("jobs", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=JobsOption))
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in taken}
@@ -123,13 +118,8 @@ def list_(
     to_stdout(table)
 
 
-_experiment(Check)
-_experiment(Prune)
-_experiment(Compare, jobs=True)
-_experiment(Train)
-_experiment(Finetune)
-_experiment(Schedule, jobs=True)
-_experiment(Audit, jobs=True)
+for _kind in kinds().values():
+    _experiment(_kind)
 
 
 @app.command()

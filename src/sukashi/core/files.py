@@ -26,7 +26,13 @@ def check_free(path: Path) -> None:
     """Refuse a path that exists, with UsageError, and one whose folder can't be made or written, with ResourceError."""
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
-    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder that can't be made or written, and a file whose folder can't, with ResourceError."""
+    place = path.absolute()
+    above = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ResourceError(f"cannot write {path} ({above} is no folder with that right): give another place")
 

@@ -44,6 +44,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     kind: ClassVar[str] = ""
+    """The command of an experiment, and the function of its name."""
+    command: ClassVar[bool] = True
+    """Whether these are what the command takes, and not what is made of it or of a file."""
+    shared: ClassVar[bool] = False
+    """Whether it has several trials, which processes may share."""
     grows: ClassVar[frozenset[str]] = frozenset()
     """Fields of which more may be asked for in a folder that exists."""
 

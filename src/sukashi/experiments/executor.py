@@ -62,8 +62,9 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
         raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
     if jobs > 1 and size() > 1:
         raise UsageError(f"the {size()} processes of torchrun train together: leave --jobs out")
-    room, prepared = room_of(settings), prepare_of(settings)
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
+    space.check_place()
+    room, prepared = room_of(settings), prepare_of(settings)
     new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows)
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
     try:
@@ -124,6 +125,7 @@ def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
         while waiting:
             with (_chosen if progress.first() else _said)(space, waiting) as (trial, desk):
                 if desk is not None:
+                    shown.advance(0, trial.label)
                     told |= trial.run(desk) or {}
             waiting.remove(trial)
             shown.advance(note=trial.label)
@@ -168,7 +170,8 @@ def _said(space: Workspace, waiting: Sequence[Trial]) -> Iterator[tuple[Trial, D
 def _share(space: Workspace, settings: Any, missing: Sequence[Trial], jobs: int) -> None:
     """Start processes that share the trials, and show how many are finished; the first that fails ends all."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    said = json.dumps([room_of(settings), type(settings).__name__, settings.model_dump(mode="json")])
+    given = settings.model_dump(mode="json", exclude_unset=True)  # what was left unsaid stays so
+    said = json.dumps([room_of(settings), type(settings).__name__, given])
     started: list[tuple[subprocess.Popen[str], Any]] = []
     try:
         for _ in range(min(jobs, len(missing))):

@@ -28,6 +28,7 @@ from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import conclude, execute
+from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.reading import Reading
@@ -323,6 +324,19 @@ def results(folder: str | Path, **options: Any) -> Result:
     return conclude(Workspace(folder), **options)
 
 
+def __getattr__(name: str) -> Any:
+    """The function of a kind of experiment that has none above: all of its settings are keywords."""
+    if name not in kinds():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    kind = kinds()[name]
+
+    def function(*, out: str | Path | None = None, jobs: int = 1, command: str | None = None, **settings: Any) -> Any:
+        return _run(kind, {"out": out, **settings}, command, jobs)
+
+    function.__name__, function.__doc__ = name, kind.__doc__
+    return keyworded(kind)(function)
+
+
 def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs: int = 1) -> Result | None:
     given = _given(**given)
     if given.get("out") is None:
@@ -333,10 +347,10 @@ def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs:
 
 def _given(**given: Any) -> dict[str, Any]:
     """Keywords in which networks and images in memory have become names."""
-    data = given["data"]
+    data, tensors = given.get("data", ""), None
     if not isinstance(data, str | Path):
         given["data"] = images.hold(data)
-    tensors = None if given["data"] is data else images.load(given["data"]).preprocess
+        tensors = images.load(given["data"]).preprocess
     if "model" in given:
         given["model"] = _named(given["model"], tensors)
     if isinstance(given.get("models"), list | tuple):

@@ -194,24 +194,30 @@ class Workspace:
         What is in `grows` may be more than before: a larger number, further names, further numbers at the end of a
         list. Raises UsageError where the folder is another's or anything else, ResourceError where it can't be written.
         """
-        self._refuse_foreign()
+        self.check_place()
         asked = json.loads(files.canonical(identity))
         whole = {"format": FORMAT, "kind": kind, "identity": asked, "trials": [[t.key, t.folder] for t in trials]}
         with self.held():
             new = not (self.folder / EXPERIMENT).exists()
-            if not new:
-                kept = self.about
-                if kept["kind"] != kind:
-                    raise UsageError(
-                        f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now "
-                        f"{kind}): choose another --out or remove the folder"
-                    )
-                if not _grown(kept["identity"], asked, grows):
-                    files.refuse_other(self.folder, kept["identity"], asked)
+            self.check(kind, asked, grows)
             files.remove_drafts(self.folder, EXPERIMENT)
-            if new or kept != whole:
+            if new or self.about != whole:
                 files.write(self.folder / EXPERIMENT, files.canonical(whole, indent=1) + b"\n")
         return new
+
+    def check(self, kind: str, identity: Mapping[str, Any], grows: frozenset[str] = frozenset()) -> None:
+        """Raises what `claim` does where the folder is there and another's; nothing is written."""
+        self.check_place()
+        if not (self.folder / EXPERIMENT).exists():
+            return
+        kept, asked = self.about, json.loads(files.canonical(identity))
+        if kept["kind"] != kind:
+            raise UsageError(
+                f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now {kind}): "
+                "choose another --out or remove the folder"
+            )
+        if not _grown(kept["identity"], asked, grows):
+            files.refuse_other(self.folder, kept["identity"], asked)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -323,7 +329,8 @@ class Workspace:
         with suppress(OSError):  # what else lies there is not ours
             self.folder.rmdir()
 
-    def _refuse_foreign(self) -> None:
+    def check_place(self) -> None:
+        """Refuse a folder that holds something else, with UsageError, or can't be written, with ResourceError."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file: --out needs a folder")
         if self.folder.is_dir() and not (self.folder / EXPERIMENT).exists():
@@ -332,6 +339,7 @@ class Workspace:
                 raise UsageError(
                     f"{self.folder} is not empty ({foreign[0]}) and holds no experiment: choose another --out"
                 )
+        files.check_writable(self.folder)
 
 
 def _nothing(desk: Desk) -> None:

@@ -12,6 +12,7 @@ class Audit(Opening):
     """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
 
     kind: ClassVar[str] = "audit"
+    shared: ClassVar[bool] = True
 
     models: list[str] = option(
         argument=True, help="Specs, which share --weights, or saved folders. The first is the reference."

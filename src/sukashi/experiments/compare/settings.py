@@ -32,6 +32,7 @@ class Compare(Contest, Reading):
     """Compare criteria: accuracy against the fraction of parameters removed, over seeds, with SAUCE and a report."""
 
     kind: ClassVar[str] = "compare"
+    shared: ClassVar[bool] = True
     grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "sampling", "options"})
 
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted comparison is resumed.")

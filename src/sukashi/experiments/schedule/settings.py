@@ -53,6 +53,7 @@ class Course(Levels):
     """
 
     kind: ClassVar[str] = "schedule"
+    command: ClassVar[bool] = False
     grows: ClassVar[frozenset[str]] = frozenset({"criteria", "enforce_mask", "seeds", "options", "ratios"})
 
     schedule: str = option(examples=["oneshot"], help="oneshot, iterative or lottery, see `sukashi list schedules`.")
@@ -120,6 +121,7 @@ class Schedule(Memory, Levels, Training, Reading):
     """Prune and train to each of several ratios, one saved network a ratio, with accuracy over seeds and a report."""
 
     kind: ClassVar[str] = "schedule"
+    shared: ClassVar[bool] = True
     grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "options", "ratios"})
 
     how: str = option(argument=True, help="oneshot, iterative or lottery; see `sukashi list schedules`.")

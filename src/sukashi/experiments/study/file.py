@@ -49,13 +49,12 @@ from typing import Any
 
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.schema import Settings, checked, option_of
-from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
-from sukashi.experiments.compare.settings import Compare, Contest
-from sukashi.experiments.prune.settings import Prune
+from sukashi.experiments.compare.settings import Contest
+from sukashi.experiments.kinds import kinds
 from sukashi.experiments.reading import Architecture, Calibrated, Images
-from sukashi.experiments.schedule.settings import Course, Schedule, Scheduled
+from sukashi.experiments.schedule.settings import Course, Scheduled
 from sukashi.experiments.study.settings import (
     ComparisonFile,
     ExperimentsFile,
@@ -64,9 +63,7 @@ from sukashi.experiments.study.settings import (
     Study,
     StudyFile,
 )
-from sukashi.experiments.train.settings import Finetune, Train
 
-KINDS: dict[str, type[Settings]] = {kind.kind: kind for kind in (Compare, Prune, Train, Finetune, Schedule, Audit)}
 # What stands in a path for the study's own folder, which need not be there yet.
 OUT = "$OUT"
 
@@ -94,6 +91,11 @@ def read(
     if "schedule" in given:
         return _levels(_course(path, given), place, data)
     return _comparisons(path, _grid(path, given), place, data)
+
+
+def experiments() -> dict[str, type[Settings]]:
+    """The kinds that a file may list: those that leave a folder."""
+    return {name: kind for name, kind in kinds().items() if "out" in kind.model_fields}
 
 
 def _comparisons(path: Path, file: ComparisonFile, place: _Places, data: str | None) -> Study:
@@ -127,17 +129,20 @@ def _experiments(path: Path, given: Mapping[str, Any], replaced: Mapping[str, An
     for name, table in file.experiments.items():
         _check_name(path, name)
         kind = table.get("kind")
-        if kind not in KINDS:
-            raise UsageError(f"{path}: kind of [experiments.{name}] must be one{nearest(str(kind), KINDS)}")
-        fields = KINDS[kind].model_fields
+        if kind not in experiments():
+            raise UsageError(f"{path}: kind of [experiments.{name}] must be one{nearest(str(kind), experiments())}")
+        fields = experiments()[kind].model_fields
         used |= {key for key in shared if key in fields}
         asked = {key: value for key, value in shared.items() if key in fields} | table
         asked = {key: place.value(key, value, fields) for key, value in asked.items() if key != "kind"}
-        checked(KINDS[kind], {**asked, "out": "out"}, file=f"{path}, [experiments.{name}]")
+        checked(experiments()[kind], {**asked, "out": "out"}, file=f"{path}, [experiments.{name}]")
         found[name] = {"kind": kind, **asked}
     for key in shared:
         if key not in used:
-            known = {*ExperimentsFile.model_fields, *(field for kind in KINDS.values() for field in kind.model_fields)}
+            known = {
+                *ExperimentsFile.model_fields,
+                *(key for kind in experiments().values() for key in kind.model_fields),
+            }
             raise UsageError(f"{path} has an unknown key {key!r}{nearest(key, sorted(known))}")
     return Study(out=place.out(file.out), title=file.title or path.stem, experiments=found)
 

@@ -69,6 +69,7 @@ class Study(Settings):
     """Run a study file: comparisons of models, a schedule, or any experiments; resumed, with one page."""
 
     kind: ClassVar[str] = "study"
+    command: ClassVar[bool] = False
     grows: ClassVar[frozenset[str]] = frozenset({"experiments"})
 
     out: str = option(path=True, decides=False, help="Folder for results.")
