@@ -96,16 +96,19 @@ def test_one_process_speaks(monkeypatch):
 
 MEET = """
 import os, signal, time, torch
-from sukashi.training.distributed import world
+from sukashi.training.distributed import from_first, world
 
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 for count in range(3):
     with world(torch.device("cpu")) as processes:
-        if (count, processes.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, 1, "0"):
+        if (count, processes.rank, attempt) == (1, 1, "0"):
             os.kill(os.getpid(), signal.SIGKILL)
         found = processes.total(torch.ones(1))
         assert found == 2, found
         assert processes.first(torch.full((2,), float(processes.rank))).sum() == 0, "what the first one has"
     time.sleep(0.5 * (processes.rank == 0))  # the first one is busy alone, as between the levels of a schedule
+    heard = from_first([attempt, count] if processes.rank == 0 else None)
+    assert heard == [attempt, count], heard
 """
 
 
