@@ -25,7 +25,7 @@ def prepare(settings: Study) -> Prepared:
         own = settings_of(asked, settings.out, name)
         about: dict[str, Any] = {"name": name, "kind": asked["kind"]}
         needs: tuple[str, ...] = ()
-        if OUT in str(asked):
+        if OUT.search(str(asked)):
             about |= {"settings": own.identity(), "after": [trial.key for trial in trials]}
             needs = tuple(trial.key for trial in trials)
         else:
@@ -38,14 +38,15 @@ def prepare(settings: Study) -> Prepared:
 
 def settings_of(asked: dict[str, Any], out: str, name: str) -> Any:
     """The settings of one of its experiments, which goes into a folder by its name."""
-    given = {key: _filled(value, out) for key, value in asked.items() if key != "kind"}
+    # Absolute: a model's name is part of what a folder is for, wherever the study is run from.
+    given = {key: _filled(value, str(Path(out).resolve())) for key, value in asked.items() if key != "kind"}
     return kinds()[asked["kind"]].model_validate(given | {"out": str(Path(out) / name)})
 
 
 def _filled(value: Any, out: str) -> Any:
     if isinstance(value, list):
         return [_filled(part, out) for part in value]
-    return value.replace(OUT, out) if isinstance(value, str) else value
+    return OUT.sub(lambda _: out, value) if isinstance(value, str) else value
 
 
 def _run(settings: Any, name: str, desk: Desk) -> None:
