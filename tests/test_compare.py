@@ -91,7 +91,7 @@ def test_what_a_comparison_returns_is_what_was_measured(compared, small):
     assert compared.notes == [
         "digits has no test split: 20% of each class held out by seed 0, 359 images",
         "100 test images cannot show that accuracy is at most 1 points lower, not even with equal answers: that takes "
-        "381 images or a larger --margin"
+        "381 images or a larger --margin",
     ]
     case = small["cnn"]
     test = _test_images(case)

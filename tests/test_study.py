@@ -152,7 +152,10 @@ def test_a_finished_study_computes_nothing_again_from_wherever_it_is_run(home, d
     again = sukashi.study("study.toml")
     assert again.finished
     assert again.to_json() == {**done.to_json(), "finished": True}
-    assert {path.name for path, content in before.items() if path.read_bytes() != content} <= {"log.jsonl", "report.html"}
+    assert {path.name for path, content in before.items() if path.read_bytes() != content} <= {
+        "log.jsonl",
+        "report.html",
+    }
 
 
 def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
