@@ -31,7 +31,7 @@ from sukashi.core import progress
 from sukashi.core.errors import ResourceError, UsageError
 from sukashi.experiments import demo
 from sukashi.experiments.bench import Source
-from sukashi.experiments.compare.run import compare
+from sukashi.experiments.functions import compare
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
@@ -172,7 +172,7 @@ def strict(text):
 
 def contents(folder):
     """Every file's bytes but those a clock decides."""
-    clocks = {"log.jsonl", "report.html", ".lock"}
+    clocks = {"log.jsonl", "report.html"}
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in clocks}
 
 
@@ -210,7 +210,7 @@ def test_version(sukashi):
         (["list", "foo"], ["'foo'", "criteria, attributions, measures, schedules, models, data"]),
         (["list", "criterai"], ["did you mean 'criteria'?"]),
         (["compare", "--ratoi", "0.5"], ["--ratoi", "--ratios"]),
-        (["report", "nowhere"], ["nowhere", "--out of a compare, a prune or a train"]),
+        (["report", "nowhere"], ["nowhere holds no experiment", "give the --out of a command"]),
         (["check", "nope", "--data", "digits"], ["unknown model 'nope'", "sukashi:digits_cnn"]),
         (["check", "sukashi:digits_cn", "--data", "digits"], ["did you mean 'sukashi:digits_cnn'?"]),
         (["check", "timm:resnet81", "--data", "digits"], ["did you mean 'timm:resnet18'?"]),
@@ -360,7 +360,7 @@ def test_output_selects_the_logits(sukashi, refused, tmp_path, name, output):
     data = ["--data", "digits", "--calibration", 4]
     args = ["--criterion", "magnitude", "--ratio", 0.5, "--round-to", 1, "--output", output, "--out", cut]
     figures = strict(sukashi("prune", f"zoo:{name}", *data, *args, "--json").out)
-    assert figures["ratio"] == 0.5
+    assert figures["units_removed"] == 0.5
     assert sukashi("check", f"zoo:{name}", *data, "--weights", cut).code == 0
     refused(4, ["no output 'x'", repr(output)], "check", f"zoo:{name}", *data, "--output", "x")
 
@@ -509,13 +509,18 @@ def test_folders_that_exist_are_left_as_they_are(sukashi, refused, tmp_path):
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    refused(2, ["cut exists", "nothing is overwritten"], *prune, cut)
+    refused(2, ["cut is an existing output folder", "ratio_asked was 0.5, now 0.25"], *prune, cut, "--ratio", 0.25)
+    refused(2, ["cut is an existing output folder of another experiment (prune, now compare)"], *compare, cut)
     refused(2, ["out is an existing output folder", "mode was", "now"], *compare, out, "--mode", "zero")
     refused(2, ["data.calibration was 4, now 3"], *compare, out, "--calibration", 3)
-    refused(2, ["foreign is not empty (thesis.txt)"], *compare, foreign)
-    refused(2, ["thesis.txt is a file"], *compare, foreign / "thesis.txt")
-    refused(2, ["holds no study and no saved model"], "report", foreign)
+    for command in (prune, compare):
+        refused(2, ["foreign is not empty (thesis.txt)"], *command, foreign)
+        refused(2, ["thesis.txt is a file"], *command, foreign / "thesis.txt")
+    refused(2, ["foreign holds no experiment", "give the --out of a command"], "report", foreign)
     assert {path: path.read_bytes() for path in before} == before
+    assert "was finished already: nothing was done" in sukashi(*prune, cut).out
+    after = {path: path.read_bytes() for path in before}
+    assert {path.name for path in before if after[path] != before[path]} <= {"log.jsonl", "report.html"}
 
 
 def test_a_comparison_refused_in_its_first_trial_leaves_nothing(sukashi, refused, tmp_path):
@@ -526,27 +531,43 @@ def test_a_comparison_refused_in_its_first_trial_leaves_nothing(sukashi, refused
     (tmp_path / "out" / "notes.tmp").write_text("mine")
     refused(3, too_few, *compare, "--criteria", "cswap", "--set", "samples=all")
     assert sukashi(*compare, "--criteria", "random,cswap", "--set", "cswap.samples=all").code == 3
-    assert len(list((tmp_path / "out" / "trials").glob("*/result.json"))) == 1, "what is finished is kept"
+    assert len(list((tmp_path / "out" / "trials").glob("*/trial.json"))) == 1, "what is finished is kept"
 
 
-def test_the_second_process_on_a_folder_is_refused_naming_the_first(sukashi, tmp_path):
-    compare = ["compare", *DIGITS, *SMALL, "--criteria", "random", "--out", tmp_path]
-    assert sukashi(*compare).code == 0
+def test_a_second_process_waits_for_what_another_one_does(sukashi, tmp_path):
+    """A trial is leased to one process; where that dies, the other does it."""
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    compare = ["compare", *DIGITS, *SMALL, "--criteria", "random", "--out"]
+    assert sukashi(*compare, undisturbed).code == 0
+    ((key, _),) = json.loads((undisturbed / "experiment.json").read_text())["trials"]
+    (out / ".leases").mkdir(parents=True)
     code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on moon');"
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
     )
-    code += "f.flush(); print('held', flush=True); sys.stdin.read()"
     owner = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", f"{code}; time.sleep(600)", str(out / ".leases" / key)], stdout=subprocess.PIPE
     )
     with owner:
         assert owner.stdout.readline() == b"held\n"
-        before = contents(tmp_path)
-        found = sukashi(*compare, "--json")
-        assert (found.code, found.out, contents(tmp_path)) == (5, "", before)
-        assert "is in use by process 7 on moon" in found.err
-        owner.stdin.close()
-    assert sukashi(*compare).code == 0
+        rival = subprocess.Popen(
+            [sys.executable, "-m", "sukashi", *map(str, compare), str(out), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        while not (out / "log.jsonl").exists():
+            assert rival.poll() is None, rival.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert rival.poll() is None
+        assert not list(out.glob("trials/*/*")), "it does not begin"
+        owner.kill()
+    printed, said = rival.communicate(timeout=60)
+    assert rival.returncode == 0, said
+    assert strict(printed)["sauce"]
+    assert contents(out) == contents(undisturbed)
 
 
 def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
@@ -563,31 +584,37 @@ def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
 
     monkeypatch.setattr(os, "fsync", fsync)
     args = [NET, "--data", "digits", "--calibration", "4", "--weights", weights]
-    for n in (1, 3):
-        fill(n)
-        refused(
-            5, ["no space left"], "prune", *args, "--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"
-        )
-    compare = ["compare", *args, *SMALL, "--criteria", "random,amp"]
-    assert sukashi(*compare, "--out", tmp_path / "undisturbed").code == 0
-    for n in (1, 6, 12, 18):
-        fill(n)
-        found = sukashi(*compare, "--out", tmp_path / "out")
-        assert (found.code, found.out) == (5, ""), n
-        assert "no space left" in found.err
-        assert len(found.err.splitlines()) == 1
-    assert sukashi(*compare, "--out", tmp_path / "out").code == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    commands = {
+        "prune": (["prune", *args, "--criterion", "random", "--ratio", 0.5, "--test-images", 60], (1, 3, 5, 7, 9, 11)),
+        "compare": (["compare", *args, *SMALL, "--criteria", "random,amp"], (1, 6, 12, 18)),
+    }
+    for name, (command, writes) in commands.items():
+        out, undisturbed = tmp_path / name, tmp_path / f"{name} undisturbed"
+        assert sukashi(*command, "--out", undisturbed).code == 0
+        for n in writes:
+            fill(n)
+            found = sukashi(*command, "--out", out)
+            assert (found.code, found.out) == (5, ""), n
+            assert "no space left" in found.err
+            assert len(found.err.splitlines()) == 1
+        assert sukashi(*command, "--out", out).code == 0
+        assert contents(out) == contents(undisturbed)
 
 
-def test_a_cut_whose_page_cannot_be_written_leaves_nothing(refused, tmp_path, monkeypatch):
-    def write(folder):
-        assert Path(folder).is_dir()
+def test_a_cut_whose_page_cannot_be_written_is_kept(sukashi, tmp_path, monkeypatch):
+    def write(folder, page):
         raise ResourceError("no space left; make room")
 
-    monkeypatch.setattr("sukashi.experiments.pages.write", write)
-    args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
-    refused(5, ["no space left; make room"], "prune", *DIGITS, *args)
+    args = ["prune", *DIGITS, "--test-images", 60, "--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
+    with monkeypatch.context() as full:
+        full.setattr("sukashi.report.page.write", write)
+        found = sukashi(*args)
+    assert (found.code, found.out) == (5, "")
+    assert found.err.splitlines()[-1] == "sukashi: no space left; make room"
+    assert not (tmp_path / "cut" / "report.html").exists()
+    monkeypatch.setattr("sukashi.criteria.pruning.cut", lambda *args: pytest.fail("it was cut already"))
+    assert "was finished already" in sukashi(*args).out
+    assert (tmp_path / "cut" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -646,7 +673,7 @@ def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
-    while not (list(out.glob("trials/*/result.json")) and list(out.glob("trials/*/journal.jsonl"))):
+    while not (list(out.glob("trials/*/trial.json")) and list(out.glob("trials/*/under_way/journal.jsonl"))):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -655,19 +682,27 @@ def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
     assert (process.returncode, printed) == (130, "")
     assert said.splitlines()[-1].startswith("sukashi: interrupted; give the same command again")
     assert "Traceback" not in said
-    assert len(list(out.glob("trials/*/result.json"))) == 1
+    assert len(list(out.glob("trials/*/trial.json"))) == 1
     assert sukashi(*args, out).code == sukashi(*args, tmp_path / "undisturbed").code == 0
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("stage", ["sukashi.models.save", "sukashi.experiments.pages.write"])
-def test_an_interrupted_cut_leaves_nothing(refused, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize(
+    "stage", ["sukashi.criteria.pruning.cut", "sukashi.models.contents", "sukashi.report.page.write"]
+)
+def test_an_interrupted_cut_goes_on(sukashi, tmp_path, monkeypatch, stage):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, interrupted)
-    args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]
-    refused(130, ["interrupted"], "prune", *DIGITS, *args)
+    args = ["prune", *DIGITS, "--test-images", 60, "--criterion", "random", "--ratio", 0.5, "--out"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(stage, interrupted)
+        found = sukashi(*args, tmp_path / "cut")
+    assert (found.code, found.out) == (130, "")
+    assert "sukashi: interrupted; give the same command again" in found.err
+    assert not (tmp_path / "cut" / "results.json").exists()
+    assert sukashi(*args, tmp_path / "cut").code == sukashi(*args, tmp_path / "undisturbed").code == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "undisturbed")
 
 
 # What comes out.
@@ -714,17 +749,25 @@ def test_compare_and_report(sukashi, tmp_path, weights):
     found = sukashi(*args, "--json")
     result = strict(found.out)
     assert (found.code, found.err) == (0, "")
-    assert list(result["sauce"]) == ["random", "amp"]
+    assert set(result["sauce"]) == {"random", "amp"}
+    assert list(result["sauce"]) == result["contenders"]
+    assert result["sauce"][result["contenders"][0]]["mean"] >= result["sauce"][result["contenders"][1]]["mean"]
     assert all(s["low"] <= s["mean"] <= s["high"] for s in result["sauce"].values())
     assert [len(curve) for curve in result["curves"]["random"]] == [3, 3]
     assert result["dense_accuracy"] == result["curves"]["amp"][0][0]["accuracy"] > 0.9
-    study_json = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert study_json["options"] == {"amp": {"tau": 0.05}}
-    assert study_json["ratios"] == [0.0, 0.25, 0.5]
+    about = json.loads((tmp_path / "out" / "experiment.json").read_text())
+    assert (about["format"], about["kind"]) == (2, "compare")
+    assert about["identity"]["options"] == {"amp": {"tau": 0.05}, "random": {}}
+    assert about["identity"]["ratios"] == [0.0, 0.25, 0.5]
 
-    timed = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().split("\n") if '"cost"' in line]
-    assert {entry["trial"] for entry in timed} == {path.name for path in (tmp_path / "out" / "trials").iterdir()}
-    assert all(entry["dense"]["latency_ms"] > 0 and entry["cut"]["latency_ms"] > 0 for entry in timed)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines() if line]
+    timed = [entry for entry in log if entry["event"] == "latency"]
+    assert sorted((entry["contender"], entry["seed"]) for entry in timed) == [
+        *(("amp", 0), ("amp", 1)),
+        *(("random", 0), ("random", 1)),
+    ]
+    assert all(entry["dense_ms"] > 0 and entry["cut_ms"] > 0 for entry in timed)
+    assert {place for _, place in about["trials"]} == {f"trials/{path.name}" for path in tmp_path.glob("out/trials/*")}
 
     before = contents(tmp_path / "out")
     shown = sukashi(*args)
@@ -732,12 +775,12 @@ def test_compare_and_report(sukashi, tmp_path, weights):
     assert f"dense accuracy {result['dense_accuracy']:.3f}" in shown.out
     assert shown.out.endswith(f"Report: {tmp_path / 'out' / 'report.html'}\n")
     assert contents(tmp_path / "out") == before
-    assert (tmp_path / "out" / "log.jsonl").read_text().count('"event":"cost"') == len(timed) == 4, "timed once"
+    assert (tmp_path / "out" / "log.jsonl").read_text().count('"event":"latency"') == len(timed) == 4, "timed once"
 
     page = tmp_path / "out" / "report.html"
     assert "latency, ms" in page.read_text()
     page.unlink()
-    assert strict(sukashi("report", tmp_path / "out", "--json").out) == {"report": str(page)}
+    assert strict(sukashi("report", tmp_path / "out", "--json").out) == result
     assert page.exists()
 
 
@@ -746,10 +789,11 @@ def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
     args += ["--ratios", "0,0.02,0.5", "--seeds", 1, "--criteria", "taylor", "--sampling", "random,confidence"]
     args += ["--mode", "zero", "--margin", "0.1", "--out", tmp_path / "out"]
     result = strict(sukashi(*args, "--json").out)
-    assert list(result["sauce"]) == ["taylor", "taylor/confidence"]
+    assert set(result["sauce"]) == {"taylor", "taylor/confidence"}
     free = result["lossless"]["taylor/confidence"]
     assert free["margin"] == 0.1
-    assert free["fraction"]["low"] <= free["fraction"]["mean"] == 3 / 128, "of 128 units"
+    assert free["removed"]["low"] <= free["removed"]["mean"] == 3 / 128, "of 128 units"
+    assert (free["units_removed"], free["parameters_removed"]) == (free["removed"], None)
     assert list(result["accuracy_at"]["taylor"]) == ["0.15", "0.3", "0.5", "0.7"]
     assert result["accuracy_at"]["taylor"]["0.7"] is None
     shown = sukashi(*args)
@@ -770,7 +814,8 @@ def test_a_study_file(sukashi, refused, tmp_path):
         '[models.cnn]\nspec = "sukashi:digits_cnn"\nwidth = 8\n'
     )
     result = strict(sukashi("study", file, "--json").out)
-    assert list(result["models"]["cnn"]["sauce"]) == ["random", "taylor"]
+    assert result["experiments"]["cnn"]["kind"] == "compare"
+    assert set(result["experiments"]["cnn"]["sauce"]) == {"random", "taylor"}
     shown = sukashi("study", file)
     assert shown.code == 0
     assert "cnn: taylor minus random: " in shown.out
@@ -785,8 +830,10 @@ def test_a_study_file(sukashi, refused, tmp_path):
 def test_prune_says_what_came_of_the_ratio(sukashi, tmp_path, weights):
     args = ["prune", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--criterion", "magnitude"]
     found = strict(sukashi(*args, "--ratio", 0.99, "--round-to", 1, "--out", tmp_path / "most", "--json").out)
-    assert found["ratio"] == found["cut"]["ratio"] == 125 / 128, "one unit of each of three sites stays"
-    assert found["cut"]["parameters"] < found["dense"]["parameters"]
+    assert found["units_removed"] == 125 / 128, "one unit of each of three sites stays"
+    assert (found["ratio_asked"], found["weights_removed"]) == (0.99, None)
+    assert found["pruned"]["parameters"] < found["dense"]["parameters"]
+    assert found["parameters_removed"] == 1 - found["pruned"]["parameters"] / found["dense"]["parameters"]
     shown = sukashi(*args, "--ratio", 0.05, "--out", tmp_path / "rounded")
     assert (shown.code, shown.err) == (0, "")
     assert "5.0% were asked for: widths are rounded up to multiples of 8" in shown.out
@@ -798,13 +845,20 @@ def test_prune_makes_sparse_and_says_that_nothing_gets_smaller(sukashi, refused,
     args = ["prune", NET, "--data", "digits", "--weights", weights, "--calibration", 4, "--criterion", "wanda"]
     shown = sukashi(*args, "--ratio", 0.5, "--scope", "row", "--exclude", "fc2", "--out", tmp_path / "a")
     assert (shown.code, shown.err) == (0, "")
-    for words in ("conv2", "zeros in masked layers", "zeros in all parameters", "accuracy", "sparse"):
+    for words in (
+        "conv2",
+        "zeros in the masked layers",
+        "zeros in all parameters",
+        "accuracy",
+        "weights removed",
+        "pruned",
+    ):
         assert words in shown.out
     assert "Masked zeros are not compression" in " ".join(shown.out.split())
     assert "fc2" not in shown.out
     found = strict(sukashi(*args, "--ratio", 0.5, "--scope", "row", "--out", tmp_path / "b", "--json").out)
     assert {row["layer"] for row in found["layers"]} == {"conv1", "conv2", "conv3", "fc1", "fc2"}
-    assert found["sparse"]["parameters"] == found["dense"]["parameters"]
+    assert found["pruned"]["parameters"] == found["dense"]["parameters"]
     assert models.load(str(tmp_path / "b")).mask.n_removed == sum(row["removed"] for row in found["layers"])
     refused(
         4,
@@ -836,7 +890,7 @@ def test_an_audit(sukashi, refused, tmp_path, weights):
     args = ["audit", NET, NET, "--weights", weights, "--data", "digits", "--test-images", 40, "--out", tmp_path / "out"]
     args += ["--attributions", "saliency", "--measures", "gini,deletion", "--set", "deletion.step=16"]
     result = strict(sukashi(*args, "--json").out)
-    assert {row["said"].partition(" in ")[0] for row in result["comparisons"]} == {"no detectable change"}
+    assert {row["said"].partition(" in ")[0] for row in result["saliency"]["comparisons"]} == {"no detectable change"}
     shown = sukashi(*args)
     assert (shown.code, shown.err) == (0, "")
     assert "on average gini and deletion do not tell the maps of digits_cnn (2) from" in shown.out
@@ -850,7 +904,7 @@ def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn
     monkeypatch.setattr(demo, "CRITERIA", ("random", "magnitude"))
     monkeypatch.setattr(demo, "train_digits", lambda *args: trained.append(args) or trained_cnn)
     found = strict(sukashi("demo", "--out", tmp_path / "demo", "--json").out)
-    assert list(found["sauce"]) == ["random", "magnitude"]
+    assert set(found["sauce"]) == {"random", "magnitude"}
     assert Path(found["report"]).exists()
     before = contents(tmp_path / "demo")
     shown = sukashi("demo", "--out", tmp_path / "demo")
@@ -861,6 +915,7 @@ def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn
     assert len(trained) == 1
     shutil.rmtree(tmp_path / "demo" / "pruned")
     (tmp_path / "demo" / "pruned").mkdir()
+    (tmp_path / "demo" / "pruned" / "thesis.txt").write_text("mine")
     assert sukashi("demo", "--out", tmp_path / "demo").code == 2, "a folder that is not ours is not replaced"
 
 

@@ -29,6 +29,7 @@ from sukashi.measures import curves
 from sukashi.training import loop
 
 KINDS = [Check, Prune, Compare, Train, Finetune, Schedule, Audit]
+SHARED = [Compare, Schedule, Audit]  # have trials that several processes can do
 GIVEN = ["--data", "d", "--out", "o"]
 ROOT = Path(__file__).parent.parent
 COMPARED = {"model": "m", "data": "d", "criteria": ["drift"], "out": "o"}
@@ -118,7 +119,8 @@ def test_seeds_that_no_generator_takes_are_refused(kind):
 def test_help_of_a_function_tells_the_settings(kind):
     function = getattr(sukashi, kind.kind)
     told, said = inspect.signature(function).parameters, " ".join(function.__doc__.split())
-    assert set(kind.model_fields) == set(told) - {"command", "skip_refused"}
+    assert set(kind.model_fields) == set(told) - {"command", "jobs"}
+    assert ("jobs" in told) == (kind in SHARED)
     for name, field in kind.model_fields.items():
         if not field.is_required():
             assert told[name].default == (... if name in ("lr", "weight_decay") else default_of(field))

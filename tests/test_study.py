@@ -20,7 +20,6 @@ from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.schedule.checks import check
 from sukashi.experiments.schedule.settings import Scheduled
 from sukashi.experiments.study.file import read
-from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.training import loop

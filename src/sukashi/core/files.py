@@ -26,7 +26,13 @@ def check_free(path: Path) -> None:
     """Refuse a path that exists, with UsageError, and one whose folder can't be made or written, with ResourceError."""
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: nothing is overwritten; give another place or remove it")
-    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder that can't be made or written, and a file whose folder can't, with ResourceError."""
+    place = path.absolute()
+    above = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ResourceError(f"cannot write {path} ({above} is no folder with that right): give another place")
 
@@ -137,6 +143,12 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(folder)  # else the name may be lost with the power though the bytes are not
         finally:
             os.close(folder)
+
+
+def remove_drafts(folder: Path, name: str = "") -> None:
+    """Take away what `write` had begun in a folder, of one file or of all, when it was killed; nobody may be at it."""
+    for path in folder.glob(f".{name}*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT, Journal
 
 EXPERIMENT, TRIAL, LOG = "experiment.json", "trial.json", "log.jsonl"
+UNDER_WAY = "under_way"
 # What may lie in a folder that a killed run left before it said what it is for.
 _OURS = {"trials", ".lock", ".leases", LOG}
 
@@ -107,7 +108,7 @@ class Desk:
     @property
     def scratch(self) -> Path:
         """Where an unfinished trial keeps what it goes on from; gone once it is finished."""
-        return self.folder / "under_way"
+        return self.folder / UNDER_WAY
 
     @cached_property
     def journal(self) -> Journal:
@@ -137,6 +138,7 @@ class Desk:
         """Count a file that lies in the trial's folder already among its artefacts."""
         if self._writes:
             self._artefacts[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+            self.space.artefacts.append(self.folder / name)
 
     def needed(self, key: str) -> Record:
         """A trial that this one needs, by key."""
@@ -161,6 +163,7 @@ class Workspace:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self.artefacts: list[Path] = []  # that this process has written
 
     @property
     def about(self) -> dict[str, Any]:
@@ -191,25 +194,30 @@ class Workspace:
         What is in `grows` may be more than before: a larger number, further names, further numbers at the end of a
         list. Raises UsageError where the folder is another's or anything else, ResourceError where it can't be written.
         """
-        self._refuse_foreign()
+        self.check_place()
         asked = json.loads(files.canonical(identity))
         whole = {"format": FORMAT, "kind": kind, "identity": asked, "trials": [[t.key, t.folder] for t in trials]}
         with self.held():
             new = not (self.folder / EXPERIMENT).exists()
-            if not new:
-                kept = self.about
-                if kept["kind"] != kind:
-                    raise UsageError(
-                        f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now "
-                        f"{kind}): choose another --out or remove the folder"
-                    )
-                if not _grown(kept["identity"], asked, grows):
-                    files.refuse_other(self.folder, kept["identity"], asked)
-            for path in self.folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
-            if new or kept != whole:
+            self.check(kind, asked, grows)
+            files.remove_drafts(self.folder, EXPERIMENT)
+            if new or self.about != whole:
                 files.write(self.folder / EXPERIMENT, files.canonical(whole, indent=1) + b"\n")
         return new
+
+    def check(self, kind: str, identity: Mapping[str, Any], grows: frozenset[str] = frozenset()) -> None:
+        """Raises what `claim` does where the folder is there and another's; nothing is written."""
+        self.check_place()
+        if not (self.folder / EXPERIMENT).exists():
+            return
+        kept, asked = self.about, json.loads(files.canonical(identity))
+        if kept["kind"] != kind:
+            raise UsageError(
+                f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now {kind}): "
+                "choose another --out or remove the folder"
+            )
+        if not _grown(kept["identity"], asked, grows):
+            files.refuse_other(self.folder, kept["identity"], asked)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -229,11 +237,7 @@ class Workspace:
         if not progress.first():
             yield Desk(folder, self, trial)
             return
-        leases = self.folder / ".leases"
-        with writing(leases):
-            leases.mkdir(exist_ok=True)
-            lock = open(leases / trial.key, "a")  # noqa: SIM115
-        with lock:
+        with self._lease_file(trial) as lock:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -241,14 +245,26 @@ class Workspace:
                 return
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            if trial.place != ".":
-                for path in folder.glob(".*.tmp"):
-                    path.unlink(missing_ok=True)
-            desk = Desk(folder, self, trial)
-            yield desk
+            with self.held():
+                files.remove_drafts(folder)
+            yield Desk(folder, self, trial)
             if self.finished(trial):
-                shutil.rmtree(desk.scratch, ignore_errors=True)
-                (leases / trial.key).unlink(missing_ok=True)
+                self.tidy([trial])
+
+    def _lease_file(self, trial: Trial) -> IO[str]:
+        leases = self.folder / ".leases"
+        with writing(leases):
+            while True:
+                leases.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # another process had no lease left and removed the folder
+                    return open(leases / trial.key, "a")
+
+    def tidy(self, trials: Sequence[Trial]) -> None:
+        """Take away what finished trials went on from, which a kill may have left."""
+        leases = self.folder / ".leases"
+        for trial in trials:
+            shutil.rmtree(self.folder / trial.folder / UNDER_WAY, ignore_errors=True)
+            (leases / trial.key).unlink(missing_ok=True)
         with suppress(OSError):  # others still have leases
             leases.rmdir()
 
@@ -290,19 +306,31 @@ class Workspace:
                 entries.append(json.loads(line))
         return [entry for entry in entries if entry["event"] == event]
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no trial is finished, and none has left anything to go on from."""
+        places = [place for _, place in self.about["trials"]]
+        return not self.records() and not any(any((self.folder / place / UNDER_WAY).glob("*")) for place in places)
+
     def discard(self) -> None:
         """Remove what a new experiment that was refused has written."""
         for _, place in self.about["trials"] if (self.folder / EXPERIMENT).exists() else ():
             if place != ".":
                 shutil.rmtree(self.folder / place, ignore_errors=True)
-        for folder in ("trials", ".leases", "under_way"):
+                for above in Path(place).parents[:-1]:
+                    with suppress(OSError):  # it holds more
+                        (self.folder / above).rmdir()
+        for path in self.artefacts:
+            path.unlink(missing_ok=True)
+        for folder in ("trials", ".leases", UNDER_WAY):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
         for name in (EXPERIMENT, LOG, ".lock"):
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # what else lies there is not ours
             self.folder.rmdir()
 
-    def _refuse_foreign(self) -> None:
+    def check_place(self) -> None:
+        """Refuse a folder that holds something else, with UsageError, or can't be written, with ResourceError."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file: --out needs a folder")
         if self.folder.is_dir() and not (self.folder / EXPERIMENT).exists():
@@ -311,6 +339,7 @@ class Workspace:
                 raise UsageError(
                     f"{self.folder} is not empty ({foreign[0]}) and holds no experiment: choose another --out"
                 )
+        files.check_writable(self.folder)
 
 
 def _nothing(desk: Desk) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def prepare(settings: Audit) -> Prepared:
         "notes": [*dict.fromkeys(note for n in networks for note in n.setting.data.notes)],
         **{name: one.facts for name, one in looking.items()},
     }
-    answers = [network.answers for network in networks]
+    first, *others = (network.answers for network in networks)
+    areas = {concept: area for one in looking.values() for concept, area in one.areas.items()}
+    answers = [replace(first, areas=areas), *others]
     about = {
         "answers": [[one.label, one.identity] for one in answers],
         "data": reference.data.sha256,
@@ -58,8 +61,8 @@ def prepare(settings: Audit) -> Prepared:
         "population": settings.population,
         **facts,
     }
-    first = Trial(about, partial(_keep, answers, facts), label="answers")
-    trials = [first, *(trial for one in looking.values() for trial in one.trials(first))]
+    kept = Trial(about, partial(_keep, answers, facts), label="answers")
+    trials = [kept, *(trial for one in looking.values() for trial in one.trials(kept))]
     return Prepared(identity, trials, {"versions": versions(), "hardware": hardware(reference.device)})
 
 

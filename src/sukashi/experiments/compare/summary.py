@@ -32,8 +32,8 @@ class CompareResult(Result):
     differences     of SAUCE between pairs, the better first, seed by seed: mean, low, high, n, bootstrap, p, p_holm
                     (over all pairs), p_wilcoxon
     curves, passes  points of each seed; `pass_means` over the seeds that have that many passes
-    costs           parameters, FLOPs, bytes of the dense network and with half of the units gone; `latency_ms` too,
-                    which a clock decides
+    costs           parameters, FLOPs, bytes of the dense network and with half of the units gone; `latency_ms`
+                    is what a clock decides
     worst_classes   where the leader's cut of half of the units lost most
 
     `verdict` says who leads, `rule` what decided that.

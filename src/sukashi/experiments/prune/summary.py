@@ -19,8 +19,8 @@ class PruneResult(Result):
 
     `dense` and `pruned` hold accuracy, class_accuracy (None for a class without images), parameters, flops (of an
     image), peak_bytes (of a batch) and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too.
-    Fractions removed are of all units, of the weights in scope, and of all parameters. `latency_ms` of a batch of
-    `latency_batch` images is what a clock decides. `layers` counts the weights removed from each, with a scope.
+    Fractions removed are of all units, of the weights in scope, and of all parameters. `layers` counts the weights
+    removed from each, with a scope. `latency_ms` of a batch is what a clock decides, and so is the `verdict`.
     """
 
     kind: ClassVar[str] = "prune"

@@ -9,37 +9,41 @@ from typing import Any
 
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.experiments.bench import versions
-from sukashi.experiments.executor import execute, prepare_of
+from sukashi.experiments.executor import execute, prepare_of, room_of
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.study.file import OUT
 from sukashi.experiments.study.settings import Study
-from sukashi.experiments.workspace import Desk
+from sukashi.experiments.workspace import Desk, Workspace
 
 
 def prepare(settings: Study) -> Prepared:
     """Every experiment is prepared, so that what is wrong with a later one does not show after hours of work; but for
-    those that read what others have yet to make.
+    those that read what others have yet to make. Raises UsageError for folders of other experiments too.
     """
     trials: list[Trial] = []
+    # Absolute: a model's name is part of what a folder is for, wherever the study is run from.
+    home = str(Path(settings.out).resolve())
     for name, asked in settings.experiments.items():
-        own = settings_of(asked, settings.out, name)
+        own = settings_of(asked, home, name)
         about: dict[str, Any] = {"name": name, "kind": asked["kind"]}
         needs: tuple[str, ...] = ()
         if OUT.search(str(asked)):
-            about |= {"settings": own.identity(), "after": [trial.key for trial in trials]}
+            # By what stands for the study's folder, so that it may be moved.
+            unfilled = settings_of(asked, "$OUT", name).identity()
+            about |= {"settings": unfilled, "after": [trial.key for trial in trials]}
             needs = tuple(trial.key for trial in trials)
         else:
             with warnings.catch_warnings(action="ignore"):  # it is said when the experiment's turn comes
                 about["identity"] = dict(prepare_of(own).identity)
-        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name))
+            Workspace(own.out).check(room_of(own), about["identity"], own.grows)
+        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name, together=True))
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
     return Prepared(identity, trials, {"versions": versions(), "title": settings.title, "pairs": settings.pairs})
 
 
 def settings_of(asked: dict[str, Any], out: str, name: str) -> Any:
     """The settings of one of its experiments, which goes into a folder by its name."""
-    # Absolute: a model's name is part of what a folder is for, wherever the study is run from.
-    given = {key: _filled(value, str(Path(out).resolve())) for key, value in asked.items() if key != "kind"}
+    given = {key: _filled(value, out) for key, value in asked.items() if key != "kind"}
     return kinds()[asked["kind"]].model_validate(given | {"out": str(Path(out) / name)})
 
 

@@ -1,0 +1,323 @@
+"""What holds for every kind of experiment: killed anywhere it ends in the same bytes, it is done once, no other folder
+is touched, and what it found is told alike as an object, JSON, rows, words and a page.
+"""
+
+import json
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import sukashi
+from sukashi.cli import main
+from sukashi.core.errors import UsageError
+from sukashi.core.experiment import Result
+from sukashi.experiments.workspace import Workspace
+from sukashi.measures import cost
+
+NET = "sukashi:digits_cnn"
+ONE = {"model": NET, "width": 8, "data": "digits", "test_images": 20}
+CUT = {**ONE, "calibration": 4, "criterion": "taylor", "ratio": 0.5}
+TRAINED = {"epochs": 2, "batch_size": 256}
+# What is asked of each kind, and what makes another experiment of it, with the words of the refusal.
+ASKED = {
+    "compare": (
+        {**ONE, "calibration": 4, "criteria": ["magnitude", "taylor"], "ratios": [0.5], "seeds": 2},
+        {"mode": "zero"},
+        'mode was "cut", now "zero"',
+    ),
+    "prune": (CUT, {"ratio": 0.25}, "ratio_asked was 0.5, now 0.25"),
+    "train": ({**ONE, **TRAINED}, {"epochs": 1}, "training.epochs was 2, now 1"),
+    "finetune": ({**ONE, **TRAINED, "model": "CUT", "width": None}, {"seed": 1}, "training.seed was 0, now 1"),
+    "schedule": (
+        {
+            **{**ONE, "calibration": 4, "criteria": ["magnitude"], "ratios": [0.3, 0.6], "seeds": 1},
+            **{"how": "iterative", "epochs": 1, "batch_size": 256},
+        },
+        {"how": "oneshot"},
+        'schedule was "iterative", now "oneshot"',
+    ),
+    "audit": (
+        {
+            **{"models": [NET, "CUT"], "width": 8, "data": "digits", "test_images": 20, "population": "all"},
+            **{"attributions": ["saliency"], "measures": ["gini", "ssim"]},
+        },
+        {"seed": 1},
+        "seed was 0, now 1",
+    ),
+    "study": ({"criterion": "taylor"}, {"criterion": "magnitude"}, 'criterion was "taylor", now "magnitude"'),
+}
+STUDY = """
+data = "digits"
+test_images = 20
+out = "nowhere"
+[experiments.cut]
+kind = "prune"
+model = "sukashi:digits_cnn"
+width = 8
+calibration = 4
+criterion = "CRITERION"
+ratio = 0.5
+[experiments.audited]
+kind = "audit"
+models = ["$OUT/cut", "CUT"]
+attributions = ["saliency"]
+measures = ["gini"]
+population = "all"
+"""
+# What a page, a log or a network is kept in without being asked for again.
+SNAPSHOTS = 7
+pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clockless():
+    """Latencies that no clock decides, so that pages are the same too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "latency", lambda models, batch, **how: ([2.0], [1.0]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "cut"
+    sukashi.prune(**CUT, out=folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=ASKED)
+def made(request, cut, tmp_path_factory):
+    """An experiment done without disturbance: `.result`, a copy of its folder, and copies of that folder as a kill
+    would have left it just before some of the times something was made durable or put in place.
+    """
+    home = tmp_path_factory.mktemp(request.param)
+    one = SimpleNamespace(kind=request.param, home=home, cut=cut, out=home / "out", finished=home / "finished")
+    really, left = {name: getattr(os, name) for name in ("fsync", "replace")}, []
+
+    def photographed(name):
+        def call(*args, **options):
+            left.append(home / f"left-{len(left)}")
+            if one.out.exists():
+                shutil.copytree(one.out, left[-1])
+            return really[name](*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in really:
+            patch.setattr(os, name, photographed(name))
+        one.result = perform(one)
+    # The first and the last of them always: before the folder says what it is for, and when all but that was written.
+    one.left = [left[i] for i in np.unique(np.linspace(0, len(left) - 1, SNAPSHOTS).astype(int))]
+    shutil.copytree(one.out, one.finished)
+    return one
+
+
+@pytest.fixture
+def experiment(made):
+    """The same with its folder as it was when it was finished."""
+    put(made.finished, made.out)
+    return made
+
+
+def perform(one, *, kind="", changed=(), **more):
+    """The call that makes the experiment, with other settings `changed`."""
+    kind = kind or one.kind
+    given = {**ASKED[kind][0], **dict(changed)}
+    more = {"out": one.out, **more}
+    if kind == "study":
+        file = one.home / "study.toml"
+        file.write_text(STUDY.replace("CRITERION", given["criterion"]).replace("CUT", str(one.cut)))
+        return sukashi.study(file, **more)
+    return getattr(sukashi, kind)(**with_cut(one, given), **more)
+
+
+def with_cut(one, given):
+    def filled(value):
+        return (
+            [filled(part) for part in value] if isinstance(value, list) else str(one.cut) if value == "CUT" else value
+        )
+
+    return {name: filled(value) for name, value in given.items()}
+
+
+def put(source, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    if source.exists():
+        shutil.copytree(source, folder)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def differing(folder, other):
+    found, expected = contents(folder), contents(other)
+    return {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
+
+
+def experiments(folder):
+    """The folders of the experiments in it, its own last."""
+    return sorted((path.parent for path in folder.rglob("experiment.json")), reverse=True)
+
+
+def strict(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def kept(result):
+    """What of a result no clock and no call decides."""
+    return {name: value for name, value in result.to_json().items() if name not in result.of_call}
+
+
+# Kills.
+
+
+def test_killed_anywhere_and_given_again_it_ends_in_the_same_bytes(made):
+    assert len(made.left) == SNAPSHOTS
+    for left in made.left:
+        put(left, made.out)
+        result = perform(made)
+        assert kept(result) == kept(made.result), left.name
+        clocks = {name for name in differing(made.out, made.finished) if name.endswith(("log.jsonl", "report.html"))}
+        assert differing(made.out, made.finished) == clocks, left.name
+        # From one log of times and speeds pages have the same bytes too.
+        for log in made.finished.rglob("log.jsonl"):
+            shutil.copy(log, made.out / log.relative_to(made.finished))
+        for folder in experiments(made.out):
+            sukashi.results(folder)
+        assert differing(made.out, made.finished) == set(), left.name
+
+
+@pytest.mark.parametrize("made", ["compare", "schedule", "audit", "study"], indirect=True)
+def test_processes_that_share_its_trials_end_in_the_same_bytes(made, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for each of two, as for one here
+    put(made.home / "nowhere", made.out)
+    assert kept(perform(made, jobs=2)) == kept(made.result)
+    differ = {name for name in differing(made.out, made.finished) if not name.endswith(("log.jsonl", "report.html"))}
+    assert differ == set()
+
+
+# Once and for all.
+
+
+def test_a_second_call_does_nothing_and_says_so(experiment, monkeypatch):
+    monkeypatch.setattr(Workspace, "lease", lambda *args: pytest.fail("a trial was done again"))
+    again = perform(experiment)
+    assert (experiment.result.finished, again.finished) == (False, True)
+    assert kept(again) == kept(experiment.result)
+    told = set(differing(experiment.out, experiment.finished))
+    assert told - {"report.html"} == {"log.jsonl"}
+
+
+# Other folders.
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "trial.json", "results.json", "recipe.json"])
+def test_a_foreign_folder_is_refused_untouched(made, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match=rf"is not empty \({name}\) and holds no experiment: choose another --out"):
+        perform(made, out=tmp_path)
+    assert contents(tmp_path) == {name: b"{}"}
+    with pytest.raises(UsageError, match=r"is a file: --out needs a folder"):
+        perform(made, out=tmp_path / name)
+    assert contents(tmp_path) == {name: b"{}"}
+
+
+def test_a_folder_of_another_identity_is_refused_untouched_naming_the_difference(experiment):
+    _, changed, words = ASKED[experiment.kind]
+    with pytest.raises(UsageError, match=words):
+        perform(experiment, changed=changed)
+    assert differing(experiment.out, experiment.finished) == set()
+
+
+@pytest.mark.parametrize("other", ["compare", "prune", "train"])
+def test_a_folder_of_another_kind_is_refused_untouched(experiment, other):
+    if (other, experiment.kind) in {("train", "finetune"), ("train", "train"), (experiment.kind, other)}:
+        other = "schedule"
+    room = {"finetune": "train"}.get(experiment.kind, experiment.kind)
+    with pytest.raises(UsageError, match=rf"of another experiment \({room}, now {other}\): choose another --out"):
+        perform(experiment, kind=other)
+    assert differing(experiment.out, experiment.finished) == set()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_folder_of_another_format_is_refused_untouched(experiment, n):
+    path = experiment.out / "experiment.json"
+    path.write_text(path.read_text().replace('"format": 2', f'"format": {n}'))
+    before = contents(experiment.out)
+    for act in (lambda: perform(experiment), lambda: sukashi.results(experiment.out)):
+        with pytest.raises(UsageError, match=f"has format {n}, this version reads 2"):
+            act()
+    assert contents(experiment.out) == before
+
+
+# What is told.
+
+
+def test_report_writes_the_same_again(experiment, capsys, monkeypatch):
+    for name in ("report.html", "results.json", "results.parquet"):
+        (experiment.out / name).unlink()
+    shutil.rmtree(experiment.out / "figures", ignore_errors=True)
+    found = command(monkeypatch, capsys, "report", experiment.out)
+    assert differing(experiment.out, experiment.finished) == set()
+    assert found == sukashi.results(experiment.out).text() + "\n"
+
+
+def test_what_was_found_is_told_alike_in_every_way(experiment):
+    result = experiment.result
+    assert isinstance(result, Result)
+    assert (result.out, result.report) == (str(experiment.out), str(experiment.out / "report.html"))
+    told = strict(json.dumps(result.to_json(), allow_nan=False))
+    assert told == result.to_json(), "plain dictionaries and lists, no tuples, no numbers of NumPy"
+    assert strict((experiment.out / "results.json").read_text()) == kept(result)
+    assert set(result.of_call) <= set(told)
+    rows = result.table()
+    assert rows
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}, "equal keys in equal order"
+    assert pq.read_table(experiment.out / "results.parquet").to_pylist() == rows
+    assert result.text().endswith(f"Report: {experiment.out / 'report.html'}")
+    assert repr(result) == str(result) == result.text()
+    page = (experiment.out / "report.html").read_text()
+    assert result.verdict
+    assert page.startswith("<!doctype html>")
+    assert sorted(p.stem for p in experiment.out.glob("figures/*")) == sorted(
+        p.stem for p in experiment.finished.glob("figures/*")
+    )
+
+
+def test_json_is_one_object(experiment, capsys, monkeypatch):
+    given = with_cut(experiment, ASKED[experiment.kind][0])
+    said = [experiment.home / "study.toml", "--out", experiment.out] if experiment.kind == "study" else line(given)
+    if experiment.kind != "study":
+        said += ["--out", experiment.out]
+    printed = command(monkeypatch, capsys, experiment.kind, *said, "--json")
+    assert printed.count("\n") == 1
+    again = perform(experiment)
+    assert strict(printed) == again.to_json()
+
+
+def line(given):
+    """Keywords as a command line says them."""
+    named = [given.get("model"), *given.get("models", []), given.get("how")]
+    said = [value for value in named if value is not None]
+    for name, value in given.items():
+        if name not in ("model", "models", "how") and value is not None:
+            joined = ",".join(map(str, value)) if isinstance(value, list) else value
+            said += [f"--{name.replace('_', '-')}", joined]
+    return said
+
+
+def command(monkeypatch, capsys, *args):
+    """What a command prints, which ends well."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["sukashi", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    printed, said = capsys.readouterr()
+    assert not stopped.value.code, said
+    return printed
