@@ -20,6 +20,7 @@ from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.schedule.checks import check
 from sukashi.experiments.schedule.settings import Scheduled
 from sukashi.experiments.study.file import read
+from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.training import loop
@@ -76,6 +77,10 @@ def done(home):
 def kept(result):
     """What results.json has of a result."""
     return {name: value for name, value in result.to_json().items() if name not in result.of_call}
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
@@ -173,8 +178,13 @@ def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
     assert grown.experiments == done.experiments
     assert grown.pairs == done.pairs
     assert {path: path.read_bytes() for path in seen} == seen
-    with pytest.raises(UsageError, match="experiments"):
+    before = files_of(out)
+    with pytest.raises(UsageError, match="cnn is an existing output folder of another trial: seeds was 2, now 1"):
         sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    (tmp_path / "small" / "study.toml").write_text(without.replace("seeds = 1", "seeds = 2"))
+    with pytest.raises(UsageError, match=r"out is an existing output folder of another trial: experiments\.vit was"):
+        sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    assert files_of(out) == before
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")
@@ -371,10 +381,6 @@ def mixed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "study.toml").write_text(MIXED)
     return folder, sukashi.study(folder / "study.toml", command="sukashi study study.toml")
-
-
-def files_of(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_experiments_of_all_kinds_read_what_those_before_them_made(mixed):
