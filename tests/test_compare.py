@@ -351,7 +351,7 @@ def test_a_criterion_that_refuses_the_model_stops_everything_unless_it_may_be_le
     result = sukashi.compare(*named, out=tmp_path / "left", skip_refused=True, **given)
     assert result.contenders == ["magnitude"]
     assert "no rule for LayerNorm" in result.refused["backtrace"]
-    assert f"refused: backtrace: {result.refused['deeplift']}" in result.text()
+    assert f"refused: backtrace: {result.refused['backtrace']}" in result.text()
 
 
 @pytest.mark.realdata

@@ -1,4 +1,4 @@
-"""Networks cut for real or made sparse: loaded again elsewhere they are what was planned, with figures that were measured."""
+"""Networks cut for real or made sparse: loaded again they are what was planned, and figures are measured."""
 
 import json
 import subprocess
@@ -102,7 +102,7 @@ def test_a_finished_cut_is_told_again_and_another_is_refused(cnn_weights, tmp_pa
     result = prune("magnitude", 0.5, out, cnn_weights)
     assert not result.finished
     before = contents(out)
-    with pytest.raises(UsageError, match="another trial: ratio_asked was 0.5, now 0.4; choose another --out"):
+    with pytest.raises(UsageError, match=r"another trial: ratio_asked was 0\.5, now 0\.4; choose another --out"):
         prune("magnitude", 0.4, out, cnn_weights)
     assert contents(out) == before
     monkeypatch.setattr(pruning, "cut", None)

@@ -15,12 +15,15 @@ from sukashi.criteria import criteria
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.compare import run as comparing
 from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.prune import run as pruning
 from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.schedule.checks import check
 from sukashi.experiments.schedule.settings import Scheduled
 from sukashi.experiments.study.file import read
+from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
+from sukashi.training import loop
 
 RESULTS = {kind.kind: kind for kind in (AuditResult, CompareResult, PruneResult, TrainResult)}
 STUDY = """
@@ -74,6 +77,10 @@ def done(home):
 def kept(result):
     """What results.json has of a result."""
     return {name: value for name, value in result.to_json().items() if name not in result.of_call}
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
@@ -171,8 +178,13 @@ def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
     assert grown.experiments == done.experiments
     assert grown.pairs == done.pairs
     assert {path: path.read_bytes() for path in seen} == seen
-    with pytest.raises(UsageError, match="experiments"):
+    before = files_of(out)
+    with pytest.raises(UsageError, match="cnn is an existing output folder of another trial: seeds was 2, now 1"):
         sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    (tmp_path / "small" / "study.toml").write_text(without.replace("seeds = 1", "seeds = 2"))
+    with pytest.raises(UsageError, match=r"out is an existing output folder of another trial: experiments\.vit was"):
+        sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    assert files_of(out) == before
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")
@@ -316,3 +328,215 @@ def test_the_studies_that_come_along_keep_the_rules(path):
         assert found.experiments
         for asked in found.experiments.values():
             assert set(asked["criteria"]) <= set(criteria.names())
+
+
+# Any experiments.
+
+MIXED = """
+out = "mixed"
+title = "Dense, half, and what it did"
+data = "digits"
+test_images = 60
+calibration = 4
+
+[experiments.dense]
+kind = "train"
+model = "sukashi:digits_cnn"
+width = 8
+epochs = 2
+
+[experiments.half]
+kind = "prune"
+model = "$OUT/dense"
+criterion = "drift"
+ratio = 0.5
+round_to = 1
+
+[experiments.tuned]
+kind = "finetune"
+model = "$OUT/half"
+epochs = 1
+
+[experiments.reasons]
+kind = "audit"
+models = ["$OUT/dense", "$OUT/half", "$OUT/tuned"]
+attributions = ["saliency"]
+measures = ["gini", "ssim"]
+test_images = 20
+population = "all"
+
+[experiments.against]
+kind = "compare"
+model = "$OUT/dense"
+criteria = ["magnitude", "random"]
+ratios = [0.5, 0.9]
+seeds = 1
+mode = "zero"
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A study of all sorts: its folder with the file, and what it returned."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "study.toml").write_text(MIXED)
+    return folder, sukashi.study(folder / "study.toml", command="sukashi study study.toml")
+
+
+def test_experiments_of_all_kinds_read_what_those_before_them_made(mixed):
+    folder, result = mixed
+    out = folder / "mixed"
+    assert isinstance(result, StudyResult)
+    kinds = {"dense": "train", "half": "prune", "tuned": "train", "reasons": "audit", "against": "compare"}
+    assert {name: found["kind"] for name, found in result.experiments.items()} == kinds
+    for name, kind in kinds.items():
+        alone = sukashi.results(out / name)
+        assert isinstance(alone, RESULTS[kind])
+        assert result.experiments[name] == {"kind": kind, **kept(alone)}
+        assert result.verdicts[name] == alone.verdict
+    dense, half, tuned = (sukashi.load(str(out / name)) for name in ("dense", "half", "tuned"))
+    assert (len(dense.cuts), len(half.cuts), len(tuned.cuts)) == (0, 1, 1)
+    assert result.experiments["half"]["units_removed"] == 0.5
+    weights = [Workspace(out / name).identity["model"]["weights_sha256"] for name in ("half", "against")]
+    assert weights == [dense.weights_sha256] * 2
+    accuracy = result.experiments["against"]["dense_accuracy"]
+    assert result.experiments["half"]["dense"]["accuracy"] == pytest.approx(accuracy)
+    # What is shared holds for those that have it, and a table's own setting goes before it.
+    assert {name: result.experiments[name]["n_images"] for name in ("dense", "half", "against")} == {
+        "dense": 60,
+        "half": 60,
+        "against": 60,
+    }
+    assert Workspace(out / "reasons").identity["data"]["test_images"] == 20
+
+
+def test_the_page_of_mixed_experiments(mixed):
+    folder, result = mixed
+    page = (folder / "mixed" / "report.html").read_text()
+    assert "<h1>Dense, half, and what it did</h1>" in page
+    for name in result.experiments:
+        assert f'<a href="{name}/report.html">{name}</a>' in page
+        assert (folder / "mixed" / name / "report.html").exists()
+        assert f'<p class="rule">{result.verdicts[name]}</p>' in page.replace("&#39;", "'")
+    assert "<pre>sukashi study study.toml</pre>" in page
+    assert page.count("<th>contender</th>") == 1, "a table of contenders for the comparison alone"
+    assert "units zeroed" in page
+
+
+def test_what_a_clock_decides_is_in_no_result_of_a_study(mixed):
+    folder, result = mixed
+    told = json.loads((folder / "mixed" / "results.json").read_text())
+    assert told == kept(result)
+    assert not {"latency_ms", "verdict", "out", "report"} & set(told["experiments"]["half"])
+    assert "latency" in result.verdicts["half"]
+    rows = {row["name"]: row for row in pq.read_table(folder / "mixed" / "results.parquet").to_pylist()}
+    assert list(rows) == list(result.experiments)
+    assert rows["half"] == {"name": "half", "kind": "prune", "verdict": None}
+    assert rows["against"]["verdict"] == result.verdicts["against"]
+
+
+def test_finished_experiments_are_not_done_again_from_wherever_the_file_is_run(mixed, monkeypatch):
+    folder, result = mixed
+    before = files_of(folder)
+    for owner, name in ((comparing, "plan_for"), (pruning, "plan_for"), (loop, "fit")):
+        monkeypatch.setattr(owner, name, None)
+    monkeypatch.chdir(folder)
+    again = sukashi.study("study.toml", command="sukashi study study.toml")
+    assert again.finished
+    assert kept(again) == kept(result)
+    after = files_of(folder)
+    assert {str(name) for name in before if after[name] != before[name]} == {"mixed/log.jsonl"}
+    # A folder that is given may be relative to where the command is.
+    assert sukashi.study("study.toml", out="mixed").finished
+    monkeypatch.chdir(folder.parent)
+    assert sukashi.study(folder / "study.toml", out=f"{folder.name}/mixed").finished
+
+
+def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_later(mixed, tmp_path, monkeypatch):
+    folder, result = mixed
+    (tmp_path / "study.toml").write_text(MIXED[: MIXED.index("[experiments.reasons]")])
+    with monkeypatch.context() as patched:
+
+        def refuse(*args, **options):
+            raise ModelError("logits are not finite")
+
+        patched.setattr(pruning, "plan_for", refuse)
+        with pytest.raises(ModelError, match="logits are not finite"):
+            sukashi.study(tmp_path / "study.toml")
+    out = tmp_path / "mixed"
+    assert (out / "dense" / "results.json").exists()
+    assert not (out / "half").exists()
+    assert not (out / "tuned").exists()
+    with pytest.raises(UsageError, match="1 of 3 experiments finished: give the same command again"):
+        sukashi.results(out)
+    found = sukashi.study(tmp_path / "study.toml")
+    # But for the folder that the networks lie in.
+    text = json.dumps(found.experiments).replace(str(tmp_path), str(folder))
+    assert json.loads(text) == {name: result.experiments[name] for name in found.experiments}
+    assert list(found.experiments) == ["dense", "half", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('kind = "prune"', 'kind = "prun"', r"kind of \[experiments.half\] must be one: did you mean 'prune'"),
+        ('kind = "prune"\n', "", r"kind of \[experiments.half\] must be one"),
+        ('kind = "prune"', 'kind = "check"', r"kind of \[experiments.half\] must be one"),
+        ('kind = "prune"', 'kind = "study"', r"kind of \[experiments.half\] must be one"),
+        ("ratio = 0.5", "ratios = 0.5", r"\[experiments.half\] has an unknown key 'ratios': did you mean 'ratio'"),
+        ("ratio = 0.5", "ratio = 1.5", r"\[experiments.half\]: ratio must be in \[0, 1\), got 1.5"),
+        ("ratio = 0.5\n", "", r"\[experiments.half\] has no 'ratio'"),
+        ("test_images = 60", "tset_images = 60", "has an unknown key 'tset_images': did you mean 'test_images'"),
+        ("test_images = 60", "test_images = 'x'", r"test_images must be a whole number like 2000, got 'x'"),
+        ("[experiments.half]", '[experiments."../half"]', "letters, digits, _ or -: '../half'"),
+        ('data = "digits"', 'data = "$NOWHERE/digits"', r"uses \$NOWHERE, which is not set"),
+        ('out = "mixed"\n', "", "has no 'out': add out = .*, or give --out"),
+        ('"$OUT/tuned"]', '"$OUT/tuned"', "is no TOML"),
+        ("epochs = 2", "epochs = 0", r"\[experiments.dense\]: epochs must be at least 1, got 0"),
+    ],
+)
+def test_a_file_of_experiments_that_breaks_a_rule_is_refused_before_the_first(tmp_path, old, new, words):
+    assert old in MIXED
+    (tmp_path / "study.toml").write_text(MIXED.replace(old, new, 1))
+    with pytest.raises(UsageError, match=words):
+        sukashi.study(tmp_path / "study.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_paths_of_experiments_are_those_of_the_file(tmp_path, monkeypatch):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "nets").mkdir()
+    monkeypatch.setenv("NETS", str(tmp_path / "nets"))
+    monkeypatch.setenv("OUTSIDE", str(tmp_path / "nets"))
+    text = """
+out = "$BASE/runs"
+data = "digits"
+[environment]
+BASE = "base"
+[experiments.one]
+kind = "prune"
+model = "sukashi:digits_cnn"
+weights = "weights.safetensors"
+criterion = "magnitude"
+ratio = 0.5
+[experiments.two]
+kind = "audit"
+models = ["$OUT/one", "$NETS/other", "sukashi:digits_cnn"]
+weights = "$BASE/w.safetensors"
+[experiments.three]
+kind = "prune"
+model = "$OUTSIDE"
+criterion = "magnitude"
+ratio = 0.5
+"""
+    (tmp_path / "file" / "study.toml").write_text(text)
+    found = read(tmp_path / "file" / "study.toml", workers=3)
+    home = tmp_path / "file"
+    assert found.out == str(home / "base" / "runs")
+    assert found.experiments["one"]["weights"] == str(home / "weights.safetensors")
+    assert found.experiments["one"]["model"] == "sukashi:digits_cnn"
+    assert found.experiments["two"]["models"] == ["$OUT/one", str(tmp_path / "nets" / "other"), "sukashi:digits_cnn"]
+    assert found.experiments["two"]["weights"] == str(home / "base" / "w.safetensors")
+    assert found.experiments["three"]["model"] == str(tmp_path / "nets")
+    assert {settings["workers"] for settings in found.experiments.values()} == {3}
+    assert found.title == "study"

@@ -66,10 +66,10 @@ def contenders(space: Workspace) -> list[Contender]:
         if "refused" not in record.result:
             by_name.setdefault(name_of(record.about["criterion"], sampling_of(record)), []).append(record)
     if not by_name:
-        reasons = refused(space)
+        reasons = list(refused(space).values())
         if reasons and len(space.records()) == space.n_trials:
-            model, first = space.identity["model"]["spec"], next(iter(reasons.values()))
-            raise ModelError(f"{model} is refused by every criterion; first: {first}")
+            spec = space.identity["model"]["spec"]
+            raise ModelError(f"{spec} is refused by every criterion; first: {reasons[0]}")
         raise UsageError(
             f"{space.folder} holds no finished trial: give the same compare command again to go on with it"
         )
