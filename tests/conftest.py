@@ -72,6 +72,16 @@ def small(digits_split):
 
 
 @pytest.fixture(scope="session")
+def cnn_weights(small, tmp_path_factory):
+    """The weights of the small CNN, as a file."""
+    import safetensors.torch
+
+    path = tmp_path_factory.mktemp("weights") / "cnn.safetensors"
+    safetensors.torch.save_file(small["cnn"].model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def small64(small):
     """The same in float64, where two ways to compute one number never fall on two sides of a threshold."""
     from sukashi.core.types import Batch

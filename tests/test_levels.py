@@ -1,23 +1,27 @@
+"""Levels: networks pruned and trained to ratios of units or weights, kept as saved folders; what is said of them."""
+
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
 
+import sukashi
 from sukashi import models
-from sukashi.cli import tables
 from sukashi.core import progress, stats
 from sukashi.core.errors import SukashiError, UsageError
 from sukashi.core.schema import checked
-from sukashi.experiments import study_file
-from sukashi.experiments.schedule import run, summary
-from sukashi.experiments.schedule.settings import Course
-from sukashi.experiments.schedule.summary import Level
+from sukashi.experiments.bench import Source
+from sukashi.experiments.executor import execute
+from sukashi.experiments.schedule import levels, page, run, summary
+from sukashi.experiments.schedule.settings import Scheduled
+from sukashi.experiments.schedule.summary import Outcome, ScheduleResult
+from sukashi.experiments.workspace import TRIAL, UNDER_WAY, Record, Workspace
 from sukashi.network import sites
-from sukashi.training.loop import Training
+from sukashi.training.settings import Training
 
 SPEC = "sukashi:digits_cnn"
 READING = {"width": 4, "calibration": 2, "test_images": 100}
@@ -29,14 +33,25 @@ SETTINGS = {"epochs": 2, "batch_size": 128, "lr": 0.1}
 def course(trained=False, **changes):
     given = {"schedule": "lottery", "criteria": ["magnitude"], "ratios": [0.3, 0.6], "scope": "global", **changes}
     used = ([] if trained else ["training"]) + ([] if given["schedule"] == "lottery" else ["finetuning"])
-    return checked(Course, {**dict.fromkeys(used, SETTINGS), **given})
+    return {**dict.fromkeys(used, SETTINGS), **given}
+
+
+def ran(chosen, out, **reading):
+    """The levels of a course, in a folder."""
+    given = {"model": SPEC, "data": "digits", "out": str(out), **READING, **reading, **chosen}
+    return execute(checked(Scheduled, given), command="test")
+
+
+def found_by(result):
+    """What was found, whatever the call and the folder."""
+    return {name: value for name, value in result.to_json().items() if name not in result.of_call}
 
 
 @pytest.fixture(scope="module")
 def lottery(tmp_path_factory):
     out = tmp_path_factory.mktemp("levels") / "study"
     chosen = course(seeds=2, enforce_mask=[True, False])
-    return run.run(SPEC, "digits", chosen, out=out, **READING), out, chosen
+    return ran(chosen, out), out, chosen
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +67,7 @@ def weights_of(loaded):
 
 def test_every_level_is_a_saved_model_with_its_share_of_zeros(lottery):
     result, out, _ = lottery
-    assert [(row["contender"], row["ratio"]) for row in result["levels"]] == [
+    assert [(row["contender"], row["ratio_asked"]) for row in result.levels] == [
         (name, ratio) for name in ("magnitude", "magnitude/unenforced") for ratio in (0.3, 0.6)
     ]
     for seed in "01":
@@ -66,27 +81,47 @@ def test_every_level_is_a_saved_model_with_its_share_of_zeros(lottery):
             leaky = models.load(str(out / "magnitude-unenforced" / seed / ratio))
             assert leaky.mask is None
             assert float((weights_of(leaky) == 0).float().mean()) < 0.5 * float(ratio)
-    enforced, leaky = result["levels"][1], result["levels"][3]
-    assert enforced["removed"] == pytest.approx(0.6, abs=1e-3) == enforced["zeros"]
-    assert leaky["removed"] == pytest.approx(0.6, abs=1e-3) != pytest.approx(leaky["zeros"], abs=0.2)
+    enforced, leaky = result.levels[1], result.levels[3]
+    assert enforced["weights_removed"] == pytest.approx(0.6, abs=1e-3) == enforced["zeros_in_masked_layers"]
+    assert leaky["weights_removed"] == pytest.approx(0.6, abs=1e-3)
+    assert leaky["weights_removed"] != pytest.approx(leaky["zeros_in_masked_layers"], abs=0.2)
+    for row in result.levels:
+        assert row["units_removed"] is None, "of weights"
+        assert row["parameters_removed"] == 0, "masked zeros are not compression"
 
 
-def test_figures_are_those_of_the_kept_networks(lottery, digits_split):
-    result, out, chosen = lottery
-    found = run.collect(out, chosen)
-    test = found[0].correct
-    assert len(found) == 2 * (1 + 2 * 2)
-    rows = {(r["contender"], r["ratio"]): r for r in result["levels"]}
+def test_what_a_level_keeps_is_what_its_network_does(lottery, digits_split):
+    _, out, _ = lottery
+    for place in ("dense/1", "magnitude/1/0.60", "magnitude-unenforced/0/0.30"):
+        network, record = models.load(str(out / place)), Record(out / place)
+        test = digits_split.test.limit(100).whole(network.preprocess)
+        with torch.no_grad():
+            right = (network.model(test.x).argmax(1) == test.target).numpy()
+        kept = record.arrays("correct")
+        assert np.array_equal(np.unpackbits(kept["correct"], count=int(kept["n"])), right)
+        assert record.result["accuracy"] == pytest.approx(right.mean())
+        assert len(record.result["history"]) == 2
+
+
+def test_figures_are_those_of_the_kept_networks(lottery):
+    result, out, _ = lottery
+    records = Workspace(out).records()
+    assert len(records) == 2 * (1 + 2 * 2)
+    assert all(record.result["n_images"] == 100 for record in records)
+
+    def right(name, ratio):
+        of = [r.result["accuracy"] for r in records if (r.about["contender"], r.about["ratio_asked"]) == (name, ratio)]
+        assert len(of) == 2
+        return np.mean(of)
+
+    rows = {(r["contender"], r["ratio_asked"]): r for r in result.levels}
     for name in ("magnitude", "magnitude/unenforced"):
         for ratio in (0.3, 0.6):
-            right = [level.correct for level in found if (level.contender, level.ratio) == (name, ratio)]
-            dense = [level.correct for level in found if level.contender == "dense"]
-            assert rows[name, ratio]["accuracy"]["mean"] == pytest.approx(np.mean(right))
-            change = np.mean(right) - np.mean(dense)
+            assert rows[name, ratio]["accuracy"]["mean"] == pytest.approx(right(name, ratio))
+            change = right(name, ratio) - right("dense", 0)
             assert rows[name, ratio]["difference"]["mean"] == pytest.approx(change)
             assert rows[name, ratio]["difference"]["low"] <= change <= rows[name, ratio]["difference"]["high"]
-    assert len(test) == 100
-    pair = next(p for p in result["pairs"] if p["ratio"] == 0.6)
+    pair = next(p for p in result.pairs if p["ratio_asked"] == 0.6)
     assert pair["difference"]["mean"] == pytest.approx(
         rows["magnitude", 0.6]["accuracy"]["mean"] - rows["magnitude/unenforced", 0.6]["accuracy"]["mean"]
     )
@@ -101,71 +136,96 @@ def test_a_study_goes_on_from_the_level_it_had_reached(lottery, tmp_path, monkey
     shutil.copytree(whole, out)
     for gone in ("magnitude/1/0.60", "magnitude-unenforced/1"):
         shutil.rmtree(out / gone)
-    again = run.run(SPEC, "digits", chosen, out=out, **READING)
-    assert {**again, "out": "", "report": ""} == {**result, "out": "", "report": ""}
-    assert not again["finished"]
+    again = ran(chosen, out)
+    assert found_by(again) == found_by(result)
+    assert not again.finished
     for path in sorted(whole.rglob("model.safetensors")):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
-    monkeypatch.setattr(run, "fit", None)
-    assert run.run(SPEC, "digits", chosen, out=out, **READING) == {**again, "finished": True}
-    with pytest.raises(UsageError, match=r"course.rewind was 0, now 1"):
-        run.run(SPEC, "digits", chosen.model_copy(update={"rewind": 1}), out=out, **READING)
+    monkeypatch.setattr(levels, "fit", None)
+    assert ran(chosen, out) == again.model_copy(update={"finished": True})
+    with pytest.raises(UsageError, match=r"rewind was 0, now 1"):
+        ran(chosen | {"rewind": 1}, out)
+
+
+def test_a_training_under_way_goes_on_where_it_was(lottery, tmp_path, monkeypatch):
+    _, whole, chosen = lottery
+    out, plain, resumed = tmp_path / "study", levels.fit, []
+
+    def noted(*args, **options):
+        fitted = plain(*args, **options)
+        resumed.append((str(options["out"].relative_to(out)), fitted.resumed))
+        if len(resumed) == 2:
+            raise KeyboardInterrupt  # after the last step, before anything of the level is saved
+        return fitted
+
+    monkeypatch.setattr(levels, "fit", noted)
+    with pytest.raises(KeyboardInterrupt):
+        ran(chosen | {"seeds": 1, "ratios": [0.3]}, out)
+    assert (out / "magnitude/0/0.30" / UNDER_WAY).is_dir()
+    assert not (out / "magnitude/0/0.30" / TRIAL).exists()
+    ran(chosen | {"seeds": 1, "ratios": [0.3]}, out)
+    n_steps = 2 * -(-1294 // 128)
+    assert resumed[:3] == [
+        (f"dense/0/{UNDER_WAY}", 0),
+        (f"magnitude/0/0.30/{UNDER_WAY}", 0),
+        (f"magnitude/0/0.30/{UNDER_WAY}", n_steps),
+    ]
+    level = "magnitude/0/0.30/model.safetensors"
+    assert (out / level).read_bytes() == (whole / level).read_bytes()
 
 
 def test_a_study_grows_as_if_all_had_been_asked_for_at_once(lottery, tmp_path, monkeypatch):
     result, whole, chosen = lottery
-    first = chosen.model_copy(update={"seeds": 1, "ratios": [0.3], "enforce_mask": [True]})
+    first = chosen | {"seeds": 1, "ratios": [0.3], "enforce_mask": [True]}
     out = tmp_path / "study"
     out.mkdir()  # free like a folder that is not there
-    run.run(SPEC, "digits", first, out=out, **READING)
-    (out / "magnitude/0/0.30.training").mkdir()  # killed before it could remove this
-    assert {**run.run(SPEC, "digits", chosen, out=out, **READING), "out": "", "report": ""} == {
-        **result,
-        "out": "",
-        "report": "",
-    }
+    ran(first, out)
+    (out / "magnitude/0/0.30" / UNDER_WAY).mkdir()  # killed before it could remove this
+    assert found_by(ran(chosen, out)) == found_by(result)
     for path in sorted(whole.rglob("model.safetensors")):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
-    assert not list(out.rglob("*.training"))
-    monkeypatch.setattr(run, "fit", None)
+    assert not list(out.rglob(UNDER_WAY))
+    monkeypatch.setattr(levels, "fit", None)
     for less in ({"seeds": 1}, {"ratios": [0.3]}, {"ratios": [0.2, 0.3, 0.6]}, {"criteria": ["random"]}):
         with pytest.raises(UsageError, match="is an existing output folder of another trial"):
-            run.run(SPEC, "digits", chosen.model_copy(update=less), out=out, **READING)
+            ran(chosen | less, out)
 
 
 def test_a_schedule_from_keywords_is_its_course(lottery, weights, tmp_path):
     result, _, _ = lottery
     keywords = {**READING, **SETTINGS, "scope": "global", "seeds": 2}
-    found = run.schedule(SPEC, "digits", "lottery", ["magnitude"], [0.3, 0.6], out=tmp_path / "lottery", **keywords)
-    assert found["levels"] == [row for row in result["levels"] if row["contender"] == "magnitude"]
+    found = sukashi.schedule(SPEC, "digits", "lottery", ["magnitude"], [0.3, 0.6], out=tmp_path / "lottery", **keywords)
+    assert found.levels == [row for row in result.levels if row["contender"] == "magnitude"]
     given = {**READING, "width": 8, "weights": weights, "epochs": 1, "round_to": 4}
     out = tmp_path / "oneshot"
-    run.schedule(SPEC, "digits", "oneshot", ["random"], [0.5], out=out, **given)
-    told = json.loads((out / "study.json").read_text())["course"]
-    assert told["finetuning"]["lr"] == pytest.approx(Training.model_validate({}).lr / 10)
-    assert told["round_to"] == 4
-    assert "training" not in told
+    sukashi.schedule(SPEC, "digits", "oneshot", ["random"], [0.5], out=out, **given)
+    identity = Workspace(out).identity
+    assert identity["trainings"].keys() == {"finetuning"}
+    assert identity["trainings"]["finetuning"]["lr"] == pytest.approx(Training().lr / 10)
+    assert identity["round_to"] == 4
 
 
 def test_a_rewound_network_has_the_weights_it_started_with(tmp_path, monkeypatch):
     begun = {}
-    plain = run.fit
+    plain = levels.fit
 
     def noted(loaded, *args, out, **options):
-        begun[out.name] = {name: t.clone() for name, t in loaded.model.state_dict().items()}
+        begun[out.parent.name] = {name: t.clone() for name, t in loaded.model.state_dict().items()}
         return plain(loaded, *args, out=out, **options)
 
-    monkeypatch.setattr(run, "fit", noted)
-    run.run(SPEC, "digits", course(ratios=[0.5]), out=tmp_path / "start", **READING)
-    start, level = begun["0.training"], begun["0.50.training"]
+    monkeypatch.setattr(levels, "fit", noted)
+    ran(course(ratios=[0.5]), tmp_path / "start")
+    start, level = begun["0"], begun["0.50"]
     kept = level["conv2.weight"] != 0
     assert 0 < int(kept.sum()) < kept.numel()
     assert torch.equal(level["conv2.weight"][kept], start["conv2.weight"][kept])
     assert torch.equal(level["bn1.weight"], start["bn1.weight"])
-    run.run(SPEC, "digits", course(ratios=[0.5], rewind=1), out=tmp_path / "early", **READING)
-    level = begun["0.50.training"]
+    ran(course(ratios=[0.5], rewind=1), tmp_path / "early")
+    level = begun["0.50"]
     kept = level["conv2.weight"] != 0
     assert not torch.equal(level["conv2.weight"][kept], start["conv2.weight"][kept])
+    rewound = models.load(str(tmp_path / "early/dense/0-epoch-1")).model.state_dict()
+    assert torch.equal(level["conv2.weight"][kept], rewound["conv2.weight"][kept])
     # The epochs gone through again are those of the dense network's training: it went through the same weights.
     early, dense = models.load(str(tmp_path / "early/dense/0")), models.load(str(tmp_path / "start/dense/0"))
     assert torch.equal(weights_of(early), weights_of(dense))
@@ -176,10 +236,10 @@ def test_channels_go_for_real(schedule, weights, tmp_path):
     chosen = course(
         True, schedule=schedule, scope=None, round_to=1, ratios=[0.25, 0.5], criteria=["magnitude", "random"]
     )
-    given = {**READING, "width": 8, "weights": weights}
-    result = run.run(SPEC, "digits", chosen, out=tmp_path / "out", **given)
-    assert [row["removed"] for row in result["levels"]] == pytest.approx([0.25, 0.5, 0.25, 0.5], abs=0.04)
-    assert [row["zeros"] for row in result["levels"]] == [0, 0, 0, 0]
+    given = {"width": 8, "weights": str(weights)}
+    result = ran(chosen, tmp_path / "out", **given)
+    assert [row["units_removed"] for row in result.levels] == pytest.approx([0.25, 0.5, 0.25, 0.5], abs=0.04)
+    assert [row["zeros_in_masked_layers"] for row in result.levels] == [0, 0, 0, 0]
     for name in ("magnitude", "random"):
         sizes = [
             sum(p.numel() for p in models.load(str(tmp_path / "out" / name / "0" / ratio)).model.parameters())
@@ -197,7 +257,7 @@ def rounded(weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("rounded") / "out"
     changes = {"schedule": "oneshot", "scope": None, "round_to": 4, "ratios": [0.3, 0.55]}
     chosen = course(True, criteria=["magnitude", "random"], **changes)
-    return run.run(SPEC, "digits", chosen, out=out, **{**READING, "width": 8, "weights": weights}), out, chosen
+    return ran(chosen, out, width=8, weights=str(weights)), out, chosen
 
 
 def test_what_was_removed_is_counted_in_the_networks_themselves(rounded):
@@ -209,98 +269,98 @@ def test_what_was_removed_is_counted_in_the_networks_themselves(rounded):
             n_units = sum(site.n_units for site in sites.find(network, torch.zeros(2, 1, 8, 8)).sites)
             sizes[name, folder.parent.name] = n_units, sum(p.numel() for p in network.parameters())
     n_units, n_parameters = sizes["dense", "0"]
-    for row in result["levels"]:
-        units, parameters = sizes[row["contender"], f"{row['ratio']:.2f}"]
-        assert row["removed"] == pytest.approx(1 - units / n_units)
-        assert row["parameters"] == pytest.approx(1 - parameters / n_parameters)
-    assert result["removes"] == "units"
-    assert any(abs(row["removed"] - row["ratio"]) > 0.02 for row in result["levels"])
-    assert any("were asked for: widths are rounded up to multiples of 4" in note for note in result["notes"])
-    for pair in result["pairs"]:
-        rows = {row["contender"]: row for row in result["levels"] if row["ratio"] == pair["ratio"]}
-        assert pair["removed"] == [rows["magnitude"]["removed"], rows["random"]["removed"]]
+    for row in result.levels:
+        units, parameters = sizes[row["contender"], f"{row['ratio_asked']:.2f}"]
+        assert row["units_removed"] == pytest.approx(1 - units / n_units)
+        assert row["weights_removed"] is None
+        assert row["parameters_removed"] == pytest.approx(1 - parameters / n_parameters)
+    assert result.removes == "units"
+    assert any(abs(row["units_removed"] - row["ratio_asked"]) > 0.02 for row in result.levels)
+    assert any("were asked for: widths are rounded up to multiples of 4" in note for note in result.notes)
+    for pair in result.pairs:
+        rows = {row["contender"]: row for row in result.levels if row["ratio_asked"] == pair["ratio_asked"]}
+        assert pair["removed"] == [rows["magnitude"]["units_removed"], rows["random"]["units_removed"]]
 
 
 def told(rows, round_to=8, scope=None, n_images=400, n_seeds=1):
     """The summary of levels: {contender: [(asked for, removed, share right)]} on the same images in every seed."""
     ratios = [ratio for ratio, _, _ in next(iter(rows.values()))]
-    used = {} if scope else {"round_to": round_to}
-    chosen = Course(schedule="iterative", criteria=list(rows), ratios=ratios, seeds=n_seeds, scope=scope, **used)
+    identity = {"schedule": "iterative", "ratios": ratios, "seeds": n_seeds, "scope": scope, "round_to": round_to}
     right = np.arange(n_images)
     found = []
     for seed in range(n_seeds):
-        figures = {"removed": 0.0, "parameters": 1000, "zeros": 0.0}
-        found.append(Level("dense", seed, 0.0, right < 0.95 * n_images, figures))
+        figures = {"removed": 0.0, "parameters": 1000, "zeros_in_masked_layers": 0.0}
+        found.append(Outcome("dense", seed, 0.0, right < 0.95 * n_images, figures))
         for name, of_name in rows.items():
             for ratio, removed, share in of_name:
-                figures = {"removed": removed, "parameters": 1000 - 1000 * removed**2, "zeros": 0.0}
-                found.append(Level(name, seed, ratio, right < share * n_images, figures))
-    return summary.summary(found, chosen), chosen
+                figures = {"removed": removed, "parameters": 1000 - 1000 * removed**2, "zeros_in_masked_layers": 0.0}
+                found.append(Outcome(name, seed, ratio, right < share * n_images, figures))
+    return ScheduleResult(model="net", data="digits", **summary.of_outcomes(found, identity))
 
 
 def test_the_words_are_about_what_was_removed():
-    result, chosen = told(
+    result = told(
         {"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)], "random": [(0.3, 0.295, 0.9), (0.9, 0.8125, 0.6)]}
     )
-    assert result["verdict"] == "Accuracy is at most 2 points lower at 25.0% of the units removed (magnitude)"
-    magnitude, random = result["lines"]
+    assert result.verdict == "Accuracy is at most 2 points lower at 25.0% of the units removed (magnitude)"
+    magnitude, random = result.lines
     assert magnitude.startswith("magnitude: at 25.0% of the units removed (30% asked for) accuracy is shown")
     assert "; at 75.0% (90% asked for) it is -15.0 points from the dense network's" in magnitude
     assert random.startswith("random: at no level accuracy is shown")
-    assert summary.cautions(result, chosen) == [
+    assert result.notes == [
         "magnitude: 25.0% and 75.0% of the units were removed, 30% and 90% were asked for: widths are rounded up to "
         "multiples of 8",
         "random: 81.2% of the units were removed, 90% were asked for: widths are rounded up to multiples of 8",
     ]
-    assert [row["parameters"] for row in result["levels"]] == pytest.approx([0.25**2, 0.75**2, 0.295**2, 0.8125**2])
+    assert [row["parameters_removed"] for row in result.levels] == pytest.approx(
+        [0.25**2, 0.75**2, 0.295**2, 0.8125**2]
+    )
 
 
 def test_only_levels_of_one_size_are_called_better_or_worse():
-    result, _ = told(
+    result = told(
         {
             "magnitude": [(0.1, 0.1, 0.9), (0.5, 0.5, 0.9), (0.9, 0.75, 0.8)],
             "random": [(0.1, 0.1, 0.9), (0.5, 0.491, 0.6), (0.9, 0.8125, 0.6)],
         }
     )
-    assert [pair["so"] for pair in result["pairs"]] == ["not separated", "better", "not comparable"]
-    assert result["pairs"][2]["removed"] == [0.75, 0.8125]
-    assert result["verdict"] == "At no level is accuracy shown to be at most 2 points lower"
-    turned = [{**pair, "removed": pair["removed"][::-1]} for pair in result["pairs"]]
-    assert [summary._so(pair) for pair in turned] == [pair["so"] for pair in result["pairs"]]
+    assert [pair["so"] for pair in result.pairs] == ["not separated", "better", "not comparable"]
+    assert result.pairs[2]["removed"] == [0.75, 0.8125]
+    assert result.verdict == "At no level is accuracy shown to be at most 2 points lower"
+    turned = [{**pair, "removed": pair["removed"][::-1]} for pair in result.pairs]
+    assert [summary._so(pair) for pair in turned] == [pair["so"] for pair in result.pairs]
 
 
 def test_a_later_level_may_be_shown_where_an_earlier_one_is_not():
-    result, _ = told({"magnitude": [(0.1, 0.1, 0.9), (0.5, 0.5, 0.95), (0.7, 0.7, 0.96)]}, scope="global")
-    assert result["verdict"] == "Accuracy is at most 2 points lower at 70.0% of the weights removed (magnitude)"
-    assert result["lines"][0].startswith("magnitude: at 50.0% and 70.0% of the weights removed accuracy is shown")
+    result = told({"magnitude": [(0.1, 0.1, 0.9), (0.5, 0.5, 0.95), (0.7, 0.7, 0.96)]}, scope="global")
+    assert result.verdict == "Accuracy is at most 2 points lower at 70.0% of the weights removed (magnitude)"
+    assert result.lines[0].startswith("magnitude: at 50.0% and 70.0% of the weights removed accuracy is shown")
 
 
 def test_equal_answers_to_few_images_show_nothing():
     rows = {"magnitude": [(0.3, 0.3, 0.95)]}
     least = stats.least_images(summary.LOST)
-    enough, chosen = told(rows, n_images=least)
-    assert "lower at 30.0%" in enough["verdict"]
-    assert summary.cautions(enough, chosen) == []
-    few, chosen = told(rows, n_images=least - 1)
-    assert few["verdict"] == "At no level is accuracy shown to be at most 2 points lower"
-    assert few["lines"][0].startswith("magnitude: at no level")
-    assert summary.cautions(few, chosen) == [
-        "188 test images can't show that accuracy is at most 2 points lower, 189 are needed"
-    ]
+    enough = told(rows, n_images=least)
+    assert "lower at 30.0%" in enough.verdict
+    assert enough.notes == []
+    few = told(rows, n_images=least - 1)
+    assert few.verdict == "At no level is accuracy shown to be at most 2 points lower"
+    assert few.lines[0].startswith("magnitude: at no level")
+    assert few.notes == ["188 test images can't show that accuracy is at most 2 points lower, 189 are needed"]
 
 
 def test_levels_as_asked_for_need_no_word_about_it():
-    result, chosen = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
-    assert summary.cautions(result, chosen) == []
-    assert result["verdict"] == "Accuracy is at most 2 points lower at 60.0% of the weights removed (magnitude)"
-    assert "asked for" not in result["lines"][0]
+    result = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
+    assert result.notes == []
+    assert result.verdict == "Accuracy is at most 2 points lower at 60.0% of the weights removed (magnitude)"
+    assert "asked for" not in result.lines[0]
 
 
 def test_the_figure_stands_where_it_was_measured(monkeypatch):
-    result, chosen = told({"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)]})
+    result = told({"magnitude": [(0.3, 0.25, 0.95), (0.9, 0.75, 0.8)]})
     figures = []
-    monkeypatch.setattr(summary.figures, "png", lambda figure: figures.append(figure) or b"")
-    summary.draw(result, chosen)
+    monkeypatch.setattr(page.figures, "png", lambda figure: figures.append(figure) or b"")
+    page.draw(result)
     (axes,) = figures[0].axes
     drawn = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
     assert drawn.get_xdata() == pytest.approx([0.25, 0.75])
@@ -308,31 +368,53 @@ def test_the_figure_stands_where_it_was_measured(monkeypatch):
 
 
 def test_one_network_has_the_interval_of_its_training():
-    one, _ = told({"magnitude": [(0.5, 0.5, 0.9)]})
+    one = told({"magnitude": [(0.5, 0.5, 0.9)]})
     found = stats.share(380, 400)
-    assert one["dense_accuracy"] == {"mean": found.mean, "low": found.low, "high": found.high}
-    two, _ = told({"magnitude": [(0.5, 0.5, 0.9)]}, n_seeds=2)
-    assert two["dense_accuracy"]["low"] == pytest.approx(stats.crossed([np.arange(400) < 380] * 2).low)
+    assert one.dense_accuracy == {"mean": found.mean, "low": found.low, "high": found.high}
+    two = told({"magnitude": [(0.5, 0.5, 0.9)]}, n_seeds=2)
+    assert two.dense_accuracy["low"] == pytest.approx(stats.crossed([np.arange(400) < 380] * 2).low)
 
 
-def test_page_and_command_line_show_the_same(rounded, capsys):
+def test_page_and_command_line_show_the_same(rounded):
     result, out, _ = rounded
-    tables.schedule(result)
-    shown, page = capsys.readouterr().out, (out / "report.html").read_text()
-    assert f"<h1>{result['verdict']}</h1>" in page
+    shown, page = result.text(), (out / "report.html").read_text()
+    assert f"<h1>{result.verdict}</h1>" in page
     assert '<p class="title">oneshot: sukashi:digits_cnn' in page
-    for row in result["levels"]:
-        for figure in (row["removed"], row["ratio"], row["parameters"]):
+    for row in result.levels:
+        for figure in (row["units_removed"], row["ratio_asked"], row["parameters_removed"]):
             assert f"<td>{figure:.1%}</td>" in page
             assert f"{figure:.1%}" in shown
         assert f"{100 * row['accuracy']['low']:.1f} to" in shown
         assert f"<strong>{100 * row['accuracy']['mean']:.1f}</strong>" in page
-    for said in (*result["lines"], *result["notes"]):
-        assert said in shown.replace("\n", " ") or said in shown
+    for said in (*result.lines, *result.notes):
+        assert said in shown
         assert said.replace("'", "&#39;") in page
+    assert f"Report: {out}/report.html" in shown
     assert "nothing was done" not in shown
-    tables.schedule({**result, "finished": True})
-    assert f"{result['out']} was finished already: nothing was done" in capsys.readouterr().out
+    again = result.model_copy(update={"finished": True})
+    assert f"{out} was finished already: nothing was done" in again.text()
+
+
+def test_the_table_has_a_row_for_each_level(rounded):
+    result, out, _ = rounded
+    table = result.table()
+    assert pq.read_table(out / "results.parquet").to_pylist() == table
+    assert len(table) == len(result.levels)
+    for row, level in zip(table, result.levels, strict=True):
+        assert (row["contender"], row["ratio_asked"]) == (level["contender"], level["ratio_asked"])
+        assert row["units_removed"] == level["units_removed"]
+        assert row["accuracy_mean"] == level["accuracy"]["mean"]
+        assert row["difference_low"] == level["difference"]["low"]
+
+
+def test_what_is_not_finished_is_not_summed_up(lottery, tmp_path):
+    _, whole, _ = lottery
+    out = tmp_path / "study"
+    shutil.copytree(whole, out)
+    assert found_by(sukashi.results(out)) == json.loads((whole / "results.json").read_text())
+    shutil.rmtree(out / "magnitude/1/0.60")
+    with pytest.raises(UsageError, match="9 of 10 networks finished: give the same command again"):
+        sukashi.results(out)
 
 
 @pytest.mark.parametrize(
@@ -361,10 +443,9 @@ def test_page_and_command_line_show_the_same(rounded, capsys):
     ],
 )
 def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(run.Source, "read", None)
-    weights = changes.pop("weights", None)
+    monkeypatch.setattr(Source, "read", None)
     with pytest.raises(UsageError, match=message):
-        run.run(SPEC, "digits", course(**changes), out=tmp_path / "out", weights=weights, **READING)
+        ran(course(**changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -380,9 +461,9 @@ def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path,
 def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
     tmp_path, monkeypatch, changes, reading, message
 ):
-    monkeypatch.setattr(run, "fit", None)
+    monkeypatch.setattr(levels, "fit", None)
     with pytest.raises(SukashiError, match=message):
-        run.run(SPEC, "digits", course(**changes), out=tmp_path / "out", **{**READING, **reading})
+        ran(course(**changes), tmp_path / "out", **reading)
     assert not (tmp_path / "out").exists()
 
 
@@ -403,24 +484,25 @@ def test_what_does_not_fit_is_refused_before_the_dense_network_is_trained(
 def test_wrong_keywords_are_refused_in_a_sentence(tmp_path, changes, message):
     given = {"how": "oneshot", "criteria": ["magnitude"], "ratios": (0.5,), "out": tmp_path / "out", **changes}
     with pytest.raises(UsageError, match=message):
-        run.schedule(SPEC, "digits", **given)
+        sukashi.schedule(SPEC, "digits", **given)
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_of_a_comparison_is_refused(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"model": {}, "data": {}}))
-    with pytest.raises(UsageError, match="is an existing output folder of another trial"):
-        run.run(SPEC, "digits", course(), out=tmp_path, **READING)
+def test_the_folder_of_a_training_is_refused(tmp_path):
+    sukashi.train(SPEC, "digits", out=tmp_path / "out", width=4, epochs=1, test_images=20)
+    with pytest.raises(UsageError, match=r"output folder of another experiment \(train, now schedule\)"):
+        ran(course(), tmp_path / "out")
 
 
 def test_every_ratio_has_a_folder_of_its_own():
-    assert [run._named(ratio) for ratio in (0.1, 0.3, 0.99, 0.995, 1 / 3)] == [
+    assert [run.named(ratio) for ratio in (0.1, 0.3, 0.99, 0.995, 1 / 3)] == [
         *("0.10", "0.30", "0.99", "0.995", "0.3333333333333333")
     ]
 
 
 def test_lottery_refuses_trained_weights(weights, tmp_path):
     with pytest.raises(UsageError, match="lottery goes back to weights before training"):
-        run.run(SPEC, "digits", course(), out=tmp_path / "out", weights=weights, **{**READING, "width": 8})
+        ran(course(), tmp_path / "out", weights=str(weights), width=8)
 
 
 def test_a_study_file_holds_a_course(lottery, tmp_path):
@@ -447,13 +529,13 @@ def test_a_study_file_holds_a_course(lottery, tmp_path):
         lr = 0.1
         """
     )
-    assert study_file.run(file)["levels"] == result["levels"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["levels"] == result["levels"]
+    assert sukashi.study(file).levels == result.levels
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["levels"] == result.levels
     whole = file.read_text()
     for line, message in (("epoch = 3", "did you mean 'epochs'"), ("epochs = 0", "training.epochs")):
         file.write_text(whole.replace("epochs = 2", line, 1))
         with pytest.raises(UsageError, match=message):
-            study_file.run(file)
+            sukashi.study(file)
 
 
 def test_progress_tells_the_level(tmp_path):
@@ -470,9 +552,9 @@ def test_progress_tells_the_level(tmp_path):
             return None
 
         def advance(self, n=1, note=""):
-            if self.title == "levels" and note:
+            if self.title == "trials" and note:
                 notes.append(note)
 
     with progress.listening(lambda title, total: Shown(title)):
-        run.run(SPEC, "digits", course(ratios=[0.5]), out=Path(tmp_path / "out"), **READING)
-    assert notes == ["dense, seed 0, 0%", "magnitude, seed 0, 50%"]
+        ran(course(ratios=[0.5]), tmp_path / "out")
+    assert notes == ["dense, seed 0", "magnitude, seed 0, 50%"]

@@ -88,7 +88,7 @@ def test_curve_equals_the_masked_network(scene):
     ):
         assert np.isnan(ratio) == (n_removed in plan.passes)
         mask = plan.mask_of(int(n_removed))
-        with torch.no_grad(), hooks.masked(loaded.model, mask):
+        with torch.no_grad(), hooks.ablated(loaded.model, mask):
             expected = loaded.model(batch.x).argmax(1) == batch.target
         np.testing.assert_array_equal(correct, expected.numpy())
         small = copy.deepcopy(loaded.model)
@@ -345,7 +345,7 @@ def test_cost_is_that_of_the_saved_file(scene, tmp_path):
     loaded, _, plan, batch = scene
     small = pruning.cut(loaded, plan.mask(0.5))
     figures = cost.cost(loaded.model, small.model, batch.x[:3], batch_size=5, repeats=4)
-    saved.save(tmp_path / "cut", small, provenance={}, figures={})
+    saved.save(tmp_path / "cut", small, provenance={})
     assert figures["cut"]["bytes"] == (tmp_path / "cut" / "model.safetensors").stat().st_size
     assert figures["repeats"] == 4
     assert figures["batch_size"] == 5
@@ -394,5 +394,5 @@ def test_accuracy_of_trained_weights(real_weights, real_data):
     right = _accuracy(loaded.model, batch)
     # The header says .878; .034 is three standard errors of a thousand images.
     assert right.mean().item() == pytest.approx(0.878, abs=0.034)
-    by_class = accuracy.per_class(right, batch.target, 10)
-    assert by_class.mean() == pytest.approx(right.mean().item())
+    by_class = accuracy.by_class(right.numpy(), CLASSIFICATION.classes(batch.target), 10)
+    assert np.mean(by_class) == pytest.approx(right.mean().item())

@@ -49,12 +49,14 @@ def test_an_attribution_is_its_oracle(sequence64, small64, name):
         if kind in criteria[name].facts["kinds"]
     ],
 )
-def test_a_criterion_is_its_oracle(sequence64, name, kind):
+def test_a_criterion_is_its_oracle(sequence64, small64, name, kind):
     method, expected = criteria[name], ORACLES["criteria", name]
-    sites = finder.weights(sequence64.model) if kind == "weight" else sequence64.sites
-    data = sequence64.data if method.keeps_journal else sequence64.data[slice(0, None, 16)]
+    # Those that try units one after the other need a network in which units do more, and less, than noise.
+    case = small64["vit"] if method.keeps_journal else sequence64
+    sites = finder.weights(case.model) if kind == "weight" else case.sites
+    data = case.data if method.keeps_journal else case.data[slice(0, None, 16)]
     found, literal = (
-        one(sequence64.model, sites, data, generator=torch.Generator().manual_seed(0)) for one in (method, expected)
+        one(case.model, sites, data, generator=torch.Generator().manual_seed(0)) for one in (method, expected)
     )
     assert type(found) is type(literal)
     assert (found.method, found.n_images) == (name, literal.n_images)

@@ -1,19 +1,23 @@
-"""Plans as arrays and files: what comes back, on which model, and nothing that runs."""
+"""Plans as files: they come back as they were, on the sites found again, and none of another model."""
 
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sukashi.core import files
 from sukashi.core.errors import DataError, ModelError
+from sukashi.core.files import packed
 from sukashi.core.types import Member, Plan, Site
-from sukashi.criteria.plans import plan_arrays, read_plan
+from sukashi.criteria.plans import plan_arrays, plan_of, read_plan
 
 SITES = (Site("conv1", "channel", 5), Site("blocks.0.heads", "head", 3, axis=2))
+FIELDS = ("site", "unit", "category", "effect", "p_values")
 
 
-def a_plan():
+@pytest.fixture
+def plan():
     rng = np.random.default_rng(0)
     order = [(s, u) for s, site in enumerate(SITES) for u in range(site.n_units)]
     order = [order[i] for i in rng.permutation(len(order))]
@@ -30,37 +34,46 @@ def a_plan():
     )
 
 
-@pytest.fixture
-def path(tmp_path):
-    (tmp_path / "plan.npz").write_bytes(files.packed(**plan_arrays(a_plan())))
-    return tmp_path / "plan.npz"
+def kept(folder, plan):
+    path = folder / "plan.npz"
+    path.write_bytes(packed(**plan_arrays(plan)))
+    return path
 
 
-def test_a_plan_comes_back_on_the_sites_found_again(path):
-    plan = a_plan()
-    member = Member("fc", "in", ((0,), (1,), (2,)))
+def test_a_plan_comes_back_on_the_sites_found_again(tmp_path, plan):
+    path = kept(tmp_path, plan)
+    member = Member("fc", "in", ((0,), (1,), (2,)), -1)
     found = (Site("blocks.0.heads", "head", 3, axis=2, members=(member,)), Site("conv1", "channel", 5))
     back = read_plan(path, found)
     assert back.sites == plan.sites
     assert back.sites[1].members == (member,)
-    for name in ("site", "unit", "category", "effect", "p_values"):
+    for name in FIELDS:
         np.testing.assert_array_equal(getattr(back, name), getattr(plan, name))
     assert (back.method, back.params, back.passes, back.n_images) == ("cswap", {"alpha": 0.05}, (2, 4), 30)
-    assert read_plan(path).sites == plan.sites
+    alone = read_plan(path)
+    assert alone.sites == plan.sites
+    assert not any(site.members for site in alone.sites), "which follow from the model"
+    assert [(~keep).tolist() for keep in alone.mask(0.5).keep.values()] == [
+        (~keep).tolist() for keep in plan.mask(0.5).keep.values()
+    ]
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "whose"),
     [
-        (Site("conv1", "channel", 6), SITES[1]),
-        (SITES[0],),
-        (*SITES, Site("fc", "hidden", 4)),
-        (Site("conv1", "hidden", 5), SITES[1]),
+        ((Site("conv1", "channel", 6), SITES[1]), "'conv1' with . channel units"),
+        ((SITES[0],), "plan has a site at 'blocks.0.heads' with 3 head units"),
+        ((*SITES, Site("fc", "hidden", 4)), "model has a site at 'fc' with 4 hidden units"),
+        ((Site("conv1", "hidden", 5), SITES[1]), "'conv1' with 5 "),
+        ((SITES[0], Site("blocks.0.heads", "head", 3, axis=1)), "'blocks.0.heads' with 3 head units"),
     ],
 )
-def test_a_plan_of_another_model_is_refused(path, other):
-    with pytest.raises(ModelError, match="made for another model"):
+def test_a_plan_of_another_model_is_refused(tmp_path, plan, other, whose):
+    path = kept(tmp_path, plan)
+    with pytest.raises(ModelError, match=f"plan.npz was made for another model: only the .*{whose}"):
         read_plan(path, other)
+    with pytest.raises(ModelError, match=f"^the plan was made for another model: only the .*{whose}"):
+        plan_of(plan_arrays(plan), other)
 
 
 def test_a_pickle_in_a_plan_is_not_executed(tmp_path):
@@ -72,3 +85,12 @@ def test_a_pickle_in_a_plan_is_not_executed(tmp_path):
     with pytest.raises(DataError, match=r"plan\.npz can't be read"):
         read_plan(tmp_path / "plan.npz")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_equal_plans_are_equal_bytes_whenever_they_are_written(tmp_path, plan, monkeypatch):
+    path = kept(tmp_path, plan)
+    before = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    assert kept(tmp_path, read_plan(path)).read_bytes() == before

@@ -53,7 +53,7 @@ def saved(tmp_path):
     loaded = models.load("sukashi:digits_cnn")
     found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
     small = pruning.cut(loaded, _plan(found).mask(0.5))
-    save(tmp_path / "cut", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    save(tmp_path / "cut", small, provenance={"seed": 0})
     return small, tmp_path / "cut"
 
 
@@ -110,14 +110,14 @@ def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_furt
     loaded, plan, x = scene
     mask = plan.mask(0.4)
     silent = pruning.cut(loaded, mask, "zero")
-    save(tmp_path / "silent", silent, provenance={}, figures={})
+    save(tmp_path / "silent", silent, provenance={})
     back = models.load(str(tmp_path / "silent"))
-    with hooks.masked(loaded.model, mask):
+    with hooks.ablated(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(back.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(silent.model, x))
     assert [p.shape for p in back.model.parameters()] == [p.shape for p in loaded.model.parameters()]
-    save(tmp_path / "cut", pruning.cut(back, mask), provenance={}, figures={})
+    save(tmp_path / "cut", pruning.cut(back, mask), provenance={})
     both = models.load(str(tmp_path / "cut"))
     assert (_logits(both.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert sum(p.numel() for p in both.model.parameters()) < sum(p.numel() for p in back.model.parameters())
@@ -130,9 +130,9 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     mask = pruning.round_mask(plan, ratio, round_to)
     before = models.digest(loaded.model)
     small = pruning.cut(loaded, mask)
-    recipe = save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"}, figures={})
+    save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"})
     back = models.load(str(tmp_path / "deep" / "cut"))
-    with hooks.masked(loaded.model, mask):
+    with hooks.ablated(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(small.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(small.model, x))
@@ -140,17 +140,18 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     assert models.digest(back.model) == models.digest(small.model) == small.weights_sha256 != before
     assert (back.spec, back.options, back.preprocess) == (loaded.spec, loaded.options, loaded.preprocess)
     assert (back.n_classes, back.class_names, back.cuts) == (loaded.n_classes, None, small.cuts)
-    assert back.weights_sha256 == recipe.weights_sha256
-    assert recipe.provenance == {"criterion": "random"}
+    recipe = json.loads((tmp_path / "deep" / "cut" / "recipe.json").read_text())
+    assert back.weights_sha256 == recipe["weights_sha256"]
+    assert (recipe["provenance"], recipe["format"]) == ({"criterion": "random"}, 2)
     assert sorted(os.listdir(tmp_path / "deep")) == ["cut"]
 
 
 def test_a_saved_model_can_be_cut_again(scene, tmp_path):
     loaded, plan, x = scene
-    save(tmp_path / "one", pruning.cut(loaded, plan.mask(0.3)), provenance={}, figures={})
+    save(tmp_path / "one", pruning.cut(loaded, plan.mask(0.3)), provenance={})
     once = models.load(str(tmp_path / "one"))
     twice = pruning.cut(once, _plan(sites.find(once.model, x).sites).mask(0.4))
-    save(tmp_path / "two", twice, provenance={}, figures={})
+    save(tmp_path / "two", twice, provenance={})
     back = models.load(str(tmp_path / "two"))
     assert len(back.cuts) == 2
     assert torch.equal(_logits(back.model, x), _logits(twice.model, x))
@@ -158,9 +159,19 @@ def test_a_saved_model_can_be_cut_again(scene, tmp_path):
 
 def test_equal_models_give_equal_bytes(saved, tmp_path):
     small, folder = saved
-    save(tmp_path / "again", small, provenance={"seed": 0}, figures={"cut": {"accuracy": 0.5}})
+    save(tmp_path / "again", small, provenance={"seed": 0})
     for name in ("model.safetensors", "recipe.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_what_is_saved_is_its_contents_and_the_recipe_comes_last(saved, sparse_folder):
+    for small, folder, names in (
+        (*saved, ["model.safetensors", "recipe.json"]),
+        (*sparse_folder, ["model.safetensors", "masks.safetensors", "recipe.json"]),
+    ):
+        files = models.contents(small, json.loads((folder / "recipe.json").read_text())["provenance"])
+        assert list(files) == names, "a folder whose recipe is there is whole"
+        assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_new_process_gives_the_same_logits(saved, tmp_path):
@@ -182,7 +193,7 @@ def test_an_output_is_still_selected(tmp_path):
     loaded = models.load("test_models:with_dict", output="logits")
     found = sites.find(loaded.model, torch.randn(2, 1, 8, 8)).sites
     small = pruning.cut(loaded, _plan(found).mask(0.5))
-    save(tmp_path / "cut", small, provenance={}, figures={})
+    save(tmp_path / "cut", small, provenance={})
     with pytest.raises(ModelError, match="must not choose what code runs"):
         models.load(str(tmp_path / "cut"))
     back = models.load("test_models:with_dict", weights=tmp_path / "cut")
@@ -207,7 +218,10 @@ def _edit(folder, change):
         (lambda r: r.update(provenence={}), "'provenence': did you mean 'provenance'"),
         (lambda r: r["model"].update(widht=3), r"model\.widht'?: did you mean 'width'"),
         (lambda r: r["preprocess"].update(man=[0.0]), r"preprocess\.man'?: did you mean 'mean'"),
-        (lambda r: r.update(format=2), "format"),
+        (lambda r: r.update(format=1), "has format 1, this version reads 2: save the network again"),
+        (lambda r: r.update(format=3), "has format 3, this version reads 2"),
+        (lambda r: r.pop("format"), "format"),
+        (lambda r: r.update(figures={}), "unknown key 'figures'"),
         (lambda r: r.update(n_classes="10"), "n_classes"),
         (lambda r: r.pop("cuts"), "cuts"),
         (lambda r: r["cuts"][0].update(conv1={"out": ["0"]}), "cuts"),
@@ -284,7 +298,7 @@ def sparse_folder(tmp_path):
     """A sparse digits_cnn and its folder."""
     torch.manual_seed(0)
     small, _ = _sparse(models.load("sukashi:digits_cnn", width=8))
-    save(tmp_path / "sparse", small, provenance={}, figures={})
+    save(tmp_path / "sparse", small, provenance={})
     return small, tmp_path / "sparse"
 
 
@@ -296,7 +310,7 @@ def test_a_sparse_model_comes_back_with_its_mask_to_the_byte(sparse_folder, tmp_
         assert torch.equal(back.mask.keep[site], keep)
         assert (back.model.get_submodule(site.layer).weight[~keep] == 0).all()
     again = replace(back, class_names=small.class_names)
-    save(tmp_path / "again", again, provenance={}, figures={})
+    save(tmp_path / "again", again, provenance={})
     names = {"model.safetensors", "masks.safetensors", "recipe.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
@@ -304,10 +318,10 @@ def test_a_sparse_model_comes_back_with_its_mask_to_the_byte(sparse_folder, tmp_
     assert (folder / "masks.safetensors").stat().st_size < n_weights / 8 + 600, "a bit a weight, and a header"
 
 
-def test_a_recipe_without_a_mask_is_what_it_was(saved):
+def test_a_network_without_a_mask_is_saved_without_one(saved):
     _, folder = saved
-    assert "mask" not in json.loads((folder / "recipe.json").read_text())
-    assert not (folder / "masks.safetensors").exists()
+    assert json.loads((folder / "recipe.json").read_text())["mask"] is None
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "recipe.json"}
     assert models.load(str(folder)).mask is None
 
 
@@ -358,6 +372,26 @@ def test_a_mask_of_another_architecture_is_put_on_no_model(sparse_folder):
         pruning.sparse(other, small.mask)
 
 
+def test_a_sparse_folder_runs_semi_structured_where_a_gpu_does(tmp_path):
+    torch.manual_seed(0)
+    dense = models.load("sukashi:digits_vit", width=128)
+    small, _ = _sparse(dense, 0.5, "2:4")
+    # Ten outputs are no size that torch takes.
+    mask = Mask({site: keep for site, keep in small.mask.keep.items() if site.layer != "head"})
+    save(tmp_path / "sparse", replace(small, mask=mask), provenance={}, figures={})
+    loaded = models.load(str(tmp_path / "sparse"))
+    with pytest.raises(UsageError, match="digits_vit has no mask of single weights: prune with scope 2:4"):
+        models.semi_structured(dense)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        with pytest.raises(ResourceError, match=r"compute capability 8\.0 or newer"):
+            models.semi_structured(loaded)
+    else:
+        x = torch.randn(64, 1, 8, 8)
+        found = models.semi_structured(loaded)(x.half().cuda()).float().cpu()
+        torch.testing.assert_close(found, loaded.model(x), rtol=2e-2, atol=2e-2)
+    assert loaded.model.head.weight.dtype == torch.float32
+
+
 def test_units_cut_from_a_sparse_model_take_their_masks_along(sparse_folder, tmp_path):
     small, _ = sparse_folder
     plan = _plan(sites.find(small.model, torch.randn(2, 1, 8, 8)).sites)
@@ -367,7 +401,7 @@ def test_units_cut_from_a_sparse_model_take_their_masks_along(sparse_folder, tmp
             weight = cut.model.get_submodule(site.layer).weight
             # Random weights are never zero by themselves.
             assert torch.equal(keep, weight != 0)
-        save(tmp_path / mode, cut, provenance={}, figures={})
+        save(tmp_path / mode, cut, provenance={})
         back = models.load(str(tmp_path / mode))
         assert back.mask.n_removed == cut.mask.n_removed
 
@@ -434,17 +468,17 @@ def test_an_existing_folder_is_left_alone(saved, tmp_path):
     small, folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UsageError, match="exists"):
-        save(folder, small, provenance={"other": 1}, figures={})
+        save(folder, small, provenance={"other": 1})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UsageError, match="exists"):
-        save(tmp_path / "link", small, provenance={}, figures={})
+        save(tmp_path / "link", small, provenance={})
 
 
-def test_figures_that_are_no_json(saved, tmp_path):
+def test_provenance_that_is_no_json(saved, tmp_path):
     small, _ = saved
     with pytest.raises(ValueError, match="JSON compliant"):
-        save(tmp_path / "nan", small, provenance={}, figures={"cut": {"accuracy": float("nan")}})
+        save(tmp_path / "nan", small, provenance={"ratio": float("nan")})
     assert not (tmp_path / "nan").exists()
 
 
@@ -476,7 +510,7 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
     with monkeypatch.context() as patched:
         disk = Full(patched, n)
         with pytest.raises(ResourceError, match="no space left"):
-            save(place / "cut", small, provenance={}, figures={})
+            save(place / "cut", small, provenance={})
     assert disk.left == 0
     # Only the last operation, syncing the parent after the rename, leaves the whole folder.
     assert os.listdir(place) == (["cut"] if n == 9 else [])
@@ -485,7 +519,7 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, monkeypatch, n):
 def test_a_place_without_rights(saved, tmp_path):
     small, folder = saved
     with pytest.raises(ResourceError, match=r"recipe\.json"):
-        save(folder / "recipe.json" / "cut", small, provenance={}, figures={})
+        save(folder / "recipe.json" / "cut", small, provenance={})
 
 
 # ONNX.

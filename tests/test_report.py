@@ -1,9 +1,10 @@
-"""The page of a study and of a pruned model: what it says, that it says it safely, and that it needs nothing else."""
+"""Pages of comparisons and of networks: what they say, that they say it safely, and that they need nothing else."""
 
 import html.parser
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sukashi
 from sukashi.core.errors import DataError, UsageError
-from sukashi.core.types import Curve, Plan, Site, Trial
-from sukashi.criteria.plans import plan_bytes
-from sukashi.experiments import pages
-from sukashi.experiments.compare.store import Store
+from sukashi.core.experiment import Trial
+from sukashi.core.types import Curve, Plan, Site
+from sukashi.criteria.plans import plan_arrays
+from sukashi.experiments.compare.contenders import save_curve
+from sukashi.experiments.workspace import Record, Workspace
 from sukashi.report import figures, networks
 
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
@@ -57,54 +60,78 @@ def a_result(criterion: str, seed: int, **changes: Any) -> tuple[Curve, dict[str
     result = {
         "sauce": 100 * area,
         "relative_sauce": 100 * area / curve.accuracy[0],
-        "largest_fraction": fraction.max(),
         "dense_accuracy": curve.accuracy[0],
         "chance": 0.1,
         "class_names": [f"class {k}" for k in range(N_CLASSES)],
         "class_counts": [N_IMAGES // N_CLASSES] * N_CLASSES,
         "class_accuracy": by_class.tolist(),
+        "notes": [],
         "cost": {
             "dense": {"parameters": 269722, "flops": 81.6e6, "bytes": 1_102_000},
-            "cut": {"ratio": 0.5, "parameters": 91000, "flops": 33.1e6, "bytes": 390_000},
+            "cut": {"parameters": 91000, "flops": 33.1e6, "bytes": 390_000},
         },
     }
     return curve, {**result, **changes}
 
 
-def fill(folder: Path, criteria: dict[str, int], seeds: int, **changes: Any) -> Path:
-    study = {
+def nothing(desk: Any) -> None:
+    raise AssertionError("all trials are filled in")
+
+
+def a_trial(criterion: str, seed: int) -> Trial:
+    about = {"model": {"spec": "sukashi:cifar_resnet20"}, "data": {"spec": "cifar10"}}
+    return Trial({**about, "criterion": criterion, "seed": seed}, nothing)
+
+
+def finish(space: Workspace, trial: Trial, curve: Curve, result: dict[str, Any]) -> None:
+    about = trial.about
+    with space.lease(trial) as desk:
+        assert desk is not None
+        desk.save("plan", plan_arrays(a_plan(about["criterion"], about["seed"])))
+        save_curve(desk, curve)
+        desk.finish(result)
+
+
+def fill(folder: Path, criteria: Iterable[str], seeds: int, **changes: Any) -> Workspace:
+    identity = {
         "model": {"spec": "sukashi:cifar_resnet20"},
+        "data": {"spec": "cifar10"},
         "criteria": list(criteria),
         "seeds": seeds,
         "ratios": [0, 0.5],
+        "mode": "cut",
     }
-    with Store(folder).writing(study) as store:
-        store.log(
-            "run",
-            command=COMMAND,
-            versions={"sukashi": "0.1.0", "torch": "2.15.0"},
-            hardware="2 cores of an x86-64 machine",
-        )
-        for criterion in criteria:
-            for seed in range(seeds):
-                trial = Trial({"spec": "sukashi:cifar_resnet20"}, {"spec": "cifar10"}, criterion, seed)
-                with store.run(trial) as writer:
-                    curve, result = a_result(criterion, seed, **changes)
-                    writer.save_plan(a_plan(criterion, seed))
-                    writer.save_curve(curve)
-                    writer.finish(result)
-                store.log("cost", trial=trial.key, dense={"latency_ms": 5.2}, cut={"latency_ms": 2.9 + 0.1 * seed})
-    return folder
+    space, trials = Workspace(folder), [a_trial(criterion, seed) for criterion in criteria for seed in range(seeds)]
+    space.claim("compare", identity, trials)
+    versions = {"sukashi": "0.1.0", "torch": "2.15.0"}
+    space.log("run", command=COMMAND, versions=versions, hardware="2 cores of an x86-64 machine")
+    for trial in trials:
+        criterion, seed = trial.about["criterion"], trial.about["seed"]
+        finish(space, trial, *a_result(criterion, seed, **changes))
+        space.log("latency", contender=criterion, seed=seed, dense_ms=5.2, cut_ms=2.9 + 0.1 * seed)
+    return space
+
+
+def paged(folder: Path | Workspace, **options: Any) -> str:
+    """The page of a folder, written anew."""
+    place = folder.folder if isinstance(folder, Workspace) else folder
+    return Path(sukashi.results(place, **options).report).read_text()
+
+
+def altered(record: Record, **changes: Any) -> None:
+    """Change the result of a finished trial."""
+    kept = {**record.kept, "result": {**record.result, **changes}}
+    (record.folder / "trial.json").write_text(json.dumps(kept))
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fill(tmp_path_factory.mktemp("study") / "study", CRITERIA, 5)
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("compared") / "compared", CRITERIA, 5).folder
 
 
 @pytest.fixture(scope="module")
-def page(studied: Path) -> str:
-    return pages.write(studied).read_text()
+def page(compared: Path) -> str:
+    return paged(compared)
 
 
 class _Reader(html.parser.HTMLParser):
@@ -167,8 +194,8 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert "@import" not in page
 
 
-def test_every_figure_is_also_a_file(studied: Path, page: str) -> None:
-    files = {path.name: path for path in (studied / "figures").iterdir()}
+def test_every_figure_is_also_a_file(compared: Path, page: str) -> None:
+    files = {path.name: path for path in (compared / "figures").iterdir()}
     assert set(files) == {"curves.png", "categories.png"}
     assert page.count("data:image/png") == 2
     for path in files.values():
@@ -180,10 +207,10 @@ def test_every_figure_is_also_a_file(studied: Path, page: str) -> None:
         assert {tuple(bytes.fromhex(wanted[name][1:])) for name in shown} <= seen
 
 
-def test_the_same_results_give_the_same_page(studied: Path, page: str) -> None:
-    before = {path.name: path.read_bytes() for path in (studied / "figures").iterdir()}
-    assert pages.write(studied).read_text() == page
-    assert {path.name: path.read_bytes() for path in (studied / "figures").iterdir()} == before
+def test_the_same_results_give_the_same_page(compared: Path, page: str) -> None:
+    before = {path.name: path.read_bytes() for path in (compared / "figures").iterdir()}
+    assert paged(compared) == page
+    assert {path.name: path.read_bytes() for path in (compared / "figures").iterdir()} == before
 
 
 def test_the_verdict_names_the_leader_its_lead_and_the_rule(page: str) -> None:
@@ -213,10 +240,10 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     correct = np.zeros((2, 100), dtype=bool)
     correct[0, :90] = correct[1, :50] = True
     curve = Curve(np.array([0, 0.5]), np.array([0, 9]), np.array([0, 0.4]), correct, tuple(map(str, range(100))))
-    with Store(tmp_path).writing({}) as store, store.run(Trial({}, {}, "cswap", 0)) as writer:
-        writer.save_curve(curve)
-        writer.finish(a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
-    page = pages.write(tmp_path).read_text()
+    space, trial = Workspace(tmp_path), a_trial("cswap", 0)
+    space.claim("compare", {**trial.about, "mode": "cut"}, [trial])
+    finish(space, trial, curve, a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
+    page = paged(space)
     row = cells(page, "Accuracy by what is gone")["cswap"]
     assert [cell.split()[0] for cell in row] == ["75.0", "60.0", "–", "–", "0.0"]
     low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
@@ -225,13 +252,12 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     assert "cswap was measured up to 40.0% only" in _Reader(page).words
 
 
-def test_the_margin_is_that_of_the_run_unless_another_is_given(studied: Path, tmp_path: Path) -> None:
-    shutil.copytree(studied, tmp_path / "study")
-    with Store(tmp_path / "study").writing(Store(studied).study) as store:
-        store.log("run", command=COMMAND, margin=0.05)
+def test_the_margin_is_that_of_the_run_unless_another_is_given(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared, tmp_path / "compared")
+    Workspace(tmp_path / "compared").log("run", command=COMMAND, margin=0.05)
     rows = {}
     for margin in (None, 0.3):
-        page = pages.write(tmp_path / "study", margin).read_text()
+        page = paged(tmp_path / "compared", **({} if margin is None else {"margin": margin}))
         assert f"at most {100 * (margin or 0.05):g} points" in _Reader(page).words
         rows[margin] = float(cells(page, "Accuracy by what is gone")["drift"][-1].split()[0])
     assert 0 < rows[None] < rows[0.3]
@@ -254,7 +280,7 @@ def test_costs_stand_beside_the_dense_network(page: str) -> None:
     assert table["parameters"][:2] == ["270 k", "91 k × 0.34"]
     assert table["latency, ms"][:2] == ["5.20", "3.10 × 0.60"]  # the mean of 2.9, 3.0, .. 3.3
     assert table["file size"][0] == "1.1 MB"
-    assert table["units removed"][:2] == ["–", "50.0%"]
+    assert "beside the dense one, with half of the units removed." in _Reader(page).words
     assert "2 cores of an x86-64 machine" in page
 
 
@@ -277,199 +303,224 @@ def test_it_says_how_to_see_it_again(page: str) -> None:
 
 
 def test_one_seed_gives_no_verdict(tmp_path: Path) -> None:
-    words = _Reader(pages.write(fill(tmp_path / "study", {"drift": 52, "random": 22}, 1)).read_text()).words
+    words = _Reader(paged(fill(tmp_path / "compared", ["drift", "random"], 1))).words
     assert "drift leads" not in words
     assert "drift has the highest SAUCE" in words
     assert "with one seed nothing says whether another seed would agree" in words
 
 
 def test_what_the_seeds_do_not_separate_does_not_lead(tmp_path: Path) -> None:
-    study = fill(tmp_path / "study", {"drift": 52, "mine": 52}, 4)
-    for record in Store(study).finished():
-        if record.trial.criterion == "mine":
-            sauce = a_result("drift", record.trial.seed)[1]["sauce"] - (1, -1, 1.2, -1)[record.trial.seed]
-            (record.folder / "result.json").write_text(json.dumps(record.result | {"sauce": sauce}))
-    words = _Reader(pages.write(study).read_text()).words
+    space = fill(tmp_path / "compared", ["drift", "mine"], 4)
+    for record in space.records():
+        seed = record.about["seed"]
+        if record.about["criterion"] == "mine":
+            altered(record, sauce=a_result("drift", seed)[1]["sauce"] - (1, -1, 1.2, -1)[seed])
+    words = _Reader(paged(space)).words
     assert "No criterion leads: drift has the highest mean SAUCE" in words
     assert "do not separate it from mine (mine: 0.1 lower, 95% interval -" in words
 
 
 def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
     attack = '<script>alert("1")</script><img src=x onerror=alert(1)>'
-    study = fill(
-        tmp_path / "study",
-        {attack: 1, "random": 22},
+    space = fill(
+        tmp_path / "compared",
+        [attack, "random"],
         2,
         class_names=[attack] * N_CLASSES,
         notes=[f"2 bad images were left out: {attack}.png"],
     )
-    with open(study / "log.jsonl", "a") as file:
-        file.write(json.dumps({"event": "run", "command": attack, "versions": {attack: attack}, "hardware": attack}))
-    page = pages.write(study).read_text()
+    space.log("run", command=attack, versions={attack: attack}, hardware=attack)
+    page = paged(space)
     assert _Reader(page).words.count(attack) >= 10
     assert "script" not in {tag for tag, _ in _Reader(page).tags}
     assert all(str(attributes.get("src")).startswith("data:") for tag, attributes in _Reader(page).tags if tag == "img")
 
 
 def test_warnings_are_shown_once(tmp_path: Path) -> None:
-    study = fill(tmp_path / "study", {"drift": 52, "random": 22}, 2, notes=["3 bad images were left out: a.png, b.png"])
-    with Store(study).writing(Store(study).study) as store:
-        unfinished, _, _, slow = store.finished()
-        store.log("cost", trial=slow.trial.key, dense={"latency_ms": 5.2}, cut={"latency_ms": 9.9})
-    (unfinished.folder / "result.json").unlink()
-    words = _Reader(pages.write(study).read_text()).words
+    space = fill(tmp_path / "compared", ["drift", "random"], 2, notes=["3 bad images were left out: a.png, b.png"])
+    space.log("latency", contender="random", seed=1, dense_ms=5.2, cut_ms=9.9)
+    before = Path(sukashi.results(space.folder).out, "results.json").read_bytes()
+    assert b"3 bad images" in before
+    assert b"times as long" not in before, "a clock decides it"
+    (space.records()[0].folder / "trial.json").unlink()
+    words = _Reader(paged(space)).words
     assert words.count("3 bad images were left out") == 1
     assert "3 of 4 trials are finished" in words
     assert "random: the cut network takes" in words
     assert "drift: the cut network takes" not in words
 
 
+def pruned(folder: Path, about: dict[str, Any], result: dict[str, Any], clock: dict[str, float]) -> Workspace:
+    """The folder of a pruned network, but for the network."""
+    whole = {"model": {"spec": "sukashi:digits_cnn"}, "data": {"spec": "digits"}, "ratio_asked": 0.5, **about}
+    space, trial = Workspace(folder), Trial(whole, nothing, place=".")
+    space.claim("prune", whole, [trial])
+    space.log("run", command="sukashi prune sukashi:digits_cnn")
+    space.log("latency", **clock)
+    with space.lease(trial) as desk:
+        assert desk is not None
+        if "scope" not in about:
+            desk.save("plan", plan_arrays(a_plan(about["criterion"], 0)))
+        desk.finish({"units_removed": None, "weights_removed": None, "layers": [], "notes": [], **result})
+    return space
+
+
 def test_a_pruned_folder(tmp_path: Path) -> None:
-    recipe = {
-        "model": {"spec": "sukashi:digits_cnn"},
-        "provenance": {"criterion": "cswap", "ratio": 0.5, "command": "sukashi prune sukashi:digits_cnn"},
-        "figures": {
-            "dense": {"accuracy": 0.981, "parameters": 10000, "latency_ms": 2.0, "class_accuracy": [1.0, None, 0.9]},
-            "cut": {"accuracy": 0.95, "parameters": 4000, "latency_ms": 3.0, "class_accuracy": [0.5, None, 0.9]},
-            "n_images": 1234,
-            "class_names": ["zero", "one", "two"],
-            "class_counts": [700, 0, 534],
-            "notes": ["class one has no image"],
-        },
+    dense = {"accuracy": 0.981, "parameters": 10000, "flops": 400, "class_accuracy": [1.0, None, 0.9]}
+    small = {"accuracy": 0.95, "parameters": 4000, "flops": 100, "class_accuracy": [0.5, None, 0.9]}
+    result = {
+        "dense": dense,
+        "pruned": small,
+        "units_removed": 0.45,
+        "n_images": 1234,
+        "class_names": ["zero", "one", "two"],
+        "class_counts": [700, 0, 534],
+        "notes": ["class one has no image"],
     }
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    (tmp_path / "plan.npz").write_bytes(plan_bytes(a_plan("cswap", 0)))
-    page = pages.write(tmp_path).read_text()
+    about = {"criterion": "cswap", "mode": "cut", "round_to": 8}
+    space = pruned(tmp_path, about, result, {"dense_ms": 2.0, "pruned_ms": 3.0})
+    page = paged(space)
     words = _Reader(page).words
-    assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, latency +50%." in words
-    assert "1,234 test images; the 95% interval of the cut network's accuracy is 93.6% to 96.1%" in words
+    assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, FLOPs -75%, latency +50%." in words
+    assert "1,234 test images; the 95% interval of the pruned network's accuracy is 93.6% to 96.1%" in words
     assert "class one has no image" in words
-    assert "cut: the cut network takes 1.50 times as long as the dense one" in words
+    assert "pruned: the cut network takes 1.50 times as long as the dense one" in words
     assert cells(page, "Worst-hit classes")["zero"] == ["700", "100.0", "50.0", "-50.0"]
     assert "one" not in cells(page, "Worst-hit classes")
-    assert cells(page, "What it costs to run")["accuracy"] == ["98.1%", "95.0%"]
+    costs = cells(page, "What it costs to run")
+    assert costs["accuracy"] == ["98.1%", "95.0%"]
+    assert costs["units removed"] == ["–", "45.0%"]
+    assert costs["parameters removed"] == ["–", "60.0%"]
+    assert costs["latency, ms"] == ["2.00", "3.00 × 1.50"]
     assert (tmp_path / "figures" / "categories.png").exists()
     assert "sukashi prune sukashi:digits_cnn" in words
+    assert cells(page, "How it was done")["ratio_asked"] == ["0.5"]
+    told = (tmp_path / "results.json").read_text()
+    assert "class one has no image" in told
+    assert "times as long" not in told, "a clock decides it"
+    assert "latency" not in told
 
 
 def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
-    recipe = {
-        "model": {"spec": "sukashi:digits_cnn"},
-        "provenance": {"criterion": "wanda", "ratio": 0.5, "scope": "row"},
-        "figures": {
-            "dense": {
-                "accuracy": 0.981,
-                "zeros": 0.0,
-                "sparsity": 0.0,
-                "latency_ms": 2.0,
-                "class_accuracy": [1.0, 0.9],
-            },
-            "sparse": {
-                "accuracy": 0.95,
-                "zeros": 0.4,
-                "sparsity": 0.5,
-                "latency_ms": 3.0,
-                "class_accuracy": [0.5, 0.9],
-            },
-            "layers": [
-                {"layer": "fc<1>", "shape": [8, 250], "weights": 2000, "removed": 1200},
-                {"layer": "fc2", "shape": [4, 100], "weights": 400, "removed": 0},
-            ],
-            "n_images": 1234,
-            "class_names": ["zero", "one"],
-            "class_counts": [700, 534],
-        },
+    dense = {"accuracy": 0.981, "zeros_in_all": 0.0, "zeros_in_masked_layers": 0.0, "class_accuracy": [1.0, 0.9]}
+    sparse = {"accuracy": 0.95, "zeros_in_all": 0.4, "zeros_in_masked_layers": 0.5, "class_accuracy": [0.5, 0.9]}
+    same = {"parameters": 3000, "flops": 100}
+    result = {
+        "dense": dense | same,
+        "pruned": sparse | same,
+        "weights_removed": 0.5,
+        "layers": [
+            {"layer": "fc<1>", "shape": [8, 250], "weights": 2000, "removed": 1200},
+            {"layer": "fc2", "shape": [4, 100], "weights": 400, "removed": 0},
+        ],
+        "n_images": 1234,
+        "class_names": ["zero", "one"],
+        "class_counts": [700, 534],
     }
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    page = pages.write(tmp_path).read_text()
+    space = pruned(tmp_path, {"criterion": "wanda", "scope": "row"}, result, {"dense_ms": 2.0, "pruned_ms": 3.0})
+    page = paged(space)
     words = _Reader(page).words
     assert "Accuracy goes from 98.1% to 95.0% (-3.1), with 50.0% of the masked layers' weights" in words
     assert "(40.0% of all parameters) at zero; it is as large and as slow as before." in words
     assert "Masked zeros are not compression" in words
     assert "neither size nor latency falls" in words
-    assert "the 95% interval of the sparse network's accuracy is 93.6% to 96.1%" in words
+    assert "the 95% interval of the pruned network's accuracy is 93.6% to 96.1%" in words
     assert cells(page, "Where the zeros are") == {
         "layer": ["weight", "weights", "removed", "share"],
         "fc<1>": ["8 × 250", "2,000", "1,200", "60.0%"],
         "fc2": ["4 × 100", "400", "0", "0.0%"],
         "all": ["", "2,400", "1,200", "50.0%"],
     }
-    assert cells(page, "What it costs to run")["zeros in all parameters"] == ["0.0%", "40.0%"]
+    costs = cells(page, "What it costs to run")
+    assert costs["zeros in all parameters"] == ["0.0%", "40.0%"]
+    assert costs["zeros in the masked layers"] == ["0.0%", "50.0%"]
+    assert costs["weights removed"] == ["–", "50.0%"]
+    assert not {"units removed", "parameters removed"} & set(costs)
     assert cells(page, "Worst-hit classes")["zero"] == ["700", "100.0", "50.0", "-50.0"]
     assert "fc<1>" not in page
     assert "times as long" not in words, "a clock's noise is no finding"
-    assert "cut" not in words.replace("cut.model", "")
-
-
-def test_a_pruned_folder_without_figures_says_so(tmp_path: Path) -> None:
-    (tmp_path / "recipe.json").write_text("{}")
-    assert "no figures were kept" in pages.write(tmp_path).read_text()
+    assert not re.search(r"\bcut\b", words)
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no study and no saved model"):
-        pages.write(tmp_path)
-    for name, content in (("study.json", {"course": {}}), ("recipe.json", {"provenance": {"course": {}}})):
-        folder = tmp_path / f"with {name}"
-        folder.mkdir()
-        (folder / name).write_text(json.dumps(content))
-        with pytest.raises(UsageError, match="is a schedule's"):
-            pages.write(folder)
-    (tmp_path / "audit.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds an audit: give the same audit command again, finished cells are kept"):
-        pages.write(tmp_path)
-    with Store(tmp_path / "study").writing({"seeds": 1}):
-        pass
-    with pytest.raises(UsageError, match="no finished trial"):
-        pages.write(tmp_path / "study")
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(DataError, match=r"recipe\.json can't be read"):
-        pages.write(tmp_path)
+    with pytest.raises(UsageError, match=r"holds no experiment \(no experiment.json\): give the --out of a command"):
+        sukashi.results(tmp_path)
+    trial, space = a_trial("drift", 0), Workspace(tmp_path / "compared")
+    space.claim("compare", {"mode": "cut"}, [trial])
+    with pytest.raises(UsageError, match="no finished trial: give the same compare command again"):
+        sukashi.results(space.folder)
+    cut = Workspace(tmp_path / "pruned")
+    cut.claim("prune", {}, [Trial({}, nothing, place=".")])
+    with pytest.raises(UsageError, match="no finished network: give the same prune command again"):
+        sukashi.results(cut.folder)
+    for folder in (space.folder, cut.folder):
+        assert not (folder / "report.html").exists()
+        assert not (folder / "results.json").exists()
+    about = json.loads((space.folder / "experiment.json").read_text())
+    for version in (1, 3, None):
+        (space.folder / "experiment.json").write_text(json.dumps({**about, "format": version}))
+        with pytest.raises(UsageError, match=f"has format {version}, this version reads 2"):
+            sukashi.results(space.folder)
+    (space.folder / "experiment.json").write_text("{")
+    with pytest.raises(DataError, match=r"experiment\.json can't be read"):
+        sukashi.results(space.folder)
+
+
+def test_what_was_altered_is_not_believed(tmp_path: Path) -> None:
+    space = fill(tmp_path / "compared", ["drift"], 2)
+    first = space.records()[0].folder / "curve.npz"
+    other = space.records()[1].folder / "curve.npz"
+    first.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match=r"curve\.npz can't be read \(it was altered\): remove its folder"):
+        paged(space)
+    first.unlink()
+    with pytest.raises(DataError, match=r"curve\.npz can't be read \(No such file"):
+        paged(space)
 
 
 def test_trials_on_different_images_are_not_compared(tmp_path: Path) -> None:
-    study = fill(tmp_path / "study", {"drift": 52, "random": 22}, 1)
-    with Store(study).writing(Store(study).study) as store, store.run(Trial({}, {}, "other", 0)) as writer:
-        curve, result = a_result("random", 0)
-        ids = tuple(f"train/{i}" for i in range(N_IMAGES))
-        writer.save_curve(Curve(curve.ratio, curve.n_removed, curve.fraction, curve.correct, ids))
-        writer.finish(result)
+    space, other = fill(tmp_path / "compared", ["drift", "random"], 1), a_trial("other", 0)
+    space.claim("compare", space.identity, [a_trial("drift", 0), a_trial("random", 0), other])
+    curve, result = a_result("random", 0)
+    ids = tuple(f"train/{i}" for i in range(N_IMAGES))
+    finish(space, other, Curve(curve.ratio, curve.n_removed, curve.fraction, curve.correct, ids), result)
     with pytest.raises(DataError, match="different images"):
-        pages.write(study)
+        paged(space)
 
 
-def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path):
-    entry = {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5, "lr": 0.05, "images_per_second": 321.0}
-    history = [{**entry, "epoch": 1, "waiting": 0.01}, {**entry, "epoch": 2, "val_loss": 1.375, "waiting": 0.02}]
-    figures = {
-        **{
-            "accuracy": 0.75,
-            "accuracy_before": 0.5,
-            "n_images": 400,
-            "epochs": 2,
-            "epoch": 1,
-            "notes": ["mind <this>"],
-        },
-        **{"history": history, "class_counts": [200, 200], "class_accuracy": [0.5, None]},
+def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path: Path) -> None:
+    entry = {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5, "lr": 0.05}
+    history: list[dict[str, Any]] = [{**entry, "epoch": 1}, {**entry, "epoch": 2, "val_loss": 1.375}]
+    about = {"model": {"spec": "sukashi:digits_cnn"}, "training": {"lr": 0.05}}
+    space, trial = Workspace(tmp_path), Trial(about, nothing, place=".")
+    result = {
+        **{"accuracy": 0.75, "accuracy_before": 0.5, "n_images": 400, "epochs": 2, "epoch": 1},
+        **{"validation": {"loss": 1.25, "accuracy": 0.5}, "weights_removed": None, "zeros_in_masked_layers": None},
+        **{"class_names": ["cat", "<dog>"], "class_counts": [200, 200], "class_accuracy": [0.5, None]},
+        **{"history": history, "notes": ["mind <this>"]},
     }
-    recipe = {
-        "model": {"spec": "sukashi:digits_cnn"},
-        "class_names": ["cat", "<dog>"],
-        "provenance": {"command": "sukashi finetune x", "versions": {"torch": "2"}, "run": {"training": {"lr": 0.05}}},
-        "figures": figures,
-    }
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    page = pages.write(tmp_path).read_text()
+    space.claim("train", about, [trial])
+    space.log("run", command="sukashi finetune x", versions={"torch": "2"})
+    speed = [{"images_per_second": 300.0, "waiting": 0.01}, {"images_per_second": 600.0, "waiting": 0.04}]
+    space.log("speed", trial=trial.key, epochs=speed)
+    with space.lease(trial) as desk:
+        assert desk is not None
+        desk.finish(result)
+    page = paged(space)
     for said in (
         "75.0% of 400 test images are right, 50.0% before (+25.0).",
         "Weights of epoch 1 of 2 epochs",
         "1.3750",
+        "400 images a second, 2.0% of the time",
+        "<pre>sukashi finetune x</pre>",
     ):
         assert said in page
     assert "<strong>1</strong>" in page
     assert "&lt;dog&gt;" in page
     assert "mind &lt;this&gt;" in page
     assert "<dog>" not in page
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert not {"images_per_second", "waiting", "resumed"} & set(told)
     history[0]["val_loss"] = history[0]["val_accuracy"] = None
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    assert "learning rate" in pages.write(tmp_path).read_text()
+    altered(space.records()[0], history=history)
+    assert "learning rate" in paged(space)

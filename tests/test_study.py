@@ -1,482 +1,542 @@
-"""Studies from end to end: killed and resumed, cut and loaded again elsewhere, and what their results hold."""
+"""Study files: read strictly, run experiment by experiment, resumed, and told on one page."""
 
+import functools
 import json
-import math
-import multiprocessing
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from contextlib import contextmanager
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
-import torch
-from sukashi.experiments.compare.store import Store
 
 import sukashi
-from sukashi import data as datasets
-from sukashi import models
-from sukashi.core import progress
-from sukashi.core.errors import DataError, UsageError
-from sukashi.criteria import criteria, pruning
-from sukashi.criteria.plans import read_plan
-from sukashi.experiments import pages, study_file
-from sukashi.experiments.check import run as check
+from sukashi.core.errors import ModelError, SukashiError, UsageError
+from sukashi.criteria import criteria
+from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.compare import run as comparing
-from sukashi.experiments.prune.run import prune
-from sukashi.measures import accuracy
-from sukashi.network import hooks
-from sukashi.network import sites as finder
+from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.prune import run as pruning
+from sukashi.experiments.prune.summary import PruneResult
+from sukashi.experiments.schedule.checks import check
+from sukashi.experiments.schedule.settings import Scheduled
+from sukashi.experiments.study.file import read
+from sukashi.experiments.study.summary import StudyResult
+from sukashi.experiments.train.summary import TrainResult
+from sukashi.experiments.workspace import Workspace
+from sukashi.training import loop
 
-SPEC = "sukashi:digits_cnn"
-COMPARED = ["random", "taylor", "cswap", "drift"]
-SETTINGS = {"ratios": [0.3, 0.6, 0.9], "seeds": 2, "calibration": 8, "test_images": 100, "width": 8}
+RESULTS = {kind.kind: kind for kind in (AuditResult, CompareResult, PruneResult, TrainResult)}
+STUDY = """
+title = "Two networks"
+out = "results"
+data = "digits"
+criteria = ["magnitude", "taylor"]
+sampling = ["random", "confidence"]
+ratios = [0.0, 0.3, 0.8]
+seeds = 2
+calibration = 4
+test_images = 60
+mode = "zero"
+margin = 0.2
+pairs = [["taylor", "magnitude"], ["taylor/confidence", "taylor"]]
 
+[models.cnn]
+spec = "sukashi:digits_cnn"
+weights = "$WEIGHTS/cnn.safetensors"
+width = 8
 
-@pytest.fixture(scope="module")
-def weights(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "cnn.safetensors"
-    safetensors.torch.save_file(small["cnn"].model.state_dict(), path)
-    return path
+[models.vit]
+spec = "sukashi:digits_vit"
+weights = "$WEIGHTS/vit.safetensors"
+width = 8
 
+[options.taylor]
+batch_size = 32
 
-class Steps:
-    """Counts what a run does, step by step, and kills the process at one of them."""
-
-    def __init__(self, fatal=math.inf):
-        self.n = 0
-        self.fatal = fatal
-
-    @contextmanager
-    def __call__(self, title, total):
-        # Reading the digits has as many steps as digits, and nothing to lose.
-        yield self if not title.startswith("checking") else Steps()
-
-    def advance(self, n=1, note=""):
-        self.n += 1
-        if self.n == self.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(weights, tmp_path_factory):
-    """What a comparison returns, and the steps it took."""
-    steps = Steps()
-    with progress.listening(steps):
-        result = comparing.compare(
-            SPEC, "digits", COMPARED, out=tmp_path_factory.mktemp("whole") / "study", weights=weights, **SETTINGS
-        )
-    return result, steps.n
-
-
-def _compared_until(fatal, out, weights):
-    with progress.listening(Steps(fatal)):
-        comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_a_comparison_killed_three_times_ends_with_the_same_bytes(undisturbed, weights, tmp_path):
-    result, n_steps = undisturbed
-    whole, out = Path(result["out"]), tmp_path / "study"
-    rng = np.random.default_rng(1)
-    left_behind = []
-    for _ in range(3):
-        fatal = int(rng.integers(n_steps // 10, n_steps // 4))
-        process = multiprocessing.get_context("fork").Process(target=_compared_until, args=(fatal, out, weights))
-        process.start()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        left_behind.append(sorted(path.parent.name for path in out.glob("trials/*/journal.jsonl")))
-        assert not (out / "report.html").exists()
-    assert any(left_behind), "no kill came in the middle of a plan"
-    resumed = comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
-    assert {**resumed, "out": ""} == {**result, "out": ""}
-    found, expected = contents(out), contents(whole)
-    assert {name for name in expected if found.get(name) != expected[name]} <= {"log.jsonl", "report.html"}
-    # The page shows times that were measured: from one log of them it has the same bytes too.
-    shutil.copy(whole / "log.jsonl", out / "log.jsonl")
-    pages.write(out)
-    found, expected = contents(out), contents(whole)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-    assert len(expected) == 39
-
-
-def test_a_finished_comparison_computes_nothing_again(undisturbed, weights, monkeypatch):
-    result, _ = undisturbed
-    before = contents(Path(result["out"]))
-    monkeypatch.setattr(comparing, "plan_for", None)
-    monkeypatch.setattr(accuracy, "curve", None)
-    assert comparing.compare(SPEC, "digits", COMPARED, out=result["out"], weights=weights, **SETTINGS) == result
-    after = contents(Path(result["out"]))
-    assert [name for name in after if after[name] != before.get(name)] == ["log.jsonl"]
-
-
-def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_at_once(undisturbed, weights, tmp_path):
-    result, _ = undisturbed
-    out = tmp_path / "study"
-    comparing.compare(SPEC, "digits", ["random", "drift"], out=out, weights=weights, **{**SETTINGS, "seeds": 1})
-    kept = {name: content for name, content in contents(out).items() if name.startswith("trials/")}
-    assert kept
-    grown = comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **SETTINGS)
-    assert {**grown, "out": ""} == {**result, "out": ""}
-    found, expected = contents(out), contents(Path(result["out"]))
-    assert {name for name in expected if found.get(name) != expected[name]} <= {"log.jsonl", "report.html"}
-    assert {name: found[name] for name in kept} == kept
-    with pytest.raises(UsageError, match="seeds was 2, now 1"):
-        comparing.compare(SPEC, "digits", COMPARED, out=out, weights=weights, **{**SETTINGS, "seeds": 1})
-
-
-def test_what_a_comparison_returns_is_what_was_measured(undisturbed, small):
-    result, _ = undisturbed
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    parts = ("sauce", "lossless", "accuracy_at", "curves", "passes")
-    assert set(result) == {*parts, "dense_accuracy", "notes", "refused", "out"}
-    assert all(list(result[part]) == COMPARED for part in parts)
-    assert result["notes"] == [
-        "100 test images cannot show that accuracy is at most 1 points lower, not even with equal answers: that takes "
-        "381 images or a larger --margin"
-    ]
-    store = Store(result["out"])
-    case = small["cnn"]
-    test = _test_images(case)
-    with torch.no_grad():
-        dense = float((case.model(test.x).argmax(1) == test.target).double().mean())
-    assert result["dense_accuracy"] == pytest.approx(dense)
-    for name in COMPARED:
-        records = [record for record in store.finished() if record.trial.criterion == name]
-        assert [record.trial.seed for record in records] == [0, 1]
-        areas = []
-        for points, passes, record in zip(result["curves"][name], result["passes"][name], records, strict=True):
-            plan = record.plan(case.sites)
-            assert [p["fraction"] for p in points] == sorted(p["fraction"] for p in points)
-            for point, ratio in zip(points, [0, 0.3, 0.6, 0.9], strict=True):
-                assert point["accuracy"] == pytest.approx(_masked_accuracy(case, plan.mask(ratio), test))
-            assert len(passes) == len(plan.passes)
-            for point, n_removed in zip(passes, plan.passes, strict=True):
-                assert point["accuracy"] == pytest.approx(_masked_accuracy(case, plan.mask_of(n_removed), test))
-            both = sorted(points + passes, key=lambda p: p["fraction"])
-            f, a = [p["fraction"] for p in both] + [1.0], [p["accuracy"] for p in both] + [0.1]
-            areas.append(100 * sum((f[i + 1] - f[i]) * (a[i] + a[i + 1]) / 2 for i in range(len(f) - 1)))
-        sauce = result["sauce"][name]
-        assert sauce["mean"] == pytest.approx(np.mean(areas))
-        assert sauce["low"] < sauce["mean"] < sauce["high"]
-
-
-def _test_images(case):
-    from sukashi import data
-
-    return data.load("digits").test.limit(100).whole(case.loaded.preprocess)
-
-
-def _masked_accuracy(case, mask, test):
-    with torch.no_grad(), hooks.masked(case.model, mask):
-        return float((case.model(test.x).argmax(1) == test.target).double().mean())
-
-
-def test_what_is_kept_of_a_trial(undisturbed, digits_split):
-    result, _ = undisturbed
-    for record in Store(result["out"]).finished():
-        kept = record.result
-        assert kept["class_names"] == list("0123456789")
-        assert kept["class_counts"] == digits_split.test.limit(100).counts.tolist()
-        assert kept["chance"] == 0.1
-        assert kept["notes"] == list(digits_split.read_in(1).notes)
-        curve = record.curve()
-        assert np.shape(kept["class_accuracy"]) == (len(curve.ratio), 10)
-        weighted = np.array(kept["class_accuracy"]) @ kept["class_counts"] / 100
-        np.testing.assert_allclose(weighted, curve.accuracy)
-        assert kept["largest_fraction"] == curve.fraction.max()
-        assert kept["cost"]["cut"]["parameters"] < kept["cost"]["dense"]["parameters"]
-
-
-def test_one_seed_has_no_interval(weights, tmp_path):
-    few = {**SETTINGS, "seeds": 1, "ratios": [0.5]}
-    result = comparing.compare(SPEC, "digits", ["random"], out=tmp_path / "one", weights=weights, **few)
-    assert (result["sauce"]["random"]["low"], result["sauce"]["random"]["high"]) == (None, None)
-    json.dumps(result, allow_nan=False)
-
-
-@pytest.mark.parametrize("name", ["cswap", "random"])
-def test_a_cut_removes_what_the_comparison_with_the_same_seed_planned(undisturbed, weights, tmp_path, name):
-    result, _ = undisturbed
-    (record,) = (r for r in Store(result["out"]).finished() if (r.trial.criterion, r.trial.seed) == (name, 1))
-    out = tmp_path / "cut"
-    prune(SPEC, "digits", name, 0.5, out=out, seed=1, calibration=8, test_images=50, weights=weights, width=8)
-    assert (out / "plan.npz").read_bytes() == (record.folder / "plan.npz").read_bytes()
-
-
-ELSEWHERE = """
-import sys, torch, sukashi
-folder, images, logits = sys.argv[1:]
-loaded = sukashi.load(folder)
-with torch.no_grad():
-    torch.save(loaded.model(torch.load(images, weights_only=True)), logits)
+[environment]
+WEIGHTS = "weights"
 """
 
 
-def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, weights, tmp_path):
-    case, out = small["cnn"], tmp_path / "cut"
-    result = sukashi.prune(SPEC, "digits", "drift", 0.5, out=out, round_to=4, calibration=4, weights=weights, width=8)
-    torch.save(case.data.x, tmp_path / "images.pt")
-    arguments = [str(out), str(tmp_path / "images.pt"), str(tmp_path / "logits.pt")]
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=100)
-    found = torch.load(tmp_path / "logits.pt", weights_only=True)
-
-    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
-    with torch.no_grad(), hooks.masked(case.model, mask):
-        expected = case.model(case.data.x)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert 0.2 < result["ratio"] == mask.n_removed / 32 < 0.5
-    assert result["cut"]["parameters"] < result["dense"]["parameters"]
-    assert result["cut"]["accuracy"] == pytest.approx(_masked_accuracy(case, mask, _all_test_images(case)))
-    assert Path(result["report"]).is_file()
+@pytest.fixture(scope="module")
+def home(small, tmp_path_factory):
+    """A folder with a study file and the weights it names."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "weights").mkdir()
+    for name in ("cnn", "vit"):
+        safetensors.torch.save_file(small[name].model.state_dict(), folder / "weights" / f"{name}.safetensors")
+    (folder / "study.toml").write_text(STUDY)
+    return folder
 
 
-def _all_test_images(case):
-    from sukashi import data
-
-    return data.load("digits").test.whole(case.loaded.preprocess)
-
-
-def test_onnx_agrees_with_the_masked_model(small, weights, tmp_path):
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        pytest.skip(f"{', '.join(missing)} not installed: pip install 'sukashi[onnx]'")
-    import onnxruntime
-
-    case, out = small["cnn"], tmp_path / "cut"
-    sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=out, onnx=True, calibration=4, weights=weights, width=8)
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
-    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
-    with torch.no_grad(), hooks.masked(case.model, mask):
-        expected = case.model(case.data.x).numpy()
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+@pytest.fixture(scope="module")
+def done(home):
+    return sukashi.study(home / "study.toml")
 
 
-def test_check_says_what_would_happen(weights, tmp_path, monkeypatch, digits_split):
-    monkeypatch.chdir(tmp_path)
-    found = sukashi.check(SPEC, "digits", weights=weights, width=8, calibration=8)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["model"] == SPEC
-    assert found["sites"] == [
-        {"layer": "conv1", "kind": "channel", "units": 8},
-        {"layer": "conv3", "kind": "channel", "units": 8},
-        {"layer": "fc1", "kind": "hidden", "units": 16},
+def kept(result):
+    """What results.json has of a result."""
+    return {name: value for name, value in result.to_json().items() if name not in result.of_call}
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
+    assert json.loads((home / "results" / "results.json").read_text()) == kept(done)
+    assert list(done.experiments) == ["cnn", "vit"]
+    assert (done.title, done.finished) == ("Two networks", False)
+    alone = sukashi.compare(
+        "sukashi:digits_cnn",
+        "digits",
+        ["magnitude", "taylor"],
+        sampling=["random", "confidence"],
+        ratios=[0.0, 0.3, 0.8],
+        seeds=2,
+        calibration=4,
+        test_images=60,
+        mode="zero",
+        margin=0.2,
+        options={"taylor": {"batch_size": 32}},
+        weights=home / "weights" / "cnn.safetensors",
+        width=8,
+        out=tmp_path / "alone",
+    )
+    assert done.experiments["cnn"] == {"kind": "compare", **kept(alone)}
+    for path in sorted((tmp_path / "alone" / "trials").rglob("*")):
+        if path.is_file():
+            assert (home / "results" / "cnn" / path.relative_to(tmp_path / "alone")).read_bytes() == path.read_bytes()
+
+
+def test_a_pair_is_the_difference_of_mean_accuracies(done):
+    pairs = [(pair["model"], pair["first"], pair["second"]) for pair in done.pairs]
+    assert pairs == [
+        (model, *pair)
+        for model in ("cnn", "vit")
+        for pair in (("taylor", "magnitude"), ("taylor/confidence", "taylor"))
     ]
-    assert (found["units"], found["parameters"]) == (32, 3506)
-    assert list(found["refused"]) == ["fc2"]
-    assert found["class_names"] == list("0123456789")
-    assert found["class_counts"] == {s.name: s.counts.tolist() for s in (digits_split.train, digits_split.test)}
-    assert found["notes"] == list(digits_split.read_in(1).notes)
-    # Every criterion has an estimate: one that asks about single units must be given its number of visits.
-    assert set(found["estimated_seconds"]) == set(criteria.names())
-    assert (found["unmeasured"], found["cannot"]) == ([], {})
-    assert all(seconds >= 0 for seconds in found["estimated_seconds"].values())
-    assert list(tmp_path.iterdir()) == []
+    found = done.experiments["cnn"]["accuracy_at"]
+    mean = {name: sum(cell["mean"] for cell in cells.values()) / 4 for name, cells in found.items()}
+    assert done.pairs[0]["mean"] == pytest.approx(mean["taylor"] - mean["magnitude"])
+    assert all(pair["low"] <= pair["mean"] <= pair["high"] for pair in done.pairs)
 
 
-def test_check_keeps_its_limit(weights):
-    found = sukashi.check(SPEC, "digits", weights=weights, width=8, calibration=8, limit=0)
-    assert found["estimated_seconds"] == {"random": 0.0, "magnitude": 0.0}
-    assert set(found["unmeasured"]) == set(criteria.names()) - {"random", "magnitude"}
+def test_the_page_shows_every_model_and_leads_to_its_own(home, done):
+    page = Path(done.report).read_text()
+    assert Path(done.report) == home / "results" / "report.html"
+    for words in (
+        "Two networks",
+        "taylor/confidence",
+        "units zeroed",
+        'href="cnn/report.html"',
+        'href="vit/report.html"',
+    ):
+        assert words in page
+    assert (home / "results" / "cnn" / "report.html").exists()
+    assert "http" not in page
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"options": {"cswap": {"alpha": 0.1}}}, "options were given for 'cswap', which is not compared"),
-        ({"options": {"random": {"alpha": 0.1}}}, "random has no option 'alpha'"),
-        ({"criteria": []}, "criteria must be"),
-        ({"criteria": ["random", "random"]}, "criteria must be"),
-        ({"criteria": ["swap"]}, "did you mean 'cswap'"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"ratios": [0.5, 1.0]}, r"ratio must be in \[0, 1\), got 1.0"),
-        ({"calibration": 1000}, "calibration"),
-        ({"sampling": "randm"}, "unknown sampling 'randm': did you mean 'random'"),
-        ({"sampling": []}, "sampling must be different names"),
-        ({"sampling": ["random", "random"]}, "sampling must be different names"),
-        ({"criteria": ["random", "wanda"]}, "wanda scores sites of kind weight, not 'channel'"),
-        ({"mode": "mask"}, "mode must be cut or zero, got 'mask'"),
-        ({"margin": 0.0}, r"margin must be in \(0, 1\), got 0.0"),
-        ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_comparison_without_meaning_is_refused_before_anything_is_written(weights, tmp_path, change, message):
-    given = {"criteria": ["random"], **SETTINGS, "weights": weights, "out": tmp_path / "out", **change}
-    with pytest.raises((UsageError, DataError), match=message):
-        comparing.compare(SPEC, "digits", **given)
-    assert not (tmp_path / "out").exists()
-
-
-def test_public_names_are_those_of_their_files():
-    assert sukashi.compare is comparing.compare
-    assert sukashi.prune is prune
-    assert sukashi.check is check.check
-    assert sukashi.load is models.load
-    assert sukashi.write_report is pages.write
-    assert sukashi.study is study_file.run
-    with pytest.raises(AttributeError, match="module 'sukashi' has no attribute 'prunes'"):
-        _ = sukashi.prunes
-
-
-@pytest.mark.realdata
-def test_a_trained_network_on_real_images(real_data, real_weights, tmp_path):
-    result = sukashi.compare(
-        "sukashi:cifar_resnet20",
-        str(real_data / "cifar10"),
-        ["magnitude"],
-        out=tmp_path / "cifar10",
-        weights=real_weights / "resnet20-cifar10.safetensors",
-        ratios=[0.02, 0.1, 0.5],
-        seeds=1,
-        test_images=500,
+def test_what_is_printed_and_the_table(home, done):
+    text = done.text()
+    for name in ("cnn", "vit"):
+        assert f"\n{name}\n\n{sukashi.results(home / 'results' / name).text()}" in "\n" + text
+    first = done.pairs[0]
+    assert (
+        f"cnn: taylor minus magnitude: {100 * first['mean']:+.1f} points, 95 % interval {100 * first['low']:.1f} to"
+        in text
     )
-    assert result["dense_accuracy"] > 0.85
-    (points,) = result["curves"]["magnitude"]
-    assert points[0]["fraction"] == 0
-    assert points[1]["accuracy"] > points[3]["accuracy"], points
-    (record,) = Store(result["out"]).finished()
-    plan = record.plan()
-    assert plan is not None
-    assert plan.n_units == 448
-    model = models.load("sukashi:cifar_resnet20", weights=real_weights / "resnet20-cifar10.safetensors").model
-    assert len(finder.find(model, torch.randn(2, 3, 32, 32)).sites) == 12
+    assert text.endswith(f"Report: {done.report}")
+    rows = [{"name": name, "kind": "compare", "verdict": done.experiments[name]["verdict"]} for name in ("cnn", "vit")]
+    assert done.table() == rows == pq.read_table(home / "results" / "results.parquet").to_pylist()
 
 
-def test_samplings_compete_and_what_looks_at_no_image_runs_once(weights, tmp_path):
-    out, few = tmp_path / "sampled", {**SETTINGS, "seeds": 1, "ratios": [0.3]}
-    result = comparing.compare(
-        SPEC, "digits", ["taylor", "magnitude"], sampling=["random", "clustering"], out=out, weights=weights, **few
-    )
-    assert list(result["sauce"]) == ["taylor", "taylor/clustering", "magnitude"]
-    plain = comparing.compare(SPEC, "digits", ["taylor"], out=tmp_path / "plain", weights=weights, **few)
-    assert result["sauce"]["taylor"] == plain["sauce"]["taylor"]
-    kept = {record.trial.contender: record for record in Store(out).finished()}
-    (alone,) = Store(plain["out"]).finished()
-    assert kept["taylor"].trial.key == alone.trial.key, "random sampling is in no hash: older results keep their names"
-    drawn = [kept[name].plan().unit.tolist() for name in ("taylor", "taylor/clustering")]
-    assert drawn[0] != drawn[1]
-    prune(SPEC, "digits", "taylor", 0.3, sampling="clustering", out=tmp_path / "cut", weights=weights, **CUT)
-    assert (tmp_path / "cut" / "plan.npz").read_bytes() == (kept["taylor/clustering"].folder / "plan.npz").read_bytes()
-    page = (out / "report.html").read_text()
-    assert "taylor/clustering" in page
+def test_a_finished_study_computes_nothing_again_from_wherever_it_is_run(home, done, monkeypatch):
+    before = {path: path.read_bytes() for path in (home / "results").rglob("*") if path.is_file()}
+    monkeypatch.setattr(comparing, "plan_for", None)
+    monkeypatch.chdir(home)
+    again = sukashi.study("study.toml")
+    assert again.finished
+    assert again.to_json() == {**done.to_json(), "finished": True}
+    assert {path.name for path, content in before.items() if path.read_bytes() != content} <= {
+        "log.jsonl",
+        "report.html",
+    }
+
+
+def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    (tmp_path / "small").mkdir()
+    one = STUDY.replace("seeds = 2", "seeds = 1").replace("[models.vit]", "[ignored.vit]")
+    without = one[: one.index("[ignored.vit]")] + one[one.index("[options.taylor]") :]
+    (tmp_path / "small" / "study.toml").write_text(without)
+    out = tmp_path / "out"
+    first = sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    assert list(first.experiments) == ["cnn"]
+    seen = {path: path.read_bytes() for path in (out / "cnn" / "trials").rglob("*") if path.is_file()}
+    grown = sukashi.study(home / "study.toml", out=out)
+    assert grown.experiments == done.experiments
+    assert grown.pairs == done.pairs
+    assert {path: path.read_bytes() for path in seen} == seen
+    before = files_of(out)
+    with pytest.raises(UsageError, match="cnn is an existing output folder of another trial: seeds was 2, now 1"):
+        sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    (tmp_path / "small" / "study.toml").write_text(without.replace("seeds = 1", "seeds = 2"))
+    with pytest.raises(UsageError, match=r"out is an existing output folder of another trial: experiments\.vit was"):
+        sukashi.study(tmp_path / "small" / "study.toml", out=out)
+    assert files_of(out) == before
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")
-def test_a_class_without_correct_images_is_refused_before_the_first_trial(tmp_path):
-    with pytest.raises(DataError, match="no image in train that the model classifies correctly"):
-        comparing.compare(
-            SPEC, "digits", ["magnitude", "taylor"], sampling="confidence", out=tmp_path / "out", **SETTINGS
-        )
-    assert not (tmp_path / "out").exists()
+def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_path, monkeypatch):
+    @functools.wraps(criteria["taylor"].fn)
+    def refuse(*args, **options):
+        raise ModelError("GELU is not handled: choose another")
+
+    monkeypatch.setitem(criteria._methods, "taylor", replace(criteria["taylor"], fn=refuse))
+    found = sukashi.study(home / "study.toml", out=tmp_path / "out")
+    for model in found.experiments.values():
+        assert list(model["sauce"]) == ["magnitude"]
+        reason = "GELU is not handled: choose another"
+        assert model["refused"] == {"taylor": reason, "taylor/confidence": reason}
+    assert all(pair["mean"] is None for pair in found.pairs)
+    assert "cnn: taylor minus magnitude: not measured that far" in found.text()
+    assert "refused: GELU is not handled" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "cnn" / "report.html").read_text()
+    assert "taylor is left out, it refused the model: GELU" in page
+    assert "trials are finished" not in page
+    vit = ("sukashi:digits_vit", "digits", ["taylor"])
+    with pytest.raises(ModelError, match="GELU"):
+        sukashi.compare(*vit, calibration=4, out=tmp_path / "strict")
+    with pytest.raises(ModelError, match="refused by every criterion; first: GELU"):
+        sukashi.compare(*vit, calibration=4, out=tmp_path / "none", skip_refused=True)
+    with pytest.raises(ModelError, match="refused by every criterion; first: GELU"):
+        sukashi.results(tmp_path / "none")
 
 
-CUT = {"calibration": 8, "test_images": 50, "width": 8}
-
-
-def test_a_sparse_model_has_the_figures_of_its_zeros(small, weights, tmp_path):
-    case, out = small["cnn"], tmp_path / "sparse"
-    scope = {"scope": "row", "exclude": ["conv1"], "sequential": True}
-    result = sukashi.prune(SPEC, "digits", "wanda", 0.5, out=out, weights=weights, **scope, **CUT)
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    back = models.load(str(out))
-    kept = {name: layer for name, layer in case.model.named_modules() if hasattr(layer, "weight") and name != "conv1"}
-    n_removed = n_weights = 0
-    for row in result["layers"]:
-        before, after = kept[row["layer"]].weight, back.model.get_submodule(row["layer"]).weight
-        rows = before.flatten(1)
-        assert row == {
-            "layer": row["layer"],
-            "shape": list(before.shape),
-            "weights": before.numel(),
-            "removed": len(rows) * (rows.shape[1] // 2),
+def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home, done, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(tmp_path))
+    for name in ("cnn", "vit"):
+        state = {
+            key: 1.01 * value for key, value in small[name].model.state_dict().items() if value.is_floating_point()
         }
-        assert ((after == 0).flatten(1).sum(1) == rows.shape[1] // 2).all()
-        assert torch.equal(after, before * (after != 0))
-        n_removed, n_weights = n_removed + row["removed"], n_weights + row["weights"]
-    assert torch.equal(back.model.conv1.weight, case.model.conv1.weight)
-    assert [site.layer for site in back.mask.keep] == [row["layer"] for row in result["layers"]]
-    assert result["ratio"] == result["sparse"]["sparsity"] == n_removed / n_weights
-    assert result["sparse"]["zeros"] == n_removed / 3506
-    assert result["dense"]["zeros"] == 0
-    assert [result["sparse"][name] for name in ("parameters", "bytes", "flops")] == [
-        result["dense"][name] for name in ("parameters", "bytes", "flops")
-    ]
-    test = datasets.load("digits").test.limit(50).whole(back.preprocess)
-    with torch.no_grad():
-        right = (back.model(test.x).argmax(1) == test.target).double().mean().item()
-    assert result["sparse"]["accuracy"] == pytest.approx(right)
-    assert "Masked zeros are not compression" in (out / "report.html").read_text()
-    read = {"calibration": 8, "test_images": 50}
-    again = sukashi.prune(
-        str(out), "digits", "magnitude", 0.7, scope="layer", exclude=["conv1"], out=tmp_path / "more", **read
+        safetensors.torch.save_file({**small[name].model.state_dict(), **state}, tmp_path / f"{name}.safetensors")
+    sukashi.study(home / "study.toml", out=tmp_path / "out", data="digits")
+    here, there = (Workspace(folder / "cnn").identity["model"] for folder in (tmp_path / "out", home / "results"))
+    assert here["weights_sha256"] != there["weights_sha256"]
+    assert {**here, "weights_sha256": ""} == {**there, "weights_sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = 2", "sedes = 2", "unknown key 'sedes': did you mean 'seeds'?"),
+        ("width = 8", "wdith = 8", "unknown key 'models.cnn.wdith': did you mean 'width'?"),
+        ("seeds = 2", "seeds = 'two'", r"study.toml: seeds must be a whole number like 3, got 'two'"),
+        ("seeds = 2", "seeds = ", "is no TOML"),
+        ("[models.cnn]", '[models."../cnn"]', "letters, digits, _ or -: '../cnn'"),
+        ('["taylor", "magnitude"]]', '["taylor", "drift"]]', "pairs 'drift', which it does not compare"),
+        ('["taylor", "magnitude"],', '["taylor", "magnitude/confidence"],', "pairs 'magnitude/confidence'"),
+        ('criteria = ["magnitude", "taylor"]', 'criteria = ["magnitude", "tailor"]', "unknown criterion 'tailor'"),
+        ('WEIGHTS = "weights"', "", r"uses \$WEIGHTS, which is not set"),
+        ("margin = 0.2", "margin = 2", "margin must be in"),
+    ],
+)
+def test_a_file_that_breaks_a_rule_is_refused(home, tmp_path, old, new, words):
+    text = STUDY.replace('["taylor/confidence", "taylor"]]', '["taylor", "magnitude"]]')
+    assert old in text
+    text = text.replace(old, new, 1).replace('WEIGHTS = "weights"', f'WEIGHTS = "{home / "weights"}"')
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        sukashi.study(tmp_path / "study.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_a_later_model_that_cannot_be_loaded_is_refused_before_the_first_is_compared(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "plan_for", None)
+    (tmp_path / "study.toml").write_text(STUDY.replace("$WEIGHTS/vit", "$WEIGHTS/gone"))
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    with pytest.raises(SukashiError, match=r"gone\.safetensors"):
+        sukashi.study(tmp_path / "study.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_how_images_are_read_is_said_by_the_file_and_a_call_goes_before_it(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    (tmp_path / "study.toml").write_text('workers = 2\nonly = ["3", "5"]\nskip_bad = true\n' + STUDY)
+    for given, expected in (({}, 2), ({"workers": 0}, 0)):
+        found = read(tmp_path / "study.toml", **given)
+        for settings in found.experiments.values():
+            assert (settings["workers"], settings["only"], settings["skip_bad"]) == (expected, ["3", "5"], True)
+
+
+def test_files_that_are_not_there_or_hold_no_model(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere.toml \(No such file"):
+        sukashi.study(tmp_path / "nowhere.toml")
+    (tmp_path / "empty.toml").write_text('out = "o"\ndata = "digits"\ncriteria = ["random"]\n[models]\n')
+    with pytest.raises(UsageError, match="has no model"):
+        sukashi.study(tmp_path / "empty.toml")
+
+
+def test_keys_that_are_missing_or_of_another_kind_of_study(tmp_path):
+    def refused(text, words):
+        (tmp_path / "study.toml").write_text(text)
+        with pytest.raises(UsageError, match=words):
+            sukashi.study(tmp_path / "study.toml")
+
+    levels_of = {"schedule": '"oneshot"', "criteria": '["magnitude"]', "ratios": "[0.5]", "out": '"o"', "data": '"x"'}
+    model = '\n[model]\nspec = "sukashi:digits_cnn"\n'
+
+    def course(tail=model, **changes):
+        return "\n".join(f"{key} = {value}" for key, value in (levels_of | changes).items() if value) + tail
+
+    # A name that is misspelt leaves another one missing, and is what can be put right.
+    refused(course(ratios=None, ratio="[0.5]"), "study.toml has an unknown key 'ratio': did you mean 'ratios'?")
+    refused(course(ratios=None), r"study.toml has no 'ratios': add ratios = \[0.3, 0.6, 0.9\]$")
+    refused(course(data=None), r"has no 'data': add data = \"digits\", or give --data$")
+    refused(course(""), r"has no 'model': add \[model\] with spec = \"sukashi:digits_cnn\"$")
+    refused(course("\n[model]\nwidth = 8"), r"has no 'spec' in \[model\]: add spec = \"sukashi:digits_cnn\"$")
+    refused(
+        course(model.replace("model", "models.a")), r"has a schedule, .*write \[model\] in place of \[models.NAME\]$"
     )
-    assert again["sparse"]["sparsity"] == pytest.approx(0.7, abs=0.01)
-    assert again["dense"]["zeros"] == result["sparse"]["zeros"]
+    refused(course(criteria='"magnitude"'), r"criteria must be a list like \[\"magnitude\"\], got 'magnitude'$")
+    refused(course(seeds="1.5"), "seeds must be a whole number like 1, got 1.5$")
+    refused(course(model + "[training]\nlr = 0\n"), "training.lr must be greater than 0, got 0$")
+    refused(course(model + "[training]\nlr = 0.1\nepoch = 1\n"), "unknown key 'training.epoch': did you mean 'epochs'?")
+    refused(course(schedule=None), r"has no schedule, .*write \[models.NAME\] in place of \[model\]")
+    refused(course("", schedule=None), r"has no 'models': add \[models.NAME\] with spec = ")
+    refused(STUDY.replace('["taylor", "magnitude"],', '["taylor"],'), "pairs.0 must have at least 2 items, not 1, got")
 
 
-def test_onnx_of_a_sparse_model(weights, tmp_path):
-    sukashi.prune(
-        SPEC,
-        "digits",
-        "magnitude",
-        0.5,
-        scope="2:4",
-        exclude=["conv1"],
-        onnx=True,
-        out=tmp_path / "o",
-        weights=weights,
-        **CUT,
-    )
-    assert (tmp_path / "o" / "model.onnx").exists()
+def test_data_and_out_need_not_be_in_the_file(home, done, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", str(home / "weights"))
+    text = STUDY.replace('out = "results"', "").replace('data = "digits"', "")
+    (tmp_path / "study.toml").write_text(text)
+    again = sukashi.study(tmp_path / "study.toml", data="digits", out=home / "results")
+    assert again.experiments == done.experiments
 
 
-def test_a_layer_without_weights_is_said(weights, tmp_path):
-    result = sukashi.prune(SPEC, "digits", "random", 0.999, scope="global", out=tmp_path / "o", weights=weights, **CUT)
-    assert any("has no weight left" in warning for warning in result["warnings"])
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "studies").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_the_studies_that_come_along_keep_the_rules(path):
+    found = read(path, out="out")
+    if isinstance(found, Scheduled):
+        check(found)
+        assert found.model
+    else:
+        assert found.experiments
+        for asked in found.experiments.values():
+            assert set(asked["criteria"]) <= set(criteria.names())
 
 
-def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(small, weights, tmp_path):
-    few = {**SETTINGS, "seeds": 1, "ratios": [0.3, 0.6]}
-    cut = comparing.compare(SPEC, "digits", ["taylor"], out=tmp_path / "cut", weights=weights, **few)
-    zero = comparing.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "zero", weights=weights, **few)
-    (of_cut,), (of_zero,) = cut["curves"]["taylor"], zero["curves"]["taylor"]
-    assert [p["accuracy"] for p in of_zero] == [p["accuracy"] for p in of_cut]
-    assert [p["fraction"] for p in of_zero] == [0, 10 / 32, 19 / 32]
-    assert zero["lossless"]["taylor"]["fraction"] == zero["lossless"]["taylor"]["ratio"]
-    (record,) = Store(zero["out"]).finished()
-    assert "cost" not in record.result
-    pages = {name: (tmp_path / name / "report.html").read_text() for name in ("cut", "zero")}
-    assert "Units were zeroed" in pages["zero"]
-    assert "parameters removed" not in pages["zero"]
-    assert "units zeroed" not in pages["cut"]
-    with pytest.raises(UsageError, match=r"mode was \"cut\", now \"zero\""):
-        comparing.compare(SPEC, "digits", ["taylor"], mode="zero", out=tmp_path / "cut", weights=weights, **few)
+# Any experiments.
+
+MIXED = """
+out = "mixed"
+title = "Dense, half, and what it did"
+data = "digits"
+test_images = 60
+calibration = 4
+
+[experiments.dense]
+kind = "train"
+model = "sukashi:digits_cnn"
+width = 8
+epochs = 2
+
+[experiments.half]
+kind = "prune"
+model = "$OUT/dense"
+criterion = "drift"
+ratio = 0.5
+round_to = 1
+
+[experiments.tuned]
+kind = "finetune"
+model = "$OUT/half"
+epochs = 1
+
+[experiments.reasons]
+kind = "audit"
+models = ["$OUT/dense", "$OUT/half", "$OUT/tuned"]
+attributions = ["saliency"]
+measures = ["gini", "ssim"]
+test_images = 20
+population = "all"
+
+[experiments.against]
+kind = "compare"
+model = "$OUT/dense"
+criteria = ["magnitude", "random"]
+ratios = [0.5, 0.9]
+seeds = 1
+mode = "zero"
+"""
 
 
-def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, weights, tmp_path):
-    case, out = small["cnn"], tmp_path / "zeroed"
-    result = sukashi.prune(SPEC, "digits", "taylor", 0.4, mode="zero", out=out, weights=weights, **CUT)
-    back = models.load(str(out))
-    mask = read_plan(out / "plan.npz", case.sites).mask(0.4)
-    with torch.no_grad(), hooks.masked(case.model, mask):
-        expected = case.model(case.data.x)
-    with torch.no_grad():
-        found = back.model(case.data.x)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert [p.shape for p in back.model.parameters()] == [p.shape for p in case.model.parameters()]
-    assert result["ratio"] == mask.n_removed / 32 == 13 / 32, "nothing is rounded"
-    assert (result["cut"]["parameters"], result["cut"]["fraction"]) == (3506, 0)
-    assert "Units were zeroed" in (out / "report.html").read_text()
-    with pytest.raises(UsageError, match="round_to is for widths, and mode zero changes none, got 8"):
-        sukashi.prune(SPEC, "digits", "taylor", 0.4, mode="zero", round_to=8, out=tmp_path / "no", weights=weights)
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A study of all sorts: its folder with the file, and what it returned."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "study.toml").write_text(MIXED)
+    return folder, sukashi.study(folder / "study.toml", command="sukashi study study.toml")
+
+
+def test_experiments_of_all_kinds_read_what_those_before_them_made(mixed):
+    folder, result = mixed
+    out = folder / "mixed"
+    assert isinstance(result, StudyResult)
+    kinds = {"dense": "train", "half": "prune", "tuned": "train", "reasons": "audit", "against": "compare"}
+    assert {name: found["kind"] for name, found in result.experiments.items()} == kinds
+    for name, kind in kinds.items():
+        alone = sukashi.results(out / name)
+        assert isinstance(alone, RESULTS[kind])
+        assert result.experiments[name] == {"kind": kind, **kept(alone)}
+        assert result.verdicts[name] == alone.verdict
+    dense, half, tuned = (sukashi.load(str(out / name)) for name in ("dense", "half", "tuned"))
+    assert (len(dense.cuts), len(half.cuts), len(tuned.cuts)) == (0, 1, 1)
+    assert result.experiments["half"]["units_removed"] == 0.5
+    weights = [Workspace(out / name).identity["model"]["weights_sha256"] for name in ("half", "against")]
+    assert weights == [dense.weights_sha256] * 2
+    accuracy = result.experiments["against"]["dense_accuracy"]
+    assert result.experiments["half"]["dense"]["accuracy"] == pytest.approx(accuracy)
+    # What is shared holds for those that have it, and a table's own setting goes before it.
+    assert {name: result.experiments[name]["n_images"] for name in ("dense", "half", "against")} == {
+        "dense": 60,
+        "half": 60,
+        "against": 60,
+    }
+    assert Workspace(out / "reasons").identity["data"]["test_images"] == 20
+
+
+def test_the_page_of_mixed_experiments(mixed):
+    folder, result = mixed
+    page = (folder / "mixed" / "report.html").read_text()
+    assert "<h1>Dense, half, and what it did</h1>" in page
+    for name in result.experiments:
+        assert f'<a href="{name}/report.html">{name}</a>' in page
+        assert (folder / "mixed" / name / "report.html").exists()
+        assert f'<p class="rule">{result.verdicts[name]}</p>' in page.replace("&#39;", "'")
+    assert "<pre>sukashi study study.toml</pre>" in page
+    assert page.count("<th>contender</th>") == 1, "a table of contenders for the comparison alone"
+    assert "units zeroed" in page
+
+
+def test_what_a_clock_decides_is_in_no_result_of_a_study(mixed):
+    folder, result = mixed
+    told = json.loads((folder / "mixed" / "results.json").read_text())
+    assert told == kept(result)
+    assert not {"latency_ms", "verdict", "out", "report"} & set(told["experiments"]["half"])
+    assert "latency" in result.verdicts["half"]
+    rows = {row["name"]: row for row in pq.read_table(folder / "mixed" / "results.parquet").to_pylist()}
+    assert list(rows) == list(result.experiments)
+    assert rows["half"] == {"name": "half", "kind": "prune", "verdict": None}
+    assert rows["against"]["verdict"] == result.verdicts["against"]
+
+
+def test_finished_experiments_are_not_done_again_from_wherever_the_file_is_run(mixed, monkeypatch):
+    folder, result = mixed
+    before = files_of(folder)
+    for owner, name in ((comparing, "plan_for"), (pruning, "plan_for"), (loop, "fit")):
+        monkeypatch.setattr(owner, name, None)
+    monkeypatch.chdir(folder)
+    again = sukashi.study("study.toml", command="sukashi study study.toml")
+    assert again.finished
+    assert kept(again) == kept(result)
+    after = files_of(folder)
+    assert {str(name) for name in before if after[name] != before[name]} == {"mixed/log.jsonl"}
+    # A folder that is given may be relative to where the command is.
+    assert sukashi.study("study.toml", out="mixed").finished
+    monkeypatch.chdir(folder.parent)
+    assert sukashi.study(folder / "study.toml", out=f"{folder.name}/mixed").finished
+
+
+def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_later(mixed, tmp_path, monkeypatch):
+    folder, result = mixed
+    (tmp_path / "study.toml").write_text(MIXED[: MIXED.index("[experiments.reasons]")])
+    with monkeypatch.context() as patched:
+
+        def refuse(*args, **options):
+            raise ModelError("logits are not finite")
+
+        patched.setattr(pruning, "plan_for", refuse)
+        with pytest.raises(ModelError, match="logits are not finite"):
+            sukashi.study(tmp_path / "study.toml")
+    out = tmp_path / "mixed"
+    assert (out / "dense" / "results.json").exists()
+    assert not (out / "half").exists()
+    assert not (out / "tuned").exists()
+    with pytest.raises(UsageError, match="1 of 3 experiments finished: give the same command again"):
+        sukashi.results(out)
+    found = sukashi.study(tmp_path / "study.toml")
+    # But for the folder that the networks lie in.
+    text = json.dumps(found.experiments).replace(str(tmp_path), str(folder))
+    assert json.loads(text) == {name: result.experiments[name] for name in found.experiments}
+    assert list(found.experiments) == ["dense", "half", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('kind = "prune"', 'kind = "prun"', r"kind of \[experiments.half\] must be one: did you mean 'prune'"),
+        ('kind = "prune"\n', "", r"kind of \[experiments.half\] must be one"),
+        ('kind = "prune"', 'kind = "check"', r"kind of \[experiments.half\] must be one"),
+        ('kind = "prune"', 'kind = "study"', r"kind of \[experiments.half\] must be one"),
+        ("ratio = 0.5", "ratios = 0.5", r"\[experiments.half\] has an unknown key 'ratios': did you mean 'ratio'"),
+        ("ratio = 0.5", "ratio = 1.5", r"\[experiments.half\]: ratio must be in \[0, 1\), got 1.5"),
+        ("ratio = 0.5\n", "", r"\[experiments.half\] has no 'ratio'"),
+        ("test_images = 60", "tset_images = 60", "has an unknown key 'tset_images': did you mean 'test_images'"),
+        ("test_images = 60", "test_images = 'x'", r"test_images must be a whole number like 2000, got 'x'"),
+        ("[experiments.half]", '[experiments."../half"]', "letters, digits, _ or -: '../half'"),
+        ('data = "digits"', 'data = "$NOWHERE/digits"', r"uses \$NOWHERE, which is not set"),
+        ('out = "mixed"\n', "", "has no 'out': add out = .*, or give --out"),
+        ('"$OUT/tuned"]', '"$OUT/tuned"', "is no TOML"),
+        ("epochs = 2", "epochs = 0", r"\[experiments.dense\]: epochs must be at least 1, got 0"),
+    ],
+)
+def test_a_file_of_experiments_that_breaks_a_rule_is_refused_before_the_first(tmp_path, old, new, words):
+    assert old in MIXED
+    (tmp_path / "study.toml").write_text(MIXED.replace(old, new, 1))
+    with pytest.raises(UsageError, match=words):
+        sukashi.study(tmp_path / "study.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_paths_of_experiments_are_those_of_the_file(tmp_path, monkeypatch):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "nets").mkdir()
+    monkeypatch.setenv("NETS", str(tmp_path / "nets"))
+    monkeypatch.setenv("OUTSIDE", str(tmp_path / "nets"))
+    text = """
+out = "$BASE/runs"
+data = "digits"
+[environment]
+BASE = "base"
+[experiments.one]
+kind = "prune"
+model = "sukashi:digits_cnn"
+weights = "weights.safetensors"
+criterion = "magnitude"
+ratio = 0.5
+[experiments.two]
+kind = "audit"
+models = ["$OUT/one", "$NETS/other", "sukashi:digits_cnn"]
+weights = "$BASE/w.safetensors"
+[experiments.three]
+kind = "prune"
+model = "$OUTSIDE"
+criterion = "magnitude"
+ratio = 0.5
+"""
+    (tmp_path / "file" / "study.toml").write_text(text)
+    found = read(tmp_path / "file" / "study.toml", workers=3)
+    home = tmp_path / "file"
+    assert found.out == str(home / "base" / "runs")
+    assert found.experiments["one"]["weights"] == str(home / "weights.safetensors")
+    assert found.experiments["one"]["model"] == "sukashi:digits_cnn"
+    assert found.experiments["two"]["models"] == ["$OUT/one", str(tmp_path / "nets" / "other"), "sukashi:digits_cnn"]
+    assert found.experiments["two"]["weights"] == str(home / "base" / "w.safetensors")
+    assert found.experiments["three"]["model"] == str(tmp_path / "nets")
+    assert {settings["workers"] for settings in found.experiments.values()} == {3}
+    assert found.title == "study"

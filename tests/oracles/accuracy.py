@@ -12,4 +12,4 @@ def accuracy(model, batch):
         with torch.no_grad():
             logits = model(image[None])[0].tolist()
         found.append(float(logits.index(max(logits)) == target))
-    return found
+    return {"": found}

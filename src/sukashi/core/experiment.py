@@ -32,7 +32,8 @@ class Trial:
     `about` is all that decides what comes out, as JSON; its hash is the `key`. `needs` are the keys of trials whose
     artefacts it reads. `run(desk)` does the work at a `workspace.Desk`, leaves artefacts and ends with
     `desk.finish(result)`; what it returns is told of this very call. `place` is its folder inside the experiment's,
-    trials/KEY where nobody looks for it by name. `label` is what progress calls it.
+    trials/KEY where nobody looks for it by name. `label` is what progress calls it. Processes that torchrun has started
+    run it `together`, as a training, or the first one alone.
     """
 
     about: Mapping[str, Any]
@@ -40,6 +41,7 @@ class Trial:
     needs: tuple[str, ...] = ()
     place: str = ""
     label: str = ""
+    together: bool = False
 
     @cached_property
     def json(self) -> str:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -19,9 +20,9 @@ import pyarrow.parquet as pq
 from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
 from sukashi.core.experiment import Prepared, Result, Trial
-from sukashi.experiments.workspace import Workspace
+from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.report import page
-from sukashi.training import checkpoint
+from sukashi.training.distributed import from_first, size
 
 _LOOK = 0.2  # seconds from one look at what other processes have finished to the next
 
@@ -52,13 +53,15 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     """What an experiment found, after doing those of its trials that are not finished, in the folder `settings.out`.
 
     The same call goes on where an earlier one was interrupted. With `jobs` above 1 so many processes share the trials.
-    A new experiment that is refused before a trial is finished leaves nothing behind, but for the last checkpoint of a
-    training. Under torchrun all processes do all trials together, the first one writes, and the others get None.
+    A new experiment that is refused before anything is done leaves nothing behind. Under torchrun all processes train
+    together, the first one does all else and writes, and the others get None.
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
     if jobs > 1 and "memory:" in settings.model_dump_json():
         raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
+    if jobs > 1 and size() > 1:
+        raise UsageError(f"the {size()} processes of torchrun train together: leave --jobs out")
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     space.check_place()
     room, prepared = room_of(settings), prepare_of(settings)
@@ -67,7 +70,7 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     try:
         if first:
             space.log("run", command=command, **prepared.log)
-        if missing and prepared.before:
+        if first and missing and prepared.before:
             prepared.before(missing)
         if jobs > 1 and len(missing) > 1:
             _share(space, settings, missing, jobs)
@@ -76,7 +79,7 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
         if first and prepared.after:
             prepared.after(space)
     except (UsageError, DataError, ModelError):
-        if new and not space.records() and not any(space.folder.rglob(checkpoint.FILE)):  # that is hours of work
+        if new and space.untouched:
             space.discard()
         raise
     if not first:
@@ -110,17 +113,20 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Do the trials whose needs are met until all are finished, here or by another process; what their runs told."""
+    """Do the trials whose needs are met until all are finished, here or by another process; what their runs told.
+
+    Processes that torchrun has started go through the same trials in the same order: the first one chooses, and says so
+    when all that came before is on the disk. The others join in what is done together, and else wait.
+    """
     told: dict[str, Any] = {}
-    waiting = [trial for trial in trials if not space.finished(trial)]
+    missing = from_first([trial.key for trial in trials if not space.finished(trial)])
+    waiting = [trial for trial in trials if trial.key in missing]
     with progress.task("trials", len(waiting)) as shown:
         while waiting:
-            taken = _next(space, waiting, shown)
-            if taken is None:
-                time.sleep(_LOOK)
-                continue
-            trial, told_of_it = taken
-            told |= told_of_it
+            with (_chosen if progress.first() else _said)(space, waiting) as (trial, desk):
+                if desk is not None:
+                    shown.advance(0, trial.label)
+                    told |= trial.run(desk) or {}
             waiting.remove(trial)
             shown.advance(note=trial.label)
     if progress.first():
@@ -128,21 +134,37 @@ def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:
     return told
 
 
-def _next(space: Workspace, waiting: Sequence[Trial], shown: progress.Task) -> tuple[Trial, Mapping[str, Any]] | None:
-    """Do the first trial that can be done; None where others are at work on all of those."""
+@contextmanager
+def _chosen(space: Workspace, waiting: Sequence[Trial]) -> Iterator[tuple[Trial, Desk | None]]:
+    """The first trial that can be done, and its desk; None with one that another run has finished."""
     unfinished = {trial.key for trial in waiting}
-    for trial in waiting:
-        if unfinished & set(trial.needs):
-            continue
-        if space.finished(trial):
-            return trial, {}
-        with space.lease(trial) as desk:
-            if desk is not None:
-                if space.finished(trial):
-                    return trial, {}
-                shown.advance(0, trial.label)
-                return trial, trial.run(desk) or {}
-    return None
+    ready = [trial for trial in waiting if not unfinished & set(trial.needs)]
+    while True:
+        for trial in ready:
+            if space.finished(trial):
+                from_first([trial.key, False])
+                yield trial, None
+                return
+            with space.lease(trial) as desk:
+                if desk is None:
+                    continue
+                todo = not space.finished(trial)
+                from_first([trial.key, todo])
+                yield trial, desk if todo else None
+                return
+        time.sleep(_LOOK)  # others are at work on all of those
+
+
+@contextmanager
+def _said(space: Workspace, waiting: Sequence[Trial]) -> Iterator[tuple[Trial, Desk | None]]:
+    """The trial that the first process has chosen, and a desk where it is to be done together."""
+    key, todo = from_first(None)
+    trial = next(trial for trial in waiting if trial.key == key)
+    if not (todo and trial.together):
+        yield trial, None
+        return
+    with space.lease(trial) as desk:
+        yield trial, desk
 
 
 def _share(space: Workspace, settings: Any, missing: Sequence[Trial], jobs: int) -> None:

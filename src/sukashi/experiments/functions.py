@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sukashi import data as images
 from sukashi import models
 from sukashi.attributions import attributions
+from sukashi.core import progress
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keyworded, keywords
 from sukashi.core.types import Preprocess, Site
@@ -40,6 +41,7 @@ from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import Loaded
 from sukashi.network.sites import input_site
+from sukashi.training.distributed import from_first
 
 __all__ = [
     "attribute",
@@ -338,7 +340,7 @@ def __getattr__(name: str) -> Any:
 def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs: int = 1) -> Result | None:
     given = _given(**given)
     if given.get("out") is None:
-        given["out"] = tempfile.mkdtemp(prefix="sukashi-")
+        given["out"] = from_first(tempfile.mkdtemp(prefix="sukashi-") if progress.first() else None)
     settings = keywords(kind, given, known=("command", "jobs"))
     return execute(settings, command=command or f"sukashi.{kind.kind}(...)", jobs=jobs)
 

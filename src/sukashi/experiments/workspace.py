@@ -306,6 +306,12 @@ class Workspace:
                 entries.append(json.loads(line))
         return [entry for entry in entries if entry["event"] == event]
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no trial is finished, and none has left anything to go on from."""
+        places = [place for _, place in self.about["trials"]]
+        return not self.records() and not any(any((self.folder / place / UNDER_WAY).glob("*")) for place in places)
+
     def discard(self) -> None:
         """Remove what a new experiment that was refused has written."""
         for _, place in self.about["trials"] if (self.folder / EXPERIMENT).exists() else ():

@@ -1,9 +1,11 @@
-"""The processes of one training, as torchrun starts them: what they add up together, BatchNorm over all of them."""
+"""The processes that torchrun starts: what they hear of the first, what they add up, BatchNorm over all of them."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+
+from sukashi.core import progress
+from sukashi.core.errors import ResourceError
+from sukashi.core.files import canonical
+
+_LOOK = 0.05  # seconds from one look at whether the first process has spoken to the next
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class World:
             return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
-_groups = itertools.count()  # all processes go through the same trainings
+# All processes go through the same trainings, and hear the same.
+_groups, _sayings = itertools.count(), itertools.count()
 
 
 @cache
@@ -65,25 +74,53 @@ def _meeting() -> Store:
     return store
 
 
+def _place(name: str) -> Store:
+    """Keys of their own: torchrun's store outlives a group, and even processes that it starts again (--max-restarts).
+
+    Else others would find there what was said before, and knock at closed doors.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt {attempt}, {name}", _meeting())
+
+
+def size() -> int:
+    """How many processes torchrun has started; 1 where it has not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, JSON, in all of them: the others wait for it as long as it takes.
+
+    Raises ResourceError where the first process is gone.
+    """
+    if size() == 1:
+        return value
+    try:
+        store, key = _place("said"), str(next(_sayings))
+        if progress.first():
+            store.set(key, canonical(value).decode())
+        while not store.check([key]):  # `wait` would give up after a while, and not hear Ctrl-C
+            time.sleep(_LOOK)
+        return json.loads(store.get(key))
+    except dist.DistError as error:
+        raise ResourceError("the first process of this run is gone: give the same command again") from error
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """The processes torchrun has started (its variables RANK, WORLD_SIZE, LOCAL_RANK), over NCCL on CUDA, else gloo."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size() == 1:
         yield World(device)
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # torchrun's store outlives a group, and even processes that it starts again (--max-restarts). In the next group
-    # others would find the old addresses there and knock at closed doors: each group has keys of its own.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    meeting = PrefixStore(f"attempt {attempt}, group {next(_groups)}", _meeting())
+    meeting = _place(f"group {next(_groups)}")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=meeting, rank=int(os.environ["RANK"]), world_size=size)
+    dist.init_process_group(backend, store=meeting, rank=int(os.environ["RANK"]), world_size=size())
     try:
         with _SyncedBatchNorm():
-            yield World(device, dist.get_rank(), size)
+            yield World(device, dist.get_rank(), size())
     finally:
         dist.destroy_process_group()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +14,7 @@ from sukashi.core.errors import DataError, UsageError
 from sukashi.data import Data, Split
 from sukashi.models import Loaded
 from sukashi.network import sparsity
+from sukashi.training.distributed import size
 from sukashi.training.settings import Training
 
 
@@ -49,7 +49,7 @@ def check_training(
         raise UsageError("patience needs validation images and validation is 0: hold some out")
     if len(train) < 2:
         raise DataError(f"{train.name} has {len(train)} image to train on: at least 2 are needed")
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    n_processes = size()
     if len(train) // n_batches(len(train), training.batch_size) < n_processes:
         raise UsageError(
             f"batch_size {training.batch_size} leaves some of {n_processes} processes without images: give more"

@@ -19,10 +19,10 @@ def page(result: AuditResult, space: Workspace) -> Page:
         drawn, panels[name] = subject(name, "page").panel(result, found, space)
         figures |= drawn
     run = (space.logged("run") or [{}])[-1]
-    answers, facts = answers_of(space)
+    answers, _ = answers_of(space)
     settings: dict[str, Any] = {
         **space.identity,
-        **{name: facts[name] for name in result.subjects},
+        **{name: subject(name, "page").settings(space) for name in result.subjects},
         "models": {one.label: dict(one.identity) for one in answers},
     }
     settings |= {name: run[name] for name in ("versions", "hardware") if name in run}

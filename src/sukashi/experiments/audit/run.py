@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 
 
 def subject(name: str, file: str) -> Any:
-    """A file of what an audit looks at: run, summary or page."""
+    """A file of what an audit looks at.
+
+    run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), the area of each
+             concept in each image (`areas`), its part of the `identity`, and its `trials(answers)`
+    summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
+    page     `panel(result, found, space)`, `settings(space)`
+    """
     return importlib.import_module(f"sukashi.experiments.audit.{name}.{file}")
 
 
@@ -50,7 +57,9 @@ def prepare(settings: Audit) -> Prepared:
         "notes": [*dict.fromkeys(note for n in networks for note in n.setting.data.notes)],
         **{name: one.facts for name, one in looking.items()},
     }
-    answers = [network.answers for network in networks]
+    first, *others = (network.answers for network in networks)
+    areas = {concept: area for one in looking.values() for concept, area in one.areas.items()}
+    answers = [replace(first, areas=areas), *others]
     about = {
         "answers": [[one.label, one.identity] for one in answers],
         "data": reference.data.sha256,
@@ -58,8 +67,8 @@ def prepare(settings: Audit) -> Prepared:
         "population": settings.population,
         **facts,
     }
-    first = Trial(about, partial(_keep, answers, facts), label="answers")
-    trials = [first, *(trial for one in looking.values() for trial in one.trials(first))]
+    kept = Trial(about, partial(_keep, answers, facts), label="answers")
+    trials = [kept, *(trial for one in looking.values() for trial in one.trials(kept))]
     return Prepared(identity, trials, {"versions": versions(), "hardware": hardware(reference.device)})
 
 

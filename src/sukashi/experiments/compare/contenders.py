@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sukashi.core.errors import DataError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.stats import Interval, interval
 from sukashi.core.types import Curve, Plan
 from sukashi.criteria.plans import plan_of
@@ -58,13 +58,18 @@ def name_of(criterion: str, sampling: str) -> str:
 def contenders(space: Workspace) -> list[Contender]:
     """Best mean SAUCE first; criteria that refused the model are left out.
 
-    Raises UsageError where no trial is finished, DataError where trials were tested on different images.
+    Raises UsageError where no trial is finished, ModelError where every criterion refused the model, DataError where
+    trials were tested on different images.
     """
     by_name: dict[str, list[Record]] = {}
     for record in space.records():
         if "refused" not in record.result:
             by_name.setdefault(name_of(record.about["criterion"], sampling_of(record)), []).append(record)
     if not by_name:
+        reasons = list(refused(space).values())
+        if reasons and len(space.records()) == space.n_trials:
+            spec = space.identity["model"]["spec"]
+            raise ModelError(f"{spec} is refused by every criterion; first: {reasons[0]}")
         raise UsageError(
             f"{space.folder} holds no finished trial: give the same compare command again to go on with it"
         )

@@ -15,7 +15,7 @@ from sukashi.experiments.workspace import Workspace
 from sukashi.measures.curves import THRESHOLDS
 from sukashi.report import figures, words
 from sukashi.report.figures import COLOURS, OTHERS
-from sukashi.report.networks import MODES, cost_table, draw_categories, has_categories
+from sukashi.report.networks import MODES, cost_table, draw_categories, has_categories, slower
 from sukashi.report.page import Page
 
 DASHES = {"random": "-", "confidence": ":", "clustering": "--"}
@@ -40,7 +40,7 @@ def page(result: CompareResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model} on {result.data}",
-            "warnings": [*result.notes, *result.slower],
+            "warnings": [*result.notes, *slower(result.latency_ms)],
             "colours": colours,
             "removed": REMOVED[result.mode],
             "fractions": THRESHOLDS,

@@ -32,15 +32,15 @@ class CompareResult(Result):
     differences     of SAUCE between pairs, the better first, seed by seed: mean, low, high, n, bootstrap, p, p_holm
                     (over all pairs), p_wilcoxon
     curves, passes  points of each seed; `pass_means` over the seeds that have that many passes
-    costs           parameters, FLOPs, bytes of the dense network and with half of the units gone; `latency_ms`, and
-                    whom it makes `slower`, are what a clock decides
+    costs           parameters, FLOPs, bytes of the dense network and with half of the units gone; `latency_ms`
+                    is what a clock decides
     worst_classes   where the leader's cut of half of the units lost most
 
     `verdict` says who leads, `rule` what decided that.
     """
 
     kind: ClassVar[str] = "compare"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "slower")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms")
 
     model: str
     data: str
@@ -68,7 +68,6 @@ class CompareResult(Result):
     verdict: str
     rule: str
     notes: list[str]
-    slower: list[str]
 
     def text(self) -> str:
         margin = next(iter(self.lossless.values()))["margin"]
@@ -91,7 +90,7 @@ class CompareResult(Result):
                 words.table([*header, "after each pass: removed -> accuracy"], found),
                 "",
                 f"dense accuracy {self.dense_accuracy:.3f}",
-                *(f"note: {note}" for note in (*self.notes, *self.slower)),
+                *(f"note: {note}" for note in [*self.notes, *networks.slower(self.latency_ms)]),
                 *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
                 *words.where(self),
             ]
@@ -128,7 +127,6 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
     pairs = _pairs(found)
     verdict, rule = _verdict(found, pairs)
     mode, n_images = identity["mode"], len(leader.curves[0].image_ids)
-    latency = _latency(space, found)
     return CompareResult(
         model=identity["model"]["spec"],
         data=identity["data"]["spec"],
@@ -156,13 +154,12 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         passes={one.name: _points(one, mode, passes=True) for one in found},
         pass_means={one.name: means for one in found if (means := _pass_means(one))},
         costs=_costs(found),
-        latency_ms=latency,
+        latency_ms=_latency(space, found),
         worst_classes=_worst(leader),
         refused=refused(space),
         verdict=verdict,
         rule=rule,
         notes=[*_notes(space, found), *curves.cautions(n_images, margin)],
-        slower=networks.slower(latency),
     )
 
 

@@ -36,7 +36,7 @@ def page(result: PruneResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model}, {'sparse' if sparse else 'pruned'}",
-            "warnings": [*result.notes, *result.slower],
+            "warnings": [*result.notes, *result.slower()],
             "costs": cost_table(costs, note),
             "worst": result.worst_classes,
             "settings": dict(words.flat(space.identity)) | {"test images": f"{result.n_images:,}"},

@@ -20,12 +20,11 @@ class PruneResult(Result):
     `dense` and `pruned` hold accuracy, class_accuracy (None for a class without images), parameters, flops (of an
     image), peak_bytes (of a batch) and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too.
     Fractions removed are of all units, of the weights in scope, and of all parameters. `layers` counts the weights
-    removed from each, with a scope. `latency_ms` of a batch of `latency_batch` images is what a clock decides, and so
-    are `slower`, whether the cut network is, and the `verdict`.
+    removed from each, with a scope. `latency_ms` of a batch is what a clock decides, and so is the `verdict`.
     """
 
     kind: ClassVar[str] = "prune"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "slower", "verdict")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "verdict")
 
     model: str
     data: str
@@ -48,7 +47,6 @@ class PruneResult(Result):
     verdict: str
     rule: str
     notes: list[str]
-    slower: list[str]
 
     def text(self) -> str:
         told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned}, self.latency_ms)
@@ -64,8 +62,13 @@ class PruneResult(Result):
         said.append(words.table(["", "dense", "pruned"], rows))
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
-        said += [f"warning: {note}" for note in (*self.notes, *self.slower)]
+        said += [f"warning: {note}" for note in [*self.notes, *self.slower()]]
         return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
+
+    def slower(self) -> list[str]:
+        """A sentence where cutting made the network slower."""
+        clocked = {name: {"latency_ms": value} for name, value in self.latency_ms.items()}
+        return networks.slower(clocked) if self.mode == "cut" else []
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each of the two networks."""
@@ -87,7 +90,6 @@ def summary(space: Workspace) -> PruneResult:
     dense, pruned, scope = found["dense"], found["pruned"], about.get("scope")
     classes = (np.array(of["class_accuracy"], dtype=np.float64) for of in (dense, pruned))
     within = share(round(pruned["accuracy"] * found["n_images"]), found["n_images"])
-    slower = networks.slower({name: {"latency_ms": value} for name, value in latency.items()})
     return PruneResult(
         model=about["model"]["spec"],
         data=about["data"]["spec"],
@@ -109,7 +111,6 @@ def summary(space: Workspace) -> PruneResult:
         rule=f"Measured on {found['n_images']:,} test images; the 95% interval of the pruned network's accuracy is "
         f"{words.percent(within.low)} to {words.percent(within.high)} (Wilson's).",
         notes=found["notes"],
-        slower=slower if about.get("mode") == "cut" else [],
     )
 
 

@@ -111,7 +111,7 @@ def _trial(
         "training": None if level.training is None else level.training.model_dump(),
         "until": level.until,
     }
-    return Trial(decided, partial(seed.run, level, make), needs=needs, place=place, label=label)
+    return Trial(decided, partial(seed.run, level, make), needs=needs, place=place, label=label, together=True)
 
 
 def named(ratio: float) -> str:

@@ -65,7 +65,7 @@ from sukashi.experiments.study.settings import (
 )
 
 # What stands in a path for the study's own folder, which need not be there yet.
-OUT = "$OUT"
+OUT = re.compile(r"\$OUT\b")
 
 
 def read(
@@ -214,7 +214,7 @@ class _Places:
         """A setting with its paths filled in: files and folders, data, and models that are folders."""
         if isinstance(value, list) and key == "models":
             return [self.value("model", part, fields) for part in value]
-        if not isinstance(value, str) or value.startswith(OUT):
+        if not isinstance(value, str) or OUT.match(value):
             return value
         if key in ("model", "data"):
             return self.data(value)

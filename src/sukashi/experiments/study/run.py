@@ -21,19 +21,22 @@ def prepare(settings: Study) -> Prepared:
     those that read what others have yet to make. Raises UsageError for folders of other experiments too.
     """
     trials: list[Trial] = []
+    # Absolute: a model's name is part of what a folder is for, wherever the study is run from.
+    home = str(Path(settings.out).resolve())
     for name, asked in settings.experiments.items():
-        own = settings_of(asked, settings.out, name)
+        own = settings_of(asked, home, name)
         about: dict[str, Any] = {"name": name, "kind": asked["kind"]}
         needs: tuple[str, ...] = ()
-        if OUT in str(asked):
+        if OUT.search(str(asked)):
             # By what stands for the study's folder, so that it may be moved.
-            about |= {"settings": settings_of(asked, OUT, name).identity(), "after": [trial.key for trial in trials]}
+            unfilled = settings_of(asked, "$OUT", name).identity()
+            about |= {"settings": unfilled, "after": [trial.key for trial in trials]}
             needs = tuple(trial.key for trial in trials)
         else:
             with warnings.catch_warnings(action="ignore"):  # it is said when the experiment's turn comes
                 about["identity"] = dict(prepare_of(own).identity)
             Workspace(own.out).check(room_of(own), about["identity"], own.grows)
-        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name))
+        trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name, together=True))
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
     return Prepared(identity, trials, {"versions": versions(), "title": settings.title, "pairs": settings.pairs})
 
@@ -47,7 +50,7 @@ def settings_of(asked: dict[str, Any], out: str, name: str) -> Any:
 def _filled(value: Any, out: str) -> Any:
     if isinstance(value, list):
         return [_filled(part, out) for part in value]
-    return value.replace(OUT, out) if isinstance(value, str) else value
+    return OUT.sub(lambda _: out, value) if isinstance(value, str) else value
 
 
 def _run(settings: Any, name: str, desk: Desk) -> None:

@@ -15,20 +15,21 @@ from sukashi.report import words
 
 
 class StudyResult(Result):
-    """Several experiments: what each found, by name, as `to_json` of its result has it, with its `kind`.
+    """Several experiments: what each found, by name, as its results.json has it, with its `kind`.
 
+    verdicts, texts   of each what its page and its command say, times included
     pairs   differences of two contenders' mean accuracy over the fractions of `accuracy_at`, first minus second: of
             each compared model mean, low and high, None where not both were measured that far
     """
 
     kind: ClassVar[str] = "study"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "texts", "verdicts")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "verdicts", "texts")
 
     title: str
     experiments: dict[str, dict[str, Any]]
     pairs: list[dict[str, Any]]
-    texts: dict[str, str]
     verdicts: dict[str, str]
+    texts: dict[str, str]
     verdict: str
 
     def text(self) -> str:
@@ -42,7 +43,7 @@ class StudyResult(Result):
         return "\n".join([*parts, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each experiment; its verdict where no clock has a part in that."""
+        """A row for each experiment; its verdict where no clock has a part in it."""
         return [
             {"name": name, "kind": found["kind"], "verdict": found.get("verdict")}
             for name, found in self.experiments.items()
@@ -68,8 +69,8 @@ def summary(space: Workspace) -> StudyResult:
         title=run.get("title", ""),
         experiments={name: {"kind": result.kind, **_kept(result)} for name, result in found.items()},
         pairs=pairs,
+        verdicts={name: result.to_json()["verdict"] for name, result in found.items()},
         texts={name: result.text() for name, result in found.items()},
-        verdicts={name: str(result.to_json()["verdict"]) for name, result in found.items()},
         verdict=run.get("title", "") or ", ".join(found),
     )
 

@@ -45,7 +45,7 @@ def prepare(settings: Train) -> Prepared:
     check_training(chosen, train, validation, loaded, settings.tensorboard)
     described = about(loaded, images, chosen)
     described |= {"start": "given weights" if tuned else "as built", "test_images": settings.test_images}
-    trial = Trial(described, partial(_train, settings, loaded, images), place=".", label=settings.kind)
+    trial = Trial(described, partial(_train, settings, loaded, images), place=".", label=settings.kind, together=True)
     return Prepared(described, [trial], {"versions": versions(), "hardware": hardware(device)})
 
 

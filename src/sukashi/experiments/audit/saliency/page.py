@@ -75,6 +75,13 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     return figures, shown
 
 
+def settings(space: Workspace) -> dict[str, Any]:
+    """What was measured, and how the maps were made: the channels and options of each attribution."""
+    made = [record.about["attribution"] for record in space.records() if "attribution" in record.about]
+    attributions = {name: {"channels": channels, **options} for name, channels, options in made}
+    return {**space.identity["saliency"], "attributions": attributions}
+
+
 def pictures_of(record: Record) -> list[Picture]:
     """The pictures that the trial of a gallery has kept."""
     arrays, labels = record.arrays("gallery"), record.result["labels"]

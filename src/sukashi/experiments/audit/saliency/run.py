@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from sukashi.attributions import attributions as explainers
@@ -15,9 +15,9 @@ from sukashi.measures import measures as registry
 
 
 class Subject:
-    """Saliency maps of the networks of an audit: `facts` are kept with their answers."""
+    """Saliency maps of the networks of an audit: `facts` and `areas` are kept with their answers."""
 
-    def __init__(self, settings: Audit, networks: list[Network]) -> None:
+    def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
         names, refused = explaining(networks, settings.attributions, settings.options)
         measures = measuring(networks, settings.measures)
         for name in settings.options:
@@ -26,13 +26,12 @@ class Subject:
         self.names = names
         self.auditor = Auditor(networks, measures, settings.options, settings.seed)
         self.auditor.try_out(names[0])
+        self.areas = self.auditor.areas
         self.facts: dict[str, Any] = {"attributions": names, "refused": refused, "seed": settings.seed}
         self.identity = {
             "measures": measures,
             "options": {name: settings.options[name] for name in measures if name in settings.options},
         }
-        reference = networks[0]
-        networks[0] = replace(reference, answers=replace(reference.answers, areas=self.auditor.areas))
 
     def trials(self, answers: Trial) -> list[Trial]:
         return self.auditor.trials(self.names, answers)

@@ -7,7 +7,6 @@ import html
 import json
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,8 +22,12 @@ from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Maps, Preprocess
-from sukashi.experiments.audit import cells, page, run, summary
+from sukashi.experiments.audit import networks
+from sukashi.experiments.audit.saliency import cells, page, summary
+from sukashi.experiments.audit.saliency.values import ORDERS
 from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.audit.summary import AuditResult
+from sukashi.experiments.workspace import Workspace
 from sukashi.measures import measures
 from sukashi.measures.faithfulness import removal
 from sukashi.measures.inputs import measured
@@ -51,7 +54,7 @@ def folders(trained_cnn, tmp_path_factory):
     for parameter in noisy.model.parameters():
         parameter.data += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     for name, loaded in (("dense", trained_cnn), ("same", trained_cnn), ("noisy", noisy)):
-        saved.save(root / name, loaded, provenance={}, figures={})
+        saved.save(root / name, loaded, provenance={})
     return [str(root / name) for name in ("dense", "same", "noisy")]
 
 
@@ -59,7 +62,7 @@ def folders(trained_cnn, tmp_path_factory):
 def done(folders, tmp_path_factory):
     """The audit of all three, and its folder."""
     out = tmp_path_factory.mktemp("done") / "audit"
-    return run.audit(folders, "digits", out=out, **READING), out
+    return sukashi.audit(folders, "digits", out=out, **READING), out
 
 
 def table(path):
@@ -151,7 +154,7 @@ def clean():
 
 
 def here(*names):
-    return [f"test_auditing:{name}" for name in names]
+    return [f"test_audit:{name}" for name in names]
 
 
 # What is measured.
@@ -188,8 +191,8 @@ def test_values_are_those_of_the_measures(done, folders, digits_split):
         for measure, measurement in expected.items():
             kept = [found[name, measure, image_id] for image_id in images.image_id]
             np.testing.assert_allclose(kept, measurement.values.double().numpy(), rtol=0, atol=1e-5)
-    assert result["models"][2]["n_images"] == len(images)
-    assert result["models"][2]["accuracy"] == pytest.approx(float(right[1].float().mean()))
+    assert result.models[2]["n_images"] == len(images)
+    assert result.models[2]["accuracy"] == pytest.approx(float(right[1].float().mean()))
 
 
 def test_curves_are_kept_and_give_the_area_over_them(done):
@@ -210,8 +213,8 @@ def test_curves_are_kept_and_give_the_area_over_them(done):
 def test_road_and_aopc_take_options_and_the_curves_are_those_of_aopc(folders, tmp_path):
     options = {"road": {"noise": 0.5, "percentages": [20, 50]}, "aopc": {"noise": 0.25, "form": "lottery"}}
     asked = {"attributions": ["saliency"], "measures": ["road", "aopc"], "options": options, **READING}
-    run.audit(folders[1:], "digits", out=tmp_path / "out", **asked)
-    (_, noisy) = cells.opened(folders[1:], "digits", "both", READING)
+    sukashi.audit(folders[1:], "digits", out=tmp_path / "out", **asked)
+    (_, noisy) = networks.opened(asked_of(folders[1:]))
     images = noisy.batch[torch.from_numpy(noisy.rows)]
     maps = Maps(cells.maps_of(noisy, images, "saliency", {}), images.image_id)
     generator = torch.Generator().manual_seed(0)
@@ -221,11 +224,19 @@ def test_road_and_aopc_take_options_and_the_curves_are_those_of_aopc(folders, tm
         kept = {row["image_id"]: row["value"] for row in rows if row["measure"] == measure}
         assert list(kept) == list(expected.ids)
         np.testing.assert_allclose(list(kept.values()), expected.values, rtol=0, atol=1e-5)
-    for order, percentages in cells.ORDERS.items():
+    for order, percentages in ORDERS.items():
         curve = removal(given["model"], images, maps, generator, order=order, percentages=percentages, noise=0.25)
         kept = [row for row in table(tmp_path / "out" / "curves.parquet") if row["order"] == order]
         kept = [row["probability"] for row in kept if row["model"] == "noisy"]
         np.testing.assert_allclose(kept, curve.probability.flatten(), rtol=0, atol=1e-5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    for name, value in {
+        "saliency.measures": "road, aopc",
+        "saliency.options.road.noise": "0.5",
+        "saliency.options.aopc.form": "lottery",
+        "saliency.attributions.saliency.channels": "sum_abs",
+    }.items():
+        assert f"<td>{name}</td><td>{value}</td>" in page
 
 
 def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherwise(folders, tmp_path, monkeypatch):
@@ -244,12 +255,12 @@ def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherw
     monkeypatch.setattr(cells, "rounded", shaken)
     monkeypatch.setattr(cells, "maps_of", counted)
     asked = {"attributions": ["saliency"], "measures": ["gini", *ALIKE], **READING}
-    result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
-    (dense, _) = networks = cells.opened(asked_of(folders[:2]))
+    result = sukashi.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    (dense, same) = networks.opened(asked_of(folders[:2]))
     images = dense.batch[torch.from_numpy(dense.rows)]
     maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, shaken(dense, 0)))
     kept = table(tmp_path / "out" / "values.parquet")
-    rows = {(row["model"], row["measure"]): row for row in result["similarities"]}
+    rows = {(row["model"], row["measure"]): row for row in result.saliency["similarities"]}
     for measure in ALIKE:
         expected = measures[measure](*(Maps(m, images.image_id) for m in (maps, other))).values.numpy()
         values = [row["value"] for row in kept if row["model"] == "dense" and row["measure"] == measure]
@@ -259,11 +270,11 @@ def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherw
         assert rows["same", measure]["mean"] == pytest.approx(1)
     # Once for all measures of the reference and for its comparison with others, and once rounded.
     assert [n for label, n in calls if label == "dense" and n > 8] == [len(dense.rows)] * 2
-    assert [n for label, n in calls if label == "same" and n > 8] == [len(networks[1].rows)]
+    assert [n for label, n in calls if label == "same" and n > 8] == [len(same.rows)]
 
 
 def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(folders):
-    (dense, _) = cells.opened(asked_of(folders[:2]))
+    (dense, _) = networks.opened(asked_of(folders[:2]))
     weight = next(dense.loaded.model.parameters())
     weight.data.view(-1)[::3] = 0
     before = copy.deepcopy(dense.loaded.model.state_dict())
@@ -292,8 +303,8 @@ def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path, name):
     n_silent = int(np.isnan(gini).sum())
     assert 3 < n_silent < 37
     assert all(np.isnan(row["value"]) for row in rows if row["image_id"] in _silent(rows))
-    assert [model["silent"] for model in result["models"]] == [{"saliency": 0}, {"saliency": n_silent}]
-    assert {row["n"] for row in result["comparisons"]} == {40 - n_silent}
+    assert [model["silent"] for model in result.saliency["models"]] == [{"saliency": 0}, {"saliency": n_silent}]
+    assert {row["n"] for row in result.saliency["comparisons"]} == {40 - n_silent}
     assert f"{n_silent} of 40 saliency maps of {name} are constant" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -302,7 +313,7 @@ def _silent(rows):
 
 
 def test_each_network_sees_images_by_its_own_preprocessing(tmp_path):
-    result = run.audit(
+    result = sukashi.audit(
         here("plain", "of_other_preprocessing"),
         "digits",
         out=tmp_path / "out",
@@ -311,22 +322,23 @@ def test_each_network_sees_images_by_its_own_preprocessing(tmp_path):
         measures=["gini", "rank_correlation"],
         **READING,
     )
-    (row,) = result["comparisons"]
+    (row,) = result.saliency["comparisons"]
     assert row["difference"] == pytest.approx(0, abs=1e-6)
-    assert all(row["mean"] == pytest.approx(1, abs=1e-3) for row in result["similarities"])
+    assert all(row["mean"] == pytest.approx(1, abs=1e-3) for row in result.saliency["similarities"])
 
 
 @pytest.mark.parametrize("population", ["both", "reference", "all"])
 def test_images_are_those_of_the_population(folders, tmp_path, population):
     asked = {"attributions": ["saliency"], "measures": ["gini"], "population": population, **READING}
     specs = [folders[2], *here("plain")]
-    result = run.audit(specs, "digits", out=tmp_path / "out", **asked)
-    noisy, plain = cells.opened(asked_of(specs, population="all"))
-    assert 0 < (noisy.right & plain.right).sum() < noisy.right.sum() < 40
-    rows = {"both": noisy.right & plain.right, "reference": noisy.right, "all": np.ones(40, bool)}[population]
+    result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)
+    noisy, plain = networks.opened(asked_of(specs, population="all"))
+    right = [network.answers.right for network in (noisy, plain)]
+    assert 0 < (right[0] & right[1]).sum() < right[0].sum() < 40
+    rows = {"both": right[0] & right[1], "reference": right[0], "all": np.ones(40, bool)}[population]
     seen = [row["image_id"] for row in table(tmp_path / "out" / "values.parquet") if row["model"] == plain.label]
     assert seen == [noisy.batch.image_id[row] for row in np.flatnonzero(rows)]
-    assert [row["n"] for row in result["comparisons"]] == [len(seen)]
+    assert [row["n"] for row in result.saliency["comparisons"]] == [len(seen)]
 
 
 # What is said.
@@ -339,7 +351,7 @@ def test_figures_are_made_of_the_kept_values_and_nothing_else(done):
     for row in table(out / "values.parquet"):
         kept.setdefault((row["model"], row["attribution"], row["measure"]), {})[row["image_id"]] = row["value"]
     p_values = []
-    for row in result["comparisons"]:
+    for row in result.saliency["comparisons"]:
         model = kept[row["model"], row["attribution"], row["measure"]]
         reference = kept["dense", row["attribution"], row["measure"]]
         pairs = [(value, reference[image_id]) for image_id, value in model.items()]
@@ -355,44 +367,70 @@ def test_figures_are_made_of_the_kept_values_and_nothing_else(done):
     order, worst = np.argsort(p_values, kind="stable"), 0.0
     for place, i in enumerate(order):
         worst = max(worst, min(1.0, (len(p_values) - place) * p_values[i]))
-        assert result["comparisons"][i]["p_holm"] == pytest.approx(worst)
-        assert result["comparisons"][i]["changed"] == (worst < 0.05)
-    for row in result["similarities"]:
+        assert result.saliency["comparisons"][i]["p_holm"] == pytest.approx(worst)
+        assert result.saliency["comparisons"][i]["changed"] == (worst < 0.05)
+    for row in result.saliency["similarities"]:
         values = list(kept[row["model"], row["attribution"], row["measure"]].values())
         assert (row["n"], row["mean"]) == (len(values), pytest.approx(np.mean(values)))
-    assert json.loads((out / "results.json").read_bytes()) == json.loads(json.dumps(result))
+    told = result.to_json()
+    of_call = {name: told.pop(name) for name in AuditResult.of_call}
+    assert of_call == {"out": str(out), "report": str(out / "report.html"), "finished": False}
+    assert json.loads((out / "results.json").read_bytes()) == told
+    rows = [{"subject": "saliency", **row} for row in result.saliency["comparisons"]]
+    assert result.table() == table(out / "results.parquet") == rows
+
+
+def test_the_command_prints_a_row_for_each_comparison_that_is_told_then_what_is_said(done):
+    result, out = done
+    rows, said = result.text().split("\n\n", 1)
+    told = [row for row in result.saliency["comparisons"] if "/" not in row["measure"]]
+    for row, line in zip(told, rows.splitlines()[-len(told) :], strict=True):
+        so = f"{row['said']}, {row['weight']}" if row["changed"] else row["said"]
+        values = [f"{row['reference']:.3f}", f"{row['mean']:.3f}", *so.split()]
+        assert line.split() == [row["model"], row["attribution"], row["measure"], *values]
+    assert said.splitlines()[: 1 + len(result.lines)] == [result.verdict, *result.lines]
+    assert str(out / "report.html") in said
+    assert repr(result) == result.text()
+
+
+def test_what_was_found_is_read_from_the_folder_again(done, monkeypatch):
+    result, out = done
+    page = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    monkeypatch.setattr("sukashi.experiments.audit.run.prepare", None)
+    assert sukashi.results(out) == result
+    assert (out / "report.html").read_bytes() == page
 
 
 def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
     result, out = done
-    for row in result["comparisons"]:
+    for row in result.saliency["comparisons"]:
         if row["model"] == "same":
             said = f"no detectable change in {row['n']} images [.000, .000]"
             assert (row["difference"], row["p_holm"], row["said"]) == (0, 1, said)
-    assert all(row["mean"] == pytest.approx(1) for row in result["similarities"] if row["model"] == "same")
-    alike = [row["mean"] for row in result["similarities"] if row["model"] == "noisy"]
+    assert all(row["mean"] == pytest.approx(1) for row in result.saliency["similarities"] if row["model"] == "same")
+    alike = [row["mean"] for row in result.saliency["similarities"] if row["model"] == "noisy"]
     assert max(alike) < 0.97
-    assert {row["model"] for row in result["similarities"]} == {"dense", "same", "noisy"}
-    assert all(row["mean"] > 0.999 for row in result["similarities"] if row["model"] == "dense"), "rounding is little"
-    least = {row["attribution"]: row for row in result["similarities"] if row["model"] == "noisy"}
+    assert {row["model"] for row in result.saliency["similarities"]} == {"dense", "same", "noisy"}
+    assert all(row["mean"] > 0.999 for row in result.saliency["similarities"] if row["model"] == "dense"), (
+        "rounding is little"
+    )
+    least = {row["attribution"]: row for row in result.saliency["similarities"] if row["model"] == "noisy"}
     for name in least:
-        (line,) = (
-            line for line in result["lines"] if line.startswith(f"{name}: rank_correlation with the map of dense")
-        )
+        (line,) = (line for line in result.lines if line.startswith(f"{name}: rank_correlation with the map of dense"))
         assert line.endswith(" for noisy, the lowest of 2; rounding alone leaves 1.000 [1.000, 1.000].")
-    changed = [row for row in result["comparisons"] if row["model"] == "noisy" and row["changed"]]
+    changed = [row for row in result.saliency["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
-    assert result["verdict"].startswith("The maps of 1 of 2 models, noisy, changed beside those of dense: by ")
-    assert {row["model"] for row in result["moved"]} == {"noisy"}
+    assert result.verdict.startswith("The maps of 1 of 2 models, noisy, changed beside those of dense: by ")
+    assert {row["model"] for row in result.saliency["moved"]} == {"noisy"}
     page = html.unescape((out / "report.html").read_text())
-    assert result["verdict"] in page
+    assert result.verdict in page
     for figure in ("changes", "morf", "gallery-saliency", "gallery-integrated_gradients"):
         assert (out / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_change_is_said_in_the_sense_of_its_measure():
-    from sukashi.experiments.audit.summary import said
-
+    said = summary.said
     row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
     assert said({**row, "measure": "deletion"}) == "slower to take probability by .021 [.018, .024]"
@@ -410,10 +448,10 @@ def test_a_change_is_said_in_the_sense_of_its_measure():
 
 def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_path):
     asked = {"attributions": ["saliency"], "measures": ["ssim"], **READING}
-    result = run.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
-    assert result["comparisons"] == []
-    assert result["verdict"] == "No measure with a value for each model was compared with dense's on 20 images or more."
-    (line,) = result["lines"]
+    result = sukashi.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
+    assert result.saliency["comparisons"] == []
+    assert result.verdict == "No measure with a value for each model was compared with dense's on 20 images or more."
+    (line,) = result.lines
     assert line.startswith("saliency: ssim with the map of dense is .")
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert line in page
@@ -422,18 +460,17 @@ def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_pa
 
 def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, tmp_path):
     asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
-    result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
-    assert result["verdict"] == (
-        f"No detectable change in {result['models'][1]['n_images']} images: on average gini and aopc do not tell the "
+    result = sukashi.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    assert result.verdict == (
+        f"No detectable change in {result.models[1]['n_images']} images: on average gini and aopc do not tell the "
         "maps of same from dense's, which does not show that they are the same."
     )
-    assert result["measures"] == ["gini", "aopc"]
-    assert {row["measure"] for row in result["comparisons"]} == {"gini", "aopc", "aopc/probability"}
+    assert result.saliency["measures"] == ["gini", "aopc"]
+    assert {row["measure"] for row in result.saliency["comparisons"]} == {"gini", "aopc", "aopc/probability"}
 
 
 def test_beside_values_without_spread_a_change_is_large_and_comes_first():
-    from sukashi.experiments.audit.summary import lines
-
+    lines = summary.lines
     row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]", "n": 20}
     rows = [
         {**row, "model": "a", "size": 3.0, "weight": "large"},
@@ -460,24 +497,26 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     blind = copy.deepcopy(trained_cnn)
     *_, last = blind.model.parameters()  # the biases of its answers
     last.data[3] += 100
-    saved.save(tmp_path / "blind", blind, provenance={}, figures={"history": []})
+    saved.save(tmp_path / "blind", blind, provenance={"trained": True})
     asked = {"attributions": ["saliency"], "measures": ["gini", "ssim"], "population": "all", **READING}
-    result = run.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
-    assert result["verdict"].endswith("blind gets no more right than guessing would.")
-    assert [model["guesses"] for model in result["models"]] == [False, True]
-    result = run.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
-    assert "blind, the reference, gets no more right than guessing would. " in result["verdict"]
-    result = run.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
-    assert result["lines"] == result["moved"] == []
-    (note,) = (note for note in result["notes"] if note.startswith("trained after the cut: "))
+    result = sukashi.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
+    assert result.verdict.endswith("blind gets no more right than guessing would.")
+    assert [model["guesses"] for model in result.models] == [False, True]
+    result = sukashi.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
+    assert "blind, the reference, gets no more right than guessing would. " in result.verdict
+    result = sukashi.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
+    assert result.lines == result.saliency["moved"] == []
+    (note,) = (note for note in result.notes if note.startswith("trained after the cut: "))
     assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
-    result = run.audit(specs, "digits", out=tmp_path / "out", **asked)
+    result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)
     first = "blind gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models, "
-    assert result["models"][1]["label"].endswith("blind")
-    assert first in result["verdict"]
-    assert not any("blind" in line for line in result["lines"])
-    last_names = [{row["model"].rpartition("/")[2] for row in result[rows]} for rows in ("moved", "comparisons")]
+    assert result.models[1]["label"].endswith("blind")
+    assert first in result.verdict
+    assert not any("blind" in line for line in result.lines)
+    last_names = [
+        {row["model"].rpartition("/")[2] for row in result.saliency[rows]} for rows in ("moved", "comparisons")
+    ]
     assert last_names == [{"noisy"}, {"blind", "noisy", "same"}]
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert "blind: not shown to get more of the 40 test images right than guessing would" in page
@@ -499,11 +538,11 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
     monkeypatch.setattr(cells, "measured", surer)
     specs = [*folders[:2], folders[2]]
     asked = {"attributions": ["saliency"], "measures": ["road", "aopc"], "population": "all"}
-    result = run.audit(specs, "digits", out=tmp_path / "out", test_images=40, **asked)
-    by_measure = {row["measure"]: row for row in result["comparisons"] if row["model"] == "noisy"}
+    result = sukashi.audit(specs, "digits", out=tmp_path / "out", test_images=40, **asked)
+    by_measure = {row["measure"]: row for row in result.saliency["comparisons"] if row["model"] == "noisy"}
     assert by_measure["aopc/probability"]["changed"]
     assert by_measure["aopc/probability"]["said"].endswith(", which moves with confidence")
-    told = " ".join([result["verdict"], *result["lines"]])
+    told = " ".join([result.verdict, *result.lines])
     assert "probability" not in told
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     table, rest = page.split("</table>", 1)
@@ -512,11 +551,11 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
     assert "road/probability and aopc/probability: of the target's probability" in rest
     for row in (by_measure["road"], by_measure["aopc"]):
         assert f"{row['reference']:.3f} → {row['mean']:.3f}<small" in re.sub(r"</?strong>|\n", "", table)
-    few = run.audit(specs, "digits", out=tmp_path / "few", test_images=19, **asked)
-    assert not any(row["changed"] for row in few["comparisons"])
-    assert few["verdict"] == "same and noisy have too few images to say anything (19)."
-    assert few["lines"] == []
-    assert [model["few"] for model in few["models"]] == [True] * 3
+    few = sukashi.audit(specs, "digits", out=tmp_path / "few", test_images=19, **asked)
+    assert not any(row["changed"] for row in few.saliency["comparisons"])
+    assert few.verdict == "same and noisy have too few images to say anything (19)."
+    assert few.lines == []
+    assert [model["few"] for model in few.models] == [True] * 3
     shown = html.unescape((tmp_path / "few" / "report.html").read_text())
     assert "same (19), noisy (19): too few images to say anything, below 20" in shown
     assert "no detectable change" not in shown.replace("That no change is detectable", "")
@@ -573,27 +612,27 @@ def test_a_map_of_one_pixel_is_drawn_in_its_colour():
 
 def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     spec = f"shapes:watermark=1,n={2 * N}"  # so that FEW images at least have the mark
-    result = run.audit(
+    result = sukashi.audit(
         here("clean", "marked"),
         spec,
         out=tmp_path / "out",
         attributions=["lrp"],
         measures=["localisation", "gini"],
     )
-    (row,) = (row for row in result["comparisons"] if row["measure"] == "localisation/watermark")
+    (row,) = (row for row in result.saliency["comparisons"] if row["measure"] == "localisation/watermark")
     assert row["said"].startswith("more on the watermark by ")
     assert row["low"] > 0.1
-    at_mark = {row["model"]: row for row in result["pointing"] if row["concept"] == "watermark"}
+    at_mark = {row["model"]: row for row in result.saliency["pointing"] if row["concept"] == "watermark"}
     assert at_mark["marked"]["mean"] > 8 * at_mark["marked"]["area"]
     assert at_mark["clean"]["mean"] == pytest.approx(row["reference"])
     kept = [row for row in table(tmp_path / "out" / "values.parquet") if not np.isnan(row["value"])]
-    for row in result["pointing"]:
+    for row in result.saliency["pointing"]:
         about = row["model"], f"localisation/{row['concept']}"
         ids = [each["image_id"] for each in kept if (each["model"], each["measure"]) == about]
         truth = data.load(spec).ground_truth(ids)[row["concept"]]
         assert row["n"] == len(ids)
         assert row["area"] == pytest.approx(float(F.interpolate(truth[:, None].float(), (32, 32)).mean()), rel=1e-6)
-    (line,) = (line for line in result["lines"] if " points at " in line)
+    (line,) = (line for line in result.lines if " points at " in line)
     assert line.startswith("marked points at the watermark: there lies ")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "marked points at the watermark: " in page
@@ -607,21 +646,20 @@ def test_folders_are_named_by_what_tells_them_apart(tmp_path):
     made = [tmp_path / "run" / name for name in ("dense/0", "magnitude/0/0.50", "random/0/0.50")]
     for folder in made:
         folder.mkdir(parents=True)
-    assert cells.labels(list(map(str, made))) == ["dense", "magnitude/0.50", "random/0.50"]
+    assert networks.labels(list(map(str, made))) == ["dense", "magnitude/0.50", "random/0.50"]
     of_one = [tmp_path / "cut" / ratio for ratio in ("0.1", "0.5")]
     for folder in of_one:
         folder.mkdir(parents=True)
-    names = cells.labels(["sukashi:digits_cnn", *map(str, of_one), "sukashi:digits_cnn", str(of_one[0])])
+    names = networks.labels(["sukashi:digits_cnn", *map(str, of_one), "sukashi:digits_cnn", str(of_one[0])])
     assert names == ["digits_cnn", "cut/0.1", "cut/0.5", "digits_cnn (2)", "cut/0.1 (2)"]
 
 
 def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_path):
     told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "ratio": 0.47, "seed": 0}, "again": {"seed": 1}}
-    told["level"] = {"contender": "magnitude/unenforced", "ratio": 0.3, "seed": 2}
+    told["level"] = {"contender": "magnitude/unenforced", "ratio_asked": 0.3, "seed": 2, "trained": True}
     for name, provenance in told.items():
-        history = {"history": []} if name == "level" else {}
-        saved.save(tmp_path / name, trained_cnn, provenance=provenance, figures=history)
-    found = {name: cells._level(str(tmp_path / name)) for name in told}
+        saved.save(tmp_path / name, trained_cnn, provenance=provenance)
+    found = {name: networks._level(str(tmp_path / name)) for name in told}
     assert found == {
         "cut": ("drift", 0.5, False),
         "again": (None, None, False),
@@ -633,12 +671,13 @@ def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_p
 
 
 def contents(folder):
-    kept = {".lock", "report.html"}
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in kept}
+    """All files but what tells when and how fast."""
+    logs = {".lock", "log.jsonl"}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in logs}
 
 
-def test_a_killed_audit_goes_on_from_its_cells_to_the_same_bytes(done, folders, tmp_path, monkeypatch):
-    _, whole = done
+def test_a_killed_audit_goes_on_from_its_trials_to_the_same_bytes(done, folders, tmp_path, monkeypatch):
+    whole, there = done
     out, plain_cell, calls = tmp_path / "audit", cells.Auditor._cell, []
 
     def failing(*args):
@@ -647,47 +686,75 @@ def test_a_killed_audit_goes_on_from_its_cells_to_the_same_bytes(done, folders, 
             raise KeyboardInterrupt
         return plain_cell(*args)
 
+    def torn(auditor, name, desk):
+        desk.save("gallery", {"maps": np.zeros(3)})
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(cells.Auditor, "_cell", failing)
     with pytest.raises(KeyboardInterrupt):
-        run.audit(folders, "digits", out=out, **READING)
+        sukashi.audit(folders, "digits", out=out, **READING)
     assert not (out / "values.parquet").exists()
+    with pytest.raises(UsageError, match="3 of 9 trials finished: give the same audit command again"):
+        sukashi.results(out)
     # The third cell compares maps with the reference's, which must come again as they were.
-    result = run.audit(folders, "digits", out=out, **READING)
+    with monkeypatch.context() as patched:
+        patched.setattr(cells.Auditor, "_gallery", torn)
+        with pytest.raises(KeyboardInterrupt):
+            sukashi.audit(folders, "digits", out=out, **READING)
+    assert len(calls) == 3 + 1
+    result = sukashi.audit(folders, "digits", out=out, **READING)
     assert len(calls) == 3 + 4
-    assert {**contents(whole), Path("results.json"): b""} == {**contents(out), Path("results.json"): b""}
-    monkeypatch.setattr(cells.Auditor, "_cell", None)
-    again = run.audit(folders, "digits", out=out, **READING)
-    assert again == result
+    assert contents(there) == contents(out)
+    for work in ("_cell", "_gallery"):
+        monkeypatch.setattr(cells.Auditor, work, lambda *args: pytest.fail("what is finished is done again"))
+    again = sukashi.audit(folders, "digits", out=out, **READING)
+    assert (result.finished, again.finished) == (False, True)
+    of_call = {"out": whole.out, "report": whole.report, "finished": False}
+    assert result.model_copy(update=of_call) == again.model_copy(update=of_call) == whole
+
+
+def test_the_same_network_twice_is_measured_once_and_stands_twice(folders, tmp_path, monkeypatch):
+    plain_cell, calls = cells.Auditor._cell, []
+    monkeypatch.setattr(cells.Auditor, "_cell", lambda *args: calls.append(args[1].label) or plain_cell(*args))
+    specs = [folders[0], folders[2], folders[2]]
+    asked = {"attributions": ["saliency"], "measures": ["gini", "ssim"], **READING}
+    result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)
+    assert calls == ["dense", "noisy"]
+    one, two = result.saliency["comparisons"]
+    assert (one.pop("model"), two.pop("model")) == ("noisy", "noisy (2)")
+    assert one == two
 
 
 def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tmp_path, monkeypatch):
     out, plain_cell, calls = tmp_path / "audit", cells.Auditor._cell, []
-    run.audit(folders[:2], "digits", out=out, attributions=["saliency"], **READING)
+    sukashi.audit(folders[:2], "digits", out=out, attributions=["saliency"], **READING)
     monkeypatch.setattr(cells.Auditor, "_cell", lambda *args: calls.append(args[1].label) or plain_cell(*args))
-    found = run.audit(folders, "digits", out=out, attributions=["saliency"], **READING)
+    found = sukashi.audit(folders, "digits", out=out, attributions=["saliency"], **READING)
     assert calls == ["noisy"]
-    of_saliency = [row for row in done[0]["similarities"] if row["attribution"] == "saliency"]
-    assert found["similarities"] == of_saliency
+    of_saliency = [row for row in done[0].saliency["similarities"] if row["attribution"] == "saliency"]
+    assert found.saliency["similarities"] == of_saliency
     for changes, words in (
         ({"seed": 1}, "seed was 0, now 1"),
         ({"population": "all"}, 'population was "both"'),
         ({"test_images": 30}, "data.test_images was 40, now 30"),
     ):
         with pytest.raises(UsageError, match=words):
-            run.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
+            sukashi.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("of mine")
-    with pytest.raises(UsageError, match="mine exists: nothing is overwritten"):
-        run.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
+    with pytest.raises(
+        UsageError, match=r"mine is not empty \(notes.txt\) and holds no experiment: choose another --out"
+    ):
+        sukashi.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
 
 
 def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_path):
     asked = {"attributions": ["integrated_gradients"], "measures": ["gini"], **READING}
     found = [
-        run.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
+        sukashi.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
         for out, options in (("one", {}), ("one", {"steps": 1}), ("two", {"steps": 1}))
     ]
-    means = [result["models"][0]["means"]["integrated_gradients"]["gini"] for result in found]
+    means = [result.saliency["models"][0]["means"]["integrated_gradients"]["gini"] for result in found]
     assert means[0] != means[1] == means[2]
 
 
@@ -695,7 +762,7 @@ def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_pat
 
 
 def test_a_transformer_is_audited_by_its_own_means(tmp_path):
-    result = run.audit(
+    result = sukashi.audit(
         here("vit", "shaken_vit"),
         "digits",
         out=tmp_path / "out",
@@ -703,19 +770,19 @@ def test_a_transformer_is_audited_by_its_own_means(tmp_path):
         test_images=12,
         options={"deletion": {"step": 16}},
     )
-    assert result["attributions"] == ["saliency", "integrated_gradients", "chefer"]
-    assert {row["measure"] for row in result["comparisons"]} >= {"insertion", "deletion", "gini"}
-    assert json.loads((tmp_path / "out" / "audit.json").read_bytes())["options"] == {"deletion": {"step": 16}}
+    assert result.saliency["attributions"] == ["saliency", "integrated_gradients", "chefer"]
+    assert {row["measure"] for row in result.saliency["comparisons"]} >= {"insertion", "deletion", "gini"}
+    assert Workspace(tmp_path / "out").identity["saliency"]["options"] == {"deletion": {"step": 16}}
 
 
 def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders, tmp_path):
     asked = {"attributions": ["saliency", "chefer"], "measures": ["gini"], **READING}
-    result = run.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
-    assert list(result["refused"]) == ["chefer"]
-    assert result["refused"]["chefer"].startswith("dense: chefer ")
-    assert {row["attribution"] for row in result["comparisons"]} == {"saliency"}
+    result = sukashi.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
+    assert list(result.saliency["refused"]) == ["chefer"]
+    assert result.saliency["refused"]["chefer"].startswith("dense: chefer ")
+    assert {row["attribution"] for row in result.saliency["comparisons"]} == {"saliency"}
     with pytest.raises(ModelError, match="chefer refuses dense: chefer "):
-        run.audit(folders[:2], "digits", out=tmp_path / "none", **{**asked, "attributions": ["chefer"]})
+        sukashi.audit(folders[:2], "digits", out=tmp_path / "none", **{**asked, "attributions": ["chefer"]})
     assert not (tmp_path / "none").exists()
 
 
@@ -724,11 +791,11 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
     [
         (["plain"], {}, UsageError, "needs a reference and a model to hold against it, got 1"),
         (["plain", "plain"], {"measures": "gini,road"}, UsageError, "unknown measure 'gini,road': did you mean 'road'"),
-        (["plain", "plain"], {"levels": "salience"}, UsageError, "did you mean 'saliency'"),
+        (["plain", "plain"], {"subjects": "salience"}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"test_image": 3}, UsageError, "unknown setting 'test_image': did you mean 'test_images'"),
         (["plain", "plain"], {"attribution": []}, UsageError, "did you mean 'attributions'"),
         (["plain", "plain"], {"calibration": 3}, UsageError, "unknown setting 'calibration'"),
-        (["plain", "plain"], {"levels": ["salience"]}, UsageError, "did you mean 'saliency'"),
+        (["plain", "plain"], {"subjects": ["salience"]}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"attributions": ["salency"]}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"attributions": []}, UsageError, "attributions must be different names, at least one"),
         (["plain", "plain"], {"measures": ["gni"]}, UsageError, "did you mean 'gini'"),
@@ -752,7 +819,7 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
 )
 def test_what_cannot_be_audited_is_refused_and_leaves_nothing(tmp_path, names, options, error, words):
     with pytest.raises(error, match=words):
-        run.audit(here(*names), "digits", out=tmp_path / "out", **{**READING, **options})
+        sukashi.audit(here(*names), "digits", out=tmp_path / "out", **{**READING, **options})
     assert not (tmp_path / "out").exists()
 
 
@@ -763,4 +830,4 @@ def test_one_folder_is_no_list_of_models(folders, tmp_path):
 
 def test_weights_are_for_specs_alone(folders, tmp_path):
     with pytest.raises(UsageError, match="saved folders bring their own width"):
-        run.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)
+        sukashi.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)

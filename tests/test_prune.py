@@ -1,0 +1,292 @@
+"""Networks cut for real or made sparse: loaded again they are what was planned, and figures are measured."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sukashi
+from sukashi import data as datasets
+from sukashi import models
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.criteria import pruning
+from sukashi.criteria.plans import read_plan
+from sukashi.experiments.prune.summary import PruneResult
+from sukashi.experiments.workspace import Workspace
+from sukashi.measures import accuracy
+from sukashi.network import hooks
+
+SPEC = "sukashi:digits_cnn"
+CUT = {"calibration": 8, "test_images": 50, "width": 8}
+ELSEWHERE = """
+import sys, torch, sukashi
+folder, images, logits = sys.argv[1:]
+loaded = sukashi.load(folder)
+with torch.no_grad():
+    torch.save(loaded.model(torch.load(images, weights_only=True)), logits)
+"""
+
+
+def prune(criterion, ratio, out, weights, **settings):
+    return sukashi.prune(SPEC, "digits", criterion, ratio, out=out, weights=weights, **{**CUT, **settings})
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def right(model, test):
+    with torch.no_grad():
+        return (model(test.x).argmax(1) == test.target).double()
+
+
+def test_images(preprocess, n):
+    return datasets.load("digits").test.limit(n).whole(preprocess)
+
+
+test_images.__test__ = False
+
+
+def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weights, tmp_path):
+    case, out = small["cnn"], tmp_path / "cut"
+    result = prune("drift", 0.5, out, cnn_weights, round_to=4, calibration=4, test_images=2000)
+    torch.save(case.data.x, tmp_path / "images.pt")
+    arguments = [str(out), str(tmp_path / "images.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=100)
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+
+    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
+    test = test_images(case.loaded.preprocess, 2000)
+    with torch.no_grad(), hooks.ablated(case.model, mask):
+        expected, masked = case.model(case.data.x), right(case.model, test)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert 0.2 < result.units_removed == mask.n_removed / 32 < 0.5
+    assert result.ratio_asked == 0.5
+    assert result.weights_removed is None
+    n_cut = sum(p.numel() for p in models.load(str(out)).model.parameters())
+    assert (result.dense["parameters"], result.pruned["parameters"]) == (3506, n_cut)
+    assert result.parameters_removed == pytest.approx(1 - n_cut / 3506)
+    assert n_cut < 3506
+    assert result.n_images == len(test)
+    assert result.pruned["accuracy"] == pytest.approx(masked.mean().item())
+    assert result.dense["accuracy"] == pytest.approx(right(case.model, test).mean().item())
+    for k in range(10):
+        assert result.pruned["class_accuracy"][k] == pytest.approx(masked[test.target == k].mean().item())
+    assert result.class_counts == [int((test.target == k).sum()) for k in range(10)]
+    assert result.pruned["bytes"] == (out / "model.safetensors").stat().st_size
+    assert Path(result.report).is_file()
+    assert set(result.latency_ms) == {"dense", "pruned"}
+
+
+def test_what_lies_in_the_folder(cnn_weights, tmp_path):
+    out = tmp_path / "cut"
+    result = prune("magnitude", 0.5, out, cnn_weights)
+    assert set(contents(out)) == {
+        *("experiment.json", "trial.json", "log.jsonl", ".lock", "results.json", "results.parquet", "report.html"),
+        *("model.safetensors", "recipe.json", "plan.npz"),
+    }
+    (record,) = Workspace(out).records()
+    assert record.folder == out
+    assert set(record.kept["artefacts"]) == {"model.safetensors", "recipe.json", "plan.npz"}
+    provenance = json.loads((out / "recipe.json").read_text())["provenance"]
+    assert provenance == {**record.about, "units_removed": result.units_removed}
+
+
+def test_a_finished_cut_is_told_again_and_another_is_refused(cnn_weights, tmp_path, monkeypatch):
+    out = tmp_path / "cut"
+    result = prune("magnitude", 0.5, out, cnn_weights)
+    assert not result.finished
+    before = contents(out)
+    with pytest.raises(UsageError, match=r"another trial: ratio_asked was 0\.5, now 0\.4; choose another --out"):
+        prune("magnitude", 0.4, out, cnn_weights)
+    assert contents(out) == before
+    monkeypatch.setattr(pruning, "cut", None)
+    again = prune("magnitude", 0.5, out, cnn_weights)
+    assert again.finished
+    assert again == result.model_copy(update={"finished": True})
+    after = contents(out)
+    assert [name for name in before if after[name] != before[name]] == ["log.jsonl"]
+    assert sukashi.results(out).to_json() == result.to_json()
+    told = json.loads(before["results.json"])
+    assert told == {name: value for name, value in result.to_json().items() if name not in PruneResult.of_call}
+
+
+def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, cnn_weights, tmp_path):
+    case, out = small["cnn"], tmp_path / "zeroed"
+    result = prune("taylor", 0.4, out, cnn_weights, mode="zero")
+    back = models.load(str(out))
+    mask = read_plan(out / "plan.npz", case.sites).mask(0.4)
+    with torch.no_grad(), hooks.ablated(case.model, mask):
+        expected = case.model(case.data.x)
+    with torch.no_grad():
+        found = back.model(case.data.x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert [p.shape for p in back.model.parameters()] == [p.shape for p in case.model.parameters()]
+    assert result.units_removed == mask.n_removed / 32 == 13 / 32, "nothing is rounded"
+    assert (result.pruned["parameters"], result.parameters_removed) == (3506, 0)
+    assert "Units were zeroed" in (out / "report.html").read_text()
+
+
+def test_a_sparse_model_has_the_figures_of_its_zeros(small, cnn_weights, tmp_path):
+    case, out = small["cnn"], tmp_path / "sparse"
+    scope = {"scope": "row", "exclude": ["conv1"], "sequential": True}
+    result = prune("wanda", 0.5, out, cnn_weights, **scope)
+    told = result.to_json()
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    back = models.load(str(out))
+    kept = {name: layer for name, layer in case.model.named_modules() if hasattr(layer, "weight") and name != "conv1"}
+    n_removed = n_weights = 0
+    for row in result.layers:
+        before, after = kept[row["layer"]].weight, back.model.get_submodule(row["layer"]).weight
+        rows = before.flatten(1)
+        assert row == {
+            "layer": row["layer"],
+            "shape": list(before.shape),
+            "weights": before.numel(),
+            "removed": len(rows) * (rows.shape[1] // 2),
+        }
+        assert ((after == 0).flatten(1).sum(1) == rows.shape[1] // 2).all()
+        assert torch.equal(after, before * (after != 0))
+        n_removed, n_weights = n_removed + row["removed"], n_weights + row["weights"]
+    assert torch.equal(back.model.conv1.weight, case.model.conv1.weight)
+    assert [site.layer for site in back.mask.keep] == [row["layer"] for row in result.layers]
+    assert result.weights_removed == result.pruned["zeros_in_masked_layers"] == n_removed / n_weights
+    assert (result.units_removed, result.scope, result.mode) == (None, "row", "sparse")
+    assert result.pruned["zeros_in_all"] == n_removed / 3506
+    assert (result.dense["zeros_in_all"], result.dense["zeros_in_masked_layers"]) == (0, 0)
+    assert [result.pruned[name] for name in ("parameters", "bytes", "flops")] == [
+        result.dense[name] for name in ("parameters", "bytes", "flops")
+    ]
+    assert result.parameters_removed == 0
+    test = test_images(back.preprocess, 50)
+    assert result.pruned["accuracy"] == pytest.approx(right(back.model, test).mean().item())
+    assert "Masked zeros are not compression" in (out / "report.html").read_text()
+    assert "Masked zeros are not compression" in result.text()
+    assert "fc1 " in result.text()
+    read = {"calibration": 8, "test_images": 50}
+    more = {"scope": "layer", "exclude": ["conv1"], "out": tmp_path / "more"}
+    again = sukashi.prune(str(out), "digits", "magnitude", 0.7, **more, **read)
+    assert again.pruned["zeros_in_masked_layers"] == pytest.approx(0.7, abs=0.01)
+    assert again.dense["zeros_in_all"] == result.pruned["zeros_in_all"]
+
+
+def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
+    result = prune("magnitude", 0.5, tmp_path / "cut", cnn_weights)
+    result = result.model_copy(update={"latency_ms": {"dense": 2.0, "pruned": 3.0}})
+    text = result.text()
+    for noun, values in {
+        "accuracy": (f"{100 * result.dense['accuracy']:.1f}%", f"{100 * result.pruned['accuracy']:.1f}%"),
+        "latency, ms": ("2.00", "3.00"),
+        "units removed": (f"{100 * result.units_removed:.1f}%",),
+        "parameters removed": (f"{100 * result.parameters_removed:.1f}%",),
+    }.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(noun + " "))
+        assert line.removeprefix(noun).split() == list(values)
+    assert "weights removed" not in text
+    assert "warning: pruned: the cut network takes 1.50 times as long as the dense one" in text
+    assert text.endswith(f"Saved: {result.out}\n\nReport: {result.report}")
+    zeroed = result.model_copy(update={"mode": "zero"})
+    assert "times as long" not in zeroed.text(), "a clock's noise is no finding"
+    table = result.table()
+    assert [row["network"] for row in table] == ["dense", "pruned"]
+    assert table[1]["accuracy"] == result.pruned["accuracy"]
+    assert table[0].keys() == table[1].keys()
+
+
+def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights, tmp_path):
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install 'sukashi[onnx]'")
+    import onnxruntime
+
+    case, out = small["cnn"], tmp_path / "cut"
+    without = prune("magnitude", 0.5, out, cnn_weights)
+    assert without.onnx is None
+    before = contents(out)
+    result = prune("magnitude", 0.5, out, cnn_weights, onnx=True)
+    assert (result.onnx, result.finished) == ("onnx/model.onnx", False)
+    for name in ("model.safetensors", "recipe.json", "trial.json", "plan.npz"):
+        assert (out / name).read_bytes() == before[name], "the network that was there is kept"
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
+    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
+    with torch.no_grad(), hooks.ablated(case.model, mask):
+        expected = case.model(case.data.x).numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    first, second = Workspace(out).records()
+    assert second.kept["needs"] == [first.key]
+    assert second.has("model.onnx")
+    assert prune("magnitude", 0.5, out, cnn_weights).finished
+
+
+def test_onnx_of_a_sparse_model(cnn_weights, tmp_path):
+    pytest.importorskip("onnxruntime")
+    sparse = {"scope": "2:4", "exclude": ["conv1"], "onnx": True}
+    result = prune("magnitude", 0.5, tmp_path / "o", cnn_weights, **sparse)
+    assert (tmp_path / "o" / result.onnx).exists()
+
+
+def test_an_export_that_fails_leaves_the_network(cnn_weights, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def refuse(*args, **options):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ModelError, match=r"torch cannot export sukashi:digits_cnn to ONNX \(no such operator\)"):
+        prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
+    assert models.load(str(tmp_path / "o")).cuts
+    assert not list(tmp_path.glob("o/onnx/*"))
+
+
+def test_a_layer_without_weights_is_said(cnn_weights, tmp_path):
+    result = prune("random", 0.999, tmp_path / "o", cnn_weights, scope="global")
+    assert any("has no weight left" in note for note in result.notes)
+    assert any(line.startswith("warning: layer ") for line in result.text().splitlines())
+
+
+def test_rounding_that_gives_much_back_is_said(cnn_weights, tmp_path):
+    result = prune("random", 0.5, tmp_path / "o", cnn_weights)
+    assert any("50.0% were asked for: widths are rounded up to multiples of 8" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "zero", "round_to": 8}, "round_to is for widths, and mode zero changes none, got 8"),
+        ({"exclude": ["conv1"]}, "exclude is for single weights: give a scope too"),
+        ({"sequential": True}, "sequential is for single weights: give a scope too"),
+        ({"scope": "row", "mode": "zero"}, "mode zero is for units, and scope row removes single weights"),
+        ({"scope": "row", "round_to": 4}, "round_to is for units, and scope row removes single weights"),
+        ({"scope": "row", "sequential": True}, "magnitude looks at no image"),
+        ({"scope": "colum"}, "scope"),
+        ({"scope": "2:4", "ratio": 0.4}, "2:4"),
+        ({"scope": "row", "exclude": ["conv9"]}, "no convolution or linear layer 'conv9' to exclude"),
+        ({"criterion": "wanda"}, "wanda scores sites of kind weight"),
+        ({"criterion": "drift", "scope": "row"}, "drift scores sites of kind"),
+        ({"options": {"alpha": 0.1}}, "magnitude has no option 'alpha'"),
+        ({"sampling": "randm"}, "unknown sampling 'randm': did you mean 'random'"),
+        ({"round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"ratio": 1}, r"ratio must be in \[0, 1\), got 1"),
+    ],
+    ids=str,
+)
+def test_a_cut_without_meaning_is_refused_before_anything_is_written(cnn_weights, tmp_path, change, message):
+    given = {"criterion": "magnitude", "ratio": 0.5, "out": tmp_path / "out", "weights": cnn_weights, **CUT, **change}
+    with pytest.raises((UsageError, ModelError), match=message):
+        sukashi.prune(SPEC, "digits", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_breaks_on_the_test_images_leaves_nothing(cnn_weights, tmp_path, monkeypatch):
+    def broken(model, batch):
+        raise ModelError("the network gives NaN or Inf on test images")
+
+    monkeypatch.setattr(accuracy, "accuracy", broken)
+    with pytest.raises(ModelError, match="NaN or Inf"):
+        prune("magnitude", 0.5, tmp_path / "out", cnn_weights)
+    assert not (tmp_path / "out").exists()
