@@ -1038,6 +1038,16 @@ def test_trainings_that_are_refused(refused, tmp_path):
     )
 
 
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(sukashi, tmp_path, monkeypatch):
+    monkeypatch.setattr("sukashi.training.checkpoint.Checkpoints.due", lambda self: True)
+    args = ["train", NET, "--data", "digits", "--out", tmp_path / "run", "--lr", "1e18"]
+    found = sukashi(*args)
+    assert (found.code, "last checkpoint is kept" in found.err) == (4, True)
+    assert (tmp_path / "run" / "under_way" / "checkpoint.safetensors").exists()
+    again = sukashi(*args)
+    assert (again.code, again.err.splitlines()[-1]) == (4, found.err.splitlines()[-1])
+
+
 def test_a_loss_that_is_not_finite_names_the_step(sukashi, tmp_path):
     found = sukashi("train", NET, "--data", "digits", "--out", tmp_path / "run", "--lr", "1e18")
     assert found.code == 4
