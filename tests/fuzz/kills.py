@@ -157,8 +157,10 @@ def fuzz() -> int:
         took = {}
         for kind, command in COMMANDS.items():
             begun = time.monotonic()
-            ended(start(command, f"made/{kind}", home), home)
+            ended(start(command, "out", home), home)
             took[kind] = time.monotonic() - begun
+            (home / "made").mkdir(exist_ok=True)
+            shutil.move(home / "out", home / "made" / kind)  # made where the killed ones are: models are known by paths
         while kills.total() < asked.n and time.monotonic() < end:
             for kind, command in COMMANDS.items():
                 left = asked.n - kills.total()
