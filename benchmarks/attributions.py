@@ -128,7 +128,7 @@ def race(ours: Callable[[], Mapping[Site, Tensor]], theirs: list[Callable[[str],
 def contest(method: str, model: nn.Module, layers: list[str], n_images: int) -> Raced:
     """One attribution, all layers in one pass, against captum's."""
     x, target = torch.randn(n_images, 3, SIZE, SIZE), torch.arange(n_images)
-    sites = [finder.tap(model, layer) for layer in layers]
+    sites = [finder.place(model, layer, x) for layer in layers]
     options = {"steps": STEPS} if "steps" in attributions[method].options else {}
     if "batch_size" in attributions[method].options:
         options["batch_size"] = n_images * (STEPS + 1)  # all rows at once, as captum does unless told otherwise

@@ -119,7 +119,7 @@ def without_biases(model: nn.Module) -> nn.Module:
 
 def cuts(model: nn.Module) -> tuple[Site, Site]:
     name, head = [pair for pair in model.named_modules() if isinstance(pair[1], nn.Linear)][-1]
-    member = Member(name, "in", tuple((u,) for u in range(head.in_features)))
+    member = Member(name, "in", tuple((u,) for u in range(head.in_features)), -1)
     return Site("", "pixel", 3), Site(name, "hidden", head.in_features, -1, (member,))
 
 

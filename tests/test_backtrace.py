@@ -44,7 +44,7 @@ def test_a_layer_loses_the_share_of_its_bias_and_nothing_else():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3)).double()
     x = noise(3, 3, 2, 2)
-    hidden = Site("1", "hidden", 7, -1, (Member("1", "out", tuple((u,) for u in range(7))),))
+    hidden = Site("1", "hidden", 7, -1, (Member("1", "out", tuple((u,) for u in range(7)), -1),))
     found = backtrace(model, x, TARGET, [PIXELS, hidden])
     z = (x.flatten(1)[:, :, None] * model[1].weight.T).abs().sum(1)
     kept = 1 - model[1].bias.abs() / (z + model[1].bias.abs())

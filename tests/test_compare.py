@@ -149,7 +149,7 @@ def _test_images(case):
 
 
 def _masked_accuracy(case, mask, test):
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         return float((case.model(test.x).argmax(1) == test.target).double().mean())
 
 

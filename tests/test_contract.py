@@ -392,7 +392,7 @@ def test_an_attribution_says_something_about_every_position_of_every_unit(explan
     x = case.data.x[::7]
     sites = sites_of(name, case)
     assert list(found) == sites
-    with torch.no_grad(), hooks.tapped(case.model, sites) as seen:
+    with torch.no_grad(), hooks.recorded(case.model, sites) as seen:
         case.model(x)
     for site, values in found.items():
         assert values.shape == hooks.gather(site, seen[site]).shape

@@ -123,7 +123,7 @@ def test_a_complete_cut_inside_sums_to_the_difference(make, reader, width, rando
 
 
 def whole_input(name, width):
-    return Member(name, "in", tuple((u,) for u in range(width)))
+    return Member(name, "in", tuple((u,) for u in range(width)), -1)
 
 
 def test_a_linear_network_gives_weight_times_difference():
@@ -139,7 +139,7 @@ def test_multipliers_are_those_of_the_definition_written_in_matrices():
         nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)
     ).double()
     x, base = noise(3, 3, 2, 2), noise(3, 3, 2, 2, seed=1)
-    hidden = Site("1", "hidden", 7, -1, (Member("1", "out", tuple((u,) for u in range(7))), whole_input("3", 7)))
+    hidden = Site("1", "hidden", 7, -1, (Member("1", "out", tuple((u,) for u in range(7)), -1), whole_input("3", 7)))
     found = deeplift(model, x, TARGET, [PIXELS, hidden], baseline=base)
     for row in range(3):
         expected = written_out(model, x[row], base[row], TARGET[row])

@@ -21,7 +21,7 @@ def test_engine_gives_the_masked_networks_logits(small64, net, budget):
     keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
 
     def masked():
-        with torch.inference_mode(), hooks.masked(model, Mask(keep)):
+        with torch.inference_mode(), hooks.ablated(model, Mask(keep)):
             return model(data.x)
 
     torch.testing.assert_close(moving.original, masked(), rtol=1e-10, atol=1e-10)
@@ -56,7 +56,7 @@ def test_engine_gives_the_masked_logits_of_every_architecture(name):
         with moving.open(site) as suffix:
             for unit in (0, site.n_units - 1):
                 keep[site][unit] = False
-                with torch.no_grad(), hooks.masked(model, Mask(keep)):
+                with torch.no_grad(), hooks.ablated(model, Mask(keep)):
                     expected = model(x)
                 logits = suffix.without(unit)
                 assert float((logits - expected).abs().max()) <= 1e-5 * scale
@@ -98,14 +98,14 @@ def test_readers_that_share_an_input_all_lose_the_unit(small, budget, twice):
     with moving.open(site) as suffix:
         for unit in (4, 0, 2):
             keep[unit] = False
-            with torch.no_grad(), hooks.masked(model, {site: keep}):
+            with torch.no_grad(), hooks.ablated(model, {site: keep}):
                 expected = model(data.x)
             suffix.remove(unit)
             torch.testing.assert_close(suffix.now, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_tracing_changes_is_refused(small):
-    sites, data = small["cnn"].sites, small["cnn"].data
+def test_a_model_that_tracing_changes_is_refused(small, monkeypatch):
+    case = small["vit"]
 
     class Mutating(torch.nn.Module):
         def __init__(self):
@@ -117,8 +117,11 @@ def test_a_model_that_tracing_changes_is_refused(small):
             y.add_(1)
             return y
 
+    with pytest.raises(ModelError, match="in place with add_"):
+        Engine(Mutating().eval(), case.sites, case.data)
+    monkeypatch.setattr(engine, "_add_into", lambda spare, other: spare.sub_(other))
     with pytest.raises(ModelError, match="traced model gives other logits"):
-        Engine(Mutating().eval(), sites, data)
+        Engine(case.model, case.sites, case.data)
 
 
 def test_engine_leaves_the_model_alone(small):
@@ -162,5 +165,5 @@ def test_values_that_are_read_again_are_not_written_over(small):
         with moving.open(site) as suffix, torch.no_grad():
             keep = torch.ones(site.n_units, dtype=torch.bool)
             keep[1] = False
-            with hooks.masked(model, {site: keep}):
+            with hooks.ablated(model, {site: keep}):
                 torch.testing.assert_close(suffix.without(1), model(data.x), rtol=1e-4, atol=1e-5)

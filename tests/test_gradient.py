@@ -63,7 +63,7 @@ def test_units_summed_over_positions_are_the_slope_of_a_gate(small64):
         found = attributions["gradient_x_activation"](case.model, data.x, data.target, case.sites)
         for site in case.sites:
             gates = torch.ones(len(data), site.n_units, dtype=torch.float64, requires_grad=True)
-            with hooks.masked(case.model, {site: gates}):
+            with hooks.ablated(case.model, {site: gates}):
                 total = explained(case.model(data.x), data.target).sum()
             (slope,) = torch.autograd.grad(total, gates)
             torch.testing.assert_close(found[site].reshape(*slope.shape, -1).sum(2), slope, rtol=1e-9, atol=1e-12)
@@ -77,7 +77,7 @@ def test_units_summed_over_positions_are_the_slope_of_a_gate(small64):
 def test_a_linear_network_is_explained_exactly(name, steps):
     model, x, baseline = linear(3, 4, 2), noise(5, 3, seed=1), noise(3, seed=2)
     target = torch.tensor([0, 1, 1, 0, 1])
-    hidden = Site("0", "hidden", 4, -1, (Member("2", "in", tuple((u,) for u in range(4))),))
+    hidden = Site("0", "hidden", 4, -1, (Member("2", "in", tuple((u,) for u in range(4)), -1),))
     pixels = sites.input_site(x)
     found = attributions[name](model, x, target, [hidden, pixels], steps=steps, baseline=baseline)
     first, last = model[0].weight, model[2].weight
@@ -110,7 +110,7 @@ def test_gauss_and_legendre_are_exact_up_to_their_degree_and_no_further(steps):
 
 def test_the_error_of_the_trapezoid_falls_with_the_square_of_the_steps():
     model, x = linear(6, 8, 5, 3, activation=nn.Tanh), 2 * noise(4, 6, seed=1)
-    site = sites.tap(model, "2")
+    site = sites.place(model, "2", x)
     target = torch.tensor([0, 1, 2, 0])
 
     def found(steps):
@@ -128,7 +128,7 @@ def test_the_error_of_the_trapezoid_falls_with_the_square_of_the_steps():
 def test_integrated_gradients_are_complete_at_the_input_and_conductance_at_every_cut(small64):
     case = small64["vit"]
     data = case.data[slice(0, None, 27)]
-    cut, pixels = sites.tap(case.model, "patches"), sites.input_site(data.x)
+    cut, pixels = sites.place(case.model, "patches", data.x), sites.input_site(data.x)
     with torch.no_grad():
         change = explained(case.model(data.x), data.target) - explained(case.model(0 * data.x), data.target)
     for name, tolerance in (("integrated_gradients", 1e-4), ("conductance", 1e-2)):
@@ -152,7 +152,13 @@ def compared(request, small64):
     layers = {"cnn": ["conv1", "conv2", "conv3", "fc1"], "vit": ["patches", "blocks.1.fc1", "blocks.2.attn.proj"]}
     data = case.data[slice(0, None, 27)]
     baseline = 0.3 * noise(*data.x.shape[1:], seed=1)[None].expand_as(data.x)
-    return case.model, data.x, data.target, baseline, [sites.tap(case.model, name) for name in layers[request.param]]
+    return (
+        case.model,
+        data.x,
+        data.target,
+        baseline,
+        [sites.place(case.model, name, data.x) for name in layers[request.param]],
+    )
 
 
 def agree(found, expected, axis=1, tolerance=2e-6):
@@ -191,7 +197,7 @@ def test_captum_agrees_where_it_is_right(peer, compared):
 
 def test_captums_default_conductance_is_off_where_ours_is_exact(peer):
     model, x = linear(3, 4, 2), noise(5, 3, seed=1)
-    target, site = torch.ones(5, dtype=torch.long), sites.tap(model, "0")
+    target, site = torch.ones(5, dtype=torch.long), sites.place(model, "0", x)
     exact = (model[2].weight[1] * (x @ model[0].weight.T)).detach()
     ours = attributions["conductance"](model, x, target, [site], steps=5)[site]
     theirs = peer.LayerConductance(model, model[0]).attribute(x, target=target, n_steps=5).detach()
@@ -237,7 +243,7 @@ def test_a_network_that_works_in_place_on_its_input_is_explained_and_the_images_
     kept, found = x.clone(), []
     for inplace in (True, False):
         model = nn.Sequential(nn.ReLU(inplace), nn.Flatten(), *linear(6, 4)).eval()
-        site = sites.tap(model, tapped) if tapped else sites.input_site(x)
+        site = sites.place(model, tapped, x) if tapped else sites.input_site(x)
         found.append(attributions[name](model, x, target, [site])[site])
         assert torch.equal(x, kept)
     torch.testing.assert_close(*found)
@@ -266,7 +272,7 @@ def test_a_read_that_the_logit_does_not_depend_on_has_slope_zero():
             return torch.cat([self.used(x), F.relu(self.unused(x)).detach()], 1)
 
     model, x = Apart().double().eval(), noise(2, 3, seed=1)
-    used, unused = sites.tap(model, "used"), sites.tap(model, "unused")
+    used, unused = sites.place(model, "used", x), sites.place(model, "unused", x)
     found = attributions["saliency"](model, x, torch.tensor([0, 1]), [used, unused])
     torch.testing.assert_close(found[used], torch.eye(2, dtype=torch.float64))
     assert not found[unused].any()

@@ -45,9 +45,9 @@ def test_a_zero_gate_makes_the_consumers_read_zero_and_nothing_else_changes(make
     keep = torch.ones(site.n_units, dtype=torch.bool)
     keep[1] = False
     first = replace(site, members=site.consumers[:1])  # what a later reader sees depends on the first
-    with torch.no_grad(), hooks.tapped(model, [first]) as dense:
+    with torch.no_grad(), hooks.recorded(model, [first]) as dense:
         model(images())
-    with torch.no_grad(), hooks.masked(model, Mask({site: keep})), hooks.tapped(model, [first]) as seen:
+    with torch.no_grad(), hooks.ablated(model, Mask({site: keep})), hooks.recorded(model, [first]) as seen:
         model(images())
     before, after = hooks.gather(first, dense[first]), hooks.gather(first, seen[first])
     assert not after[:, 1].any()
@@ -67,7 +67,7 @@ def test_gates_are_differentiable(make, rows):
         values[0][..., 0] = 0  # where a gate is zero its derivative is not
 
     def logits(*gates):
-        with hooks.masked(model, dict(zip(found, gates, strict=True))):
+        with hooks.ablated(model, dict(zip(found, gates, strict=True))):
             return model(x)
 
     assert torch.autograd.gradcheck(logits, values, fast_mode=True)
@@ -81,10 +81,10 @@ def test_a_row_of_gates_acts_on_its_own_image():
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     found = sites.find(model, x).sites
     gates = {site: torch.rand(3, site.n_units).round() for site in found}
-    with torch.no_grad(), hooks.masked(model, gates):
+    with torch.no_grad(), hooks.ablated(model, gates):
         together = model(x)
     for row in range(3):
-        with torch.no_grad(), hooks.masked(model, {site: gate[row] for site, gate in gates.items()}):
+        with torch.no_grad(), hooks.ablated(model, {site: gate[row] for site, gate in gates.items()}):
             torch.testing.assert_close(model(x[row : row + 1]), together[row : row + 1], rtol=1e-12, atol=1e-12)
     assert (together[0] - together[1]).abs().max() > 1e-6
 
@@ -109,7 +109,8 @@ class Inplace(nn.Module):
 
 
 def members(name: str, n_units: int, side: str, n_positions: int = 1) -> Member:
-    return Member(name, side, tuple(tuple(range(u * n_positions, (u + 1) * n_positions)) for u in range(n_units)))
+    index = tuple(tuple(range(u * n_positions, (u + 1) * n_positions)) for u in range(n_units))
+    return Member(name, side, index, -1 if name == "head" else 1)
 
 
 READ = Site("first", "channel", 3, 1, tuple(members(name, 3, "in") for name in ("second", "beside")))
@@ -121,11 +122,11 @@ def test_taps_keep_what_layers_that_work_in_place_overwrite_and_the_gradient_the
     torch.manual_seed(0)
     model = Inplace().double().eval().requires_grad_(not frozen)
     x = images().double()
-    written, pixels = sites.tap(model, "first"), sites.input_site(x)
+    written, pixels = sites.place(model, "first", x), sites.input_site(x)
 
     def taken(*places):
         """Values and slopes of the first logits at each site, as units."""
-        with hooks.tapped(model, places) as seen:
+        with hooks.recorded(model, places) as seen:
             total = model(x)[:, 0].sum()
         tensors = [tensor for site in places for tensor in seen[site]]
         slopes = dict(zip(tensors, torch.autograd.grad(total, tensors), strict=True))
@@ -156,7 +157,7 @@ def test_taps_keep_what_layers_that_work_in_place_overwrite_and_the_gradient_the
         torch.testing.assert_close(found, torch.cat([part.flatten(2) for part in expected], 2))
     for found, expected in zip(flat, [out, slopes[4]], strict=True):
         torch.testing.assert_close(found, expected.flatten(2))
-    with pytest.raises(UsageError, match="'first' is given twice"), hooks.tapped(model, [written, READ]):
+    with pytest.raises(UsageError, match="'first' is given twice"), hooks.recorded(model, [READ, READ]):
         pass
 
 
@@ -187,7 +188,7 @@ class Twice(nn.Module):
 )
 def test_what_a_tap_would_get_wrong_is_refused(site, error, words):
     model, x = Twice().eval(), torch.randn(2, 3, 4)
-    with pytest.raises(error, match=words), hooks.tapped(model, [site]):
+    with pytest.raises(error, match=words), hooks.recorded(model, [site]):
         model(x)
     assert n_hooks(model) == 0
     model(x)
@@ -205,10 +206,10 @@ def test_a_tap_of_a_layer_that_is_not_there_or_is_called_by_keyword_is_refused()
     model = ByKeyword()
     with (
         pytest.raises(ModelError, match="'conv' is called by keyword"),
-        hooks.tapped(model, [sites.tap(model, "conv")]),
+        hooks.recorded(model, [Site("conv", "channel", 2)]),
     ):
         model(images())
-    with pytest.raises(ModelError, match="no layer 'gone'"), hooks.tapped(model, [Site("gone", "channel", 2)]):
+    with pytest.raises(ModelError, match="no layer 'gone'"), hooks.recorded(model, [Site("gone", "channel", 2)]):
         pass
     assert n_hooks(model) == 0
 
@@ -222,7 +223,7 @@ def test_sites_that_share_a_consumer_act_together():
         x = torch.cat([model.left(images()), model.right(images())], 1).relu()
         whole = torch.cat([gates[left].expand(3, 3), gates[right]], 1)
         expected = model.head(model.reader(x * whole[:, :, None, None]).relu().mean((2, 3)))
-        with hooks.masked(model, gates):
+        with hooks.ablated(model, gates):
             torch.testing.assert_close(model(images()), expected)
 
 
@@ -233,8 +234,8 @@ def test_hooks_go_even_when_something_fails():
     gate = {site: torch.ones(3)}
 
     def fail() -> None:
-        with hooks.masked(model, gate), hooks.tapped(model, [site]):
-            assert n_hooks(model) == 4
+        with hooks.ablated(model, gate), hooks.recorded(model, [site]):
+            assert n_hooks(model) == 6
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -248,9 +249,9 @@ def test_hooks_go_even_when_something_fails():
 def test_gates_of_another_shape_are_refused():
     model = Dense().eval()
     site = sites.find(model, images()).sites[0]
-    with pytest.raises(UsageError, match=r"\(4,\)"), hooks.masked(model, {site: torch.ones(4)}):
+    with pytest.raises(UsageError, match=r"\(4,\)"), hooks.ablated(model, {site: torch.ones(4)}):
         pass
-    with pytest.raises(ModelError, match="2 images"), hooks.masked(model, {site: torch.ones(2, 3)}):
+    with pytest.raises(ModelError, match="2 images"), hooks.ablated(model, {site: torch.ones(2, 3)}):
         model(images(3))
 
 

@@ -118,7 +118,7 @@ def test_cp_lrp_conserves_relevance_and_attnlrp_does_not():
 
 
 def core(name, inner):
-    return Member(f"{name}.core", "in", tuple((c, inner + c, 2 * inner + c) for c in range(inner)))
+    return Member(f"{name}.core", "in", tuple((c, inner + c, 2 * inner + c) for c in range(inner)), -1)
 
 
 # Transformers.
@@ -249,7 +249,7 @@ def test_it_agrees_with_zennit_on_canonised_networks(rule, name, randomised):
         layer, canonizer = "0.4", canonizers.SequentialMergeBatchNorm()
     model = randomised(model.double().eval())
     x = noise(3, 3, 32, 32)
-    site = finder.tap(model, layer)
+    site = finder.place(model, layer, x)
     ours = lrp(model, x, TARGET, [PIXELS, site], rule=rule)
     theirs = zennit_relevance(copy.deepcopy(model), x, zennit_composite(rule, [canonizer]), layer)
     for mine, other in zip(ours.values(), theirs, strict=True):

@@ -88,7 +88,7 @@ def test_curve_equals_the_masked_network(scene):
     ):
         assert np.isnan(ratio) == (n_removed in plan.passes)
         mask = plan.mask_of(int(n_removed))
-        with torch.no_grad(), hooks.masked(loaded.model, mask):
+        with torch.no_grad(), hooks.ablated(loaded.model, mask):
             expected = loaded.model(batch.x).argmax(1) == batch.target
         np.testing.assert_array_equal(correct, expected.numpy())
         small = copy.deepcopy(loaded.model)

@@ -42,7 +42,7 @@ def kept(folder, plan):
 
 def test_a_plan_comes_back_on_the_sites_found_again(tmp_path, plan):
     path = kept(tmp_path, plan)
-    member = Member("fc", "in", ((0,), (1,), (2,)))
+    member = Member("fc", "in", ((0,), (1,), (2,)), -1)
     found = (Site("blocks.0.heads", "head", 3, axis=2, members=(member,)), Site("conv1", "channel", 5))
     back = read_plan(path, found)
     assert back.sites == plan.sites

@@ -62,7 +62,7 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weig
 
     mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
     test = test_images(case.loaded.preprocess, 2000)
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         expected, masked = case.model(case.data.x), right(case.model, test)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert 0.2 < result.units_removed == mask.n_removed / 32 < 0.5
@@ -121,7 +121,7 @@ def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, cnn_weight
     result = prune("taylor", 0.4, out, cnn_weights, mode="zero")
     back = models.load(str(out))
     mask = read_plan(out / "plan.npz", case.sites).mask(0.4)
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x)
     with torch.no_grad():
         found = back.model(case.data.x)
@@ -214,7 +214,7 @@ def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
     mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
-    with torch.no_grad(), hooks.masked(case.model, mask):
+    with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x).numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     first, second = Workspace(out).records()

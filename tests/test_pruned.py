@@ -112,7 +112,7 @@ def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_furt
     silent = pruning.cut(loaded, mask, "zero")
     save(tmp_path / "silent", silent, provenance={})
     back = models.load(str(tmp_path / "silent"))
-    with hooks.masked(loaded.model, mask):
+    with hooks.ablated(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(back.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(silent.model, x))
@@ -132,7 +132,7 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     small = pruning.cut(loaded, mask)
     save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"})
     back = models.load(str(tmp_path / "deep" / "cut"))
-    with hooks.masked(loaded.model, mask):
+    with hooks.ablated(loaded.model, mask):
         expected = _logits(loaded.model, x)
     assert (_logits(small.model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(_logits(back.model, x), _logits(small.model, x))
@@ -370,6 +370,26 @@ def test_a_mask_of_another_architecture_is_put_on_no_model(sparse_folder):
     other = models.load("sukashi:digits_cnn", width=16)
     with pytest.raises(ModelError, match="the mask is for another architecture: layer 'conv1' has shape"):
         pruning.sparse(other, small.mask)
+
+
+def test_a_sparse_folder_runs_semi_structured_where_a_gpu_does(tmp_path):
+    torch.manual_seed(0)
+    dense = models.load("sukashi:digits_vit", width=128)
+    small, _ = _sparse(dense, 0.5, "2:4")
+    # Ten outputs are no size that torch takes.
+    mask = Mask({site: keep for site, keep in small.mask.keep.items() if site.layer != "head"})
+    save(tmp_path / "sparse", replace(small, mask=mask), provenance={}, figures={})
+    loaded = models.load(str(tmp_path / "sparse"))
+    with pytest.raises(UsageError, match="digits_vit has no mask of single weights: prune with scope 2:4"):
+        models.semi_structured(dense)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        with pytest.raises(ResourceError, match=r"compute capability 8\.0 or newer"):
+            models.semi_structured(loaded)
+    else:
+        x = torch.randn(64, 1, 8, 8)
+        found = models.semi_structured(loaded)(x.half().cuda()).float().cpu()
+        torch.testing.assert_close(found, loaded.model(x), rtol=2e-2, atol=2e-2)
+    assert loaded.model.head.weight.dtype == torch.float32
 
 
 def test_units_cut_from_a_sparse_model_take_their_masks_along(sparse_folder, tmp_path):

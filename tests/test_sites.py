@@ -31,12 +31,12 @@ def test_resnet20_has_nine_inner_sites_and_three_stages():
     assert {site.kind for site in found} == {"channel"}
     stage = next(site for site in found if site.layer == "layer2.0.conv2")
     assert set(stage.members) == {
-        *(Member(f"layer2.{block}.conv2", "out", each(32)) for block in (0, 1, 2)),
-        *(Member(f"layer2.{block}.bn2", "out", each(32)) for block in (0, 1, 2)),
-        *(Member(f"layer2.{block}.conv1", "in", each(32)) for block in (1, 2)),
-        Member("layer2.0.shortcut", "out", each(32)),
-        Member("layer3.0.conv1", "in", each(32)),
-        Member("layer3.0.shortcut", "in", each(32)),
+        *(Member(f"layer2.{block}.conv2", "out", each(32), 1) for block in (0, 1, 2)),
+        *(Member(f"layer2.{block}.bn2", "out", each(32), 1) for block in (0, 1, 2)),
+        *(Member(f"layer2.{block}.conv1", "in", each(32), 1) for block in (1, 2)),
+        Member("layer2.0.shortcut", "out", each(32), 1),
+        Member("layer3.0.conv1", "in", each(32), 1),
+        Member("layer3.0.shortcut", "in", each(32), 1),
     }
 
 
@@ -58,9 +58,9 @@ def test_attention_is_one_site_of_inner_dimensions():
     thrice = tuple((c, 8 + c, 16 + c) for c in range(8))
     assert (head.layer, head.kind, head.n_units, head.axis) == ("blocks.0.attn.qkv", "head", 8, -1)
     assert head.members == (
-        Member("blocks.0.attn.qkv", "out", thrice),
-        Member("blocks.0.attn.core", "in", thrice),
-        Member("blocks.0.attn.proj", "in", each(8)),
+        Member("blocks.0.attn.qkv", "out", thrice, -1),
+        Member("blocks.0.attn.core", "in", thrice, -1),
+        Member("blocks.0.attn.proj", "in", each(8), -1),
     )
     assert (hidden.layer, hidden.kind, hidden.n_units) == ("blocks.0.fc1", "hidden", 16)
     assert set(found.refused) == {"patches", "head"}
@@ -72,8 +72,8 @@ def test_concatenated_units_keep_their_offset():
     model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5).eval()
     found = {site.layer: site for site in sites.find(model, example(3, 64)).sites}
     written = found["features.denseblock1.denselayer2.conv2"]
-    assert Member("features.transition1.norm", "out", each(8, 24)) in written.members
-    assert Member("features.transition1.conv", "in", each(8, 24)) in written.members
+    assert Member("features.transition1.norm", "out", each(8, 24), 1) in written.members
+    assert Member("features.transition1.conv", "in", each(8, 24), 1) in written.members
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -266,7 +266,9 @@ def test_models_without_sites_are_refused_with_the_reason(model, x, message):
 
 def test_sites_that_claim_the_same_position_are_both_refused():
     def site(layer: str, *positions: int) -> Site:
-        return Site(layer, "channel", len(positions), members=(Member("reader", "in", tuple((p,) for p in positions)),))
+        return Site(
+            layer, "channel", len(positions), members=(Member("reader", "in", tuple((p,) for p in positions), 1),)
+        )
 
     refused: dict[str, str] = {}
     apart = site("c", 5)
@@ -275,15 +277,10 @@ def test_sites_that_claim_the_same_position_are_both_refused():
     assert "'reader'" in refused["a"]
 
 
-def test_the_input_and_the_outputs_of_layers_are_sites_too():
-    model = DigitsViT(10, 8, depth=1, n_heads=2)
-    assert sites.input_site(torch.zeros(2, 3, 8, 8)) == Site("", "pixel", 3)
-    assert sites.tap(model, "patches") == Site("patches", "channel", 8, 1)
-    assert sites.tap(model, "blocks.0.fc1") == Site("blocks.0.fc1", "hidden", 16, -1)
-    with pytest.raises(ModelError, match="'norm' is a LayerNorm: give the name of a convolution or linear layer"):
-        sites.tap(model, "norm")
-    with pytest.raises(ModelError, match="'nrom' does not exist"):
-        sites.tap(model, "nrom")
+def test_the_input_is_a_site_too():
+    site = sites.input_site(torch.zeros(2, 3, 8, 8))
+    assert site == Site("", "pixel", 3)
+    assert site.members == (Member("", "in", each(3), 1),)
 
 
 def test_single_weights_are_those_of_convolutions_and_linear_layers():

@@ -33,7 +33,7 @@ def compare(model: nn.Module, x: torch.Tensor, mask: Mask) -> tuple[float, float
     surgery.cut(small, mask)
     with torch.no_grad():
         dense, cut = model(x), small(x)
-        with hooks.masked(model, mask):
+        with hooks.ablated(model, mask):
             masked = model(x)
     scale = masked.abs().max()
     return float((masked - cut).abs().max() / scale), float((masked - dense).abs().max() / scale)
@@ -98,7 +98,7 @@ def test_zeroed_units_are_read_by_nothing_in_a_network_of_the_same_shape(name, s
     table = surgery.zero(silent, mask)
     replayed = copy.deepcopy(model)
     surgery.replay(replayed, json.loads(json.dumps(table)))
-    with torch.no_grad(), hooks.masked(model, mask):
+    with torch.no_grad(), hooks.ablated(model, mask):
         masked = model(x)
     with torch.no_grad():
         assert (silent(x) - masked).abs().max() < 1e-11 * masked.abs().max()

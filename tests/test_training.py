@@ -439,7 +439,7 @@ def test_history_without_validation_images(start, few, tmp_path):
 
 def test_tensorboard_gets_the_history(start, few, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = fit(start, few, Training(epochs=2), out=tmp_path / "run", tensorboard=True)
-    log = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    found = fit(start, few, Training(epochs=2), out=tmp_path / "run", tensorboard=tmp_path / "log")
+    log = accumulator.EventAccumulator(str(tmp_path / "log")).Reload()
     logged = [(event.step, event.value) for event in log.Scalars("train_loss")]
     assert logged == [(entry["epoch"], pytest.approx(entry["train_loss"])) for entry in found.history]

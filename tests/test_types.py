@@ -214,8 +214,8 @@ def test_rows_by_mask_by_number_and_by_slice(batch):
 
 
 def test_a_site_is_known_without_its_members():
-    member = Member("conv", "out", ((0,), (1,)))
-    site = Site("conv", "channel", 2, members=(member, Member("next", "in", ((0,), (1,)))))
+    member = Member("conv", "out", ((0,), (1,)), 1)
+    site = Site("conv", "channel", 2, members=(member, Member("next", "in", ((0,), (1,)), 1)))
     assert site == Site("conv", "channel", 2)
     assert hash(site) == hash(Site("conv", "channel", 2))
     assert {site: 1}[Site("conv", "channel", 2)] == 1

@@ -462,10 +462,10 @@ def test_a_full_disk_at_each_write_is_told_and_gone_on_from(tmp_path, monkeypatc
         folder, left[0] = tmp_path / f"full{n}", n
         try:
             run(folder)
-        except ResourceError as error:
-            assert "no space left" in str(error)
-        else:
             break
+        except ResourceError as error:
+            said = str(error)
+        assert "no space left" in said
         run(folder)
         assert content(folder) == undisturbed, f"full at write {n}"
         n += 1

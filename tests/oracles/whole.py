@@ -17,5 +17,5 @@ def without(keep, site, unit):
 
 
 def logits_of(model, keep, x, chunk=256):
-    with torch.inference_mode(), hooks.masked(model, keep):
+    with torch.inference_mode(), hooks.ablated(model, keep):
         return torch.cat([model(part) for part in x.split(chunk)]).double()

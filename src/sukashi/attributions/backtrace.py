@@ -54,7 +54,7 @@ def backtrace(
     image.
     """
     check(model, x, target, objective)
-    form = canonical(model, x)
+    form = canonical(model, x, sites)
     contrastive = mode == "contrastive"
     layer = _parted if contrastive else _shared_layer
     rules = {**_RULES, **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), layer)}

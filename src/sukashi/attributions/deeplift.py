@@ -52,16 +52,16 @@ def deeplift(
     baseline of another shape, DataError for a target that is no class number an image.
     """
     check(model, x, target, objective)
-    form = canonical(model, x)
+    form = canonical(model, x, sites)
     before: dict[nn.Module, tuple[Tensor, ...]] = {}
     ruled(form, {cls: rule and partial(_twice, before, rule) for cls, rule in _RULES.items()}, "deeplift")
     start = _start(x, baseline)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         before.clear()
-        with torch.no_grad(), hooks.tapped(form, sites) as taps:
+        with torch.no_grad(), hooks.recorded(form, sites) as seen:
             form(start[rows] if len(start) == len(x) else start)
-            base = {site: hooks.gather(site, taps[site]) for site in sites}
+            base = {site: hooks.gather(site, seen[site]) for site in sites}
         reads, multipliers = carried(
             form, x[rows], sites, lambda logits: ones(objective.explained(logits, target[rows]))
         )

@@ -142,7 +142,7 @@ def integrated_gradients(
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         mean = _mean_slopes(model, x[rows], start[rows], target[rows], sites, objective, steps, batch_size)
-        with torch.no_grad(), hooks.tapped(model, sites) as ends:
+        with torch.no_grad(), hooks.recorded(model, sites) as ends:
             model(torch.cat([x[rows], start[rows]]))
         change = {site: [torch.sub(*tensor.chunk(2)) for tensor in ends.pop(site)] for site in sites}
         return {site: _gathered(site, change, mean) for site in sites}
@@ -251,8 +251,8 @@ def in_parts(explain: Callable[[slice], dict[Site, Tensor]], n_images: int, size
 def _slopes(
     model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], objective: Objective
 ) -> tuple[Held, Held]:
-    """What sites hold, and the slope there of what is explained, as `hooks.tapped` shapes them; detached."""
-    with torch.enable_grad(), hooks.tapped(model, sites) as seen:
+    """What sites hold, and the slope there of what is explained, as `hooks.recorded` shapes them; detached."""
+    with torch.enable_grad(), hooks.recorded(model, sites) as seen:
         # A copy, for the model may write into what it is given. Rows do not meet in eval mode: the gradient of their
         # sum is each one's own.
         total = objective.explained(answer(model, x.detach().clone()), target).sum()

@@ -68,7 +68,7 @@ def lrp(
     if not bias and rule != "alpha1beta0":
         raise UsageError(f"bias=False with rule {rule!r} divides by what may be zero: use rule 'alpha1beta0'")
     check(model, x, target, objective)
-    form = canonical(model, x)
+    form = canonical(model, x, sites)
     layers: dict[str, Rule] = {
         "epsilon": partial(_epsilon, epsilon),
         "gamma": partial(_gamma, gamma, epsilon),

@@ -15,6 +15,7 @@ from sukashi.core.errors import ModelError
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Mean, active, called, owner, performs
+from sukashi.network.insert import Inserted
 from sukashi.network.layers import PadShortcut
 
 # rule(module, *inputs) -> output; None where autograd's own is right.
@@ -44,6 +45,10 @@ def ruled(form: fx.GraphModule, rules: Mapping[type[nn.Module], Rule], method: s
             continue
         if node.op == "call_module":
             module = form.get_submodule(node.target)
+            if isinstance(module, Inserted):
+                assert module.rule is not None, "without one it is traced"
+                module.forward = partial(module.rule, module.module)  # type: ignore[method-assign]
+                continue
             # (A pool that gives indices too gives two tensors, a rule one.)
             alone = not getattr(module, "return_indices", False)
             found = [rule for cls, rule in rules.items() if alone and performs(module, cls)]
@@ -116,9 +121,9 @@ def carried(
 
     `seed(logits)` gives the outputs to start from and the values to start with.
     """
-    with torch.enable_grad(), hooks.tapped(form, sites) as taps:
+    with torch.enable_grad(), hooks.recorded(form, sites) as seen:
         outputs, start = seed(form(x.detach().requires_grad_()))
-        reads = {site: list(taps[site]) for site in sites}
+        reads = {site: list(seen[site]) for site in sites}
         flat = [tensor for tensors in reads.values() for tensor in tensors]
         found = iter(torch.autograd.grad(outputs, flat, start, materialize_grads=True))
     return (

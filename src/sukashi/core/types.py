@@ -18,7 +18,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.schema import check_ratio
 
-Kind = Literal["pixel", "channel", "hidden", "head", "subspace", "weight"]
+Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "weight"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Member:
 
     `module` is the dotted name of the layer and `side` the axis of it: "out" for what produces the units (weight rows,
     bias, BatchNorm features, both axes of a depthwise convolution), "in" for what consumes them (weight columns). Unit
-    u owns `index[u]`, one or more positions on that axis (49 of them where 7x7 maps are flattened).
+    u owns `index[u]`, one or more positions on that axis (49 of them where 7x7 maps are flattened). `axis` is where
+    they lie in the tensor that the layer writes (side out) or reads (side in): 1 in maps (B, C, H, W), -1 in tokens
+    (B, T, D).
     """
 
     module: str
     side: Literal["in", "out"]
     index: tuple[tuple[int, ...], ...]
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Site:
     `layer` is the dotted name of the first layer that produces the units ("" = the input), `axis` their axis in that
     layer's output, `members` every parameter slice that is cut together. `n_units` excludes what cannot be cut.
     Equality and hash leave `members` out. The units of a site of kind weight are the entries of its layer's weight,
-    which it has no members for.
+    which it has no members for. `at` says what of its layer a place is (`sites.place`), as one would index it:
+    "in[..., 0:8]"; "" of a site whose units can be cut.
     """
 
     layer: str
@@ -50,6 +54,7 @@ class Site:
     n_units: int
     axis: int = 1
     members: tuple[Member, ...] = field(default=(), compare=False, repr=False)
+    at: str = ""
 
     @property
     def consumers(self) -> tuple[Member, ...]:

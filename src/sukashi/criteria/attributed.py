@@ -35,7 +35,7 @@ def taylor(
     total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
     for batch in data.split(batch_size):
         gates = {site: torch.ones(len(batch), site.n_units, device=device, requires_grad=True) for site in sites}
-        with without_tf32(), torch.enable_grad(), hooks.masked(model, gates):
+        with without_tf32(), torch.enable_grad(), hooks.ablated(model, gates):
             loss = data.objective.loss(model(batch.x.to(device)), batch.target.to(device))
             gradients: tuple[Tensor, ...] = torch.autograd.grad(loss, list(gates.values()))
         for site, gradient in zip(gates, gradients, strict=True):

@@ -51,7 +51,7 @@ def view(loaded: Loaded, split: Split, workers: int = 0) -> View:
     layers = [name for name in hooks.calls(model, two.x.to(device)) if isinstance(model.get_submodule(name), weighted)]
     if not layers:
         raise ModelError("the model calls no linear layer or convolution, so it has no features to cluster: use random")
-    axis = hooks.channel_axis(model.get_submodule(layers[-1]))
+    axis = -1 if isinstance(model.get_submodule(layers[-1]), nn.Linear) else 1
     features, confidence, correct = [], [], []
     batches = split.batches(loaded.preprocess, pass_size(two.x), workers)
     with progress.task("sampling", len(batches)) as shown, hooks.read_by(model, layers[-1]) as read:

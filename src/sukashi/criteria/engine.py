@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -28,25 +27,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sukashi.core.errors import ModelError
 from sukashi.core.precision import exact
 from sukashi.core.types import Batch, Mask, Site
 from sukashi.network import layers, surgery
-from sukashi.network.canonical import LEAVES, Tracer
+from sukashi.network.canonical import LEAVES, Add, canonical
 
 DEFAULT_BUDGET = 2 * 2**30
 # Bytes of the largest activation of a chunk: behind a site, where units are asked about one by one, what stays in a
 # core's cache (page faults and main memory cost a factor of two there); before it, and on a GPU, what fills the device.
 _BEHIND_CPU, _CHUNK = 2 * 2**20, 256 * 2**20
-
-_INPLACE_FUNCTIONS = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 
 
 class Engine:
@@ -65,11 +56,14 @@ class Engine:
         chunk: int | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        self.graph, self.root = _trace(model)
-        folded = _fold(self.graph, self.root)
-        for module in self.root.modules():
+        form = canonical(model, data.x[:2].to(device))
+        self.graph, self.root = form.graph, _modules(form)
+        folded = set()
+        for name, module in self.root.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
+            elif isinstance(module, nn.Identity):
+                folded.add(name)
         self.sites = tuple(
             replace(site, members=tuple(m for m in site.members if m.module not in folded)) for site in sites
         )
@@ -109,15 +103,14 @@ class Engine:
         self.keep[ours][torch.tensor(list(units), dtype=torch.long)] = False
 
     def _compare_with(self, model: nn.Module) -> None:
-        """Refuse a model that tracing, folding or plain operations in place of in-place ones have changed."""
+        """Refuse a model that the canonical form or our operations in place have changed."""
         with exact():
             expected = model(self._chunks()[0])
         error = (self.original[: len(expected)] - expected).abs().max()
         if not error <= 1e-4 * expected.abs().max():
             raise ModelError(
-                f"the traced model gives other logits than the model itself (off by {float(error):.1e}): a layer "
-                "called twice, in-place operations or branches on data are the usual reasons; use random, magnitude or "
-                "taylor"
+                f"the traced model gives other logits than the model itself (off by {float(error):.1e}), so no "
+                "decision can rest on them: use random, magnitude or taylor"
             )
 
     def logits(self) -> Tensor:
@@ -295,10 +288,7 @@ class _Network:
         for node in self.nodes:
             member = names.get(str(node.target)) if node.op == "call_module" else None
             if member is not None:
-                source = node.args[0]
-                module = self.modules[member.module]
-                axis = -1 if isinstance(module, nn.Linear | layers.AttentionCore) else 1
-                readers.append(_Reader(node, source, member.module, member.index, axis))
+                readers.append(_Reader(node, node.args[0], member.module, member.index, member.axis))
                 changing.add(node)
             elif any(used in changing for used in node.all_input_nodes):
                 changing.add(node)
@@ -437,14 +427,12 @@ class _Method:
         return getattr(owner, self.name)(*args, **kwargs)
 
 
-_RELU = (F.relu, torch.relu, torch.relu_, _Method("relu"))
-_ADD = (operator.add, torch.add, _Method("add"))
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid)
 
 
 def _makes_new(call: Callable[..., Any]) -> bool:
     """Whether the value of a call shares no memory with its inputs."""
-    return isinstance(call, (*LEAVES, *_ACTIVATIONS)) or call in (*_RELU, *_ADD, _add_into)
+    return isinstance(call, (*LEAVES, *_ACTIVATIONS, Add)) or call is _add_into
 
 
 def _in_place(
@@ -455,9 +443,7 @@ def _in_place(
         twin = copy.copy(call)
         twin.inplace = True
         return twin, args, kwargs
-    if call in _RELU:
-        return torch.relu_, (spare,), {}
-    if call in _ADD and len(args) == 2 and all(isinstance(a, fx.Node) for a in args):
+    if isinstance(call, Add):
         other = args[1] if args[0] is spare else args[0]
         return _add_into, (spare, other), {}
     return call, args, kwargs
@@ -475,44 +461,8 @@ def _pick(x: Tensor, axis: int, index: Tensor) -> Tensor:
     return x.index_select(axis, index.to(x.device))
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """Graph and a private copy of the modules, with every in-place operation made plain."""
-    root = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in root.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-    try:
-        graph = Tracer().trace(root)
-    except Exception as error:
-        raise ModelError(
-            f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0]}): progressive "
-            "criteria need a traceable forward(); use random, magnitude or taylor, or rewrite data-dependent branches"
-        ) from error
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _INPLACE_FUNCTIONS.get(node.target, node.target)
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
-            node.target = str(node.target)[:-1]
-    return graph, root
-
-
-def _fold(graph: fx.Graph, root: nn.Module) -> set[str]:
-    """Fold every BatchNorm that alone follows a convolution into it; returns the names of those folded."""
-    modules = dict(root.named_modules())
-    n_calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    folded = set()
-    for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        conv = modules.get(str(before.target)) if before.op == "call_module" else None
-        name = str(node.target)
-        if type(conv) is not nn.Conv2d or len(before.users) != 1 or n_calls[str(before.target)] + n_calls[name] != 2:
-            continue
-        root.set_submodule(str(before.target), fuse_conv_bn_eval(conv, modules[name]))
-        root.set_submodule(name, nn.Identity())
-        modules = dict(root.named_modules())
-        folded.add(name)
-    return folded
+def _modules(form: fx.GraphModule) -> nn.Module:
+    """The layers of a canonical form in a plain module, which is cheaper to copy; weights are the model's own."""
+    root = nn.Module()
+    root.__dict__.update({name: value for name, value in vars(form).items() if name in vars(root)})
+    return root

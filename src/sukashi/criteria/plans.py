@@ -17,7 +17,10 @@ from sukashi.core.types import Plan, Site
 
 def plan_arrays(plan: Plan) -> dict[str, Any]:
     """The arrays of a plan, without the members of its sites, which follow from the model."""
-    sites = [{"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis} for s in plan.sites]
+    sites = [
+        {"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis, **({"at": s.at} if s.at else {})}
+        for s in plan.sites
+    ]
     about = {"sites": sites, "method": plan.method, "params": dict(plan.params), "n_images": plan.n_images}
     return {
         "about": np.array(canonical(about).decode()),

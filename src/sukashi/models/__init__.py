@@ -6,6 +6,7 @@ from sukashi.models.loading import load
 from sukashi.models.onnx import check_onnx_installed, export_onnx
 from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe
 from sukashi.models.saved import contents, save
+from sukashi.models.sparse import semi_structured
 from sukashi.models.specs import hold, names
 from sukashi.models.weights import digest, tensor_digests
 
@@ -26,6 +27,7 @@ __all__ = [
     "read_recipe",
     "resized",
     "save",
+    "semi_structured",
     "takes_classes",
     "tensor_digests",
 ]

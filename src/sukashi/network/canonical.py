@@ -6,7 +6,8 @@ import copy
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +18,8 @@ from torchvision.ops import StochasticDepth
 
 from sukashi.core.errors import ModelError, SukashiError
 from sukashi.core.precision import exact
+from sukashi.core.types import Site
+from sukashi.network import insert
 from sukashi.network.layers import AttentionCore, PadShortcut
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -65,7 +68,7 @@ class Mean(nn.Module):
         return x.mean(self.dim, self.keepdim)
 
 
-def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
+def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.GraphModule:
     """The same function as a private torch.fx module without in-place operations, in eval mode and frozen.
 
     A layer called once keeps its name, so that sites and hooks by name work; one called n times becomes n layers, named
@@ -74,6 +77,9 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
     Identity; one that follows none becomes a 1x1 depthwise convolution. What merely moves values stays as it is, and so
     does an operation unknown here: a method that needs a rule for it refuses it by name. Weights are shared with the
     model wherever they are not folded, so they take no second memory.
+
+    A block is not called any more, only the layers in it. Where one of `sites` is what a block reads or writes, an
+    Identity of the block's name stands there, so that hooks find it.
 
     `x` (B, C, H, W) is what the form is checked on: two of its images must give the model's own output, within 1e-10 of
     the largest logit in float64 and 1e-4 in float32. Raises ModelError where they do not, and where the model cannot be
@@ -84,20 +90,27 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     name = type(model).__name__
+    tracer = Tracer([(member.module, member.side) for site in sites for member in site.members])
     try:
-        graph = Tracer().trace(root)
+        graph = tracer.trace(root)
+    except SukashiError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"torch.fx cannot trace this {name} ({type(error).__name__}: {reason}): rewrite branches on data in its "
             "forward(), or use a method that needs no canonical form"
         ) from error
+    insert.uncouple(root)
+    for block in tracer.marked:
+        block.__class__ = nn.Identity
     for node in graph.nodes:
         if node.op == "call_module" and not node.args:
             raise ModelError(f"layer {node.target!r} is called by keyword: call it as layer(x)")
     with exact():
         # Copies, for the model may write into what it is given.
-        expected = _output(model, x[:2].clone())
+        with evaluating(model):
+            expected = answer(model, x[:2].clone())
         if not isinstance(expected, Tensor):
             raise ModelError(f"{name} gives a {type(expected).__name__}: it must give one tensor of logits; wrap it")
         _Activity(fx.GraphModule(root, graph)).run(x[:1].clone())
@@ -129,6 +142,18 @@ def answer(model: nn.Module, x: Tensor) -> Any:
         ) from error
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in eval mode; then each of its layers is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def performs(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a module computes what its ancestor `cls` does: a subclass that keeps its forward does."""
     return isinstance(module, cls) and type(module).forward is cls.forward
@@ -151,7 +176,28 @@ LEAVES = (
 
 
 class Tracer(fx.Tracer):
-    """Layers with a rule stay whole, and the images are the only input: other arguments keep their defaults."""
+    """Layers with a rule stay whole, and the images are the only input: other arguments keep their defaults.
+
+    Of `places`, (layer, side), those at a block become a call of the block's name, which must do nothing: `marked`.
+    """
+
+    def __init__(self, places: Collection[tuple[str, str]] = ()) -> None:
+        super().__init__()
+        self.places = frozenset(places)
+        self.marked: set[nn.Module] = set()
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self.path_of_module(m)
+        sides = {side for side in ("in", "out") if (name, side) in self.places}
+        if not sides or self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        if len(sides) == 2:
+            raise ModelError(f"both what block {name!r} reads and what it writes are asked for: take them one by one")
+        self.marked.add(m)
+        if "in" in sides:
+            args = (self.create_proxy("call_module", name, args[:1], {}), *args[1:])
+        out = super().call_module(m, forward, args, kwargs)
+        return self.create_proxy("call_module", name, (out,), {}) if "out" in sides else out
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -160,6 +206,8 @@ class Tracer(fx.Tracer):
         return fn, args[:2]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, insert.Inserted):
+            return m.rule is not None
         return isinstance(m, (*LEAVES, StochasticDepth)) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -177,15 +225,6 @@ class _Activity(fx.Interpreter):
 def active(node: Any) -> bool:
     """Whether a node of a canonical graph holds activations."""
     return isinstance(node, fx.Node) and bool(node.meta.get("active"))
-
-
-def _output(model: nn.Module, x: Tensor) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        return answer(model.eval(), x)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # Functions and methods of one activation, with the arguments that follow it -> the module that does the same.
@@ -236,11 +275,11 @@ def _modules(graph: fx.Graph, root: nn.Module) -> None:
         if made is not None:
             module, name, args = made
             node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}
-            root.set_submodule(name, module.eval())
+            _put(root, name, module.eval())
         elif _writes(node):
             raise ModelError(
-                f"{owner(node) or 'the model'} changes an activation in place with {called(node)}: an attribution "
-                "would see the changed values; write it without"
+                f"{owner(node) or 'the model'} changes an activation in place with {called(node)}: whoever "
+                "reads it twice would see the changed values; write it without"
             )
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
@@ -328,13 +367,25 @@ def _fold(graph: fx.Graph, root: nn.Module) -> None:
         norm = _layer(root, node, nn.BatchNorm2d)
         if norm is None or norm.running_mean is None:
             continue
-        conv = _layer(root, node.args[0], nn.Conv2d)
-        if conv is not None and len(node.args[0].users) == 1:
-            root.set_submodule(node.args[0].target, fuse_conv_bn_eval(conv, norm))
-            root.set_submodule(node.target, nn.Identity())
+        before = node.args[0]
+        while _layer(root, before, nn.Identity) is not None and len(before.users) == 1:
+            before = before.args[0]
+        conv = _layer(root, before, nn.Conv2d)
+        if conv is not None and len(before.users) == 1:
+            _put(root, before.target, fuse_conv_bn_eval(conv, norm))
+            _put(root, node.target, nn.Identity())
         else:
-            root.set_submodule(node.target, _diagonal(norm))
+            _put(root, node.target, _diagonal(norm))
     root.requires_grad_(False)
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    """A module in the place of a layer, if there is one; what is inserted after that stays."""
+    if _has(root, name):
+        after = root.get_submodule(name)._modules.get("inserted")
+        if after is not None:
+            module.add_module("inserted", after)
+    root.set_submodule(name, module)
 
 
 def _layer(root: nn.Module, node: fx.Node, cls: type[Layer]) -> Layer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,11 @@ class AttentionCore(nn.Module):
             padded = torch.stack([F.pad(part, (0, widest - part.shape[3])) for part in parts], dim=3)
             q, k, v = padded.permute(2, 0, 3, 1, 4)
         return q, k, v
+
+    def positions(self, part: Literal["q", "k", "v"], head: int) -> range:
+        """Where q, k or v of a head lie on the last axis of what is read; none for a head that was cut."""
+        start = "qkv".index(part) * sum(self.widths) + sum(self.widths[:head])
+        return range(start, start + self.widths[head])
 
     def merge(self, out: Tensor) -> Tensor:
         """The heads (B, heads, T, widest head) side by side, without padding: (B, T, D)."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, cast
 
 import torch
 import torch_pruning as tp
+from timm.layers.norm import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError, nearest
+from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Kind, Mask, Member, Site
-from sukashi.network import hooks, surgery
+from sukashi.network import hooks, insert, surgery
+from sukashi.network.canonical import answer, evaluating, performs
 from sukashi.network.layers import Attention, AttentionCore, PadShortcut
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
@@ -26,21 +29,108 @@ _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.for
 
 def input_site(x: Tensor) -> Site:
     """The pixels of images x (B, C, H, W) as a site, whose units are the C channels: where a saliency map is taken."""
-    return Site("", "pixel", x.shape[1])
+    whole = tuple((c,) for c in range(x.shape[1]))
+    return Site("", "pixel", x.shape[1], members=(Member("", "in", whole, 1),))
 
 
-def tap(model: nn.Module, layer: str) -> Site:
-    """The site of the outputs of a convolution or linear layer: a place to look at, where nothing can be cut.
+def place(
+    model: nn.Module,
+    layer: str,
+    example: Tensor,
+    side: Literal["out", "in"] = "out",
+    *,
+    axis: int | None = None,
+    units: Sequence[int | Sequence[int]] | None = None,
+) -> Site:
+    """A place to look at or to act on: units of what any layer writes (side "out") or reads ("in").
 
-    Raises ModelError where there is no such layer.
+    It can be recorded, attributed and ablated, not cut. `axis` is where the units lie, batch first: left out, it is
+    that of the layer's features where its class fixes one (1 of convolutions and BatchNorm, -1 of linear layers,
+    LayerNorm and AttentionCore). An activation or a block has none of its own; axis 1 of tokens (B, T, D) makes each
+    token a unit. `units` are the positions of each unit, a number or several; left out, every position is a unit:
+
+        place(model, "blocks.0.norm1", x)                                    features of all tokens
+        place(model, "blocks.0", x, axis=1, units=[0])                       the class token
+        place(model, "layer1.0", x, axis=1, units=range(16, 32))             a block of channels
+        core = model.get_submodule("blocks.0.attn.core")
+        place(model, "blocks.0.attn.core", x, "in", units=core.positions("q", head=2))
+
+    The model is run once on two images of the example (B, C, H, W), in eval mode and left as found.
+
+    Raises ModelError for a layer that there is not, that is not called exactly once or holds no tensor with a row an
+    image; UsageError where the axis is not known or the units are not on it.
     """
-    module = dict(model.named_modules()).get(layer)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return Site(layer, "channel", module.out_channels)
-    if isinstance(module, nn.Linear):
-        return Site(layer, "hidden", module.out_features, -1)
-    what = f"is a {type(module).__name__}" if module is not None else "does not exist"
-    raise ModelError(f"layer {layer!r} {what}: give the name of a convolution or linear layer")
+    module = hooks.layer(model, layer)
+    shape = _shape(model, layer, example, side)
+    own = axis_of(module) if layer else 1
+    if axis is None and own is None:
+        raise UsageError(
+            f"layer {layer!r} is a {type(module).__name__}, whose class does not say where its units lie in what it "
+            f"holds, {shape}: give axis=1 for channels of maps or for tokens, axis=-1 for features of tokens"
+        )
+    axis = cast(int, own if axis is None else axis)
+    if not -len(shape) < axis < len(shape) or axis == 0:
+        raise UsageError(f"axis {axis} of layer {layer!r}, which holds {shape}, has no units: axis 0 are the images")
+    size = shape[axis]
+    index = tuple((u,) if isinstance(u, int) else tuple(u) for u in (range(size) if units is None else units))
+    positions = [p for unit in index for p in unit]
+    if not index or not all(index) or not all(0 <= p < size for p in positions):
+        raise UsageError(f"units of layer {layer!r} must be one or more of the {size} positions on axis {axis}")
+    if len(set(positions)) < len(positions):
+        raise UsageError(f"units of layer {layer!r} share a position: give each to one unit")
+    return Site(
+        layer,
+        _kind(module if layer else None, side, axis % len(shape), len(shape)),
+        len(index),
+        axis,
+        (Member(layer, side, index, axis),),
+        f"{side}[{_indexed(axis, index, size)}]",
+    )
+
+
+def _shape(model: nn.Module, layer: str, example: Tensor, side: Literal["out", "in"]) -> tuple[int, ...]:
+    """The shape of what a layer holds for two images."""
+    probe = Site(layer, "channel", 0, 1, (Member(layer, side, (), 1),))
+    like = next(model.parameters(), example)
+    with torch.no_grad(), evaluating(model), hooks.recorded(model, [probe]) as seen:
+        answer(model, example[:2].to(like.device, copy=True))  # it may write into what it is given
+    return tuple(seen[probe][0].shape)
+
+
+def _kind(module: nn.Module | None, side: str, axis: int, n_axes: int) -> Kind:
+    """What the units on an axis are called; None is the model as a whole."""
+    if module is None:
+        return "pixel" if side == "in" else "hidden"
+    if isinstance(module, AttentionCore) and side == "in" and axis == 2:
+        return "head"
+    own = axis_of(module)
+    if n_axes == 3 and axis == 1 and (own is None or own % n_axes != 1):
+        return "token"
+    return "channel" if axis == 1 and n_axes > 2 else "hidden"
+
+
+def _indexed(axis: int, index: Sequence[tuple[int, ...]], size: int) -> str:
+    """Units as one would index them: "..., 0:8"; those that are no range by number and a digest."""
+    if all(len(unit) == 1 for unit in index):
+        first, n = index[0][0], len(index)
+        if index == tuple((first + u,) for u in range(n)):
+            what = ":" if n == size else f"{first}" if n == 1 else f"{first}:{first + n}"
+            return f"{':, ' * axis}{what}" if axis > 0 else f"..., {what}{', :' * (-1 - axis)}"
+    digest = hashlib.sha256(repr(index).encode()).hexdigest()[:8]
+    return f"{len(index)} units on axis {axis}, {digest}"
+
+
+def axis_of(module: nn.Module) -> int | None:
+    """The axis of the features that a layer's class fixes; None where what it is given decides."""
+    match module:
+        case nn.Linear() | AttentionCore():
+            return -1
+        case nn.modules.conv._ConvNd() | nn.modules.batchnorm._BatchNorm() | nn.GroupNorm() | PadShortcut():
+            return 1
+        case nn.LayerNorm() if len(module.normalized_shape) == 1:
+            # LayerNorm2d of timm and torchvision are LayerNorms too, and have their channels elsewhere.
+            return -1 if performs(module, nn.LayerNorm) or performs(module, TimmLayerNorm) else None
+    return None
 
 
 def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]:
@@ -53,7 +143,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
     standardises its weight): there a zero would not be what a mask takes it for.
     """
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, kinds)}
     for name in exclude:
         if name not in layers:
             raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
@@ -86,7 +176,8 @@ def find(model: nn.Module, example: Tensor) -> Found:
 
     Coupled layers are those of DepGraph (Fang et al. 2023), with option-A shortcuts and attention followed by
     ourselves. DepGraph is not trusted: the sites are cut at random in a copy whose normalisation is made random, and
-    those whose cut does not give the masked logits are refused. Works on a copy on the CPU: the model is left alone.
+    those whose cut does not give the masked logits are refused. What is inserted has no sites, and those it would not
+    fit after a cut are refused. Works on a copy on the CPU: the model is left alone.
 
     Raises ModelError where the model cannot be copied, run or traced, gives no finite tensor, or nothing can be cut.
     """
@@ -95,6 +186,8 @@ def find(model: nn.Module, example: Tensor) -> Found:
         x = example[:2].detach().cpu().float()
         with torch.no_grad():
             dense = twin(x)
+            whole = copy.deepcopy(twin) if any(isinstance(m, insert.Inserted) for m in twin.modules()) else twin
+            inserted = insert.remove(twin)
             order = hooks.calls(twin, x)
     except Exception as error:
         raise ModelError(
@@ -118,7 +211,12 @@ def find(model: nn.Module, example: Tensor) -> Found:
             )
     graph = _graph(twin, x)
     candidates = _distinct(_sites(twin, graph, order, refused), refused)
-    sites = _verified(twin, x, candidates, refused)
+    sites = _verified(twin, x, candidates, refused, "a trial cut did not give the logits of the masked model")
+    if inserted:
+        reason = (
+            f"after a trial cut of its units what is inserted after {' or '.join(map(repr, inserted))} does not fit"
+        )
+        sites = _verified(whole, x, sites, refused, reason)
     if not sites:
         layer, reason = next(iter(refused.items()), ("", "it has no convolution or linear layer"))
         raise ModelError(f"nothing in this {type(model).__name__} can be cut safely; first, at {layer!r}: {reason}")
@@ -253,8 +351,7 @@ def _sites(twin: nn.Module, graph: tp.DependencyGraph, order: list[str], refused
         kind: Kind = "channel"
         if isinstance(layer, nn.Linear):
             kind = "head" if any(isinstance(layers[m.module], AttentionCore) for m in members) else "hidden"
-        axis = 1 if kind == "channel" else -1
-        site = Site(producers[0], kind, len(members[0].index), axis, tuple(members))
+        site = Site(producers[0], kind, len(members[0].index), cast(int, axis_of(layer)), tuple(members))
         sites.append((first[producers[-1]], site))
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
@@ -265,9 +362,9 @@ def _attention(name: str, module: Attention) -> list[Member]:
     thrice = tuple((c, inner + c, 2 * inner + c) for c in range(inner))
     once = tuple((c,) for c in range(inner))
     return [
-        Member(f"{name}.qkv", "out", thrice),
-        Member(f"{name}.core", "in", thrice),
-        Member(f"{name}.proj", "in", once),
+        Member(f"{name}.qkv", "out", thrice, -1),
+        Member(f"{name}.core", "in", thrice, -1),
+        Member(f"{name}.proj", "in", once, -1),
     ]
 
 
@@ -276,7 +373,7 @@ def _group(
 ) -> tuple[list[Member], str]:
     """The members of the DepGraph group of a layer's outputs, and why it is no site ("" where it may be one)."""
     n_units = module.out_features if isinstance(module, nn.Linear) else cast(int, module.out_channels)
-    alone = Member(root, "out", tuple((u,) for u in range(n_units)))
+    alone = Member(root, "out", tuple((u,) for u in range(n_units)), cast(int, axis_of(module)))
     try:
         pruner = graph.get_pruner_of_module(module)
         group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(n_units)))
@@ -302,7 +399,9 @@ def _group(
             reason = reason or _unfit(target, name, side)
             if sorted(owned) != list(range(n_units)):
                 reason = reason or f"only some of its units reach layer {name!r}"
-            members.append(Member(name, side, tuple(tuple(sorted(owned[u])) for u in range(n_units))))
+            axis = axis_of(target)
+            if axis is not None:  # those without one are unfit
+                members.append(Member(name, side, tuple(tuple(sorted(owned[u])) for u in range(n_units)), axis))
     if not any(member.side == "in" for member in members):
         reason = reason or "its units are the model's output"
     return members, reason
@@ -342,7 +441,7 @@ def _distinct(sites: list[Site], refused: dict[str, str]) -> list[Site]:
     return [site for site in sites if site not in clash]
 
 
-def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, str]) -> list[Site]:
+def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, str], reason: str) -> list[Site]:
     """The sites whose random cut gives the masked logits: all at once, and one by one only where that fails."""
     if not sites or _agrees(twin, x, sites):
         return sites
@@ -351,7 +450,7 @@ def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, 
         if _agrees(twin, x, [site]):
             good.append(site)
         else:
-            refused[site.layer] = "a trial cut did not give the logits of the masked model"
+            refused[site.layer] = reason
     if good and not _agrees(twin, x, good):
         raise ModelError(f"cutting {good[0].layer!r} and other sites together does not give the masked logits")
     return good
@@ -369,7 +468,7 @@ def _agrees(twin: nn.Module, x: Tensor, sites: list[Site]) -> bool:
 
 def _cut_equals_masked(twin: nn.Module, x: Tensor, mask: Mask) -> bool:
     small = copy.deepcopy(twin)
-    with torch.no_grad(), hooks.masked(twin, mask):
+    with torch.no_grad(), hooks.ablated(twin, mask):
         masked = twin(x)
     try:
         surgery.cut(small, mask)

@@ -24,9 +24,9 @@ def cut(model: nn.Module, mask: Mask) -> Table:
 
     The table is plain data: `replay(fresh_model, table)` makes the same cut without sites.
 
-    Raises UsageError where a mask would leave a site without units.
+    Raises UsageError where a mask would leave a site without units, or takes some of a place that can't be cut.
     """
-    _refuse_empty(mask)
+    _check(mask)
     table: Table = {}
     for (name, side), gone in _gone(mask).items():
         size = sizes(model.get_submodule(name))[side]
@@ -42,9 +42,9 @@ def zero(model: nn.Module, mask: Mask) -> Table:
     convolution its input weights become zero, which no BatchNorm or activation on the way undoes; a PadShortcut places
     zeros instead; AttentionCore has no weights, so the rows of the layer before it that make q, k and v become zero.
 
-    Raises UsageError where a mask would leave a site without units.
+    Raises UsageError where a mask would leave a site without units, or takes some of a place that can't be cut.
     """
-    _refuse_empty(mask)
+    _check(mask)
     table: Table = {}
     for site, keep in mask.keep.items():
         lost = torch.nonzero(~keep.bool()).flatten().tolist()
@@ -110,8 +110,13 @@ def renumber(sites: Sequence[Site], mask: Mask) -> tuple[Site, ...]:
     return tuple(found)
 
 
-def _refuse_empty(mask: Mask) -> None:
+def _check(mask: Mask) -> None:
     for site, keep in mask.keep.items():
+        if not keep.all() and not (site.producers and site.consumers):
+            raise UsageError(
+                f"site {site.layer!r} is a place to look at or to act on, not one that can be cut: take those of "
+                "sites.find"
+            )
         if not keep.any():
             raise UsageError(f"the mask removes all {site.n_units} units of site {site.layer!r}: keep at least one")
 

@@ -9,7 +9,7 @@ from sukashi.experiments.audit.run import subject
 from sukashi.experiments.audit.summary import AuditResult, answers_of
 from sukashi.experiments.workspace import Workspace
 from sukashi.report.page import Page
-from sukashi.report.words import flat
+from sukashi.report.words import flat, listed
 
 
 def page(result: AuditResult, space: Workspace) -> Page:
@@ -18,25 +18,47 @@ def page(result: AuditResult, space: Workspace) -> Page:
     for name, found in result.subjects.items():
         drawn, panels[name] = subject(name, "page").panel(result, found, space)
         figures |= drawn
-    run = (space.logged("run") or [{}])[-1]
     answers, _ = answers_of(space)
     settings: dict[str, Any] = {
         **space.identity,
         **{name: subject(name, "page").settings(space) for name in result.subjects},
         "models": {one.label: dict(one.identity) for one in answers},
     }
-    settings |= {name: run[name] for name in ("versions", "hardware") if name in run}
     return Page(
         "experiments/audit/page.html.j2",
         figures,
         {
             "result": result,
+            "title": f"Audit of {listed(list(panels))} against {result.reference}",
+            "warnings": [
+                *_left_out(result),
+                *result.notes,
+                *(line for of in panels.values() for line in of["warnings"]),
+            ],
             "panels": panels,
             "guessing": [model["label"] for model in result.models if model["guesses"]],
-            "few": [f"{model['label']} ({model['n_images']})" for model in result.models if model["few"]],
             "least": FEW,
             "population": POPULATIONS[space.identity["population"]],
-            "command": run.get("command", ""),
             "settings": dict(flat(settings)),
+            "run": (space.logged("run") or [{}])[-1],
         },
     )
+
+
+def _left_out(result: AuditResult) -> list[str]:
+    """Of which models no sentence speaks, and why."""
+    guessing = [model["label"] for model in result.models if model["guesses"]]
+    few = [f"{model['label']} ({model['n_images']})" for model in result.models if model["few"]]
+    found = []
+    if guessing:
+        found.append(
+            f"{', '.join(guessing)}: not shown to get more of the {result.n_images} test images right than guessing "
+            "would (95% interval). Their figures stand below and are left out of the sentences above: the maps of a "
+            "network that does not know the classes say nothing of its reasons."
+        )
+    if few:
+        found.append(
+            f"{', '.join(few)}: too few images to say anything, below {FEW}. Their figures stand below and are left "
+            "out of the sentences above: give more --test-images or another --population."
+        )
+    return found

@@ -26,7 +26,13 @@ SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 
 
 def subject(name: str, file: str) -> Any:
-    """A file of what an audit looks at: run, summary or page."""
+    """A file of what an audit looks at.
+
+    run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), the area of each
+             concept in each image (`areas`), its part of the `identity`, and its `trials(answers)`
+    summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
+    page     `panel(result, found, space)`, `settings(space)`
+    """
     return importlib.import_module(f"sukashi.experiments.audit.{name}.{file}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from pydantic import ConfigDict
+
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.experiments.audit.networks import Answers, unpacked
@@ -19,7 +21,7 @@ class AuditResult(Result):
     models     of each: label, series and ratio (what pruned it and how far, where its recipe says so), accuracy,
                guesses (not shown to get more images right than guessing would), few (too few images to say anything),
                n_images
-    saliency   what its maps are like, see `audit.saliency.summary`; None where it was not looked at
+    saliency   what its maps are like, see `audit.saliency.summary`; and so for each subject that was looked at
 
     `verdict` and `lines` are the sentences the page begins with.
     """
@@ -32,12 +34,13 @@ class AuditResult(Result):
     verdict: str
     lines: list[str]
     notes: list[str]
-    saliency: dict[str, Any] | None = None
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     @property
     def subjects(self) -> dict[str, dict[str, Any]]:
         """What was looked at, by name."""
-        return {"saliency": self.saliency} if self.saliency else {}
+        return dict(self.model_extra or {})
 
     def text(self) -> str:
         parts = [subject(name, "summary").text(found, self.reference) for name, found in self.subjects.items()]
@@ -45,7 +48,11 @@ class AuditResult(Result):
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
-        return [{"subject": name, **row} for name, found in self.subjects.items() for row in found["comparisons"]]
+        return [
+            {"subject": name, **row}
+            for name, found in self.subjects.items()
+            for row in subject(name, "summary").rows(found)
+        ]
 
 
 def answers_of(space: Workspace) -> tuple[list[Answers], dict[str, Any]]:

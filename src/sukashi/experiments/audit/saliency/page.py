@@ -51,6 +51,12 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
         figures["morf"] = draw_curves(told, curves, ORDERS["morf"])
     figures |= {f"gallery-{name}": draw_gallery(of_name) for name, of_name in pictures.items()}
     n_images = {model["label"]: model["n_images"] for model in result.models}
+    silent = [
+        f"{n} of {n_images[label]} {name} maps of {label} are constant or not finite, and left out"
+        for label, counts in ((model["label"], model["silent"]) for model in found["models"])
+        for name, n in counts.items()
+        if n
+    ]
     shown = {
         "found": found,
         "rows": {(row["model"], row["attribution"], row["measure"]): row for row in found["comparisons"]},
@@ -60,12 +66,8 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
             for measure in dict.fromkeys(row["measure"] for row in found["comparisons"])
             if measure not in found["measures"]
         ],
-        "silent": [
-            f"{n} of {n_images[label]} {name} maps of {label} are constant or not finite, and left out"
-            for label, silent in ((model["label"], model["silent"]) for model in found["models"])
-            for name, n in silent.items()
-            if n
-        ],
+        "silent": silent,
+        "warnings": [*(f"{name} is left out: {reason}" for name, reason in found["refused"].items()), *silent],
         "similar": {(row["model"], row["attribution"], row["measure"]): row for row in found["similarities"]},
         "similarities": list(dict.fromkeys(row["measure"] for row in found["similarities"])),
         "pointing": {(row["model"], row["attribution"], row["concept"]): row for row in found["pointing"]},

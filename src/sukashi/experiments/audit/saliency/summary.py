@@ -441,3 +441,8 @@ def text(found: Mapping[str, Any], reference: str) -> str:
     ]
     refused = [f"left out: {name}: {reason}" for name, reason in found["refused"].items()]
     return "\n".join([words.table(["model", "attribution", "measure", reference, "model", "so"], rows), *refused])
+
+
+def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each comparison."""
+    return list(found["comparisons"])

@@ -154,7 +154,7 @@ def clean():
 
 
 def here(*names):
-    return [f"test_auditing:{name}" for name in names]
+    return [f"test_audit:{name}" for name in names]
 
 
 # What is measured.
@@ -397,7 +397,7 @@ def test_what_was_found_is_read_from_the_folder_again(done, monkeypatch):
     result, out = done
     page = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
-    monkeypatch.setattr(networks, "opened", None)
+    monkeypatch.setattr("sukashi.experiments.audit.run.prepare", None)
     assert sukashi.results(out) == result
     assert (out / "report.html").read_bytes() == page
 
