@@ -69,8 +69,8 @@ def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_
     assert {name: found[name] for name in before} == before
     with pytest.raises(UsageError, match="seeds was 2, now 1"):
         compare(COMPARED, out, cnn_weights, seeds=1)
-    with pytest.raises(UsageError, match=r"ratios was \[0.0,0.3,0.6,0.9\], now \[0.0,0.3\]"):
-        compare(COMPARED, out, cnn_weights, ratios=[0.3])
+    with pytest.raises(UsageError, match=r"ratios was \[0.0,0.3,0.6,0.9\], now \[0.0,0.3,0.6,0.9,0.95\]"):
+        compare(COMPARED, out, cnn_weights, ratios=[0.3, 0.6, 0.9, 0.95])
     # Options of what was compared already would change what is there.
     with pytest.raises(UsageError, match="options"):
         compare(COMPARED, out, cnn_weights, options={"cswap": {"alpha": 0.1}})

@@ -401,6 +401,8 @@ def test_experiments_of_all_kinds_read_what_those_before_them_made(mixed):
     assert weights == [dense.weights_sha256] * 2
     accuracy = result.experiments["against"]["dense_accuracy"]
     assert result.experiments["half"]["dense"]["accuracy"] == pytest.approx(accuracy)
+    records = Workspace(out).records()
+    assert [record.kept["needs"] for record in records] == [[r.key for r in records[:n]] for n in range(len(records))]
     # What is shared holds for those that have it, and a table's own setting goes before it.
     assert {name: result.experiments[name]["n_images"] for name in ("dense", "half", "against")} == {
         "dense": 60,
@@ -450,6 +452,10 @@ def test_finished_experiments_are_not_done_again_from_wherever_the_file_is_run(m
     assert sukashi.study("study.toml", out="mixed").finished
     monkeypatch.chdir(folder.parent)
     assert sukashi.study(folder / "study.toml", out=f"{folder.name}/mixed").finished
+    # What was cut short before the study knew of it is found finished from there too.
+    (half,) = (r for r in Workspace(folder / "mixed").records() if r.result["name"] == "half")
+    (half.folder / "trial.json").unlink()
+    assert kept(sukashi.study(folder / "study.toml", out=f"{folder.name}/mixed")) == kept(result)
 
 
 def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_later(mixed, tmp_path, monkeypatch):
