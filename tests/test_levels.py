@@ -553,8 +553,9 @@ def test_progress_tells_the_level(tmp_path):
 
         def advance(self, n=1, note=""):
             if self.title == "trials" and note:
-                notes.append(note)
+                notes.append((note, n))
 
     with progress.listening(lambda title, total: Shown(title)):
         ran(course(ratios=[0.5]), tmp_path / "out")
-    assert notes == ["dense, seed 0", "magnitude, seed 0, 50%"]
+    # Of each when it begins, and when it is there.
+    assert notes == [(note, n) for note in ("dense, seed 0", "magnitude, seed 0, 50%") for n in (0, 1)]
