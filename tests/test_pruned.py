@@ -378,7 +378,7 @@ def test_a_sparse_folder_runs_semi_structured_where_a_gpu_does(tmp_path):
     small, _ = _sparse(dense, 0.5, "2:4")
     # Ten outputs are no size that torch takes.
     mask = Mask({site: keep for site, keep in small.mask.keep.items() if site.layer != "head"})
-    save(tmp_path / "sparse", replace(small, mask=mask), provenance={}, figures={})
+    save(tmp_path / "sparse", replace(small, mask=mask), provenance={})
     loaded = models.load(str(tmp_path / "sparse"))
     with pytest.raises(UsageError, match="digits_vit has no mask of single weights: prune with scope 2:4"):
         models.semi_structured(dense)
