@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from sukashi.cli.console import command, print_json, say, to_stdout, working
-from sukashi.cli.options import is_said, parameters, values
+from sukashi.cli.options import Command, is_said, parameters, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
@@ -73,10 +73,10 @@ def _experiment(kind: type[Settings]) -> None:
         taken.append(inspect.Parameter("jobs", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=JobsOption))
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in taken}
-    app.command(kind.kind, help=kind.__doc__)(run)
+    app.command(kind.kind, cls=Command, help=kind.__doc__)(run)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"), as_json: JsonOption = False
 ) -> None:
@@ -92,7 +92,7 @@ def demo(
         print("  sukashi compare MODEL --data path/to/images --criteria magnitude,cswap,drift --out runs/mine")
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(
     what: Annotated[str, typer.Argument(help="criteria, attributions, schedules, models, data or measures.")],
     name: Annotated[str | None, typer.Argument(help="One of them: what it computes and its options.")] = None,
@@ -122,7 +122,7 @@ for _kind in kinds().values():
     _experiment(_kind)
 
 
-@app.command()
+@app.command(cls=Command)
 def study(
     file: Annotated[Path, typer.Argument(help="A study file (TOML).")],
     out: Annotated[Path | None, typer.Option(help="Folder for results instead of the file's.")] = None,
@@ -140,7 +140,7 @@ def study(
     _show(result, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     folder: Annotated[Path, typer.Argument(help="The --out of any command.")],
     margin: Annotated[
