@@ -26,7 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-JobsOption = Annotated[int, typer.Option(help="Processes that share the trials.", min=1)]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        help="Processes that share the trials and the threads. With another number of threads a trained network's "
+        "weights differ in their last bits.",
+        min=1,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
 
 
