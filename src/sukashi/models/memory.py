@@ -21,7 +21,7 @@ from sukashi.models.checks import named_outputs, noise
 from sukashi.models.loaded import HELD, MEMORY, Held, Loaded
 from sukashi.models.specs import build, prepare
 from sukashi.models.weights import tensor_digests
-from sukashi.network import canonical, surgery
+from sukashi.network import canonical, hooks, surgery
 
 # Of the largest output, between two passes of one network.
 _SAME = 1e-5
@@ -139,9 +139,12 @@ def _told(value: Any, seen: dict[int, tuple[int, Any]], weights: set[int], *, co
         case np.ndarray():
             return [kind, str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
         case nn.Module():
-            hooks = [*value._forward_pre_hooks.values(), *value._forward_hooks.values()]
             own = {name: part for name, part in sorted(vars(value).items()) if name not in _KEEPING}
-            return [kind, [[name, tell(part)] for name, part in own.items()], [tell(hook) for hook in hooks]]
+            return [
+                kind,
+                [[name, tell(part)] for name, part in own.items()],
+                [tell(hook) for hook in hooks.registered(value)],
+            ]
         case Mapping():
             parts = value.items()
             if code_only:
