@@ -6,6 +6,7 @@ import functools
 import html
 import json
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -655,7 +656,7 @@ def test_folders_are_named_by_what_tells_them_apart(tmp_path):
 
 
 def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_path):
-    told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "ratio": 0.47, "seed": 0}, "again": {"seed": 1}}
+    told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "seed": 0}, "again": {"seed": 1}}
     told["level"] = {"contender": "magnitude/unenforced", "ratio_asked": 0.3, "seed": 2, "trained": True}
     for name, provenance in told.items():
         saved.save(tmp_path / name, trained_cnn, provenance=provenance)
@@ -748,14 +749,44 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
         sukashi.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
 
 
-def test_maps_by_other_options_are_made_anew_in_the_same_folder(folders, tmp_path):
-    asked = {"attributions": ["integrated_gradients"], "measures": ["gini"], **READING}
-    found = [
-        sukashi.audit(folders[:2], "digits", out=tmp_path / out, options={"integrated_gradients": options}, **asked)
-        for out, options in (("one", {}), ("one", {"steps": 1}), ("two", {"steps": 1}))
-    ]
-    means = [result.saliency["models"][0]["means"]["integrated_gradients"]["gini"] for result in found]
-    assert means[0] != means[1] == means[2]
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"models": (0, 2)}, r'models\.\w{12} was "sukashi:digits_cnn", now null'),
+        ({"attributions": ["lrp"]}, r"attributions\.integrated_gradients was {}, now null"),
+        (
+            {"options": {"integrated_gradients": {"steps": 1}}},
+            r"integrated_gradients\.steps was null, now 1",
+        ),
+    ],
+)
+def test_no_model_and_no_attribution_of_an_audit_is_lost_or_replaced(folders, tmp_path, changes, words):
+    def audit(models, attributions=("integrated_gradients",), **more):
+        asked = {"attributions": list(attributions), "measures": ["gini"], "test_images": 10, **more}
+        return sukashi.audit([folders[i] for i in models], "digits", out=tmp_path / "out", **asked)
+
+    audit((0, 1))
+    before = contents(tmp_path / "out")
+    with pytest.raises(UsageError, match=f"{words}.*choose another --out or remove the folder"):
+        audit(**{"models": (0, 1), **changes})
+    assert contents(tmp_path / "out") == before
+    grown = audit((0, 2, 1), ["lrp", "integrated_gradients"])
+    assert [one["label"] for one in grown.models] == ["dense", "noisy", "same"]
+    assert grown.saliency["attributions"] == ["lrp", "integrated_gradients"]
+    with pytest.raises(UsageError, match="choose another --out"):
+        audit((0, 1))
+
+
+def test_an_audit_grows_by_a_pruned_model_though_the_names_of_the_others_change(trained_cnn, folders, tmp_path):
+    asked = {"attributions": ["saliency"], "measures": ["gini"], "test_images": 10, "out": tmp_path / "out"}
+    told = {"criterion": "drift", "ratio_asked": 0.5}
+    saved.save(tmp_path / "half", trained_cnn, provenance=told)
+    sukashi.audit([folders[0], str(tmp_path / "half")], "digits", **asked)
+    shutil.copytree(tmp_path / "half", tmp_path / "deep" / "half")
+    specs = [folders[0], str(tmp_path / "deep" / "half"), folders[2]]
+    assert len(sukashi.audit(specs, "digits", **asked).models) == 3
+    with pytest.raises(UsageError, match=r'models\.drift, 0\.5, \w{12} was "sukashi:digits_cnn", now null'):
+        sukashi.audit(folders[::2], "digits", **asked)
 
 
 # Families, and what is refused.

@@ -278,6 +278,15 @@ def test_report_writes_the_same_again(experiment, capsys, monkeypatch):
     assert found == sukashi.results(experiment.out).text() + "\n"
 
 
+def test_an_option_that_a_summary_does_not_take_is_refused_before_anything_is_written(experiment):
+    room = {"finetune": "train"}.get(experiment.kind, experiment.kind)
+    (experiment.out / "report.html").unlink()
+    name, remedy = ("margn", ": did you mean 'margin'") if room == "compare" else ("margin", ": leave it out")
+    with pytest.raises(UsageError, match=f"holds the results of {room}, which have no option '{name}'{remedy}"):
+        sukashi.results(experiment.out, **{name: 0.1})
+    assert differing(experiment.out, experiment.finished) == {"report.html"}
+
+
 def test_what_was_found_is_told_alike_in_every_way(experiment):
     result = experiment.result
     assert isinstance(result, Result)

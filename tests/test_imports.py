@@ -120,6 +120,15 @@ def test_the_command_line_starts_without_torch():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_what_the_docs_say_imports_no_torch_imports_none():
+    text = " ".join((Path(__file__).parent.parent / "docs" / "architecture.md").read_text().split())
+    but = {f"core.{name}" for name in re.findall(r"`(\w+)`", re.search(r"`core` (.*?)every `settings.py`", text)[1])}
+    said = {name for name in FILES if (room(name) == "core" and name not in but) or name.endswith(".settings")}
+    code = f"import sys, {', '.join(f'sukashi.{name}' for name in sorted(said))}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
 def faults(name, tree):
     """What a file must not do, as sentences."""
     for node in ast.walk(tree):

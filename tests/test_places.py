@@ -10,9 +10,9 @@ from torch import nn
 
 from sukashi.attributions import attributions
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.files import packed
+from sukashi.core.files import packed, unpacked
 from sukashi.core.types import Mask, Plan, Site
-from sukashi.criteria.plans import plan_arrays, read_plan
+from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.models.architectures import DigitsCNN, DigitsViT, cifar_resnet18
 from sukashi.network import hooks, sites, surgery
 from sukashi.network.canonical import canonical
@@ -370,4 +370,5 @@ def test_places_of_one_layer_are_different_sites_and_a_plan_keeps_them_apart(tmp
     order = [(s, u) for s, site in enumerate(made_) for u in range(site.n_units)]
     path = tmp_path / "plan.npz"
     path.write_bytes(packed(**plan_arrays(Plan.build(made_, order, method="any"))))
-    assert read_plan(path).sites == tuple(made_)
+    with unpacked(path) as arrays:
+        assert plan_of(arrays).sites == tuple(made_)

@@ -15,7 +15,7 @@ from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.criteria import pruning
-from sukashi.criteria.plans import read_plan
+from sukashi.criteria.plans import plan_of
 from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import accuracy
@@ -34,6 +34,11 @@ with torch.no_grad():
 
 def prune(criterion, ratio, out, weights, **settings):
     return sukashi.prune(SPEC, "digits", criterion, ratio, out=out, weights=weights, **{**CUT, **settings})
+
+
+def plan(out, sites):
+    """What was kept of the order in which units went."""
+    return plan_of(Workspace(out).records()[0].arrays("plan"), sites)
 
 
 def contents(folder):
@@ -60,7 +65,7 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weig
     subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=100)
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
 
-    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5, 4)
+    mask = pruning.round_mask(plan(out, case.sites), 0.5, 4)
     test = test_images(case.loaded.preprocess, 2000)
     with torch.no_grad(), hooks.ablated(case.model, mask):
         expected, masked = case.model(case.data.x), right(case.model, test)
@@ -120,7 +125,7 @@ def test_a_zeroed_model_loads_as_a_dense_one_with_silent_units(small, cnn_weight
     case, out = small["cnn"], tmp_path / "zeroed"
     result = prune("taylor", 0.4, out, cnn_weights, mode="zero")
     back = models.load(str(out))
-    mask = read_plan(out / "plan.npz", case.sites).mask(0.4)
+    mask = plan(out, case.sites).mask(0.4)
     with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x)
     with torch.no_grad():
@@ -213,7 +218,7 @@ def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights
         assert (out / name).read_bytes() == before[name], "the network that was there is kept"
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
-    mask = pruning.round_mask(read_plan(out / "plan.npz", case.sites), 0.5)
+    mask = pruning.round_mask(plan(out, case.sites), 0.5)
     with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x).numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

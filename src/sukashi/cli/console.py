@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from sukashi.core import progress
 from sukashi.core.errors import ResourceError, SukashiError
+from sukashi.core.experiment import finite
 from sukashi.report import words
 
 if TYPE_CHECKING:
@@ -169,16 +169,7 @@ def to_stdout(table: Table) -> None:
 
 
 def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(_finite(result), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for NaN and Inf, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(result), allow_nan=False))
 
 
 def command() -> str:

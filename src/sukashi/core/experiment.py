@@ -4,9 +4,9 @@ Of every kind of experiment there is a folder in `sukashi/experiments` with the 
 
     settings.py   the settings, a `core.schema.Settings`: command line, keywords, TOML and identity come from them
     run.py        `prepare(settings) -> Prepared`: what is loaded and checked, and the trials
-    summary.py    `summary(space) -> Result`, from the artefacts alone; `tables(space)`, where there are more than
-                  the result's own
-    page.py       `page(result, space) -> Page`, from the summary and the artefacts that it names
+    summary.py    `summary(space) -> Result`, from the folder alone: the artefacts, and what its log says of the last
+                  run; `tables(space)`, where there are more than the result's own
+    page.py       `page(result, space) -> Page`, from the summary, the artefacts that it names and the log
 
 Claiming the folder, resuming, growth, refusal of a foreign folder, leases, results.json, tables and the page are
 written once, in `experiments.workspace` and `experiments.executor`.
@@ -99,7 +99,7 @@ class Result(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and words; None for what has no value."""
-        return dict(_finite(self.model_dump()))
+        return dict(finite(self.model_dump()))
 
     def __repr__(self) -> str:
         return self.text()
@@ -107,10 +107,10 @@ class Result(BaseModel):
     __str__ = __repr__
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for NaN and Inf, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

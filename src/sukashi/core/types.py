@@ -157,18 +157,15 @@ class Mask:
         return sum(keep.numel() for keep in self.keep.values())
 
 
-CATEGORIES = ("", "detrimental", "neutral", "critical")
-
-
 @dataclass(frozen=True)
 class Plan:
     """The order in which all units go, first to last, and what was found out about each.
 
     Row i of every array speaks of the i-th unit to go: `site` (n,) is a position in `sites`, `unit` (n,) a unit of it.
-    `category` (n,) holds one of CATEGORIES, `effect` (n,) the method's signed measure of what removing the unit does,
-    `p_values` (n, K) one p-value a class; NaN or "" where the method has none. `passes` are the numbers of units gone
-    after each progressive pass: what the method itself decided, before critical units follow. The last unit of each
-    site goes at the very end and a mask never takes it, so that no layer is ever emptied.
+    `category` (n,) is detrimental, neutral or critical, `effect` (n,) the method's signed measure of what removing the
+    unit does, `p_values` (n, K) one p-value a class; NaN or "" where the method has none. `passes` are the numbers of
+    units gone after each progressive pass: what the method itself decided, before critical units follow. The last
+    unit of each site goes at the very end and a mask never takes it, so that no layer is ever emptied.
     """
 
     sites: tuple[Site, ...]

@@ -1,17 +1,16 @@
-"""Plans as files."""
+"""Plans as arrays, and back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sukashi.core.errors import ModelError
-from sukashi.core.files import canonical, unpacked
+from sukashi.core.files import canonical
 from sukashi.core.types import Plan, Site
 
 
@@ -33,15 +32,15 @@ def plan_arrays(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = None, where: str = "the plan") -> Plan:
+def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = None) -> Plan:
     """The plan on `sites` as found in the model now; without them its sites have no members and can't be cut.
 
-    Raises ModelError where the sites are not those the plan was made for; `where` is what it calls the plan.
+    Raises ModelError where the sites are not those the plan was made for.
     """
     about = json.loads(str(arrays["about"]))
     kept = tuple(Site(**site) for site in about["sites"])
     if sites is not None:
-        _refuse_other_sites(where, kept, sites)
+        _refuse_other_sites(kept, sites)
         now = {site: site for site in sites}
         kept = tuple(now[site] for site in kept)
     return Plan(
@@ -54,18 +53,12 @@ def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = N
     )
 
 
-def read_plan(path: Path, sites: Sequence[Site] | None = None) -> Plan:
-    """The plan of a file such as the plan.npz of a pruned folder; see `plan_of`."""
-    with unpacked(path) as arrays:
-        return plan_of(arrays, sites, str(path))
-
-
-def _refuse_other_sites(where: str, kept: Sequence[Site], sites: Sequence[Site]) -> None:
+def _refuse_other_sites(kept: Sequence[Site], sites: Sequence[Site]) -> None:
     if set(kept) == set(sites):
         return
     different = min(set(kept) ^ set(sites), key=lambda site: site.layer)
     whose = "the plan" if different in set(kept) else "the model"
     raise ModelError(
-        f"{where} was made for another model: only {whose} has a site at {different.layer!r} with {different.n_units} "
+        f"the plan was made for another model: only {whose} has a site at {different.layer!r} with {different.n_units} "
         f"{different.kind} units; use the model it was made with or make a new plan"
     )

@@ -5,6 +5,7 @@ Where `out` is not given results go into a new folder for temporary files, which
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from sukashi import data as images
 from sukashi import models
 from sukashi.attributions import attributions
 from sukashi.core import progress
+from sukashi.core.errors import UsageError, nearest
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keyworded, keywords
 from sukashi.core.types import Preprocess, Site
@@ -27,7 +29,7 @@ from sukashi.experiments.check.run import CheckResult
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.compare.summary import CompareResult
-from sukashi.experiments.executor import conclude, execute
+from sukashi.experiments.executor import conclude, execute, part
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.summary import PruneResult
@@ -318,10 +320,17 @@ def results(folder: str | Path, **options: Any) -> Result:
 
     `options`: `margin`, of a comparison's lossless points.
 
-    Raises UsageError where the folder holds no experiment or too little of it is finished, DataError where a file is
-    broken.
+    Raises UsageError where the folder holds no experiment, too little of it is finished or its kind has no such option,
+    DataError where a file is broken.
     """
-    return conclude(Workspace(folder), **options)
+    space = Workspace(folder)
+    kind = space.about["kind"]
+    _, *known = inspect.signature(part(kind, "summary").summary).parameters
+    for name in options:
+        if name not in known:
+            remedy = nearest(name, known) if known else ": leave it out"
+            raise UsageError(f"{folder} holds the results of {kind}, which have no option {name!r}{remedy}")
+    return conclude(space, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 import weakref
 from collections.abc import Sequence
@@ -17,12 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from sukashi.core.errors import UsageError
 from sukashi.core.precision import exact
 from sukashi.core.types import Mask
 from sukashi.network import surgery
-
-FLOP_COUNTER = "torch.utils.flop_counter, one multiply-add = 2 FLOPs, convolutions, matrix products and attention only"
 
 
 def sizes(model: nn.Module, example: Tensor, mask: Mask) -> dict[str, dict[str, int]]:
@@ -51,7 +47,7 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, example: Tensor) -> int:
-    """FLOPs of one image, as FLOP_COUNTER counts them, the same on every device.
+    """FLOPs of one image, 2 a multiply-add, in convolutions, matrix products and attention; alike on every device.
 
     torch's counter passes over fused kernels that it has no rule for: of attention those of a CPU, of torch's own
     transformer layers all. Here attention runs as the matrix products it is made of.
@@ -107,38 +103,6 @@ def latency(
                 if turn >= warmup:
                     times[position].append(taken)
     return times
-
-
-def cost(
-    dense: nn.Module, cut: nn.Module, example: Tensor, *, batch_size: int = 32, repeats: int = 20
-) -> dict[str, Any]:
-    """Everything beside each other: {"dense": figures, "cut": figures, and how they were measured}.
-
-    Figures are those of `size`, with `peak_bytes` of a batch, and `latency_ms`, the median of a batch's passes.
-    `example` (B, C, H, W) is repeated to `batch_size` images. Neither network is changed.
-
-    Raises UsageError where the two are not on one device, or for a batch size below 1.
-    """
-    devices = {next(network.parameters()).device for network in (dense, cut)} | {example.device}
-    if len(devices) > 1:
-        raise UsageError(f"networks and images are on {', '.join(sorted(map(str, devices)))}: put them on one device")
-    if batch_size < 1 or repeats < 1:
-        raise UsageError(f"batch_size and repeats must be at least 1, got {batch_size} and {repeats}")
-    batch = example.repeat(-(-batch_size // len(example)), 1, 1, 1)[:batch_size]
-    times = latency((dense, cut), batch, repeats=repeats)
-    dense_figures, cut_figures = (
-        {**size(network, batch), "latency_ms": statistics.median(of_network)}
-        for network, of_network in zip((dense, cut), times, strict=True)
-    )
-    return {
-        "dense": dense_figures,
-        "cut": cut_figures,
-        "batch_size": batch_size,
-        "repeats": len(times[0]),
-        "device": torch.cuda.get_device_name(example.device) if example.is_cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "flop_counter": FLOP_COUNTER,
-    }
 
 
 class _Alive(TorchDispatchMode):

@@ -211,7 +211,7 @@ def _level(folder: str) -> tuple[str | None, float | None, bool]:
     recipe = models.read_recipe(Path(folder) / models.RECIPE)
     told = recipe.provenance
     trained = bool(told.get("trained"))
-    series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked", told.get("ratio"))
+    series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked")
     if not isinstance(series, str) or not isinstance(ratio, int | float):
         return None, None, trained
     return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio), trained

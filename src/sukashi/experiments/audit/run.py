@@ -1,12 +1,13 @@
 """Audits: do networks, side by side on the same images, still decide for the reasons of the first of them?
 
 The first trial keeps what each network answers; those of the subjects look at them there. An audit that was interrupted
-goes on from the trials it has, and models and attributions may be added. Every number is that of an image; means,
-intervals and tests are made of them in the end, pair by pair.
+goes on from the trials it has, and models and attributions may be added, never taken away. Every number is that of an
+image; means, intervals and tests are made of them in the end, pair by pair.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.experiment import Prepared, Trial
+from sukashi.core.files import canonical
 from sukashi.experiments.audit.networks import POPULATIONS, Answers, opened, packed
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import hardware, versions
@@ -29,7 +31,8 @@ def subject(name: str, file: str) -> Any:
     """A file of what an audit looks at.
 
     run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), the area of each
-             concept in each image (`areas`), its part of the `identity`, and its `trials(answers)`
+             concept in each image (`areas`), its part of the `identity`, the `attributions` it has looked at by
+             name with their options, and its `trials(answers)`
     summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
     page     `panel(result, found, space)`, `settings(space)`
     """
@@ -51,6 +54,8 @@ def prepare(settings: Audit) -> Prepared:
         "population": settings.population,
         "seed": settings.seed,
         "reference": networks[0].identity,
+        "models": {_name(one.answers): one.identity["spec"] for one in networks[1:]},
+        "attributions": {name: of for one in looking.values() for name, of in one.attributions.items()},
         **{name: one.identity for name, one in looking.items()},
     }
     facts = {
@@ -70,6 +75,12 @@ def prepare(settings: Audit) -> Prepared:
     kept = Trial(about, partial(_keep, answers, facts), label="answers")
     trials = [kept, *(trial for one in looking.values() for trial in one.trials(kept))]
     return Prepared(identity, trials, {"versions": versions(), "hardware": hardware(reference.device)})
+
+
+def _name(one: Answers) -> str:
+    """A model of the identity: what pruned it and how far, and a digest of it, wherever its folder lies."""
+    digest = hashlib.sha256(canonical(dict(one.identity))).hexdigest()[:12]
+    return digest if one.series is None else f"{one.series}, {one.ratio:g}, {digest}"
 
 
 def _check(settings: Audit) -> None:

@@ -13,6 +13,7 @@ class Audit(Opening):
 
     kind: ClassVar[str] = "audit"
     shared: ClassVar[bool] = True
+    grows: ClassVar[frozenset[str]] = frozenset({"models", "attributions"})
 
     models: list[str] = option(
         argument=True, help="Specs, which share --weights, or saved folders. The first is the reference."

@@ -1,4 +1,4 @@
-"""What a comparison found, from its artefacts alone."""
+"""What a comparison found, from its folder alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cut did to a network, from its artefacts alone."""
+"""What a cut did to a network, from its folder alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the levels of a schedule show, from their artefacts alone: accuracy, and how far it is from dense."""
+"""What the levels of a schedule show, from their folder alone: accuracy, and how far it is from dense."""
 
 from __future__ import annotations
 

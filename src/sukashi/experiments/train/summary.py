@@ -1,4 +1,4 @@
-"""What a training gave, from its artefacts alone."""
+"""What a training gave, from its folder alone."""
 
 from __future__ import annotations
 

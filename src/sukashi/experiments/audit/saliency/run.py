@@ -24,6 +24,7 @@ class Subject:
             if name not in (*names, *refused, *measures):
                 raise UsageError(f"options were given for {name!r}, which is not part of this audit: leave them out")
         self.names = names
+        self.attributions = {name: settings.options.get(name, {}) for name in names}
         self.auditor = Auditor(networks, measures, settings.options, settings.seed)
         self.auditor.try_out(names[0])
         self.areas = self.auditor.areas
