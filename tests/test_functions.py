@@ -102,3 +102,12 @@ def test_seconds_of_criteria_are_in_one_column():
     more = {"class_counts": {}, "notes": [], "limit": 1.0, "cannot": {}, "unmeasured": []}
     text = functions.CheckResult(**given, **more, estimated_seconds=seconds).text()
     assert len({line.index(" about ") for line in text.splitlines() if " about " in line}) == 1
+
+
+def test_a_cut_network_is_printed_in_a_line():
+    bench = sukashi.open(NET, "digits", width=8, calibration=2)
+    small = bench.rank("magnitude").cut(0.5, round_to=1)
+    after = sum(p.numel() for p in small.model.parameters())
+    said = f"the last cut removed 16 of 32 units and left {after:,} of 3,506 parameters"
+    assert repr(small) == f"{NET}: 10 classes, {after:,} parameters; {said}"
+    assert repr(bench.loaded) == f"{NET}: 10 classes, 3,506 parameters"
