@@ -1060,20 +1060,3 @@ def test_other_processes_of_a_training_are_silent(sukashi, monkeypatch, tmp_path
     monkeypatch.setenv("RANK", "1")
     found = sukashi("finetune", NET, "--data", "digits", "--out", tmp_path / "run")
     assert (found.code, found.out, found.err) == (2, "", "")
-
-
-@pytest.mark.parametrize(
-    ("option", "args"),
-    [
-        ("--ratios", ("compare", "zoo:cnn", "--data", "digits", "--out", "out", "--ratios", "0.3", "--ratios", "0.6")),
-        ("--seed", ("prune", "zoo:cnn", "--data", "digits", "--out", "out", "--seed", "1", "--seed=2")),
-        ("--margin", ("report", "out", "--margin", "0.1", "--margin", "0.2")),
-    ],
-)
-def test_an_option_given_twice_is_refused(refused, option, args):
-    refused(2, [f"{option} is given 2 times; give it once"], *args)
-
-
-def test_repeatable_options_are_taken_as_often_as_given(refused, tmp_path):
-    refused(2, ["nothing"], "compare", "zoo:cnn", "--data", "digits", "--out", tmp_path / "out",
-            "--criteria", "nothing", "--set", "nothing.a=1", "--set", "nothing.b=2")  # fmt: skip

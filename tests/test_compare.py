@@ -352,6 +352,8 @@ def test_a_criterion_that_refuses_the_model_stops_everything_unless_it_may_be_le
     assert result.contenders == ["magnitude"]
     assert "no rule for LayerNorm" in result.refused["backtrace"]
     assert f"refused: backtrace: {result.refused['backtrace']}" in result.text()
+    with pytest.raises(ModelError, match=r"backtrace refuses the model: .*give --skip-refused again, or another --out"):
+        sukashi.compare(*named, out=tmp_path / "left", **given)
 
 
 @pytest.mark.realdata

@@ -16,6 +16,7 @@ import sukashi
 from sukashi.cli import main
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
+from sukashi.experiments.kinds import kinds
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import cost
 
@@ -24,6 +25,7 @@ ONE = {"model": NET, "width": 8, "data": "digits", "test_images": 20}
 CUT = {**ONE, "calibration": 4, "criterion": "taylor", "ratio": 0.5}
 TRAINED = {"epochs": 2, "batch_size": 256}
 # What is asked of each kind, and what makes another experiment of it, with the words of the refusal.
+# A new kind goes here too.
 ASKED = {
     "compare": (
         {**ONE, "calibration": 4, "criteria": ["magnitude", "taylor"], "ratios": [0.5], "seeds": 2},
@@ -71,6 +73,11 @@ population = "all"
 """
 SNAPSHOTS = 7
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
+
+
+def test_every_kind_with_a_folder_has_an_example_here():
+    lasting = {name for name, kind in kinds().items() if "out" in kind.model_fields}
+    assert set(ASKED) == lasting | {"study"}, "ASKED in this file holds settings for every kind that writes a folder"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,6 +20,7 @@ from sukashi.experiments import catalogue
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.reading import Images
 from sukashi.experiments.schedule.settings import Course, Schedule
@@ -28,12 +29,11 @@ from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.measures import curves
 from sukashi.training import loop
 
-KINDS = [Check, Prune, Compare, Train, Finetune, Schedule, Audit]
-SHARED = [Compare, Schedule, Audit]  # have trials that several processes can do
+KINDS = list(kinds().values())
 GIVEN = ["--data", "d", "--out", "o"]
 ROOT = Path(__file__).parent.parent
 COMPARED = {"model": "m", "data": "d", "criteria": ["drift"], "out": "o"}
-# What must be given of each kind.
+# What must be given of each kind: a new one goes here too.
 NEEDED = {
     Check: {"model": "m", "data": "d"},
     Prune: {"model": "m", "data": "d", "criterion": "drift", "ratio": 0.5, "out": "o"},
@@ -43,6 +43,11 @@ NEEDED = {
     Schedule: {"model": "m", "data": "d", "how": "oneshot", "criteria": ["drift"], "ratios": [0.5], "out": "o"},
     Audit: {"models": ["m", "n"], "data": "d", "out": "o"},
 }
+
+
+def test_every_kind_has_an_example_here():
+    assert set(NEEDED) == set(KINDS), "NEEDED in this file holds settings for every kind"
+    assert {kind.kind for kind in KINDS if kind.shared} >= {"compare", "schedule", "audit"}
 
 
 # From Python.
@@ -120,7 +125,7 @@ def test_help_of_a_function_tells_the_settings(kind):
     function = getattr(sukashi, kind.kind)
     told, said = inspect.signature(function).parameters, " ".join(function.__doc__.split())
     assert set(kind.model_fields) == set(told) - {"command", "jobs"}
-    assert ("jobs" in told) == (kind in SHARED)
+    assert ("jobs" in told) == kind.shared
     for name, field in kind.model_fields.items():
         if not field.is_required():
             assert told[name].default == (... if name in ("lr", "weight_decay") else default_of(field))

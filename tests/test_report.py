@@ -1,5 +1,6 @@
 """Pages of comparisons and of networks: what they say, that they say it safely, and that they need nothing else."""
 
+import hashlib
 import html.parser
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import sukashi
+from sukashi.core import files
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.core.types import Curve, Plan, Site
@@ -121,6 +123,7 @@ def paged(folder: Path | Workspace, **options: Any) -> str:
 def altered(record: Record, **changes: Any) -> None:
     """Change the result of a finished trial."""
     kept = {**record.kept, "result": {**record.result, **changes}}
+    kept["sha256"] = hashlib.sha256(files.canonical(kept)).hexdigest()
     (record.folder / "trial.json").write_text(json.dumps(kept))
 
 

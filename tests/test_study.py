@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -458,6 +460,16 @@ def test_finished_experiments_are_not_done_again_from_wherever_the_file_is_run(m
     assert kept(sukashi.study(folder / "study.toml", out=f"{folder.name}/mixed")) == kept(result)
 
 
+def test_a_folder_that_is_gone_is_told_with_what_makes_it_again(mixed, tmp_path):
+    folder, result = mixed
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "mixed" / "dense")
+    with pytest.raises(UsageError, match=r"dense is gone, which the study has finished: remove (\S+) too") as told:
+        sukashi.study(tmp_path / "copy" / "study.toml")
+    shutil.rmtree(re.search(r"remove (\S+) too", str(told.value)).group(1))
+    assert kept(sukashi.study(tmp_path / "copy" / "study.toml")) == kept(result)
+
+
 def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_later(mixed, tmp_path, monkeypatch):
     folder, result = mixed
     (tmp_path / "study.toml").write_text(MIXED[: MIXED.index("[experiments.reasons]")])
@@ -495,6 +507,7 @@ def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_lat
         ("test_images = 60", "tset_images = 60", "has an unknown key 'tset_images': did you mean 'test_images'"),
         ("test_images = 60", "test_images = 'x'", r"test_images must be a whole number like 2000, got 'x'"),
         ("[experiments.half]", '[experiments."../half"]', "letters, digits, _ or -: '../half'"),
+        ("[experiments.half]", "[experiments.trials]", "'trials' is a folder of the study's own: choose another name"),
         ('data = "digits"', 'data = "$NOWHERE/digits"', r"uses \$NOWHERE, which is not set"),
         ('out = "mixed"\n', "", "has no 'out': add out = .*, or give --out"),
         ('"$OUT/tuned"]', '"$OUT/tuned"', "is no TOML"),

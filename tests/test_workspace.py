@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 import zipfile
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from sukashi.core import files
-from sukashi.core.errors import DataError, ResourceError, UsageError
+from sukashi.core.errors import DataError, ModelError, ResourceError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.experiments import executor
 from sukashi.experiments.workspace import Workspace
@@ -166,12 +167,50 @@ def test_an_altered_artefact_is_refused_though_it_can_be_read(tmp_path):
 def test_an_altered_trial_is_refused(tmp_path):
     space = whole(tmp_path)
     path = space.records()[0].folder / "trial.json"
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 9'))
-    with pytest.raises(UsageError, match=r"of another trial: seed was 9, now 0"):
+    kept = path.read_text()
+    for altered in (kept.replace('"seed": 0', '"seed": 9'), kept.replace("0.1", "0.2"), kept[:-9]):
+        path.write_text(altered)
+        with pytest.raises(DataError, match=r"trial\.json can't be read .*: remove its folder and run"):
+            space.finished(trials()[0])
+        with pytest.raises(DataError, match=r"trial\.json can't be read"):
+            Workspace(tmp_path).records()
+
+
+def test_a_trial_in_the_place_of_another_is_refused(tmp_path):
+    space = whole(tmp_path)
+    first, second, *_ = space.records()
+    for path in second.folder.iterdir():
+        shutil.copy(path, first.folder / path.name)
+    with pytest.raises(UsageError, match=r"of another trial: seed was 1, now 0"):
         space.finished(trials()[0])
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(DataError, match=r"trial\.json can't be read"):
-        space.finished(trials()[0])
+    for read in (space.records, lambda: space.record(first.key)):
+        with pytest.raises(DataError, match=r"trial\.json can't be read \(it is of another trial\)"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["trials", "under_way", "figures"])
+def test_a_folder_of_somebody_elses_is_left_alone_whatever_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("all my work")
+    with pytest.raises(UsageError, match=rf"not empty \({name}\) and holds no experiment: choose another --out"):
+        whole(tmp_path)
+    assert (tmp_path / name / "mine.txt").read_text() == "all my work"
+
+
+def test_what_a_trial_began_in_a_folder_of_its_own_is_left(tmp_path):
+    """As an experiment of a study does, whose training may be gone on with."""
+
+    def run(desk):
+        (tmp_path / "dense").mkdir()
+        (tmp_path / "dense" / "checkpoint").write_text("hours of work")
+        raise ModelError("the loss is not finite")
+
+    space = Workspace(tmp_path)
+    space.claim("study", ASKED, [Trial({"seed": 0}, run)])
+    assert space.untouched
+    with pytest.raises(ModelError):
+        executor.work(space, [Trial({"seed": 0}, run)])
+    assert not space.untouched
 
 
 def test_arrays_carry_no_clock_time(tmp_path):

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sukashi.cli.console import command, print_json, say, to_stdout, working
-from sukashi.cli.options import Command, is_said, parameters, values
+from sukashi.cli.options import is_said, parameters, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
@@ -27,7 +27,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-JobsOption = Annotated[int, typer.Option(help="Processes that share the trials.", min=1)]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        help="Processes that share the trials and the threads. With another number of threads a trained network's "
+        "weights differ in their last bits.",
+        min=1,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
 
 
@@ -74,10 +81,10 @@ def _experiment(kind: type[Settings]) -> None:
         taken.append(inspect.Parameter("jobs", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=JobsOption))
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in taken}
-    app.command(kind.kind, cls=Command, help=kind.__doc__)(run)
+    app.command(kind.kind, help=kind.__doc__)(run)
 
 
-@app.command(cls=Command)
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"), as_json: JsonOption = False
 ) -> None:
@@ -93,7 +100,7 @@ def demo(
         print("  sukashi compare MODEL --data path/to/images --criteria magnitude,cswap,drift --out runs/mine")
 
 
-@app.command("list", cls=Command)
+@app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="criteria, attributions, schedules, models, data or measures.")],
     name: Annotated[str | None, typer.Argument(help="One of them: what it computes and its options.")] = None,
@@ -123,7 +130,7 @@ for _kind in kinds().values():
     _experiment(_kind)
 
 
-@app.command(cls=Command)
+@app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="A study file (TOML).")],
     out: Annotated[Path | None, typer.Option(help="Folder for results instead of the file's.")] = None,
@@ -141,7 +148,7 @@ def study(
     _show(result, as_json)
 
 
-@app.command(cls=Command)
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The --out of any command.")],
     margin: Annotated[

@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-import typer.core
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -19,18 +17,6 @@ from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
-
-
-class Command(typer.core.TyperCommand):
-    """A command that refuses an option given twice, of which only the last would count."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As a command does; fails for what is given twice and is not repeatable."""
-        *_, order = self.make_parser(ctx).parse_args(args=list(args))
-        for parameter, times in Counter(order).items():
-            if times > 1 and not (parameter.multiple or parameter.nargs == -1):
-                ctx.fail(f"{parameter.opts[0]} is given {times} times; give it once")
-        return super().parse_args(ctx, args)
 
 
 def parameters(kind: type[Settings]) -> list[inspect.Parameter]:

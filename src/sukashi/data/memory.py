@@ -43,7 +43,8 @@ class Tensors:
 
 
 def hold(data: Any) -> str:
-    """The name under which `data.load` finds these images in this process: memory:HASH of all images and targets.
+    """The name under which `data.load` finds these images in this process: memory:HASH of all images, their shape,
+    targets and class names.
 
     `data` are images (N, C, H, W) and targets (N,) as a pair of tensors, a torch Dataset or DataLoader of them, or
     {"train": such, "test": such, "val": such}. Images are taken as they are, so nothing normalises them again, and kept
@@ -66,7 +67,7 @@ def hold(data: Any) -> str:
         named or tuple(map(str, range(n_classes))),
         preprocess=Preprocess(height, width, channels, (0.0,) * channels, (1.0,) * channels),
     )
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(f"{(channels, height, width)} {found.class_names}".encode())
     for split, (source, target) in found.splits.items():
         assert target is not None
         whole.update(f"{split} {source.ids} {target.tolist()}".encode())

@@ -380,6 +380,6 @@ def _given(**given: Any) -> dict[str, Any]:
 
 def _named(model: Any, tensors: Preprocess | None) -> Any:
     """The spec of a network; `tensors` is how the data are taken, where their images are tensors."""
-    if isinstance(model, Loaded):
-        return models.hold(model.model, tensors or model.preprocess)
-    return models.hold(model, tensors) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module | Loaded):
+        return models.hold(model, tensors)
+    return str(model) if isinstance(model, Path) else model

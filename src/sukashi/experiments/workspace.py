@@ -1,7 +1,7 @@
 """The folder of an experiment, of whatever kind.
 
     experiment.json        what it is for, and its trials; it may grow, another experiment is refused
-    trials/KEY/trial.json  a trial that is finished: what it is about, its result, its artefacts and their hashes
+    trials/KEY/trial.json  a trial that is finished: what it is about, its result, artefacts and hashes
                *.npz *.safetensors ...   the artefacts
                under_way/  what an unfinished trial goes on from: its journal, its checkpoints
     log.jsonl              when, where and how fast: the one file that differs between a resumed and an undisturbed run
@@ -39,7 +39,7 @@ from sukashi.core.files import FORMAT, Journal
 EXPERIMENT, TRIAL, LOG = "experiment.json", "trial.json", "log.jsonl"
 UNDER_WAY = "under_way"
 # What may lie in a folder that a killed run left before it said what it is for.
-_OURS = {"trials", ".lock", ".leases", LOG}
+_OURS = {".lock", ".leases", LOG}
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -52,7 +52,11 @@ class Record:
 
     @cached_property
     def kept(self) -> dict[str, Any]:
-        return dict(files.read_json(self.folder / TRIAL))
+        """What `Desk.finish` wrote. Raises DataError where it is not that any more."""
+        kept = dict(files.read_json(self.folder / TRIAL))
+        if kept.pop("sha256", None) != _sha256(kept):
+            raise _unreadable(self.folder / TRIAL, "it was altered")
+        return kept
 
     @property
     def about(self) -> dict[str, Any]:
@@ -153,9 +157,9 @@ class Desk:
             "about": json.loads(self.trial.json),
             "needs": list(self.trial.needs),
             "artefacts": dict(sorted(self._artefacts.items())),
-            "result": result,
+            "result": json.loads(files.canonical(result)),
         }
-        files.write(self.folder / TRIAL, files.canonical(kept, indent=1) + b"\n")
+        files.write(self.folder / TRIAL, files.canonical(kept | {"sha256": _sha256(kept)}, indent=1) + b"\n")
 
 
 class Workspace:
@@ -255,8 +259,9 @@ class Workspace:
         leases = self.folder / ".leases"
         with writing(leases):
             while True:
-                leases.mkdir(exist_ok=True)
-                with suppress(FileNotFoundError):  # another process had no lease left and removed the folder
+                # Another process that has no lease left may remove the folder at any moment.
+                with suppress(FileNotFoundError, FileExistsError):
+                    leases.mkdir(exist_ok=True)
                     return open(leases / trial.key, "a")
 
     def tidy(self, trials: Sequence[Trial]) -> None:
@@ -278,13 +283,18 @@ class Workspace:
 
     def record(self, key: str) -> Record:
         """The finished trial with that key."""
-        place = dict(self.about["trials"])[key]
-        return Record(self.folder / place)
+        return self._record(key, dict(self.about["trials"])[key])
 
     def records(self) -> list[Record]:
         """Every finished trial, in the order of the experiment."""
-        found = [Record(self.folder / place) for _, place in self.about["trials"]]
-        return [record for record in found if (record.folder / TRIAL).exists()]
+        found = [entry for entry in self.about["trials"] if (self.folder / entry[1] / TRIAL).exists()]
+        return [self._record(key, place) for key, place in found]
+
+    def _record(self, key: str, place: str) -> Record:
+        record = Record(self.folder / place)
+        if record.key != key:
+            raise _unreadable(record.folder / TRIAL, "it is of another trial")
+        return record
 
     @property
     def n_trials(self) -> int:
@@ -308,9 +318,15 @@ class Workspace:
 
     @property
     def untouched(self) -> bool:
-        """Whether no trial is finished, and none has left anything to go on from."""
+        """Whether no trial is finished, and none has left anything to go on from, here or in a folder of its own."""
         places = [place for _, place in self.about["trials"]]
-        return not self.records() and not any(any((self.folder / place / UNDER_WAY).glob("*")) for place in places)
+        known = _OURS | {EXPERIMENT, UNDER_WAY, *(path.name for path in self.artefacts)}
+        known |= {Path(place).parts[0] for place in places if place != "."}
+        return (
+            not self.records()
+            and not any(any((self.folder / place / UNDER_WAY).glob("*")) for place in places)
+            and all(path.name in known or path.suffix == ".tmp" for path in self.folder.iterdir())
+        )
 
     def discard(self) -> None:
         """Remove what a new experiment that was refused has written."""
@@ -322,7 +338,7 @@ class Workspace:
                         (self.folder / above).rmdir()
         for path in self.artefacts:
             path.unlink(missing_ok=True)
-        for folder in ("trials", ".leases", UNDER_WAY):
+        for folder in (".leases", UNDER_WAY):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
         for name in (EXPERIMENT, LOG, ".lock"):
             (self.folder / name).unlink(missing_ok=True)
@@ -344,6 +360,10 @@ class Workspace:
 
 def _nothing(desk: Desk) -> None:
     raise AssertionError("a trial read from disk is not run")
+
+
+def _sha256(kept: Mapping[str, Any]) -> str:
+    return hashlib.sha256(files.canonical(kept)).hexdigest()
 
 
 def _unreadable(path: Path, why: str) -> DataError:

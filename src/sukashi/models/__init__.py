@@ -1,13 +1,14 @@
 """Models: loaded from a name, an import path or a saved folder, checked, saved, exported; never unpickled."""
 
 from sukashi.models.checks import probe, resized
-from sukashi.models.loaded import Loaded, takes_classes
+from sukashi.models.loaded import Loaded, given_loaded, takes_classes
 from sukashi.models.loading import load
+from sukashi.models.memory import hold
 from sukashi.models.onnx import check_onnx_installed, export_onnx
 from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe
 from sukashi.models.saved import contents, save
 from sukashi.models.sparse import semi_structured
-from sukashi.models.specs import hold, names
+from sukashi.models.specs import names
 from sukashi.models.weights import digest, tensor_digests
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "contents",
     "digest",
     "export_onnx",
+    "given_loaded",
     "hold",
     "load",
     "names",

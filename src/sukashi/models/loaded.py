@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -42,6 +42,31 @@ class Loaded:
         parameters = sum(p.numel() for p in self.model.parameters())
         said = f"{self.spec}: {self.n_classes} classes, {parameters:,} parameters"
         return f"{said}; {self.last_cut}" if self.last_cut else said
+
+
+class Held(NamedTuple):
+    """A copy of a network as it was given, and all that was said of it where it was a `Loaded`."""
+
+    model: nn.Module
+    preprocess: Preprocess
+    loaded: Loaded | None
+
+
+MEMORY = "memory:"
+HELD: dict[str, Held] = {}  # by what follows MEMORY in a spec
+
+
+def held(spec: str) -> Held:
+    """What `hold` was given. Raises UsageError where this process holds nothing under that name."""
+    name = spec.removeprefix(MEMORY)
+    if name not in HELD:
+        raise UsageError(f"{spec} is a network in the memory of another process: give the module again")
+    return HELD[name]
+
+
+def given_loaded(spec: str) -> Loaded | None:
+    """The `Loaded` that a spec in memory stands for: it brings its own of everything, as a saved folder does."""
+    return held(spec).loaded if spec.startswith(MEMORY) else None
 
 
 def takes_classes(spec: str) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.models.checks import checked_logits, noise
-from sukashi.models.loaded import LIBRARIES, Loaded, check_name
-from sukashi.models.saved import open_folder
+from sukashi.models.checks import checked_logits, noise, probe
+from sukashi.models.loaded import LIBRARIES, Loaded, check_name, given_loaded
+from sukashi.models.saved import check_mask, open_folder
 from sukashi.models.specs import build, prepare
 from sukashi.models.weights import digest, fill, read, stated_classes, stated_preprocess
 from sukashi.network.layers import fused_names
@@ -37,6 +39,15 @@ def load(
     rule. No input is unpickled.
     """
     check_name(spec)
+    given = given_loaded(spec)
+    if given is not None:
+        own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
+        if own or (weights is not None and not Path(weights).is_dir()):
+            wrong = next(iter(own), "weights").removeprefix("n_")
+            raise UsageError(f"{spec} is a network that was given whole: leave {wrong} out")
+        if weights is None:
+            return _copied(given)
+        spec = given.spec
     folder = spec if Path(spec).is_dir() else weights
     if folder is not None and Path(folder).is_dir():
         own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
@@ -78,6 +89,16 @@ def load(
         class_names=class_names,
         weights_sha256=digest(model) if file is None else file.sha256,
     )
+
+
+def _copied(given: Loaded) -> Loaded:
+    """A network in memory, whole and checked like that of a saved folder."""
+    model = prepare(copy.deepcopy(given.model), {})
+    if given.mask is not None:
+        check_mask(model, given.mask, f"this {type(model).__name__}: give it without its mask")
+    found = replace(given, model=model, weights_sha256=digest(model))
+    probe(found, noise(found.preprocess).to(next(model.parameters()).device))
+    return found
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -80,15 +80,17 @@ def _mask(path: Path, recipe: MaskRecipe, model: nn.Module) -> Mask:
             f"{path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.sha256[:16]}: restore the folder"
         )
     mask = sparsity.unpack(file.tensors, recipe.shapes)
+    check_mask(model, mask, f"{WEIGHTS}: restore the folder")
+    return mask
+
+
+def check_mask(model: nn.Module, mask: Mask, where: str) -> None:
+    """ModelError where a mask does not fit a network, or the weights that it removes are not zero."""
     sparsity.check_fits(model, mask)
     for site, keep in mask.keep.items():
         n_alive = int((sparsity.weight_of(model, site)[~keep] != 0).sum())
         if n_alive:
-            raise ModelError(
-                f"{n_alive} weights of layer {site.layer!r} that {path.name} removes are not zero in {WEIGHTS}: "
-                "restore the folder"
-            )
-    return mask
+            raise ModelError(f"{n_alive} weights of layer {site.layer!r} that its mask removes are not zero in {where}")
 
 
 def contents(loaded: Loaded, provenance: Mapping[str, Any]) -> dict[str, bytes]:

@@ -20,8 +20,9 @@ from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
 from sukashi.models.checks import brief, candidates, named_outputs
+from sukashi.models.loaded import held
 from sukashi.models.recipe import RECIPE
-from sukashi.models.weights import digest, fill
+from sukashi.models.weights import fill
 from sukashi.network.layers import explicit_attention
 
 # What masked = cut was tested on, beside everything in OWN.
@@ -152,41 +153,18 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
 
 
 def _from_memory(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
-    name = spec.partition(":")[2]
-    if name not in _held:
-        raise UsageError(f"{spec} is a network in the memory of another process: give the module again")
+    model, preprocess, _ = held(spec)
     if pretrained or options.keys() & {"n_classes", "width"}:
         raise UsageError(f"{spec} is a network that was given whole: leave pretrained, classes and width out")
-    model, preprocess = _held[name]
     return copy.deepcopy(model), preprocess, None
 
 
-_held: dict[str, tuple[nn.Module, Preprocess]] = {}
 _SOURCES: dict[str, Builder] = {
     "sukashi": _own,
     "timm": _timm,
     "torchvision": _torchvision,
     "memory": _from_memory,
 }
-
-
-def hold(model: nn.Module, preprocess: Preprocess | None = None) -> str:
-    """The spec by which `load` finds a network again in this process: memory:CLASS-HASH of its weights.
-
-    `preprocess` is what it expects of an image, by default its attribute of that name. A copy is kept: what is done to
-    the network later is not seen.
-
-    Raises ModelError for a network that does not say what it reads.
-    """
-    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
-    if not isinstance(preprocess, Preprocess):
-        raise ModelError(
-            f"a {type(model).__name__} does not say what it reads: give it an attribute preprocess = "
-            "sukashi.Preprocess(...), or give data whose images are tensors"
-        )
-    name = f"{type(model).__name__}-{digest(model)[:8]}"
-    _held[name] = (copy.deepcopy(model), preprocess)
-    return f"memory:{name}"
 
 
 def _unknown(spec: str) -> UsageError:

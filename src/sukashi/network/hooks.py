@@ -396,3 +396,8 @@ def _gated(name: str, axis: int, parts: Sequence[_Part], x: Any) -> Tensor:
     if all(part.fill is None for part in parts):
         return x * gate
     return x * gate + fill_C.view(shape) * (1 - gate)
+
+
+def registered(module: nn.Module) -> list[Any]:
+    """The functions that a module's own hooks call, those before its forward first."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]

@@ -127,10 +127,11 @@ def opened(asked: Audit) -> list[Network]:
     specs, population = asked.models, asked.population
     given = [name for name in Architecture.model_fields if getattr(asked, name)]
     folders = [Path(spec).is_dir() for spec in specs]
-    if given and all(folders):
+    whole = [folder or models.given_loaded(spec) is not None for spec, folder in zip(specs, folders, strict=True)]
+    if given and all(whole):
         raise UsageError(f"saved folders bring their own {given[0]}, and all models are such: leave it out")
     without = asked.model_copy(update=dict(Architecture()))
-    sources = [Source.of(without if folder else asked, model=spec) for spec, folder in zip(specs, folders, strict=True)]
+    sources = [Source.of(without if own else asked, model=spec) for spec, own in zip(specs, whole, strict=True)]
     source = sources[0]
     images = source.read()
     split = images.test.limit(source.test_images)

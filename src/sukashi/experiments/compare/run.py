@@ -18,7 +18,7 @@ from sukashi.criteria.calibration import SAMPLINGS, check_sampling
 from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
-from sukashi.experiments.compare.contenders import name_of, save_curve
+from sukashi.experiments.compare.contenders import name_of, refused, save_curve
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import cost, curves
@@ -67,7 +67,7 @@ def prepare(settings: Compare) -> Prepared:
         "mode": settings.mode,
     }
     log = {"versions": versions(), "hardware": hardware(setting.device), "margin": settings.margin}
-    after = partial(_time, setting) if settings.mode == "cut" else None
+    after = partial(_conclude, setting, settings)
     return Prepared(identity, trials, log, before=partial(_try_samplings, setting), after=after)
 
 
@@ -146,6 +146,16 @@ def _measure(setting: Bench, desk: Desk) -> None:
 def _cost(setting: Bench, plan: Plan) -> dict[str, dict[str, int]]:
     """Parameters and FLOPs, dense and with half of the units gone: what no clock decides."""
     return cost.sizes(setting.loaded.model, setting.example[:1], plan.mask(0.5))
+
+
+def _conclude(setting: Bench, settings: Compare, space: Workspace) -> None:
+    if not settings.skip_refused:
+        for name, reason in refused(space).items():  # of an earlier run that left them out
+            raise ModelError(
+                f"{name} refuses the model: {reason}; give --skip-refused again, or another --out and leave it out"
+            )
+    if settings.mode == "cut":
+        _time(setting, space)
 
 
 def _time(setting: Bench, space: Workspace) -> None:

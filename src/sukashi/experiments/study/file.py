@@ -194,6 +194,8 @@ def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
 def _check_name(path: Path, name: str) -> None:
     if not re.fullmatch(r"[\w-]+", name):
         raise UsageError(f"{path}: such a name becomes a folder, so it must be letters, digits, _ or -: {name!r}")
+    if name in ("trials", "figures"):
+        raise UsageError(f"{path}: {name!r} is a folder of the study's own: choose another name")
 
 
 class _Places:

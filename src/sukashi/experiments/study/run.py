@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.experiments.bench import versions
 from sukashi.experiments.executor import execute, prepare_of, room_of
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.study.file import OUT
 from sukashi.experiments.study.settings import Study
-from sukashi.experiments.workspace import Desk, Workspace
+from sukashi.experiments.workspace import EXPERIMENT, TRIAL, Desk, Workspace
 
 
 def prepare(settings: Study) -> Prepared:
@@ -37,8 +38,16 @@ def prepare(settings: Study) -> Prepared:
                 about["identity"] = dict(prepare_of(own).identity)
             Workspace(own.out).check(room_of(own), about["identity"], own.grows)
         trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name, together=True))
+        _check_there(settings, trials[-1], own)
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
     return Prepared(identity, trials, {"versions": versions(), "title": settings.title, "pairs": settings.pairs})
+
+
+def _check_there(settings: Study, trial: Trial, own: Any) -> None:
+    """Refuse an experiment that the study has finished and whose folder somebody has removed."""
+    kept = Path(settings.out) / trial.folder
+    if (kept / TRIAL).exists() and not (Path(own.out) / EXPERIMENT).exists():
+        raise UsageError(f"{own.out} is gone, which the study has finished: remove {kept} too, and run it again")
 
 
 def settings_of(asked: dict[str, Any], out: str, name: str) -> Any:
