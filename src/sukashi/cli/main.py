@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from sukashi.cli.console import command, print_json, say, to_stdout, working
 from sukashi.cli.options import is_said, parameters, values
@@ -121,7 +122,7 @@ def list_(
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))  # rich would read [u, j] as markup
     to_stdout(table)
 
 

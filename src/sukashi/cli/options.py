@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from sukashi.core.errors import UsageError
-from sukashi.core.schema import Settings, alternatives, check_ratio, default_of, option_of
+from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
 
@@ -43,6 +43,8 @@ def values(kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
                 found[name] = _names(text)
             case "ratios":
                 found[name] = _ratios(text)
+            case "numbers":
+                found[name] = _numbers(name, field, text)
             case "numbers by name":
                 found[name] = _class_map(text)
             case _:
@@ -60,10 +62,13 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             annotation, default, flags, help = list[str], None, ["--set"], OPTIONS
         case "names":
             annotation, help = str, f"{help} Joined by commas."
-            default = None if default is None else ",".join(default)
+            default = None if default is None else ",".join(map(str, default))
         case "ratios":
             annotation, help = str, f"{help} START:STOP:STEP or a,b,c."
-            default = None if default is None else _span(default)
+            default = _span(default) if default else None
+        case "numbers":
+            annotation, help = str, f"{help} Numbers joined by commas."
+            default = ",".join(map(str, default)) if default else None
         case "several":
             annotation, default = list[str], None
             help = help if about.argument else f"{help} Repeatable."
@@ -95,12 +100,22 @@ def _type(field: FieldInfo) -> str:
     if get_origin(annotation) is dict:
         return "numbers by name" if get_args(annotation) == (str, int) else "options"
     if get_origin(annotation) is list:
-        return ("names" if about.joined else "several") if get_args(annotation) == (str,) else "ratios"
+        if get_args(annotation) == (Ratio,):
+            return "ratios"
+        if _number(field) in (int, float):
+            return "numbers"
+        return "names" if about.joined else "several"
     if annotation is bool:
         return "yes or no"
     if annotation in (int, float):
         return "number"
     return "path" if about.path else "word"
+
+
+def _number(field: FieldInfo) -> Any:
+    """The type of a list's members, without what checks their values."""
+    (member,) = get_args(next(alternatives(field.annotation)))
+    return get_args(member)[0] if get_origin(member) is Annotated else member
 
 
 def _names(text: str) -> list[str]:
@@ -126,9 +141,24 @@ def _ratios(text: str) -> list[float]:
     return parts
 
 
+def _numbers(name: str, field: FieldInfo, text: str) -> list[Any]:
+    number = _number(field)
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError:
+        flag = option_of(field).flag or f"--{name.replace('_', '-')}"
+        kind, example = ("whole numbers", "1,8,32") if number is int else ("numbers", "0.5,1,2")
+        raise UsageError(f"{flag} must be {kind} joined by commas, got {text!r}: for example {example}") from None
+
+
 def _span(ratios: list[float]) -> str:
-    """START:STOP:STEP of evenly spaced ratios."""
-    return f"{ratios[0]:g}:{ratios[-1]:g}:{ratios[1] - ratios[0]:g}"
+    """START:STOP:STEP of three evenly spaced ratios or more, else all of them."""
+    plain = [round(ratio, 10) for ratio in ratios]
+    if len(plain) >= 3 and plain[1] - plain[0] >= 0.001 and plain[-1] >= plain[0]:
+        span = f"{plain[0]:.10g}:{plain[-1]:.10g}:{plain[1] - plain[0]:.10g}"
+        if _ratios(span) == plain:
+            return span
+    return ",".join(f"{ratio:.10g}" for ratio in plain)
 
 
 def _options(kind: type[Settings], given: list[str], found: Mapping[str, Any]) -> dict[str, Any]:

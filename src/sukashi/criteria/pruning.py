@@ -52,10 +52,13 @@ def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
     """
     model = copy.deepcopy(loaded.model)
     table = surgery.MODES[mode](model, mask)
+    before, after = (sum(p.numel() for p in network.parameters()) for network in (loaded.model, model))
+    said = f"{'removed' if mode == 'cut' else 'silenced'} {mask.n_removed} of {mask.n_units} units"
     return replace(
         loaded,
         model=model,
         cuts=(*loaded.cuts, table),
+        last_cut=f"the last cut {said} and left {after:,} of {before:,} parameters",
         weights_sha256=models.digest(model),
         mask=loaded.mask and _cut_along(loaded, loaded.mask, table),
     )

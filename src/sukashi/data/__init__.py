@@ -160,7 +160,7 @@ def load(
         if split.bad:
             notes.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
         notes += [f"{n} image(s) of {split.name}: {rule}" for rule, n in sorted(split.notes.items())]
-        _check_presence(split)
+        _check_presence(split, name)
     if "" in splits or set(splits) == {"train"}:
         ((_, pool),) = splits.items()
         splits = _held_out(pool, seed)
@@ -295,16 +295,19 @@ def _checked(
     return Split(title, class_names, tuple(source.ids[row] for row in rows), tuple(bad), dict(notes), source, at, kept)
 
 
-def _check_presence(split: Split) -> None:
+def _check_presence(split: Split, spec: str) -> None:
     """Refuse a split without images, or with a class that has none."""
     if len(split) == 0:
         raise DataError(f"{split.name} holds no images: add some, or remove it")
     if split.has_masks:
         return
+    # Labels of a folder are made here, those of tensors by somebody who may count from 1.
+    off = spec.startswith(memory.PREFIX) and split.counts[0] == 0
+    counted = "; labels count from 0, so where yours count from 1 take 1 from each" if off else ""
     if empty := [split.class_names[k] for k, count in enumerate(split.counts.tolist()) if count == 0]:
         raise DataError(
             f"{split.name} has no image of {', '.join(map(repr, empty))}: classes are never renumbered, so add images "
-            f"or take the class out of every split"
+            f"or take the class out of every split{counted}"
         )
 
 

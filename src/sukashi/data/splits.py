@@ -139,11 +139,13 @@ class Split:
             raise UsageError(f"n_per_class must be at least 1, got {n_per_class}: it is the number of images a class")
         if self._targets is None:
             raise UsageError(f"{self.name} has masks, so no sample can be balanced by class: use limit(n)")
+        fewest = int(self.counts.min())
         for number, count in enumerate(self.counts.tolist()):
             if count < n_per_class:
                 raise DataError(
                     f"class {self.class_names[number]!r} has {count} images in {self.name}, a calibration set needs "
-                    f"{n_per_class} of every class: ask for at most {int(self.counts.min())} or add images"
+                    f"{n_per_class} of every class: give --calibration {fewest} (calibration={fewest} in Python) "
+                    "or add images"
                 )
 
     def limit(self, n: int, seed: int = 0) -> Split:

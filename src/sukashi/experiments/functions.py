@@ -5,6 +5,7 @@ Where `out` is not given results go into a new folder for temporary files, which
 
 from __future__ import annotations
 
+import functools
 import inspect
 import tempfile
 from collections.abc import Sequence
@@ -119,6 +120,7 @@ def attribute(
     network = model.model if isinstance(model, Loaded) else model
     network = network if isinstance(network, nn.Module) else load(network).model
     pixels = input_site(x)
+    attributions[attribution].check_options({name: value for name, value in options.items() if name != "objective"})
     found = attributions[attribution](network, x, target, [pixels] if sites is None else list(sites), **options)
     return found[pixels] if sites is None else found
 
@@ -339,14 +341,31 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     kind = kinds()[name]
 
-    def function(*, out: str | Path | None = None, jobs: int = 1, command: str | None = None, **settings: Any) -> Any:
+    def alone(*, out: str | Path | None = None, command: str | None = None, **settings: Any) -> Any:
+        return _run(kind, {"out": out, **settings}, command)
+
+    def shared(*, out: str | Path | None = None, jobs: int = 1, command: str | None = None, **settings: Any) -> Any:
         return _run(kind, {"out": out, **settings}, command, jobs)
 
-    function.__name__, function.__doc__ = name, kind.__doc__
-    return keyworded(kind)(function)
+    named = shared if kind.shared else alone
+    named.__name__ = named.__qualname__ = name
+    named.__doc__ = kind.__doc__
+    named = keyworded(kind)(named)
+
+    @functools.wraps(named)
+    def function(*unnamed: Any, **given: Any) -> Any:
+        if unnamed:
+            must = [f"{field}=..." for field, info in kind.model_fields.items() if info.is_required()]
+            usage = f"sukashi.{name}({', '.join(must or ['NAME=...'])})"
+            raise UsageError(f"sukashi.{name} takes every argument by its name: {usage}; see help(sukashi.{name})")
+        return named(**given)
+
+    return function
 
 
 def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs: int = 1) -> Result | None:
+    if "jobs" in given:
+        raise UsageError(f"sukashi.{kind.kind} takes no jobs, its work is not shared by processes: leave jobs out")
     given = _given(**given)
     if given.get("out") is None:
         given["out"] = from_first(tempfile.mkdtemp(prefix="sukashi-") if progress.first() else None)

@@ -29,7 +29,8 @@ def probe(loaded: Loaded, example: Tensor) -> Tensor:
     other's logits; and for an import path, whose size its author wrote, where it cuts the example into patches that
     leave pixels over. Weights, buffers and train mode are as found afterwards.
     """
-    logits = checked_logits(loaded.model, example, loaded.spec, whole=not takes_classes(loaded.spec))
+    whole = not takes_classes(loaded.spec)
+    logits = checked_logits(loaded.model, example, loaded.spec, whole=whole, remedy=_fitting(loaded.model, example))
     if logits.shape[1] != loaded.n_classes:
         raise ModelError(f"{loaded.spec} gives {logits.shape[1]} classes, {loaded.n_classes} were expected")
     return logits
@@ -48,6 +49,15 @@ def resized(loaded: Loaded, size: int | None) -> Loaded:
     remedy = f"leave --size out, its own is {own.height} x {own.width}"
     checked_logits(loaded.model, example, loaded.spec, whole=True, remedy=remedy)
     return changed
+
+
+def _fitting(model: nn.Module, example: Tensor) -> str:
+    """What images to give a model that does not run on these."""
+    remedy, n_given = "give images of the model's size and channels", example.shape[1]
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.in_channels == n_given:
+        return remedy
+    return f"{remedy} (it reads {first.in_channels}, these have {n_given}), or a model for {n_given}"
 
 
 # Checks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -35,6 +35,13 @@ class Loaded:
     weights_sha256: str
     cuts: tuple[Table, ...] = ()
     mask: Mask | None = None
+    last_cut: str = field(default="", compare=False)
+    """What the last cut removed, in words; a folder does not keep it."""
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        said = f"{self.spec}: {self.n_classes} classes, {parameters:,} parameters"
+        return f"{said}; {self.last_cut}" if self.last_cut else said
 
 
 class Held(NamedTuple):

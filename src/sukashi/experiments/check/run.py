@@ -48,7 +48,8 @@ class CheckResult(Result):
         for split, counts in self.class_counts.items():
             said.append(f"{split}: {sum(counts)} images, {min(counts)} to {max(counts)} a class")
         said += [f"note: {note}" for note in self.notes]
-        said += [f"{name:12s} about {words.duration(of)}" for name, of in self.estimated_seconds.items()]
+        width = max(map(len, self.estimated_seconds), default=0)
+        said += [f"{name:{width}s} about {words.duration(of)}" for name, of in self.estimated_seconds.items()]
         said += [f"{name}: {reason}" for name, reason in self.cannot.items()]
         said += [f"{name}: not estimated within {self.limit:g} s; give --limit more" for name in self.unmeasured]
         return "\n".join(said)

@@ -15,7 +15,7 @@ class Prune(Reading):
 
     criterion: str = option(help="A name, see `sukashi list criteria`.")
     ratio: Ratio = option(help="Fraction to remove of units, or with a scope of weights; in [0, 1).")
-    out: str = option(path=True, decides=False, help="Folder for the cut model; must not exist.")
+    out: str = option(path=True, decides=False, help="Folder for the cut model; an interrupted prune is resumed.")
     mode: Literal["cut", "zero"] = option(
         "cut", help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units."
     )

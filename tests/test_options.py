@@ -1,0 +1,56 @@
+"""Settings as options of a command: lists of numbers and of ratios, and what `list` prints of a method."""
+
+from typing import ClassVar
+
+import pytest
+
+from sukashi.cli import main
+from sukashi.cli.options import parameters, values
+from sukashi.core.errors import UsageError
+from sukashi.core.schema import Ratio, Settings, keywords, option
+
+
+class Timed(Settings):
+    kind: ClassVar[str] = "timed"
+
+    sizes: list[int] = option(help="Sizes.")
+    batch_sizes: list[int] = option([1, 8, 32], help="Batches.")
+    once: list[float] | None = option([0.5], help="Seconds.")
+    ratios: list[Ratio] = option([0.1, 0.2, 0.3], help="Removed.")
+    uneven: list[Ratio] = option([0.1, 0.2, 0.5], help="Removed.")
+    one: list[Ratio] = option([0.5], help="Removed.")
+    none: list[Ratio] | None = option(None, help="Removed.")
+
+
+def test_numbers_are_joined_by_commas_and_only_ratios_are_spans():
+    found = values(Timed, {"sizes": "1,8,32", "once": "2,0.5", "ratios": "0:0.2:0.1"})
+    assert found == {"sizes": [1, 8, 32], "once": [2.0, 0.5], "ratios": [0.0, 0.1, 0.2]}
+    assert [type(n) for n in (*found["sizes"], *found["once"])] == [int] * 3 + [float] * 2
+    keywords(Timed, found)
+
+
+def test_defaults_are_shown_as_they_are_given():
+    shown = {p.name: p.default for p in parameters(Timed) if p.name != "sizes"}
+    assert shown == {
+        "batch_sizes": "1,8,32",
+        "once": "0.5",
+        "ratios": "0.1:0.3:0.1",
+        "uneven": "0.1,0.2,0.5",
+        "one": "0.5",
+        "none": None,
+    }
+    told = {name: default for name, default in shown.items() if default is not None}
+    assert keywords(Timed, {"sizes": [1], **values(Timed, told)}) == keywords(Timed, {"sizes": [1]})
+
+
+@pytest.mark.parametrize(("name", "text"), [("batch_sizes", "1:32:7"), ("batch_sizes", "1.5"), ("batch_sizes", "")])
+def test_what_is_no_number_is_refused_by_the_name_of_the_option(name, text):
+    with pytest.raises(UsageError, match=rf"^--batch-sizes must be whole numbers joined by commas, got '{text}'"):
+        values(Timed, {name: text})
+
+
+def test_list_prints_brackets(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sukashi", "list", "criteria"])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "|W_m[u, j]|" in capsys.readouterr().out
