@@ -115,6 +115,12 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
             values = {site: F.normalize(value, dim=0, eps=_TINY) for site, value in values.items()}
         return Scores(values, len(data), attribution.name)
 
+    _present(criterion, attribution)
+    return criterion
+
+
+def _present(criterion: Callable[..., Scores], attribution: Method) -> None:
+    """Give a criterion the name and documentation of its attribution, and its options beside its own."""
     own = inspect.signature(criterion, eval_str=True)
     kept = [
         p
@@ -131,7 +137,6 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
     criterion.__annotations__ = {p.name: p.annotation for p in [*kept, *passed]} | {"return": Scores}
     criterion.__name__ = criterion.__qualname__ = attribution.name
     criterion.__doc__ = (inspect.getdoc(attribution.fn) or "") + _AGGREGATION
-    return criterion
 
 
 def _reduced(values: Tensor, reduce: Reduce) -> Tensor:

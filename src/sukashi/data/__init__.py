@@ -161,20 +161,7 @@ def load(
             notes.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
         notes += [f"{n} image(s) of {split.name}: {rule}" for rule, n in sorted(split.notes.items())]
         _check_presence(split, name)
-    if "" in splits or set(splits) == {"train"}:
-        ((_, pool),) = splits.items()
-        splits = _held_out(pool, seed)
-        notes.append(
-            f"{name} has no test split: {HELD_OUT:.0%} of each class held out by seed {seed}, "
-            f"{len(splits['test'])} images"
-        )
-    if "train" not in splits:
-        raise DataError(
-            f"{name} has only {' and '.join(splits)}: a train split is needed, so add one or rename a split"
-        )
-    if "test" not in splits:
-        splits["test"] = splits.pop("val")
-        notes.append(f"{name} has no test split: val is used as test")
+    splits = _with_test(name, splits, seed, notes)
     notes += [note for split in splits.values() for note in _lonely_classes(split)]
     notes += _duplicates(splits, digests)
     whole = Data(
@@ -222,6 +209,25 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
                 f"class {name!r} is number {of_model} of the model and {number} of the data: both must count alike, "
                 f"so give a class_map from every class name to the model's number"
             )
+
+
+def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
+    """The same with train and test splits, whatever the dataset has; what was done goes into `notes`."""
+    if "" in splits or set(splits) == {"train"}:
+        ((_, pool),) = splits.items()
+        splits = _held_out(pool, seed)
+        notes.append(
+            f"{name} has no test split: {HELD_OUT:.0%} of each class held out by seed {seed}, "
+            f"{len(splits['test'])} images"
+        )
+    if "train" not in splits:
+        raise DataError(
+            f"{name} has only {' and '.join(splits)}: a train split is needed, so add one or rename a split"
+        )
+    if "test" not in splits:
+        splits["test"] = splits.pop("val")
+        notes.append(f"{name} has no test split: val is used as test")
+    return splits
 
 
 def _found(spec: str | Path, max_pixels: int) -> tuple[str, Found]:

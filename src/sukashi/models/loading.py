@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,9 @@ def load(
     rule. No input is unpickled.
     """
     check_name(spec)
-    given = given_loaded(spec)
-    if given is not None:
-        own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
-        if own or (weights is not None and not Path(weights).is_dir()):
-            wrong = next(iter(own), "weights").removeprefix("n_")
-            raise UsageError(f"{spec} is a network that was given whole: leave {wrong} out")
-        if weights is None:
-            return _copied(given)
-        spec = given.spec
-    folder = spec if Path(spec).is_dir() else weights
-    if folder is not None and Path(folder).is_dir():
-        own = _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output)
-        if own or (folder is spec and weights is not None):
-            wrong = next(iter(own), "weights").removeprefix("n_")
-            raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
-        return open_folder(Path(folder), None if folder is spec else spec)
+    whole = _whole(spec, weights, _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output))
+    if whole is not None:
+        return whole
     if weights is not None and pretrained:
         raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
     for name, value in (("n_classes", n_classes), ("width", width)):
@@ -89,6 +77,24 @@ def load(
         class_names=class_names,
         weights_sha256=digest(model) if file is None else file.sha256,
     )
+
+
+def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loaded | None:
+    """A network that is whole already, in memory or in a saved folder, and takes no options of its `own`; or None."""
+    wrong = next(iter(own), "weights").removeprefix("n_")
+    given = given_loaded(spec)
+    if given is not None:
+        if own or (weights is not None and not Path(weights).is_dir()):
+            raise UsageError(f"{spec} is a network that was given whole: leave {wrong} out")
+        if weights is None:
+            return _copied(given)
+        spec = given.spec
+    folder = spec if Path(spec).is_dir() else weights
+    if folder is None or not Path(folder).is_dir():
+        return None
+    if own or (folder is spec and weights is not None):
+        raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
+    return open_folder(Path(folder), None if folder is spec else spec)
 
 
 def _copied(given: Loaded) -> Loaded:
