@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from oracles.faithfulness import TIGHT, answer, ordered
 from oracles.imputation import solved
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Batch, Maps
@@ -16,7 +17,6 @@ from sukashi.measures.faithfulness import area_over
 from sukashi.measures.inputs import Inputs, measured
 
 NAMES = [method.name for method in measures if {"model", "maps"} <= method.inputs]
-TIGHT = 1e-13
 PARTS = {"accuracy": "{}", "probability": "{}/probability"}
 
 
@@ -65,19 +65,6 @@ class Seen(nn.Module):
     @property
     def x(self):
         return torch.cat(self.batches)
-
-
-def ordered(image_map, sign):
-    """Pixel numbers by value, least first (sign 1) or greatest first (sign -1), ties by position."""
-    values = image_map.flatten().tolist()
-    return sorted(range(len(values)), key=lambda pixel: (sign * values[pixel], pixel))
-
-
-def answer(model, image, target):
-    """Right or not, and the target's probability."""
-    with torch.no_grad():
-        logits = model(image[None])[0]
-    return float(int(logits.argmax()) == int(target)), float(torch.softmax(logits, 0)[target])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,21 +46,6 @@ from sukashi.models import Loaded
 from sukashi.network.sites import input_site
 from sukashi.training.distributed import from_first
 
-__all__ = [
-    "attribute",
-    "audit",
-    "check",
-    "compare",
-    "finetune",
-    "load",
-    "open",
-    "prune",
-    "results",
-    "schedule",
-    "study",
-    "train",
-]
-
 # A name, a saved folder, a module, or a network as `load` and `Ranking.cut` give it.
 Network = str | Path | nn.Module | Loaded
 # A name, a folder, tensors (images, targets), a torch Dataset or DataLoader, or {"train": such, "test": such}.
