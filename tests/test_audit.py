@@ -232,9 +232,9 @@ def test_road_and_aopc_take_options_and_the_curves_are_those_of_aopc(folders, tm
         np.testing.assert_allclose(kept, curve.probability.flatten(), rtol=0, atol=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
     for name, value in {
-        "saliency.measures": "road, aopc",
-        "saliency.options.road.noise": "0.5",
-        "saliency.options.aopc.form": "lottery",
+        "saliency.measures": "aopc, road",
+        "measures.aopc.form": "lottery",
+        "measures.road.noise": "0.5",
         "saliency.attributions.saliency.channels": "sum_abs",
     }.items():
         assert f"<td>{name}</td><td>{value}</td>" in page
@@ -803,7 +803,7 @@ def test_a_transformer_is_audited_by_its_own_means(tmp_path):
     )
     assert result.saliency["attributions"] == ["saliency", "integrated_gradients", "chefer"]
     assert {row["measure"] for row in result.saliency["comparisons"]} >= {"insertion", "deletion", "gini"}
-    assert Workspace(tmp_path / "out").identity["saliency"]["options"] == {"deletion": {"step": 16}}
+    assert Workspace(tmp_path / "out").identity["measures"]["deletion"] == {"step": 16}
 
 
 def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders, tmp_path):

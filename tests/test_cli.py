@@ -29,6 +29,7 @@ from sukashi import models
 from sukashi.cli import console, main
 from sukashi.core import progress
 from sukashi.core.errors import ResourceError, UsageError
+from sukashi.core.files import FORMAT
 from sukashi.experiments import demo
 from sukashi.experiments.bench import Source
 from sukashi.experiments.functions import compare
@@ -756,7 +757,7 @@ def test_compare_and_report(sukashi, tmp_path, weights):
     assert [len(curve) for curve in result["curves"]["random"]] == [3, 3]
     assert result["dense_accuracy"] == result["curves"]["amp"][0][0]["accuracy"] > 0.9
     about = json.loads((tmp_path / "out" / "experiment.json").read_text())
-    assert (about["format"], about["kind"]) == (2, "compare")
+    assert (about["format"], about["kind"]) == (FORMAT, "compare")
     assert about["identity"]["options"] == {"amp": {"tau": 0.05}, "random": {}}
     assert about["identity"]["ratios"] == [0.0, 0.25, 0.5]
 

@@ -75,6 +75,8 @@ def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_
     with pytest.raises(UsageError, match="options"):
         compare(COMPARED, out, cnn_weights, options={"cswap": {"alpha": 0.1}})
     assert {name: found[name] for name in before} == before
+    # Memory that ran out is no other comparison.
+    assert compare(COMPARED, out, cnn_weights, options={"cswap": {"budget": 0}}).finished
 
 
 def test_what_a_comparison_returns_is_what_was_measured(compared, small):

@@ -16,7 +16,10 @@ import sukashi
 from sukashi.cli import main
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
+from sukashi.core.files import FORMAT
+from sukashi.core.schema import option_of
 from sukashi.experiments.kinds import kinds
+from sukashi.experiments.reading import Architecture
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import cost
 
@@ -33,8 +36,8 @@ ASKED = {
         'mode was "cut", now "zero"',
     ),
     "prune": (CUT, {"ratio": 0.25}, "ratio_asked was 0.5, now 0.25"),
-    "train": ({**ONE, **TRAINED}, {"epochs": 1}, "training.epochs was 2, now 1"),
-    "finetune": ({**ONE, **TRAINED, "model": "CUT", "width": None}, {"seed": 1}, "training.seed was 0, now 1"),
+    "train": ({**ONE, **TRAINED}, {"epochs": 1}, "epochs was 2, now 1"),
+    "finetune": ({**ONE, **TRAINED, "model": "CUT", "width": None}, {"seed": 1}, "seed was 0, now 1"),
     "schedule": (
         {
             **{**ONE, "calibration": 4, "criteria": ["magnitude"], "ratios": [0.3, 0.6], "seeds": 1},
@@ -255,13 +258,13 @@ def test_a_folder_of_another_kind_is_refused_untouched(experiment, other):
     assert differing(experiment.out, experiment.finished) == set()
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, FORMAT + 1])
 def test_a_folder_of_another_format_is_refused_untouched(experiment, n):
     path = experiment.out / "experiment.json"
-    path.write_text(path.read_text().replace('"format": 2', f'"format": {n}'))
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {n}'))
     before = contents(experiment.out)
     for act in (lambda: perform(experiment), lambda: sukashi.results(experiment.out)):
-        with pytest.raises(UsageError, match=f"has format {n}, this version reads 2"):
+        with pytest.raises(UsageError, match=f"has format {n}, this version reads {FORMAT}"):
             act()
     assert contents(experiment.out) == before
 
@@ -276,6 +279,36 @@ def test_report_writes_the_same_again(experiment, capsys, monkeypatch):
     found = command(monkeypatch, capsys, "report", experiment.out)
     assert differing(experiment.out, experiment.finished) == set()
     assert found == sukashi.results(experiment.out).text() + "\n"
+
+
+def test_results_do_not_depend_on_the_log(experiment):
+    for log in experiment.out.rglob("log.jsonl"):
+        log.unlink()
+    assert kept(sukashi.results(experiment.out)) == kept(experiment.result)
+    differ = differing(experiment.out, experiment.finished)
+    assert {name for name in differ if not name.endswith(("log.jsonl", "report.html"))} <= {"figures/cost.png"}
+
+
+def test_all_that_decides_results_is_in_the_identity(experiment):
+    if experiment.kind == "study":
+        return  # whose experiments are trials, each with its own identity
+    kind = kinds()[experiment.kind]
+    # Of weights there is a hash; a ratio is never told without what it is.
+    other = {"weights": "weights_sha256", "ratio": "ratio_asked", "how": "schedule"}
+    of_networks = {"models"} if experiment.kind == "audit" else set()
+    found = set(names_in(Workspace(experiment.out).identity))
+    deciding = {name for name, field in kind.model_fields.items() if option_of(field).decides}
+    asked = {other.get(name, name) for name in deciding - of_networks}
+    if experiment.kind == "audit":
+        asked -= {*Architecture.model_fields, "weights_sha256"}  # of each model a digest
+    assert asked <= found, asked - found
+
+
+def names_in(value):
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from names_in(inner)
 
 
 def test_an_option_that_a_summary_does_not_take_is_refused_before_anything_is_written(experiment):

@@ -138,7 +138,7 @@ def test_help_of_a_function_tells_the_settings(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 def test_what_does_not_decide_results_is_no_part_of_the_identity(kind):
     asked = keywords(kind, NEEDED[kind])
-    free = {"device": "cpu", "workers": 3, "weights": "w", "out": "p", "memory": 1.0, "tensorboard": True, "limit": 1.0}
+    free = {"device": "cpu", "workers": 3, "out": "p", "memory": 1.0, "tensorboard": True, "limit": 1.0}
     other = {name: value for name, value in free.items() if name in kind.model_fields}
     assert keywords(kind, {**NEEDED[kind], **other}).identity() == asked.identity()
     assert asked.identity() == json.loads(json.dumps(asked.identity()))

@@ -200,8 +200,8 @@ def test_a_schedule_from_keywords_is_its_course(lottery, weights, tmp_path):
     out = tmp_path / "oneshot"
     sukashi.schedule(SPEC, "digits", "oneshot", ["random"], [0.5], out=out, **given)
     identity = Workspace(out).identity
-    assert identity["trainings"].keys() == {"finetuning"}
-    assert identity["trainings"]["finetuning"]["lr"] == pytest.approx(Training().lr / 10)
+    assert identity["training"] is None
+    assert identity["finetuning"]["lr"] == pytest.approx(Training().lr / 10)
     assert identity["round_to"] == 4
 
 

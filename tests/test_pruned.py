@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from sukashi import models
 from sukashi.core.errors import ModelError, ResourceError, UsageError
+from sukashi.core.files import FORMAT
 from sukashi.core.types import Batch, Mask, Plan, Scores, Site, rank
 from sukashi.criteria import pruning
 from sukashi.models import export_onnx, save
@@ -142,7 +143,7 @@ def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     assert (back.n_classes, back.class_names, back.cuts) == (loaded.n_classes, None, small.cuts)
     recipe = json.loads((tmp_path / "deep" / "cut" / "recipe.json").read_text())
     assert back.weights_sha256 == recipe["weights_sha256"]
-    assert (recipe["provenance"], recipe["format"]) == ({"criterion": "random"}, 2)
+    assert (recipe["provenance"], recipe["format"]) == ({"criterion": "random"}, FORMAT)
     assert sorted(os.listdir(tmp_path / "deep")) == ["cut"]
 
 
@@ -218,8 +219,8 @@ def _edit(folder, change):
         (lambda r: r.update(provenence={}), "'provenence': did you mean 'provenance'"),
         (lambda r: r["model"].update(widht=3), r"model\.widht'?: did you mean 'width'"),
         (lambda r: r["preprocess"].update(man=[0.0]), r"preprocess\.man'?: did you mean 'mean'"),
-        (lambda r: r.update(format=1), "has format 1, this version reads 2: save the network again"),
-        (lambda r: r.update(format=3), "has format 3, this version reads 2"),
+        (lambda r: r.update(format=1), f"has format 1, this version reads {FORMAT}: save the network again"),
+        (lambda r: r.update(format=FORMAT + 1), f"has format {FORMAT + 1}, this version reads {FORMAT}"),
         (lambda r: r.pop("format"), "format"),
         (lambda r: r.update(figures={}), "unknown key 'figures'"),
         (lambda r: r.update(n_classes="10"), "n_classes"),

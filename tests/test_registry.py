@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from sukashi.core.errors import UsageError, nearest
-from sukashi.core.registry import Registry
+from sukashi.core.registry import BatchSize, Registry
 from sukashi.core.types import Site
 
 
@@ -97,6 +97,18 @@ def test_the_value_of_an_option_is_what_its_annotation_allows(spices):
     ]:
         with pytest.raises(UsageError, match=f"{name} of pepper must .*{value!r}"):
             pepper.check_options({name: value})
+
+
+def test_an_option_says_whether_it_decides_results():
+    herbs = Registry("herb", "herbs")
+
+    @herbs.register("mint", source="a garden")
+    def mint(*, leaves: int = 2, batch_size: BatchSize = 64) -> None:
+        """Leaves."""
+
+    assert herbs["mint"].deciding({"leaves": 3, "batch_size": 8}) == {"leaves": 3}
+    with pytest.raises(UsageError, match="batch_size of mint must be greater than or equal to 1, got 0"):
+        herbs["mint"].check_options({"batch_size": 0})
 
 
 def test_a_key_is_the_functions_name_and_is_taken_once(spices):

@@ -104,7 +104,7 @@ def fill(folder: Path, criteria: Iterable[str], seeds: int, **changes: Any) -> W
         "mode": "cut",
     }
     space, trials = Workspace(folder), [a_trial(criterion, seed) for criterion in criteria for seed in range(seeds)]
-    space.claim("compare", identity, trials)
+    space.claim("compare", identity, trials, shown={"margin": 0.01})
     versions = {"sukashi": "0.1.0", "torch": "2.15.0"}
     space.log("run", command=COMMAND, versions=versions, hardware="2 cores of an x86-64 machine")
     for trial in trials:
@@ -244,7 +244,7 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     correct[0, :90] = correct[1, :50] = True
     curve = Curve(np.array([0, 0.5]), np.array([0, 9]), np.array([0, 0.4]), correct, tuple(map(str, range(100))))
     space, trial = Workspace(tmp_path), a_trial("cswap", 0)
-    space.claim("compare", {**trial.about, "mode": "cut"}, [trial])
+    space.claim("compare", {**trial.about, "mode": "cut"}, [trial], shown={"margin": 0.01})
     finish(space, trial, curve, a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
     page = paged(space)
     row = cells(page, "Accuracy by what is gone")["cswap"]
@@ -257,7 +257,8 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
 
 def test_the_margin_is_that_of_the_run_unless_another_is_given(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "compared")
-    Workspace(tmp_path / "compared").log("run", command=COMMAND, margin=0.05)
+    asked = tmp_path / "compared" / "experiment.json"
+    asked.write_text(asked.read_text().replace('"margin": 0.01', '"margin": 0.05'))
     rows = {}
     for margin in (None, 0.3):
         page = paged(tmp_path / "compared", **({} if margin is None else {"margin": margin}))
@@ -449,7 +450,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no experiment \(no experiment.json\): give the --out of a command"):
         sukashi.results(tmp_path)
     trial, space = a_trial("drift", 0), Workspace(tmp_path / "compared")
-    space.claim("compare", {"mode": "cut"}, [trial])
+    space.claim("compare", {"mode": "cut"}, [trial], shown={"margin": 0.01})
     with pytest.raises(UsageError, match="no finished trial: give the same compare command again"):
         sukashi.results(space.folder)
     cut = Workspace(tmp_path / "pruned")
@@ -462,7 +463,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     about = json.loads((space.folder / "experiment.json").read_text())
     for version in (1, 3, None):
         (space.folder / "experiment.json").write_text(json.dumps({**about, "format": version}))
-        with pytest.raises(UsageError, match=f"has format {version}, this version reads 2"):
+        with pytest.raises(UsageError, match=f"has format {version}, this version reads 3"):
             sukashi.results(space.folder)
     (space.folder / "experiment.json").write_text("{")
     with pytest.raises(DataError, match=r"experiment\.json can't be read"):

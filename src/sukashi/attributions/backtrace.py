@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.attributions import attributions
@@ -15,6 +14,7 @@ from sukashi.attributions.gradient import check, in_parts
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, passed, plain, replaced, ruled, weighted
 from sukashi.core.errors import ModelError
 from sukashi.core.objective import CLASSIFICATION, Objective
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, Mul, Scale, canonical
@@ -31,7 +31,7 @@ def backtrace(
     objective: Objective = CLASSIFICATION,
     *,
     mode: Literal["default", "contrastive"] = "default",
-    batch_size: Annotated[int, Field(ge=1)] = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Relevance of each position of a unit, shared out by the size of contributions, whatever their sign.
 

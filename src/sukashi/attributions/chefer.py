@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, fx, nn
 
 from sukashi.attributions import attributions
@@ -18,6 +17,7 @@ from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carry, passed, pla
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.precision import exact
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, Scale, canonical, share
@@ -43,7 +43,7 @@ def chefer(
     objective: Objective = CLASSIFICATION,
     *,
     layer_scale: Literal["identity", "paper"] = "identity",
-    batch_size: Annotated[int, Field(ge=1)] = 8,
+    batch_size: BatchSize = 8,
 ) -> dict[Site, Tensor]:
     """Share of each patch in what the tokens that are read drew from attention, for the target's logit; input only.
 

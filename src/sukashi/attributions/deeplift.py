@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, in_parts, start_of
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, replaced, ruled
 from sukashi.core.objective import CLASSIFICATION, Objective
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, MatMul, Mul, Scale, canonical
@@ -32,7 +32,7 @@ def deeplift(
     objective: Objective = CLASSIFICATION,
     *,
     baseline: Baseline = 0.0,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Share of a unit in the logit's difference from the baseline: multiplier times the unit's own difference.
 

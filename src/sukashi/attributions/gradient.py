@@ -16,6 +16,7 @@ from sukashi.attributions import attributions
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.precision import without_tf32
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import answer
@@ -33,7 +34,7 @@ def saliency(
     sites: Sequence[Site],
     objective: Objective = CLASSIFICATION,
     *,
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Absolute slope of the target's logit: |dF / da| at every position a of a unit.
 
@@ -60,7 +61,7 @@ def gradient_x_activation(
     sites: Sequence[Site],
     objective: Objective = CLASSIFICATION,
     *,
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """First-order share of the target's logit: a dF / da, with its sign.
 
@@ -89,7 +90,7 @@ def internal_influence(
     *,
     steps: Count = 16,
     baseline: Baseline = 0.0,
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Mean slope of the target's logit along the path of inputs: the integral of dF / da over s in [0, 1].
 
@@ -123,7 +124,7 @@ def integrated_gradients(
     *,
     steps: Count = 16,
     baseline: Baseline = 0.0,
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Change of a unit from the baseline, times the mean slope along the path: (a(x) - a(b)) * internal influence.
 
@@ -160,7 +161,7 @@ def conductance(
     *,
     steps: Count = 16,
     baseline: Baseline = 0.0,
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Integrated gradients of all inputs that flow through a unit: the integral of dF / da da along the path of inputs.
 

@@ -15,6 +15,7 @@ from sukashi.attributions.gradient import check, in_parts
 from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, ruled, stable, weighted
 from sukashi.core.errors import UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Add, Mul, Scale, canonical
@@ -34,7 +35,7 @@ def lrp(
     epsilon: Annotated[float, Field(gt=0)] = 1e-6,
     gamma: Annotated[float, Field(gt=0)] = 0.25,
     bias: bool = True,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
+    batch_size: BatchSize = 64,
 ) -> dict[Site, Tensor]:
     """Relevance of each position of a unit: the target's logit, shared out backward from layer to layer.
 

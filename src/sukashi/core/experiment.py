@@ -4,8 +4,8 @@ Of every kind of experiment there is a folder in `sukashi/experiments` with the 
 
     settings.py   the settings, a `core.schema.Settings`: command line, keywords, TOML and identity come from them
     run.py        `prepare(settings) -> Prepared`: what is loaded and checked, and the trials
-    summary.py    `summary(space) -> Result`, from the folder alone: the artefacts, and what its log says of the last
-                  run; `tables(space)`, where there are more than the result's own
+    summary.py    `summary(space) -> Result`, from the folder alone: the artefacts, and of its log what a clock
+                  decides; `tables(space)`, where there are more than the result's own
     page.py       `page(result, space) -> Page`, from the summary, the artefacts that it names and the log
 
 Claiming the folder, resuming, growth, refusal of a foreign folder, leases, results.json, tables and the page are
@@ -61,13 +61,15 @@ class Trial:
 class Prepared:
     """An experiment whose model and data are loaded and found to fit.
 
-    `identity` is what its folder is for: another identity is refused there, but for what may grow. `log` are facts
-    about this very run, such as the hardware. `before(missing trials)` may refuse what only they need, `after(space)`
-    measures what a clock decides, once all are finished.
+    `identity` is what its folder is for: another identity is refused there, but for what may grow. `shown` is what no
+    trial depends on and the summary does, as a margin. `log` are facts about this very run, such as the hardware.
+    `before(missing trials)` may refuse what only they need, `after(space)` measures what a clock decides, once all are
+    finished.
     """
 
     identity: Mapping[str, Any]
     trials: Sequence[Trial]
+    shown: Mapping[str, Any] = field(default_factory=dict)
     log: Mapping[str, Any] = field(default_factory=dict)
     before: Callable[[Sequence[Trial]], None] | None = None
     after: Callable[[Any], None] | None = None

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-FORMAT = 2  # of experiment.json and recipe.json; what another version wrote is refused
+FORMAT: Final = 3  # of experiment.json and recipe.json; what another version wrote is refused
 _held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.types import Kind
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+FREE = "decides nothing"  # in the annotation of an option on which results do not depend
+BatchSize = Annotated[int, Field(ge=1), FREE]
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -82,6 +84,13 @@ class Method:
                 rule = said.replace("Input should", "must").replace("Value should", "must")
                 default = getattr(options[name], "__name__", repr(options[name]))
                 raise UsageError(f"{name} of {self.name} {rule}, got {value!r}: its default is {default}") from None
+
+    def deciding(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its options that decide results."""
+        annotations = self._annotations
+        return {
+            name: value for name, value in given.items() if FREE not in getattr(annotations[name], "__metadata__", ())
+        }
 
     @property
     def _annotations(self) -> dict[str, Any]:

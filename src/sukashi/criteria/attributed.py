@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.attributions import attributions
 from sukashi.core import progress
 from sukashi.core.errors import UsageError
 from sukashi.core.precision import without_tf32
-from sukashi.core.registry import Method
+from sukashi.core.registry import BatchSize, Method
 from sukashi.core.types import Batch, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.network import hooks
@@ -23,7 +22,7 @@ from sukashi.network import hooks
 
 @criteria.register("taylor", source="Molchanov et al. 2017, eq. 8; 2019, gate form")
 def taylor(
-    model: nn.Module, sites: Sequence[Site], data: Batch, *, generator: torch.Generator, batch_size: int = 64
+    model: nn.Module, sites: Sequence[Site], data: Batch, *, generator: torch.Generator, batch_size: BatchSize = 64
 ) -> Scores:
     """First-order change of the loss when a unit goes: s_u = mean_x |dL(x) / dg_u|, g_u = 1 a gate on all its readers.
 
@@ -81,7 +80,7 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
         reduce: Reduce = "abs_sum",
         classes: Literal["true", "each"] = "true",
         normalise: Literal["none", "layer"] = "none",
-        batch_size: Annotated[int, Field(ge=1)] = 64,
+        batch_size: BatchSize = 64,
         **options: Any,
     ) -> Scores:
         attribution.check_options(options)

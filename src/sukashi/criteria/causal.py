@@ -20,7 +20,7 @@ from sukashi.core.errors import DataError
 from sukashi.core.precision import exact
 from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
-from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
+from sukashi.criteria.engine import DEFAULT_BUDGET, Budget, Engine
 from sukashi.criteria.progressive import Divergence, Journal, Row, Verdict, plan_of, sweep, unit_orders
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
@@ -127,7 +127,7 @@ def cswap(
     inference: Literal["voting", "general"] = "voting",
     order: Literal["index", "magnitude", "random"] = "magnitude",
     scoring: Scoring | None = None,
-    budget: int = DEFAULT_BUDGET,
+    budget: Budget = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
     """The plan of C-SWAP: from the output back, every unit that is not critical goes at once; critical ones follow.
@@ -170,7 +170,7 @@ def cbp(
     alpha: Level = 0.05,
     inference: Literal["voting", "general"] = "voting",
     scoring: Scoring | None = None,
-    budget: int = DEFAULT_BUDGET,
+    budget: Budget = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
     """The plan of C-BP: every unit is tested alone on the intact network; what helps or does nothing goes first.
@@ -209,7 +209,7 @@ def amp(
     generator: torch.Generator,
     tau: Annotated[float, Field(gt=0)] = 0.0575,
     order: Literal["index", "magnitude", "random"] = "magnitude",
-    budget: int = DEFAULT_BUDGET,
+    budget: Budget = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
     """The plan of AMP: from the output back, a unit goes if it moves the output distribution by less than tau.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
-from sukashi.criteria.engine import DEFAULT_BUDGET, Engine
+from sukashi.criteria.engine import DEFAULT_BUDGET, Budget, Engine
 from sukashi.criteria.progressive import Divergence, Journal, Row, Verdict, plan_of, sweep
 
 
@@ -27,7 +27,7 @@ def drift(
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
     slack: Annotated[float, Field(ge=1)] = 1.5,
     scout: Annotated[int, Field(ge=1)] = 4,
-    budget: int = DEFAULT_BUDGET,
+    budget: Budget = DEFAULT_BUDGET,
     _journal: Journal | None = None,
 ) -> Plan:
     """The plan of drift: rounds that each remove the units whose loss moves the output least per parameter saved.

@@ -22,19 +22,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, fx, nn
 
 from sukashi.core.errors import ModelError
 from sukashi.core.precision import exact
+from sukashi.core.registry import FREE
 from sukashi.core.types import Batch, Mask, Site
 from sukashi.network import layers, surgery
 from sukashi.network.canonical import LEAVES, Add, canonical
 
 DEFAULT_BUDGET = 2 * 2**30
+Budget = Annotated[int, Field(ge=0), FREE]
 # Bytes of the largest activation of a chunk: behind a site, where units are asked about one by one, what stays in a
 # core's cache (page faults and main memory cost a factor of two there); before it, and on a GPU, what fills the device.
 _BEHIND_CPU, _CHUNK = 2 * 2**20, 256 * 2**20

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import ModelError
 from sukashi.core.precision import exact
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.network import hooks
@@ -30,7 +29,7 @@ def wanda(
     data: Batch,
     *,
     generator: torch.Generator,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
+    batch_size: BatchSize = 64,
 ) -> Scores:
     """Size of a weight times the norm of its input: S_ij = |W_ij| ||X_j||_2, over all images and positions.
 

@@ -18,13 +18,14 @@ from torch import nn
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
+from sukashi.core.schema import Settings
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import calibration, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
-from sukashi.experiments.reading import Opening, Reading
+from sukashi.experiments.reading import Architecture, Opening, Reading
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.network import sites
@@ -149,26 +150,25 @@ class Bench:
 
     @property
     def about_model(self) -> dict[str, Any]:
-        """What decides the model: part of a trial's hash."""
-        source = self.source
-        return {
-            "spec": source.model,
-            "width": source.width,
-            "n_classes": source.n_classes,
-            "output": source.output,
-            "pretrained": source.pretrained,
-            "weights_sha256": self.loaded.weights_sha256,
-        }
+        """What decides the model: how it was named, and of its weights what is in them and not where they lie."""
+        given = self.source.identity()
+        named = {name: given[name] for name in Architecture.model_fields if name != "weights"}
+        return {"spec": given["model"], **named, "weights_sha256": self.loaded.weights_sha256}
 
     @property
     def about_data(self) -> dict[str, Any]:
-        """What decides the images: part of a trial's hash."""
-        return {
-            "spec": self.source.data,
-            "sha256": self.data.sha256,
-            "calibration": self.source.calibration,
-            "test_images": self.source.test_images,
-        }
+        """What decides the images: how they were named, and what is in them."""
+        given = self.source.identity()
+        of_model = {"model", *Architecture.model_fields}
+        read = {name: value for name, value in given.items() if name not in {"data", *of_model}}
+        return {"spec": given["data"], **read, "sha256": self.data.sha256}
+
+    def identity(self, settings: Settings, **found: Any) -> dict[str, Any]:
+        """All that decides an experiment on this bench: its settings, but model and data by what they are, and what
+        was `found` in place of what the settings leave open or say of more than this bench.
+        """
+        own = {name: value for name, value in settings.identity().items() if name not in Source.model_fields}
+        return {**own, "model": self.about_model, "data": self.about_data, **found}
 
     @property
     def example(self) -> torch.Tensor:

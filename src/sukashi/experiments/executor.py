@@ -65,7 +65,7 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     space.check_place()
     room, prepared = room_of(settings), prepare_of(settings)
-    new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows)
+    new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows, prepared.shown)
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
     try:
         if first:

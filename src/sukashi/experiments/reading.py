@@ -12,10 +12,7 @@ OPTIONS = "Options by method, as {method: {option: value}}."
 class Architecture(Settings):
     """What a model's spec leaves open."""
 
-    # Not the path of the weights decides, but what is in them: their hash is in every trial.
-    weights: str | None = option(
-        None, decides=False, path=True, help="Weights: .safetensors, or .pt/.pth holding tensors only."
-    )
+    weights: str | None = option(None, path=True, help="Weights: .safetensors, or .pt/.pth holding tensors only.")
     width: int | None = option(None, ge=1, le=65_536, help="Base width, for our own models.")
     n_classes: int | None = option(
         None, ge=1, le=1_000_000, flag="--classes", help="Class count; by default that of the weights or of the data."

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -171,7 +172,7 @@ class Workspace:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the folder is for: {"format", "kind", "identity", "trials": [[key, place]]}.
+        """What the folder is for: {"format", "kind", "identity", "shown", "trials": [[key, place]]}.
 
         Raises UsageError where it is no experiment's or another version's.
         """
@@ -190,8 +191,18 @@ class Workspace:
     def identity(self) -> dict[str, Any]:
         return dict(self.about["identity"])
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the last call asked for that no trial depends on."""
+        return dict(self.about["shown"])
+
     def claim(
-        self, kind: str, identity: Mapping[str, Any], trials: Sequence[Trial], grows: frozenset[str] = frozenset()
+        self,
+        kind: str,
+        identity: Mapping[str, Any],
+        trials: Sequence[Trial],
+        grows: frozenset[str] = frozenset(),
+        shown: Mapping[str, Any] = MappingProxyType({}),
     ) -> bool:
         """Make the folder this experiment's, or find that it is: whether it is new.
 
@@ -200,7 +211,8 @@ class Workspace:
         """
         self.check_place()
         asked = json.loads(files.canonical(identity))
-        whole = {"format": FORMAT, "kind": kind, "identity": asked, "trials": [[t.key, t.folder] for t in trials]}
+        places = [[trial.key, trial.folder] for trial in trials]
+        whole = {"format": FORMAT, "kind": kind, "identity": asked, "shown": dict(shown), "trials": places}
         with self.held():
             new = not (self.folder / EXPERIMENT).exists()
             self.check(kind, asked, grows)

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.precision import without_tf32
+from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch, Maps, Measurement
 from sukashi.measures import measures
 from sukashi.measures.accuracy import outputs
@@ -143,7 +144,7 @@ def removal_curves(
     *,
     noise: Noise = 0.01,
     tolerance: float = 1e-4,
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> RemovalCurves:
     """The curves of ROAD, as `removal` computes them with these options."""
     fixed = partial(removal, model, batch, maps, generator, noise=noise, tolerance=tolerance, batch_size=batch_size)
@@ -198,7 +199,7 @@ def insertion(
     *,
     step: Count | None = None,
     baseline: Baseline = "zeros",
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> Measurement:
     """Area under the target's probability while pixels are put into a baseline, most relevant first: (B,) in [0, 1].
 
@@ -217,7 +218,7 @@ def deletion(
     *,
     step: Count | None = None,
     baseline: Baseline = "zeros",
-    batch_size: Count = 64,
+    batch_size: BatchSize = 64,
 ) -> Measurement:
     """Area under the target's probability while a baseline replaces pixels, most relevant first: (B,) in [0, 1].
 

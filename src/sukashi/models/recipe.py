@@ -53,7 +53,7 @@ class Recipe(Strict):
     that has one; `provenance` is for readers.
     """
 
-    format: Literal[2]  # files.FORMAT
+    format: Literal[3]  # files.FORMAT
     model: ArchitectureRecipe
     preprocess: InputRecipe
     n_classes: int

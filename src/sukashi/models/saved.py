@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, writing
-from sukashi.core.files import beside, check_free, sync, write_new
+from sukashi.core.files import FORMAT, beside, check_free, sync, write_new
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import noise, probe
 from sukashi.models.loaded import LIBRARIES, Loaded
@@ -107,7 +107,7 @@ def contents(loaded: Loaded, provenance: Mapping[str, Any]) -> dict[str, bytes]:
         shapes = {site.layer: tuple(keep.shape) for site, keep in loaded.mask.keep.items()}
         masked = MaskRecipe(sha256=hashlib.sha256(files[MASKS]).hexdigest(), shapes=shapes)
     recipe = Recipe(
-        format=2,
+        format=FORMAT,
         model=ArchitectureRecipe(spec=loaded.spec, **loaded.options),
         preprocess=InputRecipe(**asdict(loaded.preprocess)),
         n_classes=loaded.n_classes,

@@ -46,11 +46,11 @@ def listed(names: Sequence[str]) -> str:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting that is set, as (dotted name, text)."""
+    """Every setting that is set, as (dotted name, text); an empty list is not."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else key)
-    elif value is not None:
+    elif value not in (None, []):
         yield path, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

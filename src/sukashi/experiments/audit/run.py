@@ -31,8 +31,7 @@ def subject(name: str, file: str) -> Any:
     """A file of what an audit looks at.
 
     run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), the area of each
-             concept in each image (`areas`), its part of the `identity`, the `attributions` it has looked at by
-             name with their options, and its `trials(answers)`
+             concept in each image (`areas`), what its settings come to (`identity`), and its `trials(answers)`
     summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
     page     `panel(result, found, space)`, `settings(space)`
     """
@@ -49,15 +48,12 @@ def prepare(settings: Audit) -> Prepared:
     networks = opened(settings)
     looking = {name: subject(name, "run").Subject(settings, networks) for name in settings.subjects}
     reference = networks[0].setting
-    identity = {
-        "data": reference.about_data,
-        "population": settings.population,
-        "seed": settings.seed,
-        "reference": networks[0].identity,
-        "models": {_name(one.answers): one.identity["spec"] for one in networks[1:]},
-        "attributions": {name: of for one in looking.values() for name, of in one.attributions.items()},
-        **{name: one.identity for name, one in looking.items()},
-    }
+    identity = reference.identity(
+        settings,
+        model=networks[0].identity,
+        models={_name(one.answers): one.identity["spec"] for one in networks[1:]},
+        **{name: value for one in looking.values() for name, value in one.identity.items()},
+    )
     facts = {
         "notes": [*dict.fromkeys(note for n in networks for note in n.setting.data.notes)],
         **{name: one.facts for name, one in looking.items()},
@@ -74,7 +70,7 @@ def prepare(settings: Audit) -> Prepared:
     }
     kept = Trial(about, partial(_keep, answers, facts), label="answers")
     trials = [kept, *(trial for one in looking.values() for trial in one.trials(kept))]
-    return Prepared(identity, trials, {"versions": versions(), "hardware": hardware(reference.device)})
+    return Prepared(identity, trials, log={"versions": versions(), "hardware": hardware(reference.device)})
 
 
 def _name(one: Answers) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ def prepare(settings: Compare) -> Prepared:
     _check(settings)
     setting = Source.of(settings).open()
     ratios = sorted({0.0, *map(float, settings.ratios)})
+    options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
     trials = [
         Trial(
             {
@@ -44,11 +46,11 @@ def prepare(settings: Compare) -> Prepared:
                 "data": setting.about_data | ({} if sampling == "random" else {"sampling": sampling}),
                 "criterion": name,
                 "seed": seed,
-                "options": settings.options.get(name, {}),
+                "options": options[name],
                 "ratios": ratios,
                 "mode": settings.mode,
             },
-            partial(_run, setting, settings.skip_refused),
+            partial(_run, setting, settings),
             label=f"{name_of(name, sampling)}, seed {seed}",
         )
         # Seed by seed, so that an interrupted comparison has all criteria side by side.
@@ -56,19 +58,14 @@ def prepare(settings: Compare) -> Prepared:
         for name in settings.criteria
         for sampling in samplings_of(name, settings.sampling)
     ]
-    identity = {
-        "model": setting.about_model,
-        "data": setting.about_data,
-        "criteria": settings.criteria,
-        "sampling": settings.sampling,
-        "seeds": settings.seeds,
-        "ratios": ratios,
-        "options": {name: settings.options.get(name, {}) for name in settings.criteria},
-        "mode": settings.mode,
-    }
-    log = {"versions": versions(), "hardware": hardware(setting.device), "margin": settings.margin}
-    after = partial(_conclude, setting, settings)
-    return Prepared(identity, trials, log, before=partial(_try_samplings, setting), after=after)
+    return Prepared(
+        setting.identity(settings, ratios=ratios, options=options),
+        trials,
+        shown={"margin": settings.margin},
+        log={"versions": versions(), "hardware": hardware(setting.device)},
+        before=partial(_try_samplings, setting),
+        after=partial(_conclude, setting, settings),
+    )
 
 
 def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
@@ -98,16 +95,16 @@ def _try_samplings(setting: Bench, missing: Sequence[Trial]) -> None:
         setting.calibration(0, how)
 
 
-def _run(setting: Bench, skip_refused: bool, desk: Desk) -> None:
+def _run(setting: Bench, settings: Compare, desk: Desk) -> None:
     try:
-        _measure(setting, desk)
+        _measure(setting, settings.options.get(desk.trial.about["criterion"], {}), desk)
     except ModelError as error:
-        if not skip_refused:
+        if not settings.skip_refused:
             raise
         desk.finish({"refused": str(error)})
 
 
-def _measure(setting: Bench, desk: Desk) -> None:
+def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     about = desk.trial.about
     mode, sites = about["mode"], setting.found.sites
     kept = desk.arrays("plan")
@@ -117,7 +114,7 @@ def _measure(setting: Bench, desk: Desk) -> None:
         plan = plan_for(
             *(setting, about["criterion"], about["seed"]),
             sampling=sampling,
-            options=about["options"],
+            options=options,
             journal=desk.journal,
         )
     desk.save("plan", plan_arrays(plan))

@@ -123,7 +123,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
     """
     found = contenders(space)
     leader, identity = found[0], space.identity
-    margin = (space.logged("run") or [{}])[-1].get("margin", curves.MARGIN) if margin is None else margin
+    margin = space.shown["margin"] if margin is None else margin
     pairs = _pairs(found)
     verdict, rule = _verdict(found, pairs)
     mode, n_images = identity["mode"], len(leader.curves[0].image_ids)

@@ -39,16 +39,12 @@ def prepare(settings: Prune) -> Prepared:
         weights = sites.weights(setting.loaded.model, settings.exclude)
         shapes = {site.layer: sparsity.weight_of(setting.loaded.model, site).shape for site in weights}
         sparsity.check_shapes(settings.scope, shapes)
-    about = {
-        "model": setting.about_model,
-        "data": setting.about_data,
-        "criterion": settings.criterion,
-        "options": settings.options,
-        "sampling": settings.sampling,
-        "seed": settings.seed,
-        "ratio_asked": settings.ratio,
-        **how(settings),
-    }
+    about = setting.identity(
+        settings,
+        ratio_asked=settings.ratio,
+        round_to=_round_to(settings),
+        options=registry[settings.criterion].deciding(settings.options),
+    )
     pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
     trials = [pruned]
     if settings.onnx:
@@ -56,15 +52,13 @@ def prepare(settings: Prune) -> Prepared:
             Trial({"onnx": pruned.key}, partial(_export, setting), needs=(pruned.key,), place="onnx", label="ONNX")
         )
     log = {"versions": versions(), "hardware": hardware(setting.device)}
-    return Prepared(about, trials, log, after=partial(_time, setting))
+    return Prepared(about, trials, log=log, after=partial(_time, setting))
 
 
-def how(settings: Prune) -> dict[str, Any]:
-    """What is removed, and how: of units the mode and the multiple that widths keep, of weights the scope."""
-    if settings.scope is None:
-        usual = pruning.ROUND_TO if settings.mode == "cut" else 1
-        return {"mode": settings.mode, "round_to": usual if settings.round_to is None else settings.round_to}
-    return {"scope": settings.scope, "sequential": settings.sequential, "exclude": settings.exclude}
+def _round_to(settings: Prune) -> int:
+    """The multiple that widths keep; 1 where none changes."""
+    usual = pruning.ROUND_TO if settings.mode == "cut" and settings.scope is None else 1
+    return usual if settings.round_to is None else settings.round_to
 
 
 def _check(settings: Prune) -> None:
@@ -141,9 +135,8 @@ def _cut(setting: Bench, settings: Prune, dense: Loaded, desk: Desk) -> tuple[Ma
         journal=desk.journal,
     )
     desk.save("plan", plan_arrays(plan))
-    chosen = how(settings)
-    mask = pruning.round_mask(plan, settings.ratio, chosen["round_to"])
-    return mask, pruning.cut(dense, mask, chosen["mode"])
+    mask = pruning.round_mask(plan, settings.ratio, _round_to(settings))
+    return mask, pruning.cut(dense, mask, settings.mode)
 
 
 def _figures(setting: Bench, loaded: Loaded, test: Batch, batch: torch.Tensor) -> dict[str, Any]:
@@ -172,7 +165,7 @@ def _cautions(settings: Prune, mask: Mask) -> list[str]:
     """Where other fractions were removed than asked for, and why; layers that are empty."""
     removed, found = mask.n_removed / mask.n_units, []
     if settings.scope is None:
-        what, round_to = "units", how(settings)["round_to"]
+        what, round_to = "units", _round_to(settings)
         why = f"widths are rounded up to multiples of {round_to}" if round_to > 1 else "one unit of each layer stays"
     else:
         what, why = "weights", "whole numbers of each group go"

@@ -15,11 +15,12 @@ from typing import Any
 
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
+from sukashi.criteria import criteria as registry
 from sukashi.experiments.bench import Bench, Source, hardware, versions
 from sukashi.experiments.schedule.checks import check, check_trained, trained
 from sukashi.experiments.schedule.levels import Level, Seed
 from sukashi.experiments.schedule.schedules import SCHEDULES
-from sukashi.experiments.schedule.settings import Course, Schedule, Scheduled
+from sukashi.experiments.schedule.settings import TRAININGS, Course, Schedule, Scheduled
 from sukashi.experiments.workspace import Desk
 from sukashi.models import Loaded
 from sukashi.network import sparsity
@@ -48,17 +49,16 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
     setting = seeds[0].setting
     model = {**setting.about_model, "weights_sha256": setting.about_model["weights_sha256"] if given else None}
     used = trained(course, given)
-    identity = {
-        "model": model,
-        "data": setting.about_data,
-        **course.model_dump(exclude={"training", "finetuning"}),
-        "options": {name: course.options.get(name, {}) for name in course.criteria},
-        "trainings": {name: chosen.model_dump() for name, chosen in used.items()},
-    }
+    identity = setting.identity(
+        course,
+        model=model,
+        options={name: registry[name].deciding(course.options.get(name, {})) for name in course.criteria},
+        **{name: used[name].identity() if name in used else None for name in TRAININGS},
+    )
     shared = {name: identity[name] for name in ("model", "data", "scope", "exclude", "round_to")}
     trials = [trial for seed in seeds for trial in _trials(seed, course, given, shared)]
-    log = {"versions": versions(), "hardware": hardware(setting.device), "notes": notes}
-    return Prepared(identity, trials, log)
+    log = {"versions": versions(), "hardware": hardware(setting.device)}
+    return Prepared(identity, trials, {"notes": notes}, log)
 
 
 def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> Iterator[Trial]:
@@ -81,7 +81,8 @@ def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> 
         for ratio in course.ratios:
             level = Level(name, criterion, ratio, chosen.model_copy(update={"enforce_mask": enforced}))
             needs = {"parent": parent.key} | ({"early": early.key} if early else {})
-            about = {**shared, "rewinds": schedule.rewinds, "options": course.options.get(criterion, {}), **needs}
+            options = registry[criterion].deciding(course.options.get(criterion, {}))
+            about = {**shared, "rewinds": schedule.rewinds, "options": options, **needs}
             make = partial(_next, seed, level, schedule.rewinds, needs)
             place = f"{name.replace('/', '-')}/{seed.seed}/{named(ratio)}"
             trial = _trial(seed, level, about, make, place, f"{name}, {at}, {ratio:.0%}", tuple(needs.values()))

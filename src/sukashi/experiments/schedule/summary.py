@@ -105,8 +105,7 @@ def summary(space: Workspace) -> ScheduleResult:
         )
     identity = space.identity
     found = of_outcomes([_outcome(record) for record in records if record.about["until"] is None], identity)
-    notes = (space.logged("run") or [{}])[-1].get("notes", [])
-    found["notes"] = [*notes, *found["notes"]]
+    found["notes"] = [*space.shown["notes"], *found["notes"]]
     return ScheduleResult(model=identity["model"]["spec"], data=identity["data"]["spec"], **found)
 
 

@@ -40,7 +40,7 @@ def prepare(settings: Study) -> Prepared:
         trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name, together=True))
         _check_there(settings, trials[-1], own)
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
-    return Prepared(identity, trials, {"versions": versions(), "title": settings.title, "pairs": settings.pairs})
+    return Prepared(identity, trials, {"title": settings.title, "pairs": settings.pairs}, {"versions": versions()})
 
 
 def _check_there(settings: Study, trial: Trial, own: Any) -> None:

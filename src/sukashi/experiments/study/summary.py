@@ -57,21 +57,20 @@ def summary(space: Workspace) -> StudyResult:
         raise UsageError(
             f"{space.folder} has {len(records)} of {space.n_trials} experiments finished: give the same command again"
         )
-    run = (space.logged("run") or [{}])[-1]
     found = {record.result["name"]: summarised(Workspace(space.folder / record.result["name"])) for record in records}
     pairs = [
         _pair(name, space, first, second)
         for name, result in found.items()
         if isinstance(result, CompareResult)
-        for first, second in run.get("pairs", [])
+        for first, second in space.shown["pairs"]
     ]
     return StudyResult(
-        title=run.get("title", ""),
+        title=space.shown["title"],
         experiments={name: {"kind": result.kind, **_kept(result)} for name, result in found.items()},
         pairs=pairs,
         verdicts={name: result.to_json()["verdict"] for name, result in found.items()},
         texts={name: result.text() for name, result in found.items()},
-        verdict=run.get("title", "") or ", ".join(found),
+        verdict=space.shown["title"] or ", ".join(found),
     )
 
 

@@ -12,12 +12,13 @@ from sukashi.core import progress
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.data import Data
-from sukashi.experiments.bench import Source, hardware, versions
+from sukashi.experiments.bench import Bench, Source, hardware, versions
 from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import accuracy
 from sukashi.measures.accuracy import by_class
 from sukashi.models import Loaded
+from sukashi.network.sites import Found
 from sukashi.training import loop
 from sukashi.training.inputs import about, bytes_of, check_training, splits
 from sukashi.training.loop import Fitted
@@ -43,10 +44,12 @@ def prepare(settings: Train) -> Prepared:
     loaded = replace(loaded, class_names=images.class_names)
     train, validation, _ = splits(images, chosen)
     check_training(chosen, train, validation, loaded, settings.tensorboard)
-    described = about(loaded, images, chosen)
-    described |= {"start": "given weights" if tuned else "as built", "test_images": settings.test_images}
+    setting = Bench(source, loaded, images, Found((), {}), device)
+    # By the weights that were drawn too, and the mask; a folder's name is none of it.
+    model = setting.about_model | about(loaded, images, chosen)["model"]
+    described = setting.identity(settings, model=model, fine_tuned=tuned)
     trial = Trial(described, partial(_train, settings, loaded, images), place=".", label=settings.kind, together=True)
-    return Prepared(described, [trial], {"versions": versions(), "hardware": hardware(device)})
+    return Prepared(described, [trial], log={"versions": versions(), "hardware": hardware(device)})
 
 
 def _train(settings: Train, loaded: Loaded, images: Data, desk: Desk) -> Mapping[str, Any]:

@@ -174,8 +174,8 @@ class Auditor:
         return {
             "network": network.identity,
             "reference": "itself, rounded" if network is self.reference else self.reference.identity,
-            "attribution": [name, channels(name), self.options.get(name, {})],
-            "measures": {measure: self.options.get(measure, {}) for measure in self.measures},
+            "attribution": [name, channels(name), explainers[name].deciding(self.options.get(name, {}))],
+            "measures": {name: registry[name].deciding(self.options.get(name, {})) for name in self.measures},
             "data": self.reference.setting.data.sha256,
             "images": [network.batch.image_id[row] for row in self.rows_of(network)],
             "seed": self.seed,

@@ -81,7 +81,7 @@ def settings(space: Workspace) -> dict[str, Any]:
     """What was measured, and how the maps were made: the channels and options of each attribution."""
     made = [record.about["attribution"] for record in space.records() if "attribution" in record.about]
     attributions = {name: {"channels": channels, **options} for name, channels, options in made}
-    return {**space.identity["saliency"], "attributions": attributions}
+    return {"measures": list(space.identity["measures"]), "attributions": attributions}
 
 
 def pictures_of(record: Record) -> list[Picture]:

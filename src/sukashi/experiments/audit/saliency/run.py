@@ -24,14 +24,14 @@ class Subject:
             if name not in (*names, *refused, *measures):
                 raise UsageError(f"options were given for {name!r}, which is not part of this audit: leave them out")
         self.names = names
-        self.attributions = {name: settings.options.get(name, {}) for name in names}
         self.auditor = Auditor(networks, measures, settings.options, settings.seed)
         self.auditor.try_out(names[0])
         self.areas = self.auditor.areas
         self.facts: dict[str, Any] = {"attributions": names, "refused": refused, "seed": settings.seed}
         self.identity = {
-            "measures": measures,
-            "options": {name: settings.options[name] for name in measures if name in settings.options},
+            "attributions": {name: explainers[name].deciding(settings.options.get(name, {})) for name in names},
+            "measures": {name: registry[name].deciding(settings.options.get(name, {})) for name in measures},
+            "options": {},  # with their methods
         }
 
     def trials(self, answers: Trial) -> list[Trial]:
