@@ -165,7 +165,8 @@ class Plan:
     `category` (n,) is detrimental, neutral or critical, `effect` (n,) the method's signed measure of what removing the
     unit does, `p_values` (n, K) one p-value a class; NaN or "" where the method has none. `passes` are the numbers of
     units gone after each progressive pass: what the method itself decided, before critical units follow. The last
-    unit of each site goes at the very end and a mask never takes it, so that no layer is ever emptied.
+    unit of each site goes at the very end and a mask never takes it, so that no layer is ever emptied. `n_evaluations`
+    says how often the method asked what one image comes to without one unit: 0 for those that do not ask.
     """
 
     sites: tuple[Site, ...]
@@ -178,6 +179,7 @@ class Plan:
     params: Mapping[str, Any] = field(default_factory=dict)
     passes: tuple[int, ...] = ()
     n_images: int = 0
+    n_evaluations: int = 0
 
     @property
     def n_units(self) -> int:
@@ -217,6 +219,7 @@ class Plan:
         p_values: Mapping[tuple[int, int], np.ndarray] | None = None,
         passes: Sequence[int] = (),
         n_images: int = 0,
+        n_evaluations: int = 0,
     ) -> Plan:
         """A plan from (site position, unit) pairs in the order they go; moves each site's last unit to the end."""
         last: dict[int, int] = {}
@@ -243,6 +246,7 @@ class Plan:
             params=dict(params or {}),
             passes=tuple(n - m for n, m in zip(passes, moved, strict=True)),
             n_images=n_images,
+            n_evaluations=n_evaluations,
         )
 
 

@@ -155,7 +155,7 @@ def cswap(
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="cswap", journal=_journal)
     gone = [row for row in rows if row.verdict.gone]
     kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (-row.verdict.effect, row.pair))
-    return plan_of(sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data))
+    return plan_of(sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data))
 
 
 @criteria.register("cbp", source="Bauvin et al. 2025, algorithm 4", visits=1.0)
@@ -195,7 +195,7 @@ def cbp(
         xi = row.verdict.effect
         return turn[row.verdict.category], (abs(xi) if row.verdict.category == "neutral" else -xi), row.pair
 
-    return plan_of(sites, sorted(rows, key=rank), "cbp", n_images=len(data))
+    return plan_of(sites, sorted(rows, key=rank), "cbp", n_images=len(data), n_evaluations=len(rows) * len(data))
 
 
 @criteria.register(
@@ -228,7 +228,7 @@ def amp(
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="amp", journal=_journal)
     gone = [row for row in rows if row.verdict.gone]
     kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (row.verdict.effect, row.pair))
-    return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data))
+    return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data))
 
 
 def _causal_test(

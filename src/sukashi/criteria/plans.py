@@ -20,7 +20,8 @@ def plan_arrays(plan: Plan) -> dict[str, Any]:
         {"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis, **({"at": s.at} if s.at else {})}
         for s in plan.sites
     ]
-    about = {"sites": sites, "method": plan.method, "params": dict(plan.params), "n_images": plan.n_images}
+    counts = {name: getattr(plan, name) for name in ("n_images", "n_evaluations")}
+    about = {"sites": sites, "method": plan.method, "params": dict(plan.params), **counts}
     return {
         "about": np.array(canonical(about).decode()),
         "site": plan.site,
@@ -50,6 +51,7 @@ def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = N
         params=about["params"],
         passes=tuple(arrays["passes"].tolist()),
         n_images=about["n_images"],
+        n_evaluations=about["n_evaluations"],
     )
 
 

@@ -116,7 +116,13 @@ def unit_orders(model: nn.Module, sites: Sequence[Site], order: str, generator: 
 
 
 def plan_of(
-    sites: Sequence[Site], rows: Sequence[Row], method: str, *, n_images: int, passes: Sequence[int] = ()
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    method: str,
+    *,
+    n_images: int,
+    n_evaluations: int,
+    passes: Sequence[int] = (),
 ) -> Plan:
     """The plan in which units go in the order of `rows`."""
     return Plan.build(
@@ -128,4 +134,5 @@ def plan_of(
         p_values={row.pair: row.verdict.p_values for row in rows if row.verdict.p_values is not None},
         passes=passes,
         n_images=n_images,
+        n_evaluations=n_evaluations,
     )
