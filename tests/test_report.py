@@ -17,6 +17,7 @@ import sukashi
 from sukashi.core import files
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
+from sukashi.core.files import FORMAT
 from sukashi.core.types import Curve, Plan, Site
 from sukashi.criteria.plans import plan_arrays
 from sukashi.experiments.compare.contenders import save_curve
@@ -356,7 +357,8 @@ def test_warnings_are_shown_once(tmp_path: Path) -> None:
 
 def pruned(folder: Path, about: dict[str, Any], result: dict[str, Any], clock: dict[str, float]) -> Workspace:
     """The folder of a pruned network, but for the network."""
-    whole = {"model": {"spec": "sukashi:digits_cnn"}, "data": {"spec": "digits"}, "ratio_asked": 0.5, **about}
+    whole = {"model": {"spec": "sukashi:digits_cnn"}, "data": {"spec": "digits"}, "ratio_asked": 0.5, "scope": None}
+    whole |= about
     space, trial = Workspace(folder), Trial(whole, nothing, place=".")
     space.claim("prune", whole, [trial])
     space.log("run", command="sukashi prune sukashi:digits_cnn")
@@ -461,9 +463,9 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
         assert not (folder / "report.html").exists()
         assert not (folder / "results.json").exists()
     about = json.loads((space.folder / "experiment.json").read_text())
-    for version in (1, 3, None):
+    for version in (1, FORMAT + 1, None):
         (space.folder / "experiment.json").write_text(json.dumps({**about, "format": version}))
-        with pytest.raises(UsageError, match=f"has format {version}, this version reads 3"):
+        with pytest.raises(UsageError, match=f"has format {version}, this version reads {FORMAT}"):
             sukashi.results(space.folder)
     (space.folder / "experiment.json").write_text("{")
     with pytest.raises(DataError, match=r"experiment\.json can't be read"):

@@ -41,10 +41,10 @@ def prepare(settings: Prune) -> Prepared:
         sparsity.check_shapes(settings.scope, shapes)
     about = setting.identity(
         settings,
-        ratio_asked=settings.ratio,
         round_to=_round_to(settings),
         options=registry[settings.criterion].deciding(settings.options),
     )
+    about["ratio_asked"] = about.pop("ratio")  # less may be removed
     pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
     trials = [pruned]
     if settings.onnx:

@@ -87,7 +87,7 @@ def summary(space: Workspace) -> PruneResult:
     about, found = records[0].about, records[0].result
     timed = (space.logged("latency") or [{}])[-1]
     latency = {name: timed[f"{name}_ms"] for name in ("dense", "pruned") if f"{name}_ms" in timed}
-    dense, pruned, scope = found["dense"], found["pruned"], about.get("scope")
+    dense, pruned, scope = found["dense"], found["pruned"], about["scope"]
     classes = (np.array(of["class_accuracy"], dtype=np.float64) for of in (dense, pruned))
     within = share(round(pruned["accuracy"] * found["n_images"]), found["n_images"])
     return PruneResult(
@@ -95,7 +95,7 @@ def summary(space: Workspace) -> PruneResult:
         data=about["data"]["spec"],
         criterion=about["criterion"],
         scope=scope,
-        mode=about.get("mode", "sparse"),
+        mode="sparse" if scope else about["mode"],
         **{name: about[name] for name in ("ratio_asked",)},
         **{name: found[name] for name in ("units_removed", "weights_removed", "n_images", "class_names")},
         **{name: found[name] for name in ("class_counts", "layers", "dense", "pruned")},
