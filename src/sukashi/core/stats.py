@@ -31,20 +31,6 @@ class Interval:
     n: int
 
 
-@dataclass(frozen=True)
-class Paired:
-    """The mean of a - b over `n` pairs by t and by bootstrap, and two-sided p-values against no difference.
-
-    A p-value is None where the pairs can't give one: fewer than two, or the same difference in each.
-    """
-
-    t: Interval
-    bootstrap: Interval
-    p_t: float | None
-    p_wilcoxon: float | None
-    n: int
-
-
 def interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
     """Mean over axis 0 with Student's t interval: m ± t_{n-1, (1+level)/2} s / sqrt(n), s with n - 1.
 
@@ -101,7 +87,7 @@ def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
 
 
 def crossed(values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Mean of `values` (S, B) with a t interval for new seeds *and* new images, which holds for few seeds; `n` is S.
+    """Mean of `values` (S, B, ...) over seeds and images with a t interval for new seeds *and* new images; `n` is S.
 
         m +- t_{df, (1+level)/2} sqrt(a + b),   a = var(means of seeds) / S,   b = var(means of images) / B
 
@@ -112,50 +98,50 @@ def crossed(values: ArrayLike, *, level: float = 0.95) -> Interval:
     Raises: as `interval`, and UsageError for one image.
     """
     x = _checked(values, level)
-    n_seeds, n_images = x.shape
+    mean, error, df = _crossed(x)
+    half = stats.t.ppf((1 + level) / 2, df) * error
+    return Interval(_plain(mean), _plain(mean - half), _plain(mean + half), len(x))
+
+
+def crossed_test(values: ArrayLike) -> float:
+    """Two-sided p-value that the mean of `values` (S, B) is 0 for new seeds and new images, by `crossed`'s t.
+
+    Raises: as `crossed`.
+    """
+    mean, error, df = _crossed(_checked(values, 0.95))
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean) / error, df))
+
+
+def _crossed(x: Array) -> tuple[Any, Any, Any]:
+    """Mean of (S, B, ...) over seeds and images, its standard error and Satterthwaite's degrees of freedom."""
+    n_seeds, n_images = x.shape[:2]
     if n_images < 2:
         raise UsageError("an interval over images needs at least 2 of them, got 1")
-    of_seeds = x.mean(axis=1).var(ddof=1) / n_seeds if n_seeds > 1 else 0.0
-    of_images = x.mean(axis=0).var(ddof=1) / n_images
+    of_images = x.mean(axis=0).var(axis=0, ddof=1) / n_images
+    of_seeds = x.mean(axis=1).var(axis=0, ddof=1) / n_seeds if n_seeds > 1 else np.zeros_like(of_images)
     variance = of_seeds + of_images
-    if variance == 0:
-        return Interval(float(x.mean()), float(x.mean()), float(x.mean()), n_seeds)
-    df = variance**2 / (of_seeds**2 / max(n_seeds - 1, 1) + of_images**2 / (n_images - 1))
-    half = float(stats.t.ppf((1 + level) / 2, df)) * math.sqrt(variance)
-    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, n_seeds)
+    spread = of_seeds**2 / max(n_seeds - 1, 1) + of_images**2 / (n_images - 1)
+    # Without any spread the interval is a point, whatever the degrees of freedom.
+    df = np.where(spread > 0, variance**2 / np.where(spread > 0, spread, 1.0), 1.0)
+    return x.mean(axis=(0, 1)), np.sqrt(variance), df
 
 
-def resamples(
-    n_seeds: int, n_images: int, n_resamples: int, generator: np.random.Generator
-) -> Iterator[tuple[Array, Array]]:
-    """How often each seed (R, n_seeds) and each image (R, n_images) is drawn, `n_resamples` rows in blocks.
+def ratio(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interval:
+    """How many times as large `second` (n,) is as `first` (n,), pair by pair: the geometric mean of second / first.
 
-    Seeds and images are drawn independently, with replacement (the pigeonhole bootstrap, Owen 2007).
+    Its bounds are those of `interval` over the logarithms. Of two networks timed in turns, what disturbs both of a turn
+    alike is in neither mean nor bounds.
+
+    Raises: as `interval`, and UsageError for what is not positive or not as many.
     """
-    for size in _blocks(n_resamples, n_images):
-        of_seeds = _counts(n_seeds, size, generator)
-        yield of_seeds, _counts(n_images, size, generator)
-
-
-def paired(a: ArrayLike, b: ArrayLike, *, generator: np.random.Generator, level: float = 0.95) -> Paired:
-    """The mean of a - b, pair by pair, with intervals, the paired t test and Wilcoxon's signed-rank test.
-
-    `a` and `b` (n,) hold the same seeds (or images) in the same order. With n = 5 Wilcoxon can't go below 0.0625.
-
-    Raises: as `interval`, and UsageError where the lengths differ.
-    """
-    x, y = _checked(a, level), _checked(b, level)
-    if x.shape != y.shape:
-        raise UsageError(f"pairs need as many values on both sides, got {len(x)} and {len(y)}")
-    difference = x - y
-    p_t = t_test(difference)
-    return Paired(
-        t=interval(difference, level=level),
-        bootstrap=bootstrap(difference, generator=generator, level=level),
-        p_t=p_t,
-        p_wilcoxon=None if p_t is None else float(stats.wilcoxon(difference).pvalue),
-        n=len(difference),
-    )
+    x, y = _checked(first, level), _checked(second, level)
+    if x.shape != y.shape or (x <= 0).any() or (y <= 0).any():
+        raise UsageError(f"a ratio needs as many positive values on both sides, got {len(x)} and {len(y)}")
+    found = interval(np.log(y / x), level=level)
+    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
+    return Interval(math.exp(found.mean), low, high, found.n)
 
 
 def t_test(differences: Array) -> float | None:
@@ -190,6 +176,19 @@ def not_lower(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, 
     variance = n * (2 * q - margin * (1 + margin))
     shown = b - c + n * margin >= stats.norm.ppf(level) * np.sqrt(np.maximum(variance, 0))
     return bool(shown) if np.ndim(shown) == 0 else shown
+
+
+def shown_up_to(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, level: float = 0.975) -> int:
+    """How many networks, in their order, pass `not_lower` before the first that does not.
+
+    Counts (L,), or (L, S) where a network is tried S times and must pass each. Tests stop at the first that fails, so
+    there is nothing to correct for their number (Maurer, Hothorn and Lehmacher 1995): the chance to count a network
+    that loses more than `margin` stays below 1 - level.
+
+    Raises: as `not_lower`.
+    """
+    shown = np.asarray(not_lower(n_gained, n_lost, n, margin, level=level))
+    return int(np.logical_and.accumulate(shown.reshape(len(shown), -1).all(axis=1)).sum())
 
 
 def least_images(margin: float, *, level: float = 0.975) -> int:

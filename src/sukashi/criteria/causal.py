@@ -155,7 +155,9 @@ def cswap(
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="cswap", journal=_journal)
     gone = [row for row in rows if row.verdict.gone]
     kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (-row.verdict.effect, row.pair))
-    return plan_of(sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data))
+    return plan_of(
+        sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data)
+    )
 
 
 @criteria.register("cbp", source="Bauvin et al. 2025, algorithm 4", visits=1.0)
@@ -228,7 +230,9 @@ def amp(
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="amp", journal=_journal)
     gone = [row for row in rows if row.verdict.gone]
     kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (row.verdict.effect, row.pair))
-    return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data))
+    return plan_of(
+        sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data)
+    )
 
 
 def _causal_test(

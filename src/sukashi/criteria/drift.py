@@ -38,8 +38,9 @@ def drift(
     output back, and removes at once those whose price in the present network is within the limit. Prices are thus
     always confirmed in the state in which the unit goes; what is expensive is not asked again until its turn nears.
     Prices rise as units go: after a round that removes fewer than a tenth of the units it asked about, the next takes
-    twice the share (half of the units at most). The first prices are scouted on every `scout`-th image. Rounds end when G has drifted further than a uniform guess
-    could (D > log K); the rest follows by its last price. No labels are used.
+    twice the share (half of the units at most). The first prices are scouted on every `scout`-th image. Rounds end when
+    G has drifted further than a uniform guess could (D > log K); the rest follows by its last price. No labels are
+    used.
 
     Single effects do not add, which is why a ranking of them fails early; greedy removal would ask about every unit
     before each removal. Rounds ask 2 to 6 times a unit in all, where C-SWAP asks once: what they asked is counted in
@@ -80,7 +81,7 @@ def drift(
         passes.append(len(rows))
         n_evaluations += len(found) * len(data)
         n_gone = sum(row.verdict.gone for row in found)
-        reach = share if 10 * n_gone >= len(asked) else min(2 * reach, 0.5)
+        reach = share if 10 * n_gone >= len(asked) else min(2 * reach, max(share, 0.5))
         if divergence(engine.logits()) > math.log(engine.original.shape[1]):
             break
     gone = {row.pair for row in rows}

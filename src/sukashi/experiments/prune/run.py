@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -196,9 +195,8 @@ def _time(setting: Bench, space: Workspace) -> None:
     dense, pruned = cost.latency((setting.loaded.model, small.model), batch)
     space.log(
         "latency",
-        dense_ms=statistics.median(dense),
-        pruned_ms=statistics.median(pruned),
+        dense_ms=dense,
+        cut_ms=pruned,
         batch_size=LATENCY_BATCH,
-        repeats=len(dense),
         threads=torch.get_num_threads(),
     )
