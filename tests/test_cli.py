@@ -798,7 +798,7 @@ def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
     assert list(result["accuracy_at"]["taylor"]) == ["0.15", "0.3", "0.5", "0.7"]
     assert result["accuracy_at"]["taylor"]["0.7"] is None
     shown = sukashi(*args)
-    assert "shown to lose at most 10 points up to" in shown.out
+    assert "lossless (10 points) up to at least" in shown.out
     assert "2.3%" in shown.out
     page = sukashi("report", tmp_path / "out", "--margin", "0.02")
     assert page.code == 0

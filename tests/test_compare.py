@@ -236,7 +236,7 @@ def test_what_is_printed(compared):
     for name in COMPARED:
         sauce = compared.sauce[name]
         assert rows[name][1:5] == [f"{sauce['mean']:.1f}", f"{sauce['low']:.1f}", "to", f"{sauce['high']:.1f}"]
-    assert "shown to lose at most 1 points up to" in text
+    assert "lossless (1 points) up to at least" in text
     for name in ("cswap", "random"):
         (asked,) = {record.result["n_evaluations"] for key, record in trials(compared).items() if key == (name, 0)}
         assert f"  {asked:,}" in next(line for line in text.splitlines() if line.startswith(name))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from sukashi.core.errors import UsageError
 
@@ -89,43 +89,56 @@ def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
 def crossed(values: ArrayLike, *, level: float = 0.95) -> Interval:
     """Mean of `values` (S, B, ...) over seeds and images with a t interval for new seeds *and* new images; `n` is S.
 
-        m +- t_{df, (1+level)/2} sqrt(a + b),   a = var(means of seeds) / S,   b = var(means of images) / B
+        m +- (a t_{S-1} + b t_{B-1}) / (a + b) sqrt(a + b),  a = var(means of seeds) / S,  b = var(means of images) / B
 
-    with Satterthwaite's df = (a + b)^2 / (a^2 / (S - 1) + b^2 / (B - 1)). Noise of seed and image together is in both
-    variances, so the interval is a little wide; a percentile bootstrap of three seeds is much too narrow (of its 95 %
-    intervals 80 to 90 % were found to cover). With one seed a = 0 and it speaks of new images alone.
+    with t at (1 + level) / 2: Cochran's critical value for two variances (Cochran and Cox 1950, sec. 4.14), exact where
+    one of them is 0. With one seed a = 0 and it speaks of new images alone. Noise of seed and image together is in both
+    variances, so the interval is a little wide. Satterthwaite's degrees of freedom hold less at two or three seeds
+    (benchmarks/coverage.py), and a percentile bootstrap of three seeds much less.
 
     Raises: as `interval`, and UsageError for one image.
     """
     x = _checked(values, level)
-    mean, error, df = _crossed(x)
-    half = stats.t.ppf((1 + level) / 2, df) * error
+    of_seeds, of_images = _variances(x)
+    half = _critical((1 - level) / 2, of_seeds, of_images, x.shape) * np.sqrt(of_seeds + of_images)
+    mean = x.mean(axis=(0, 1))
     return Interval(_plain(mean), _plain(mean - half), _plain(mean + half), len(x))
 
 
 def crossed_test(values: ArrayLike) -> float:
-    """Two-sided p-value that the mean of `values` (S, B) is 0 for new seeds and new images, by `crossed`'s t.
+    """Two-sided p-value that the mean of `values` (S, B) is 0 for new seeds and new images: 1 - level of the interval
+    of `crossed` that ends at 0.
 
     Raises: as `crossed`.
     """
-    mean, error, df = _crossed(_checked(values, 0.95))
+    x = _checked(values, 0.95)
+    of_seeds, of_images = _variances(x)
+    mean, error = abs(x.mean()), np.sqrt(of_seeds + of_images)
     if error == 0:
         return float(mean == 0)
-    return float(2 * stats.t.sf(abs(mean) / error, df))
+
+    def beyond(tail: float) -> float:
+        return float(_critical(tail, of_seeds, of_images, x.shape) - mean / error)
+
+    least = 1e-300  # no p-value is printed below 0.0001
+    return 0.0 if beyond(least) < 0 else 2 * float(optimize.brentq(beyond, least, 0.5))
 
 
-def _crossed(x: Array) -> tuple[Any, Any, Any]:
-    """Mean of (S, B, ...) over seeds and images, its standard error and Satterthwaite's degrees of freedom."""
+def _variances(x: Array) -> tuple[Any, Any]:
+    """The squared standard errors that seeds and images give the mean of (S, B, ...)."""
     n_seeds, n_images = x.shape[:2]
     if n_images < 2:
         raise UsageError("an interval over images needs at least 2 of them, got 1")
     of_images = x.mean(axis=0).var(axis=0, ddof=1) / n_images
     of_seeds = x.mean(axis=1).var(axis=0, ddof=1) / n_seeds if n_seeds > 1 else np.zeros_like(of_images)
-    variance = of_seeds + of_images
-    spread = of_seeds**2 / max(n_seeds - 1, 1) + of_images**2 / (n_images - 1)
-    # Without any spread the interval is a point, whatever the degrees of freedom.
-    df = np.where(spread > 0, variance**2 / np.where(spread > 0, spread, 1.0), 1.0)
-    return x.mean(axis=(0, 1)), np.sqrt(variance), df
+    return of_seeds, of_images
+
+
+def _critical(tail: float, of_seeds: Any, of_images: Any, shape: tuple[int, ...]) -> Any:
+    """Cochran's critical value with `tail` beyond it: the mean of Student's two, weighted by the variances."""
+    by_seeds, by_images = (stats.t.isf(tail, max(n - 1, 1)) for n in shape[:2])
+    both = of_seeds + of_images
+    return (of_seeds * by_seeds + of_images * by_images) / np.where(both > 0, both, 1)
 
 
 def ratio(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interval:

@@ -76,7 +76,7 @@ class CompareResult(Result):
 
     def text(self) -> str:
         margin = next(iter(self.lossless.values()))["margin"]
-        header = ["criterion", "SAUCE", "95 % interval", f"shown to lose at most {100 * margin:g} points up to"]
+        header = ["criterion", "SAUCE", "95 % interval", f"lossless ({100 * margin:g} points) up to at least"]
         found = []
         for name in self.contenders:
             sauce, free = self.sauce[name], self.lossless[name]["removed"]
