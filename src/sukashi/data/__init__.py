@@ -1,8 +1,8 @@
 """Datasets with image ids that never change, checked before anything is computed from them.
 
-`images` turns one file into numbers, `splits` samples and batches, `files`, `shapes` and `downloads` know where images
-come from. Everything random (held-out, calibration, limit) ranks images by a hash of their id, so a choice does not
-depend on their order, on other images or on a generator's state.
+`images` turns one file into numbers, `splits` samples and batches, `folders`, `listed` (CSV), `parquet`, `shapes` and
+`downloads` know where images come from. Everything random (held-out, calibration, limit) ranks images by a hash of
+their id, so a choice does not depend on their order, on other images or on a generator's state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from sukashi.core import progress
 from sukashi.core.errors import DataError, ModelError, UsageError, nearest
 from sukashi.core.types import Preprocess
-from sukashi.data import downloads, files, memory
+from sukashi.data import downloads, folders, listed, memory, parquet
 from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
@@ -82,7 +82,7 @@ class Data:
             raise UsageError(f"only must name at least two different classes, got {list(class_names)}")
         old = [self.class_names.index(wanted) for wanted in class_names]
         train, test = self.train.only(old), self.test.only(old)
-        listed = ", ".join(class_names)
+        listed = ", ".join(class_name.replace(",", "\\,") for class_name in class_names)
         held_out, now = f", {len(self.test)} images", f", {len(test)} images"  # the end of the note of `load`
         notes = (note.removesuffix(held_out) + now if note.endswith(held_out) else note for note in self.notes)
         return replace(
@@ -124,15 +124,17 @@ def load(
     skip_bad: bool = False,
     class_map: Mapping[str, int] | None = None,
     only: Sequence[str] | None = None,
+    label: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Data:
     """A dataset by name or folder, every image checked.
 
     `spec`: `digits`, `shapes` with options (`shapes:watermark=0.9,size=64`), `torchvision:NAME`, a folder of class
-    folders (train/CLASS/*.png and test/ or val/, or CLASS/* alone) or a folder of Parquet files with columns `image`
-    and `label` or `mask`. `seed` draws the held-out test split of a dataset without one. `skip_bad` leaves unreadable
-    images out and lists them in `bad`; otherwise they are fatal. `class_map` gives each class the model's number,
-    `only` leaves all classes out but these, see `Data.only`.
+    folders (train/CLASS/*.png and test/ or val/, or CLASS/* alone), a folder of images and of a CSV with their names
+    and labels, or a folder of Parquet files with columns `image` and `label` or `mask`. `label` names the column of
+    labels where it is called otherwise or there are several. `seed` draws the held-out test split of a dataset without
+    one. `skip_bad` leaves unreadable images out and lists them in `bad`; otherwise they are fatal. `class_map` gives
+    each class the model's number, `only` leaves all classes out but these, see `Data.only`.
 
     Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
     """
@@ -143,7 +145,8 @@ def load(
         )
     if class_map is not None and only is not None:
         raise UsageError("both class_map and only number the classes: choose one")
-    name, found = _found(spec, max_pixels)
+    name, found = _found(spec, label, max_pixels)
+    _check_names(name, found)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
     notes = list(found.notes)
@@ -202,13 +205,19 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
             f"the model has {n_classes} classes and the data {len(data_names)}: "
             f"use a model of {len(data_names)} classes"
         )
-    known = {name.strip().casefold(): number for number, name in enumerate(model_names or ())}
-    for number, name in enumerate(data_names):
-        if (of_model := known.get(name.strip().casefold(), number)) != number:
+    theirs, ours = _told_apart(model_names or ()), _told_apart(data_names)
+    for name, number in ours.items():
+        if (of_model := theirs.get(name, number)) != number:
             raise DataError(
-                f"class {name!r} is number {of_model} of the model and {number} of the data: both must count alike, "
-                f"so give a class_map from every class name to the model's number"
+                f"class {data_names[number]!r} is number {of_model} of the model and {number} of the data: both must "
+                "count alike, so give a class_map from every class name to the model's number"
             )
+
+
+def _told_apart(names: Sequence[str]) -> dict[str, int]:
+    """Numbers by name, in small letters where these alone still tell the names apart."""
+    small = [name.strip().casefold() for name in names]
+    return {name: number for number, name in enumerate(small if len({*small}) == len(small) else names)}
 
 
 def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
@@ -230,25 +239,48 @@ def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str])
     return splits
 
 
-def _found(spec: str | Path, max_pixels: int) -> tuple[str, Found]:
-    if isinstance(spec, str):
-        name, _, options = spec.partition(":")
-        if spec == "digits":
-            return spec, _digits()
-        if name == "shapes":
-            return spec, Shapes.parse(options).found()
-        if spec.startswith(memory.PREFIX):
-            return spec, memory.held(options)
-        if name == "torchvision":
-            return options, downloads.torchvision(options, max_pixels)
+def _found(spec: str | Path, label: str | None, max_pixels: int) -> tuple[str, Found]:
+    generated = None if isinstance(spec, Path) else _by_name(spec, max_pixels)
+    if generated is not None:
+        if label is not None:
+            raise UsageError(f"{spec} has no columns, label {label!r} is for those of Parquet and CSV: leave it out")
+        return generated
     path = Path(spec)
-    if path.is_file() and path.suffix == ".parquet":
-        return path.stem, files.parquet(path, [path], max_pixels)
+    if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
+        return path.stem, parquet.parquet(path, [path], label, max_pixels)
     if not path.is_dir():
-        raise UsageError(f"unknown data {str(spec)!r}, and no such folder{nearest(str(spec), names())}")
-    shards = sorted(path.rglob("*.parquet"))
-    found = files.parquet(path, shards, max_pixels) if shards else files.image_folder(path, max_pixels)
-    return path.resolve().name, found
+        known = f", and no such folder{nearest(str(spec), names())}"
+        raise UsageError(f"unknown data {str(spec)!r}{': it is no folder' if path.exists() else known}")
+    return path.resolve().name, _in_folder(path, label, max_pixels)
+
+
+def _by_name(spec: str, max_pixels: int) -> tuple[str, Found] | None:
+    name, _, options = spec.partition(":")
+    if spec == "digits":
+        return spec, _digits()
+    if name == "shapes":
+        return spec, Shapes.parse(options).found()
+    if spec.startswith(memory.PREFIX):
+        return spec, memory.held(options)
+    if name == "torchvision":
+        return options, downloads.torchvision(options, max_pixels)
+    return None
+
+
+def _in_folder(root: Path, label: str | None, max_pixels: int) -> Found:
+    """What Parquet files say, or class folders, or a CSV where there are no class folders or a column is named."""
+    if shards := parquet.shards(root):
+        return parquet.parquet(root, shards, label, max_pixels)
+    tables = listed.tables(root)
+    if label is not None and not tables:
+        raise UsageError(f"{root} has neither Parquet nor CSV, label {label!r} is a column of these: leave it out")
+    if tables and (label is not None or not folders.has_classes(root)):
+        return listed.listed_images(root, tables, label, max_pixels)
+    found = folders.image_folder(root, max_pixels)
+    if not tables:
+        return found
+    unread = f"{tables[0].relative_to(root)} is not read: classes are the folders; --label COLUMN takes it instead"
+    return replace(found, notes=(*found.notes, unread))
 
 
 def _digits() -> Found:
@@ -257,6 +289,19 @@ def _digits() -> Found:
     digits = load_digits()
     pixels = Pixels(numbered("digits", len(digits.images)), (digits.images / 16).astype(np.float32))
     return Found({"": (pixels, torch.from_numpy(digits.target.astype(np.int64)))}, tuple("0123456789"))
+
+
+def _check_names(name: str, found: Found) -> None:
+    """Refuse classes that can't be told apart, and fewer than two of them where an image has one."""
+    same = [class_name for class_name, times in Counter(found.class_names).items() if times > 1]
+    if same:
+        raise DataError(f"{name} has several classes called {same[0]!r}: give each its own name")
+    if found.ignore_index is None and len(found.class_names) == 1:
+        raise DataError(f"{name} has one class, {found.class_names[0]!r}, and two are needed: add images of another")
+    try:
+        "".join((*found.class_names, *(i for source, _ in found.splits.values() for i in source.ids))).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} has file or class names that are no UTF-8: rename them") from None
 
 
 def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Tensor:

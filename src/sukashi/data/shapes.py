@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sukashi.core.errors import UsageError, nearest
 from sukashi.data.images import Found, Pixels, Source, numbered
+from sukashi.data.memory import MAX_BYTES
 
 SHAPES = ("circle", "ring", "square", "triangle", "cross", "crescent")
 COLOURS = {
@@ -69,6 +70,12 @@ class Shapes:
         if shapes.watermark is not None and not 0.5 <= shapes.watermark <= 1:
             raise UsageError(
                 f"shapes: watermark must be in [0.5, 1], got {shapes.watermark}: the fraction of circles that carry it"
+            )
+        n_bytes = 3 * shapes.size**2 * len(SHAPES) * (shapes.n + shapes.n // 4)
+        if n_bytes > MAX_BYTES:
+            raise UsageError(
+                f"shapes: size={shapes.size} and n={shapes.n} make {n_bytes / 2**30:,.0f} GiB, at most "
+                f"{MAX_BYTES / 2**30:g} are kept in memory: ask for smaller or fewer images"
             )
         return shapes
 

@@ -52,6 +52,7 @@ class Source(Reading):
             skip_bad=self.skip_bad,
             class_map=self.class_map,
             only=self.only,
+            label=self.label,
             max_pixels=self.max_pixels,
         )
         if images.train.has_masks:
