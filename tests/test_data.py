@@ -15,41 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pictures import encode, folder, noise, parquet, plain, write
 from sukashi import data
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Preprocess
 from sukashi.data import downloads
 from sukashi.data.shapes import CONCEPTS, SHAPES
-
-
-def plain(size: int, channels: int = 3) -> Preprocess:
-    """No normalisation: x is the image in [0, 1]."""
-    return Preprocess(size, size, channels, (0.0,) * channels, (1.0,) * channels)
-
-
-def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def noise(number: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, shape or (8, 8, 3), dtype=np.uint8)
-
-
-def folder(root: Path, n: int = 4, classes: tuple[str, ...] = ("cat", "dog"), splits=("train", "test")) -> Path:
-    """n different PNGs of each class and split."""
-    for s, split in enumerate(splits):
-        for k, name in enumerate(classes):
-            for i in range(n):
-                write(root / split / name / f"{i:02d}.png", encode(noise(1000 * s + 100 * k + i)))
-    return root
-
-
-def write(path: Path, encoded: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded)
 
 
 def one(root: Path, encoded: bytes, suffix: str = ".png") -> tuple[torch.Tensor, data.Data]:
@@ -60,20 +31,6 @@ def one(root: Path, encoded: bytes, suffix: str = ".png") -> tuple[torch.Tensor,
     found = data.load(root)
     row = found.train.image_ids.index(f"train/cat/00{suffix}")
     return found.train.subset([row]).whole(plain(8)).x[0], found
-
-
-def parquet(path: Path, rows: list[tuple[bytes | None, int]], names: list[str] | None = None) -> None:
-    table = pa.table(
-        {
-            "image": pa.array([{"bytes": b, "path": f"p{i}.png"} for i, (b, _) in enumerate(rows)]),
-            "label": pa.array([label for _, label in rows], pa.int64()),
-        }
-    )
-    if names is not None:
-        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
 
 
 # --- digits, splits, samples ----------------------------------------------------------------------------------------

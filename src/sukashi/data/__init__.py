@@ -40,6 +40,8 @@ ORDER = ("train", "val", "test")
 MAX_PIXELS = 64_000_000
 """Pixels an image may have unless `max_pixels` says otherwise."""
 
+_NAMED = ("digits", "shapes", "torchvision", "memory")
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -240,11 +242,10 @@ def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str])
 
 
 def _found(spec: str | Path, label: str | None, max_pixels: int) -> tuple[str, Found]:
-    generated = None if isinstance(spec, Path) else _by_name(spec, max_pixels)
-    if generated is not None:
+    if isinstance(spec, str) and spec.partition(":")[0] in _NAMED:
         if label is not None:
             raise UsageError(f"{spec} has no columns, label {label!r} is for those of Parquet and CSV: leave it out")
-        return generated
+        return _by_name(spec, max_pixels)
     path = Path(spec)
     if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
         return path.stem, parquet.parquet(path, [path], label, max_pixels)
@@ -254,17 +255,19 @@ def _found(spec: str | Path, label: str | None, max_pixels: int) -> tuple[str, F
     return path.resolve().name, _in_folder(path, label, max_pixels)
 
 
-def _by_name(spec: str, max_pixels: int) -> tuple[str, Found] | None:
+def _by_name(spec: str, max_pixels: int) -> tuple[str, Found]:
     name, _, options = spec.partition(":")
-    if spec == "digits":
-        return spec, _digits()
-    if name == "shapes":
-        return spec, Shapes.parse(options).found()
-    if spec.startswith(memory.PREFIX):
-        return spec, memory.held(options)
-    if name == "torchvision":
-        return options, downloads.torchvision(options, max_pixels)
-    return None
+    match name:
+        case "digits":
+            if options:
+                raise UsageError(f"digits takes no options, got {options!r}: write digits")
+            return spec, _digits()
+        case "shapes":
+            return spec, Shapes.parse(options).found()
+        case "memory":
+            return spec, memory.held(options)
+        case _:
+            return options, downloads.torchvision(options, max_pixels)
 
 
 def _in_folder(root: Path, label: str | None, max_pixels: int) -> Found:

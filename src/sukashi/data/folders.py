@@ -46,23 +46,23 @@ def has_classes(root: Path) -> bool:
 def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     """The folder of each split, or {"": root} where the folders are classes; and what there is to be noted of that.
 
-    Folders are splits where all of them are named so; one that is named so among others is a class where it holds
-    images as they do.
+    Folders are splits where all of them are named so. One named so among others is a class where it holds images as
+    they do.
     """
     folders = folders_in(root)
     splits = [folder for folder in folders if is_plain_split(folder.name) or (split_of(folder.name) and _deep(folder))]
     named = {split_of(folder.name) or "": folder for folder in splits}
+    plain = [folder for folder in splits if is_plain_split(folder.name)]
     if splits and len(named) == len(folders):
         return {split: _below(folder, split) for split, folder in named.items()}, []
-    plain = [folder for folder in folders if is_plain_split(folder.name)]
-    if not plain:
+    if len(named) < 2 and not plain:
         return {"": root}, []
-    if len(plain) > 1 or len(folders) < 3 or any(map(_deep, plain)):
-        raise DataError(
-            f"{root} holds {', '.join(folder.name for folder in folders)}: either splits (train, test, val) or "
-            f"classes, never both or two names of one split; rename or move folders"
-        )
-    return {"": root}, [f"{plain[0].name} is a class like the {len(folders) - 1} folders beside it, not a split"]
+    if len(splits) == 1 and len(folders) > 2 and not _deep(splits[0]):
+        return {"": root}, [f"{splits[0].name} is a class like the {len(folders) - 1} folders beside it, not a split"]
+    raise DataError(
+        f"{root} holds {', '.join(folder.name for folder in folders)}: either splits (train, test, val) or "
+        f"classes, never both or two names of one split; rename or move folders"
+    )
 
 
 def _deep(folder: Path) -> bool:

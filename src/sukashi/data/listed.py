@@ -113,7 +113,8 @@ def _lines(table: Path) -> Iterator[list[str]]:
         reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count), strict=True)
         yield from ([cell.strip() for cell in line] for line in reader if line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} can't be read as CSV in UTF-8 ({error}): write it again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{table} can't be read as CSV in UTF-8 ({reason}): write it again") from None
 
 
 def _column(table: Path, columns: Sequence[str], known: Sequence[str], asked: str | None = None) -> int:
@@ -124,7 +125,7 @@ def _column(table: Path, columns: Sequence[str], known: Sequence[str], asked: st
     if asked is None and len(at) != 1:
         remedy = "" if known is _FILE else ", or give --label COLUMN"
         raise DataError(
-            f"{table} has columns {', '.join(columns)}: one of them must be called {', '.join(known)}{remedy}"
+            f"{table} has the columns {', '.join(columns) or 'none'}: one must be called {', '.join(known)}{remedy}"
         )
     return columns.index(asked) if asked is not None else at[0]
 
@@ -134,7 +135,7 @@ def _named(said: str, split: str | None, by_name: Mapping[str, list[Path]], root
     found = by_name.get(said.replace("\\", "/").removeprefix("./"), [])
     if len(found) > 1:
         exact = [path for path in found if path.relative_to(root).as_posix() == said]
-        found = exact or [path for path in found if _split_around(path, root) == split]
+        found = exact or [path for path in found if _split_around(path, root) == (split or "")]
     if len(found) != 1:
         many = f"{len(found)} images" if found else "no image"
         raise DataError(f"{where} names {said!r}, and {many} under {root} is called so: correct the name")

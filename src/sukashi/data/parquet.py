@@ -97,7 +97,8 @@ def _opened(path: Path) -> pq.ParquetFile:
         contents.check_file(path, _MAX_BYTES)
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is no readable Parquet ({error}): write it again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} is no readable Parquet ({reason}): write it again") from None
     n_rows, n_bytes = file.metadata.num_rows, path.stat().st_size
     if n_rows > n_bytes:  # what a few bytes can say, no memory can hold
         raise DataError(f"{path} claims {n_rows:,} rows in {n_bytes:,} bytes, fewer than images take: write it again")

@@ -58,6 +58,8 @@ class Shapes:
             name, _, value = option.partition("=")
             if name not in known:
                 raise UsageError(f"shapes has no option {name!r}{nearest(name, known)}")
+            if len(value) > 20:
+                raise UsageError(f"shapes: {name} must be a number, got {len(value)} characters: write {name}=...")
             try:
                 given[name] = float(value or 1) if name == "watermark" else int(value)
             except ValueError:
