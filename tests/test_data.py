@@ -723,6 +723,10 @@ def test_shapes_images_do_not_depend_on_their_number():
         ("shapes:n=2", "at least 4, got 2"),
         ("shapes:watermark=0.2", r"in \[0.5, 1\], got 0.2"),
         ("shapes:size=big", "must be a number, got 'big'"),
+        ("shapes:size=" + "9" * 4000, "must be a number, got 4000 characters"),
+        ("shapes:size=100000000", "at most 8 are kept in memory"),
+        ("shapes:n=999999999", "size=32 and n=999999999 make 21,458 GiB"),
+        ("digits:3", "digits takes no options, got '3'"),
     ],
 )
 def test_shapes_refuses_bad_options(spec, message):
@@ -807,6 +811,11 @@ def test_that_grey_is_repeated_is_said_where_it_is(digit_data):
     assert [note for note in digit_data.notes if note != repeated] == list(digit_data.read_in(1).notes)
 
 
+def test_names_with_commas_are_told_apart(tmp_path):
+    whole = data.load(folder(tmp_path, classes=("a", "a, b", "b, c", "c")))
+    assert whole.only(["a, b", "c"]).sha256 != whole.only(["a", "b, c"]).sha256
+
+
 @pytest.mark.parametrize(
     ("only", "message"),
     [(["cat", "cow"], "no class 'cow'"), (["cat", "cat"], "different classes"), (["dog"], "at least two")],
@@ -825,6 +834,9 @@ def test_check_classes():
     data.check_classes(None, ("cat", "dog"), 2)
     data.check_classes(("Cat", " dog"), ("cat", "dog"), 2)
     data.check_classes(("n01", "n02"), ("cat", "dog"), 2)
+    data.check_classes(("Cat", "cat"), ("Cat", "cat"), 2)
+    with pytest.raises(DataError, match="'Cat' is number 1 of the model and 0 of the data"):
+        data.check_classes(("cat", "Cat"), ("Cat", "cat"), 2)
     with pytest.raises(ModelError, match="the model has 10 classes and the data 2") as caught:
         data.check_classes(None, ("cat", "dog"), 10)
     assert caught.value.exit_code == 4
