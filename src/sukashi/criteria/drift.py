@@ -45,7 +45,7 @@ def drift(
     """
     rise = _scouted(model, sites, data, scout, budget, _journal)
     engine = Engine(model, sites, data, budget=budget)
-    divergence = Divergence(engine.original)
+    divergence = Divergence(engine.original, data.objective)
     rows: list[Row] = []
     passes: list[int] = []
     while True:
@@ -73,7 +73,7 @@ def drift(
         rise.update({row.pair: row.verdict.effect for row in found})
         rows += [row for row in found if row.verdict.gone]
         passes.append(len(rows))
-        if divergence(engine.logits()) > math.log(engine.original.shape[1]):
+        if divergence(engine.logits()) > math.log(divergence.log_p.shape[1]):
             break
     gone = {row.pair for row in rows}
     left = [pair for pair in rise if pair not in gone]
@@ -87,7 +87,7 @@ def _scouted(
 ) -> dict[tuple[int, int], float]:
     """What each unit's loss alone moves in the intact network, on every `scout`-th image."""
     engine = Engine(model, sites, data[slice(0, None, scout)], budget=budget)
-    divergence = Divergence(engine.original)
+    divergence = Divergence(engine.original, data.objective)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         return Verdict(False, "", divergence(logits) - divergence(now))

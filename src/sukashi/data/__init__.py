@@ -21,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from sukashi.core import progress
-from sukashi.core.errors import DataError, ModelError, UsageError, nearest
+from sukashi.core.errors import DataError, UsageError, nearest
+from sukashi.core.objective import Among, Classification
 from sukashi.core.types import Preprocess
 from sukashi.data import downloads, folders, listed, memory, parquet
+from sukashi.data.classes import check_classes, outputs_by_name
 from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
@@ -50,7 +52,8 @@ class Data:
     `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
     `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits, and
     `ignore_index` the target of pixels without a class, None where targets are one class an image. `preprocess` is
-    there for images that are tensors as a network takes them, whatever its own says.
+    there for images that are tensors as a network takes them, whatever its own says. `outputs` is the model's number of
+    each class, None where no class_map gave any.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Data:
     sha256: str
     ignore_index: int | None
     preprocess: Preprocess | None
+    outputs: tuple[int, ...] | None
     _ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(repr=False)
     _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
 
@@ -96,6 +100,45 @@ class Data:
             notes=(*notes, f"{len(old)} of the {self.n_classes} classes of {self.name}: {listed}"),
             sha256=hashlib.sha256(f"{self.sha256} only {listed}".encode()).hexdigest(),
         )
+
+    def answered_by(self, n_outputs: int, names: Sequence[str] | None, among: Among = "data") -> Data:
+        """The data for a network with that many outputs, called `names` where it knows what they mean.
+
+        Where it has more outputs than there are classes, a class is the output that the class_map gave it, or else the
+        one of its name, and `among` says what is held against it: the outputs of the data's classes, or all.
+
+        Raises ModelError for other counts, DataError for numbers and names that do not fit.
+        """
+        if self.outputs is not None and max(self.outputs) >= n_outputs:
+            raise DataError(
+                f"class_map gives a class number {max(self.outputs)} and the model has {n_outputs} classes: numbers "
+                "count from 0 and lie below that"
+            )
+        outputs = outputs_by_name(names, self.class_names) if self.outputs is None else self.outputs
+        if n_outputs <= self.n_classes or outputs is None:
+            check_classes(names if self.outputs is None else None, self.class_names, n_outputs)
+            return self
+        objective = Classification(outputs, among)
+        how = "the class_map" if self.outputs is not None else "their names"
+        rivals = "these" if among == "data" else f"all {n_outputs}"
+        return replace(
+            self,
+            train=replace(self.train, objective=objective),
+            test=replace(self.test, objective=objective),
+            val=None if self.val is None else replace(self.val, objective=objective),
+            notes=(
+                *self.notes,
+                f"the data have {self.n_classes} of the model's {n_outputs} classes, found by {how}; an answer is the "
+                f"best of {rivals}",
+            ),
+            sha256=hashlib.sha256(f"{self.sha256} {objective}".encode()).hexdigest(),
+        )
+
+    def names_of_outputs(self, known: Sequence[str] | None) -> tuple[str, ...] | None:
+        """What a network's outputs are called: as the classes are, or as `known` where it has others too."""
+        if self.train.objective.outputs is None:
+            return self.class_names
+        return None if known is None else tuple(known)
 
     def read_in(self, channels: int) -> Data:
         """The same data without notes that say nothing to a model which reads so many channels."""
@@ -180,6 +223,7 @@ def load(
         _sha256(splits, digests),
         found.ignore_index,
         found.preprocess,
+        None if class_map is None else tuple(sorted(class_map.values())),
         found.ground_truth,
         found.facts,
     )
@@ -193,33 +237,6 @@ def names() -> dict[str, str]:
         "shapes": "generated; every concept's pixels are known; options size, n, watermark: shapes:watermark=0.9",
         **{f"torchvision:{name}": about for name, (_, about) in downloads.KNOWN.items()},
     }
-
-
-def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], n_classes: int) -> None:
-    """Refuse a model and data that do not mean the same by a class number.
-
-    ModelError where their counts differ; DataError where a name both know has another number in each. Names only one of
-    them knows say nothing (a synset number against a word), and None means the model knows none. Data loaded with a
-    `class_map` is in the model's order already: pass None.
-    """
-    if n_classes != len(data_names):
-        raise ModelError(
-            f"the model has {n_classes} classes and the data {len(data_names)}: "
-            f"use a model of {len(data_names)} classes"
-        )
-    theirs, ours = _told_apart(model_names or ()), _told_apart(data_names)
-    for name, number in ours.items():
-        if (of_model := theirs.get(name, number)) != number:
-            raise DataError(
-                f"class {data_names[number]!r} is number {of_model} of the model and {number} of the data: both must "
-                "count alike, so give a class_map from every class name to the model's number"
-            )
-
-
-def _told_apart(names: Sequence[str]) -> dict[str, int]:
-    """Numbers by name, in small letters where these alone still tell the names apart."""
-    small = [name.strip().casefold() for name in names]
-    return {name: number for number, name in enumerate(small if len({*small}) == len(small) else names)}
 
 
 def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
@@ -315,12 +332,12 @@ def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Te
         raise UsageError(
             f"{name} has masks, whose pixels are class numbers already: a class_map is for one class an image"
         )
-    if set(class_map) != set(found.class_names) or sorted(class_map.values()) != list(range(len(class_map))):
+    numbers = sorted(class_map.values())
+    if set(class_map) != set(found.class_names) or len(set(numbers)) < len(numbers) or numbers[0] < 0:
         raise DataError(
-            f"class_map must give each of {', '.join(found.class_names)} its own number below "
-            f"{len(found.class_names)}, got {dict(class_map)}"
+            f"class_map must give each of {', '.join(found.class_names)} its own number, got {dict(class_map)}"
         )
-    return torch.tensor([class_map[class_name] for class_name in found.class_names])
+    return torch.tensor([numbers.index(class_map[class_name]) for class_name in found.class_names])
 
 
 def _checked(

@@ -124,8 +124,8 @@ def _measure(setting: Bench, desk: Desk) -> None:
     test = setting.test()
     curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
     save_curve(desk, curve)
-    n_classes, objective = setting.loaded.n_classes, test.objective
-    chance = objective.chance(n_classes)
+    n_classes, objective = setting.data.n_classes, test.objective
+    chance = objective.chance(setting.loaded.n_classes)
     desk.finish(
         {
             "mode": mode,
