@@ -162,14 +162,16 @@ def test_links_that_lead_nowhere_are_said(tmp_path):
 
 
 def test_a_folder_that_cannot_be_looked_into_is_refused(tmp_path, monkeypatch):
-    root, scan = filled(tmp_path, "a", "b", "b/more"), os.scandir
+    root, scan = filled(tmp_path, "a", "b", ".hidden"), os.scandir
 
     def scandir(path):
-        if Path(path).name == "more":
+        if Path(path).name in ("more", ".hidden"):
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    assert data.load(root).class_names == ("a", "b")
+    filled(root, "b/more")
     with pytest.raises(DataError, match=r"b/more can't be looked into \(Permission denied\)"):
         data.load(root)
 

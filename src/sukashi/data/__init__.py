@@ -42,7 +42,7 @@ ORDER = ("train", "val", "test")
 MAX_PIXELS = 64_000_000
 """Pixels an image may have unless `max_pixels` says otherwise."""
 
-_NAMED = ("digits", "shapes", "torchvision", "memory")
+_NAMED = ("digits", "shapes", "torchvision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class Data:
             raise UsageError(f"only must name at least two different classes, got {list(class_names)}")
         old = [self.class_names.index(wanted) for wanted in class_names]
         train, test = self.train.only(old), self.test.only(old)
-        listed = ", ".join(class_name.replace(",", "\\,") for class_name in class_names)
+        listed = ", ".join(class_names)
         held_out, now = f", {len(self.test)} images", f", {len(test)} images"  # the end of the note of `load`
         notes = (note.removesuffix(held_out) + now if note.endswith(held_out) else note for note in self.notes)
         return replace(
@@ -183,13 +183,7 @@ def load(
 
     Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
     """
-    if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
-        raise UsageError(
-            f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
-            f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
-        )
-    if class_map is not None and only is not None:
-        raise UsageError("both class_map and only number the classes: choose one")
+    _check_asked(class_map, only, max_pixels)
     name, found = _found(spec, label, max_pixels)
     _check_names(name, found)
     number = _numbers(name, found, class_map)
@@ -230,6 +224,16 @@ def load(
     return whole if only is None else whole.only(only)
 
 
+def _check_asked(class_map: Mapping[str, int] | None, only: Sequence[str] | None, max_pixels: int) -> None:
+    if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
+        raise UsageError(
+            f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
+            f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
+        )
+    if class_map is not None and only is not None:
+        raise UsageError("both class_map and only number the classes: choose one")
+
+
 def names() -> dict[str, str]:
     """What `load` knows by name, with one line about each."""
     return {
@@ -259,7 +263,7 @@ def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str])
 
 
 def _found(spec: str | Path, label: str | None, max_pixels: int) -> tuple[str, Found]:
-    if isinstance(spec, str) and spec.partition(":")[0] in _NAMED:
+    if isinstance(spec, str) and (spec.partition(":")[0] in _NAMED or spec.startswith(memory.PREFIX)):
         if label is not None:
             raise UsageError(f"{spec} has no columns, label {label!r} is for those of Parquet and CSV: leave it out")
         return _by_name(spec, max_pixels)
@@ -333,7 +337,7 @@ def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Te
             f"{name} has masks, whose pixels are class numbers already: a class_map is for one class an image"
         )
     numbers = sorted(class_map.values())
-    if set(class_map) != set(found.class_names) or len(set(numbers)) < len(numbers) or numbers[0] < 0:
+    if set(class_map) != set(found.class_names) or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
         raise DataError(
             f"class_map must give each of {', '.join(found.class_names)} its own number, got {dict(class_map)}"
         )

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from sukashi.core.errors import DataError
@@ -79,7 +80,7 @@ def files_in(folder: Path) -> list[Path]:
     ahead = [folder]
     while ahead:
         links = []
-        for place, folders, files in os.walk(ahead.pop(0), onerror=_refuse):
+        for place, folders, files in os.walk(ahead.pop(0), onerror=partial(_refuse, folder.parent)):
             here = Path(place)
             if _inode(here) in met:
                 found.append(here)
@@ -92,8 +93,9 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename} can't be looked into ({error.strerror}): give the right to read it")
+def _refuse(root: Path, error: OSError) -> None:
+    if not is_hidden(Path(error.filename).relative_to(root)):
+        raise DataError(f"{error.filename} can't be looked into ({error.strerror}): give the right to read it")
 
 
 def _inode(path: Path) -> tuple[int, int]:
