@@ -974,13 +974,13 @@ def test_bars_on_a_terminal(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with console.working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
+    with console.working(), progress.task("trials [/b]", 4) as trials, progress.task("cswap", 100) as units:
         units.advance(7, "removed 3")
-        trials.advance(0, "cswap, seed 0")
+        trials.advance(0, "cswap, seed 0 [/i]")  # which rich would read as markup
         deadline = time.monotonic() + 30
         while "removed 3" not in shown.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)  # a thread draws
-    for part in ("trials", "0/4", "cswap, seed 0", "7/100", "removed 3", "left"):
+    for part in ("trials [/b]", "0/4", "cswap, seed 0 [/i]", "7/100", "removed 3", "left"):
         assert part in shown.getvalue()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import sukashi
@@ -537,3 +538,16 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path: Pat
     history[0]["val_loss"] = history[0]["val_accuracy"] = None
     altered(space.records()[0], history=history)
     assert "learning rate" in paged(space)
+
+
+def test_a_dollar_in_a_name_is_a_dollar_in_every_text_of_a_figure():
+    """Texts, ticks, titles and legends, with a formula that is none."""
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.set_title("$\\frac$")
+    axes.plot([0, 1], label="$a_$")
+    axes.legend()
+    axes.set_xticks([0, 1], ["$x^$", "y"])
+    axes.annotate("$^$", (0, 0))
+    axes.bar(["$1_$", "$2_$"], [1, 2])
+    assert figures.png(figure).startswith(b"\x89PNG")

@@ -20,7 +20,6 @@ from sukashi import models
 from sukashi.core.errors import ModelError, ResourceError, UsageError
 from sukashi.core.objective import Classification
 from sukashi.core.types import Mask, Preprocess
-from sukashi.data import Split
 from sukashi.data.augment import derived
 from sukashi.models import Loaded
 from sukashi.network import sites
@@ -116,7 +115,7 @@ def test_the_loop_is_the_one_anybody_would_write(start, few, tmp_path):
     assert not any(torch.equal(state(start)[name], state(found.loaded)[name]) for name in state(start))
 
 
-def test_the_objective_of_the_images_is_what_is_minimised_and_validated(start, few, tmp_path, monkeypatch):
+def test_the_objective_of_the_images_is_what_is_minimised_and_validated(start, few, tmp_path):
     class Doubled(Classification):
         def loss(self, output, target, *, label_smoothing=0.0):
             assert label_smoothing in (0.0, 0.1)
@@ -127,8 +126,8 @@ def test_the_objective_of_the_images_is_what_is_minimised_and_validated(start, f
 
     given = Training(epochs=1, batch_size=50, lr=1e-9, patience=1, label_smoothing=0.1)
     plain = fit(start, few, given, out=tmp_path / "plain").history[0]
-    monkeypatch.setattr(Split, "objective", Doubled())
-    found = fit(start, few, given, out=tmp_path / "run").history[0]
+    doubled = replace(few, train=replace(few.train, objective=Doubled()))
+    found = fit(start, doubled, given, out=tmp_path / "run").history[0]
     for name in ("train_loss", "val_loss"):
         assert found[name] == pytest.approx(2 * plain[name], rel=1e-6)
     assert found["val_accuracy"] == pytest.approx(1 - plain["val_accuracy"])

@@ -65,10 +65,11 @@ def backtrace(
             value = objective.explained(logits, target)
             return value, value.detach()
         objective.check(logits[: len(target)], target)
-        size = logits.detach()[: len(target)].abs()
-        is_target = F.one_hot(target, size.shape[1]).bool()
+        answers = objective.answers(logits)
+        size = answers.detach()[: len(target)].abs()
+        is_target = F.one_hot(objective.place(target), size.shape[1]).bool()
         others = size / max(size.shape[1] - 1, 1)
-        return logits, torch.cat([size.where(is_target, 0), others.where(~is_target, 0)])
+        return answers, torch.cat([size.where(is_target, 0), others.where(~is_target, 0)])
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         given = torch.cat([x[rows], x[rows]]) if contrastive else x[rows]

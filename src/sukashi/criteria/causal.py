@@ -221,7 +221,7 @@ def amp(
     (the paper leaves that order open).
     """
     engine = Engine(model, sites, data, budget=budget)
-    divergence = Divergence(engine.original)
+    divergence = Divergence(engine.original, data.objective)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         rise = divergence(logits) - divergence(now)
@@ -239,7 +239,7 @@ def _causal_test(
     engine: Engine, data: Batch, scoring: Scoring | None, form: str, alpha: float, inference: str
 ) -> CausalTest:
     objective, target = data.objective, data.target.to(engine.original.device)
-    classes, n_classes = objective.classes(target), engine.original.shape[1]
+    classes, n_classes = objective.classes(target), objective.n_classes(engine.original.shape[1])
     return CausalTest(target, classes, n_classes, scoring or objective.score, form, alpha, inference)
 
 

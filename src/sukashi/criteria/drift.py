@@ -50,7 +50,7 @@ def drift(
     rise = _scouted(model, sites, scouted, budget, _journal)
     n_evaluations = len(rise) * len(scouted)
     engine = Engine(model, sites, data, budget=budget)
-    divergence = Divergence(engine.original)
+    divergence = Divergence(engine.original, data.objective)
     rows: list[Row] = []
     passes: list[int] = []
     reach = share
@@ -82,7 +82,7 @@ def drift(
         n_evaluations += len(found) * len(data)
         n_gone = sum(row.verdict.gone for row in found)
         reach = share if 10 * n_gone >= len(asked) else min(2 * reach, max(share, 0.5))
-        if divergence(engine.logits()) > math.log(engine.original.shape[1]):
+        if divergence(engine.logits()) > math.log(divergence.log_p.shape[1]):
             break
     gone = {row.pair for row in rows}
     left = [pair for pair in rise if pair not in gone]
@@ -96,7 +96,7 @@ def _scouted(
 ) -> dict[tuple[int, int], float]:
     """What each unit's loss alone moves in the intact network."""
     engine = Engine(model, sites, data, budget=budget)
-    divergence = Divergence(engine.original)
+    divergence = Divergence(engine.original, data.objective)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         return Verdict(False, "", divergence(logits) - divergence(now))

@@ -53,6 +53,7 @@ class Source(Reading):
             skip_bad=self.skip_bad,
             class_map=self.class_map,
             only=self.only,
+            label=self.label,
             max_pixels=self.max_pixels,
         )
         if images.train.has_masks:
@@ -61,8 +62,8 @@ class Source(Reading):
             raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {self.test_images}")
         return images
 
-    def build(self, images: Data, seed: int = 0) -> Loaded:
-        """The model for these data, on its device; random weights are drawn by `seed`."""
+    def build(self, images: Data, seed: int = 0) -> tuple[Loaded, Data]:
+        """The model for these data, on its device, and the data as it answers them; `seed` draws random weights."""
         place = pick_device(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
@@ -76,9 +77,9 @@ class Source(Reading):
             )
         if images.preprocess is not None:
             loaded = replace(loaded, preprocess=images.preprocess)
-        datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)
+        images = images.answered_by(loaded.n_classes, loaded.class_names, self.among)
         loaded.model.to(place)
-        return loaded
+        return loaded, images.read_in(loaded.preprocess.channels)
 
     @property
     def untrained(self) -> bool:
@@ -97,8 +98,7 @@ class Source(Reading):
 
     def beside(self, images: Data) -> Bench:
         """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
-        loaded = self.build(images)
-        images = images.read_in(loaded.preprocess.channels)
+        loaded, images = self.build(images)
         if self.untrained:
             random_weights = (
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"

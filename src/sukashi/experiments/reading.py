@@ -30,6 +30,11 @@ class Images(Settings):
         None, help='{"class of the data": its number in the model}, where the two differ.'
     )
     only: list[str] | None = option(None, joined=True, help="Leave all classes out but these; numbered in this order.")
+    among: Literal["data", "model"] = option(
+        "data",
+        help="Where the model has more classes than the data: whether all of its classes count, or the data's.",
+    )
+    label: str | None = option(None, help="Column of the labels in Parquet or CSV, where it is not called so.")
     max_pixels: int = option(64_000_000, help="Pixels an image may have.")
     test_images: int = option(2000, help="Test images at most, evenly over the classes.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", decides=False, help="auto, cpu or cuda.")

@@ -141,8 +141,7 @@ def draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         figures.calm(axes)
         axes.grid(False)
-    # A $ would start a formula.
-    rows[-1].set_xticks(range(len(layers)), [name.replace("$", r"\$") for name in layers], rotation=90, fontsize=7)
+    rows[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     handles = {label: handle for axes in rows for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     return figures.png(figure)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sukashi import models
 from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, UsageError
+from sukashi.core.objective import Objective
 from sukashi.core.types import Batch, Preprocess
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import Bench, Source
@@ -134,8 +135,7 @@ def opened(asked: Audit) -> list[Network]:
     sources = [Source.of(without if own else asked, model=spec) for spec, own in zip(specs, whole, strict=True)]
     source = sources[0]
     images = source.read()
-    split = images.test.limit(source.test_images)
-    batches: dict[Preprocess, Batch] = {}
+    batches: dict[tuple[Preprocess, Objective], Batch] = {}
     found: list[Network] = []
     with progress.task("models", len(specs)) as shown:
         for spec, label, folder, own in zip(specs, labels(specs), folders, sources, strict=True):
@@ -147,9 +147,10 @@ def opened(asked: Audit) -> list[Network]:
                     f"{label} reads images of {size[0]} x {size[1]} pixels and {found[0].label} of {first[0]} x "
                     f"{first[1]}: maps of different sizes can't be compared, audit them apart"
                 )
-            if preprocess not in batches:
-                batches[preprocess] = split.whole(preprocess, source.workers)
-            batch = batches[preprocess]
+            test = setting.data.test
+            if (key := (preprocess, test.objective)) not in batches:
+                batches[key] = test.limit(source.test_images).whole(preprocess, source.workers)
+            batch = batches[key]
             right = accuracy.evaluate(setting.loaded.model, batch)[0].astype(bool)
             of_reference = found[0].answers.right if found else right
             kept = {"both": of_reference & right, "reference": of_reference, "all": np.ones_like(right)}[population]

@@ -120,8 +120,8 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     test = setting.test()
     curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
     save_curve(desk, curve)
-    n_classes, objective = setting.loaded.n_classes, test.objective
-    chance = objective.chance(n_classes)
+    n_classes, objective = setting.data.n_classes, test.objective
+    chance = objective.chance(setting.loaded.n_classes)
     desk.finish(
         {
             "mode": mode,

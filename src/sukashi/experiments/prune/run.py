@@ -87,7 +87,7 @@ def _check(settings: Prune) -> None:
 
 def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     # The data names the classes: a saved model refuses data that counts them in another order.
-    dense = replace(setting.loaded, class_names=setting.data.class_names)
+    dense = replace(setting.loaded, class_names=setting.data.names_of_outputs(setting.loaded.class_names))
     if settings.scope is None:
         mask, small = _cut(setting, settings, dense, desk)
     else:
@@ -119,7 +119,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
             "weights_removed": None if units else removed,
             "n_images": len(test),
             "class_names": list(setting.data.class_names),
-            "class_counts": test.objective.counts(test.target, dense.n_classes).tolist(),
+            "class_counts": test.objective.counts(test.target, setting.data.n_classes).tolist(),
             "layers": [] if units else _layers(mask),
             "notes": [*setting.data.notes, *_cautions(settings, mask)],
         }
@@ -143,7 +143,7 @@ def _figures(setting: Bench, loaded: Loaded, test: Batch, batch: torch.Tensor) -
     return {
         "accuracy": float(correct.mean()),
         **cost.size(loaded.model, batch),
-        "class_accuracy": by_class(correct, test.objective.classes(test.target), loaded.n_classes),
+        "class_accuracy": by_class(correct, test.objective.classes(test.target), setting.data.n_classes),
     }
 
 

@@ -47,6 +47,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sukashi.core import contents
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.schema import Settings, checked, option_of
 from sukashi.experiments.compare.contenders import name_of
@@ -66,6 +67,7 @@ from sukashi.experiments.study.settings import (
 
 # What stands in a path for the study's own folder, which need not be there yet.
 OUT = re.compile(r"\$OUT\b")
+_MAX_BYTES = 2**24
 
 
 def read(
@@ -161,7 +163,7 @@ def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(contents.read(path, _MAX_BYTES).decode())
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

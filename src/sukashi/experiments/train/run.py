@@ -35,13 +35,12 @@ def prepare(settings: Train) -> Prepared:
         raise UsageError(
             f"fine-tuning starts from weights and {settings.model} has none: give --weights, or use sukashi train"
         )
-    images = source.read()
-    loaded = models.resized(source.build(images, chosen.seed), chosen.size)
-    images = images.read_in(loaded.preprocess.channels)
+    loaded, images = source.build(source.read(), chosen.seed)
+    loaded = models.resized(loaded, chosen.size)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
-    loaded = replace(loaded, class_names=images.class_names)
+    loaded = replace(loaded, class_names=images.names_of_outputs(loaded.class_names))
     train, validation, _ = splits(images, chosen)
     check_training(chosen, train, validation, loaded, settings.tensorboard)
     setting = Bench(source, loaded, images, Found((), {}), device)
