@@ -10,16 +10,17 @@ import json
 import os
 import shutil
 import socket
+import stat
 import uuid
-import zipfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sukashi.core.errors import DataError, ResourceError, SukashiError, UsageError, writing
+from sukashi.core.errors import DataError, ResourceError, UsageError, writing
 
 
 def check_free(path: Path) -> None:
@@ -51,6 +52,20 @@ def beside(path: Path) -> Iterator[Path]:
                 draft.unlink(missing_ok=True)
 
 
+def read(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file of at most so many bytes. Raises OSError for what is none, as a pipe or a device,
+    which might never end, or is larger.
+    """
+    facts = path.stat()
+    if stat.S_ISDIR(facts.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if most is not None and facts.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {facts.st_size:,} bytes, {most:,} are allowed", str(path))
+    return path.read_bytes()
+
+
 def write_new(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
@@ -67,6 +82,8 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+MAX_BYTES = 2**24  # of a file that people write
+MAX_DEPTH = 100  # of JSON: what comes after parsing recurses
 FORMAT = 2  # of experiment.json and recipe.json; what another version wrote is refused
 _held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
 
@@ -84,7 +101,7 @@ class Journal(MutableMapping[str, Any]):
         self._size = 0
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             try:
-                key, value = json.loads(line) if line.endswith(b"\n") else (None, None)
+                key, value = from_json(line) if line.endswith(b"\n") else (None, None)
             except ValueError:
                 key = None
             if key is None:
@@ -169,29 +186,59 @@ def canonical(value: Any, indent: int | None = None) -> bytes:
 
 
 def packed(**arrays: Any) -> bytes:
-    """The content of an npz file: equal arrays give equal bytes."""
+    """The content of an npz file, which `Arrays` reads: equal arrays give equal bytes."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # stamps every member 1980-01-01, so equal arrays give equal bytes
     return content.getvalue()
 
 
-@contextmanager
-def unpacked(path: Path) -> Iterator[Any]:
-    """The arrays of an npz file by name. Raises DataError for one that cannot be read."""
+class Arrays(dict[str, NDArray[Any]]):
+    """The arrays of an npz file by name. Raises DataError for a content that is none, and for a name it has not."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path = path
+        try:
+            with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as found:
+                super().__init__((name, found[name]) for name in found.files)
+        except Exception as error:  # a damaged archive has many ways to fail
+            raise unreadable(path, "it holds no plain arrays, as an npz file does") from error
+        strange = next((name for name, array in self.items() if not isinstance(array, np.ndarray)), None)
+        if strange is not None:
+            raise unreadable(path, f"{strange!r} is no array")
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        raise unreadable(self.path, f"it has no array {name!r}")
+
+
+def from_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for what is none, and for one that is nested deeper than MAX_DEPTH."""
+    too_deep = ValueError(f"it is nested more than {MAX_DEPTH} deep")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            yield arrays
-    except SukashiError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+        found = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        level = [part for whole in level if isinstance(whole, dict | list) for part in _parts(whole)]
+    if level:
+        raise too_deep
+    return found
+
+
+def _parts(whole: dict[str, Any] | list[Any]) -> Collection[Any]:
+    return whole.values() if isinstance(whole, dict) else whole
 
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return from_json(read(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+        raise unreadable(path, str(error)) from error
+
+
+def unreadable(path: Path, why: str) -> DataError:
+    """What is said of a file of an experiment that is not as it was written."""
+    return DataError(f"{path} can't be read ({why}): remove its folder and run the same command again")
 
 
 def differences(path: str, kept: Any, asked: Any) -> Iterator[str]:

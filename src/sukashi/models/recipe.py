@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sukashi.core.errors import ModelError, nearest
-from sukashi.core.files import FORMAT
+from sukashi.core.files import FORMAT, read
 from sukashi.network.surgery import Table
 
 RECIPE = "recipe.json"
@@ -68,7 +68,7 @@ class Recipe(Strict):
 def read_recipe(path: Path) -> Recipe:
     """The `recipe.json` of a saved folder, checked. Raises ModelError for what is none."""
     try:
-        text = path.read_bytes()
+        text = read(path)
     except OSError as error:
         raise ModelError(f"cannot read {path} ({error.strerror}): a saved model is a folder with this file") from error
     try:

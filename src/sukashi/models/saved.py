@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from sukashi.core.errors import ModelError, writing
+from sukashi.core.errors import ModelError, UsageError, writing
 from sukashi.core.files import beside, check_free, sync, write_new
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import noise, probe
@@ -35,6 +35,10 @@ from sukashi.network import sparsity, surgery
 def open_folder(folder: Path, spec: str | None) -> Loaded:
     """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
     recipe = read_recipe(folder / RECIPE)
+    try:
+        preprocess = Preprocess(**recipe.preprocess.model_dump())
+    except UsageError as error:
+        raise ModelError(f"{folder / RECIPE} is no recipe: preprocess: {error}") from error
     options = recipe.model.model_dump(exclude_none=True)
     made = options.pop("spec")
     if spec is not None and spec != made:
@@ -61,7 +65,7 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
         model=prepare(model, {}),
         spec=made,
         options=options,
-        preprocess=Preprocess(**recipe.preprocess.model_dump()),
+        preprocess=preprocess,
         n_classes=recipe.n_classes,
         class_names=recipe.class_names,
         weights_sha256=file.sha256,

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Preprocess
 
 _SHOWN = 3
@@ -90,13 +89,12 @@ def stated_preprocess(file: File, preprocess: Preprocess) -> Preprocess:
     for key, text in stated.items():
         with contextlib.suppress(ValueError):
             numbers[key] = tuple(float(part) for part in text.split(","))
-        good = key in numbers and len(numbers[key]) == preprocess.channels and all(map(math.isfinite, numbers[key]))
-        if not good or (key == "std" and min(numbers[key]) <= 0):
-            raise ModelError(
-                f"the header of {file.path} gives {key}={text!r}: it must be {preprocess.channels} numbers with "
-                "commas between, a std above 0"
-            )
-    return replace(preprocess, **numbers)
+        if key not in numbers:
+            raise ModelError(f"the header of {file.path} gives {key}={text!r}: it must be numbers with commas between")
+    try:
+        return replace(preprocess, **numbers)
+    except UsageError as error:
+        raise ModelError(f"the header of {file.path} says what cannot be: {error}") from error
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -63,7 +62,7 @@ def facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says beside its tensors: `about`, `step`, `sums`, `history`. ModelError where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return dict(json.loads(file.metadata()[_KEY]))
+            return dict(files.from_json(file.metadata()[_KEY]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
 

@@ -47,7 +47,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sukashi.core import files
 from sukashi.core.errors import UsageError, nearest
+from sukashi.core.files import MAX_DEPTH
 from sukashi.core.schema import Settings, checked, option_of
 from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
@@ -66,6 +68,7 @@ from sukashi.experiments.study.settings import (
 
 # What stands in a path for the study's own folder, which need not be there yet.
 OUT = re.compile(r"\$OUT\b")
+_MAX_BYTES = 2**20
 
 
 def read(
@@ -161,11 +164,19 @@ def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(_flat(files.read(path, _MAX_BYTES).decode()))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
+
+
+def _flat(text: str) -> str:
+    """The same text. Raises ValueError for a key of so many parts that reading it would take hours."""
+    parts = (part for line in text.splitlines() for part in re.split(r"[=,\[\]{}#]", line))
+    if any(part.count(".") > MAX_DEPTH for part in parts):
+        raise ValueError(f"a key has more than {MAX_DEPTH} parts")
+    return text
 
 
 def _course(path: Path, given: Mapping[str, Any]) -> ScheduleFile:
