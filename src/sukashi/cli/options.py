@@ -12,8 +12,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from sukashi.core.bounded import MAX_BYTES, from_json, read
 from sukashi.core.errors import UsageError
-from sukashi.core.files import MAX_BYTES, from_json, read
 from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."

@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import socket
-import stat
 import uuid
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sukashi.core.bounded import from_json, read
 from sukashi.core.errors import DataError, ResourceError, UsageError, writing
 
 
@@ -52,20 +52,6 @@ def beside(path: Path) -> Iterator[Path]:
                 draft.unlink(missing_ok=True)
 
 
-def read(path: Path, most: int | None = None) -> bytes:
-    """The content of a regular file of at most so many bytes. Raises OSError for what is none, as a pipe or a device,
-    which might never end, or is larger.
-    """
-    facts = path.stat()
-    if stat.S_ISDIR(facts.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    if not stat.S_ISREG(facts.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    if most is not None and facts.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {facts.st_size:,} bytes, {most:,} are allowed", str(path))
-    return path.read_bytes()
-
-
 def write_new(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
@@ -82,8 +68,6 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-MAX_BYTES = 2**24  # of a file that people write
-MAX_DEPTH = 100  # of JSON: what comes after parsing recurses
 FORMAT = 2  # of experiment.json and recipe.json; what another version wrote is refused
 _held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
 
@@ -208,25 +192,6 @@ class Arrays(dict[str, NDArray[Any]]):
 
     def __missing__(self, name: str) -> NDArray[Any]:
         raise unreadable(self.path, f"it has no array {name!r}")
-
-
-def from_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for what is none, and for one that is nested deeper than MAX_DEPTH."""
-    too_deep = ValueError(f"it is nested more than {MAX_DEPTH} deep")
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise too_deep from None
-    level = [found]
-    for _ in range(MAX_DEPTH):
-        level = [part for whole in level if isinstance(whole, dict | list) for part in _parts(whole)]
-    if level:
-        raise too_deep
-    return found
-
-
-def _parts(whole: dict[str, Any] | list[Any]) -> Collection[Any]:
-    return whole.values() if isinstance(whole, dict) else whole
 
 
 def read_json(path: Path) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sukashi.core.bounded import from_json
 from sukashi.core.errors import ModelError
-from sukashi.core.files import canonical, from_json
+from sukashi.core.files import canonical
 from sukashi.core.types import Plan, Site
 
 

@@ -68,6 +68,7 @@ class Source(Reading):
             loaded = models.load(
                 self.model,
                 weights=self.weights,
+                weights_key=self.weights_key,
                 n_classes=images.n_classes if self.n_classes is None and self.untrained else self.n_classes,
                 width=self.width,
                 pretrained=self.pretrained,
@@ -98,6 +99,9 @@ class Source(Reading):
         """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
         loaded = self.build(images)
         images = images.read_in(loaded.preprocess.channels)
+        for note in loaded.notes:
+            warnings.warn(note, stacklevel=4)
+        images = replace(images, notes=(*loaded.notes, *images.notes))
         if self.untrained:
             random_weights = (
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"

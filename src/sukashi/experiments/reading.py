@@ -14,7 +14,13 @@ class Architecture(Settings):
 
     # Not the path of the weights decides, but what is in them: their hash is in every trial.
     weights: str | None = option(
-        None, decides=False, path=True, help="Weights: .safetensors, or .pt/.pth holding tensors only."
+        None,
+        decides=False,
+        path=True,
+        help="Weights: a file of safetensors or of torch.save, holding tensors only, or a folder with one.",
+    )
+    weights_key: str | None = option(
+        None, decides=False, help="Which weights of a file, where several in it fit, as state_dict_ema."
     )
     width: int | None = option(None, ge=1, le=65_536, help="Base width, for our own models.")
     n_classes: int | None = option(

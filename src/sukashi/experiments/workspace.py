@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sukashi.core import files, progress
+from sukashi.core.bounded import from_json, read
 from sukashi.core.errors import DataError, UsageError, writing
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT, Arrays, Journal, unreadable
@@ -69,7 +70,7 @@ class Record:
         if name not in known:
             raise DataError(f"{self.folder} has no artefact {name!r}: it has {', '.join(known) or 'none'}")
         try:
-            content = files.read(path)
+            content = read(path)
         except OSError as error:
             raise unreadable(path, error.strerror or str(error)) from error
         if hashlib.sha256(content).hexdigest() != known[name]:
@@ -112,7 +113,7 @@ class Desk:
     def arrays(self, name: str) -> Arrays | None:
         """What `save` kept before an interruption, or None."""
         path = self.folder / f"{name}.npz"
-        return Arrays(path, files.read(path)) if path.exists() else None
+        return Arrays(path, read(path)) if path.exists() else None
 
     def save(self, name: str, content: Mapping[str, Any] | bytes) -> None:
         """Keep an artefact: arrays by name as `name`.npz, or bytes as they are under the file name `name`."""
@@ -298,7 +299,7 @@ class Workspace:
         entries = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
             with suppress(ValueError):  # torn by a kill
-                entries.append(files.from_json(line))
+                entries.append(from_json(line))
         return [entry for entry in entries if entry["event"] == event]
 
     @property

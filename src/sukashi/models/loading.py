@@ -8,19 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Mask, Site
 from sukashi.models.checks import checked_logits, noise, probe
+from sukashi.models.fitting import Fit, fit, n_rows
+from sukashi.models.formats import holds_weights, read
 from sukashi.models.loaded import LIBRARIES, Loaded, check_name, given_loaded
+from sukashi.models.recipe import RECIPE
 from sukashi.models.saved import check_mask, open_folder
 from sukashi.models.specs import build, prepare
-from sukashi.models.weights import digest, fill, read, stated_classes, stated_preprocess
-from sukashi.network.layers import fused_names
+from sukashi.models.weights import digest, fill, stated_classes, stated_preprocess
 
 
 def load(
     spec: str,
     *,
     weights: str | Path | None = None,
+    weights_key: str | None = None,
     n_classes: int | None = None,
     width: int | None = None,
     pretrained: bool = False,
@@ -30,21 +36,26 @@ def load(
 
     `spec` is `sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable` (called without arguments, or
     with `n_classes` and `width` where given; the model it returns must have an attribute `preprocess`), or a folder
-    written by `pruned.save`. `weights` is a safetensors file, a `.pt` or `.pth` file of tensors, or a saved folder of
-    the same spec (the only way to open one whose spec is an import path: a recipe must not choose what code runs).
-    Without weights and `pretrained` the weights are random, drawn from torch's global generator. The metadata `mean`,
-    `std` (commas between numbers) and `classes` of a safetensors header replace the architecture's own.
-    `output` selects a key or position where the model returns several tensors.
+    written by `pruned.save`. `weights` is a file of safetensors or of torch.save, the index of such a file in parts, a
+    folder with one of these, or a saved folder of the same spec (the only way to open one whose spec is an import path:
+    a recipe must not choose what code runs). Names that tools have lengthened, entries beside the weights and the like
+    are seen through; `notes` of what comes out say so. `weights_key` names the entry, where several fit. The class
+    count of the weights is that of the model. Without weights and `pretrained` the weights are random, drawn from
+    torch's global generator. The metadata `mean`, `std` (commas between numbers) and `classes` of a safetensors header
+    replace the architecture's own. `output` selects a key or position where the model returns several tensors.
 
     Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
     rule. No input is unpickled.
     """
     check_name(spec)
-    whole = _whole(spec, weights, _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output))
+    given = _given(weights_key=weights_key, n_classes=n_classes, width=width, pretrained=pretrained, output=output)
+    whole = _whole(spec, weights, given)
     if whole is not None:
         return whole
     if weights is not None and pretrained:
         raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
+    if weights_key is not None and weights is None:
+        raise UsageError(f"weights_key is {weights_key!r} and there are no weights: give a file, or leave it out")
     for name, value in (("n_classes", n_classes), ("width", width)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
@@ -58,9 +69,16 @@ def load(
     if stated is not None and ours:
         options["n_classes"] = stated
     model, preprocess, class_names = build(spec, options, pretrained)
+    found = None
     if file is not None:
         preprocess = stated_preprocess(file, preprocess)
-        fill(model, fused_names(model, file.tensors), file.path)
+        found = fit(model, file, weights_key)
+        rows = n_rows(model.state_dict(), found.tensors)
+        if ours and rows is not None:
+            _check_rows(rows, options.get("n_classes"), file.path)
+            options["n_classes"] = rows
+            model, _, _ = build(spec, options, pretrained)
+        fill(model, found.tensors, file.path)
     model = prepare(model, options)
     logits = checked_logits(model, noise(preprocess), spec, whole=not ours)
     known = stated if stated is not None else n_classes
@@ -75,8 +93,27 @@ def load(
         preprocess=preprocess,
         n_classes=logits.shape[1],
         class_names=class_names,
-        weights_sha256=digest(model) if file is None else file.sha256,
+        weights_sha256=digest(model) if file is None else file.sha256_of(weights_key),
+        mask=None if found is None else _mask(model, found),
+        notes=() if found is None else tuple(f"{weights}: {note}" for note in found.notes),
     )
+
+
+def _check_rows(rows: int, asked: int | None, path: Path) -> None:
+    if asked is not None and asked != rows:
+        raise ModelError(
+            f"the weights of {path} are for {rows} classes, {asked} were asked for: leave the number out, or train "
+            "them on with a new classifier (--new-head)"
+        )
+
+
+def _mask(model: nn.Module, found: Fit) -> Mask | None:
+    """What stays of the weights that were saved under a mask, where those are weights of layers."""
+    layers = dict(model.named_modules())
+    keeps = {name.removesuffix(".weight"): keep for name, keep in found.keeps.items() if name.endswith(".weight")}
+    fitting = {layer: keep for layer, keep in keeps.items() if isinstance(layers.get(layer), nn.Conv2d | nn.Linear)}
+    sites = {Site(layer, "weight", keep.numel(), 0): keep for layer, keep in fitting.items()}
+    return Mask(sites) if sites else None
 
 
 def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loaded | None:
@@ -84,17 +121,22 @@ def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loa
     wrong = next(iter(own), "weights").removeprefix("n_")
     given = given_loaded(spec)
     if given is not None:
-        if own or (weights is not None and not Path(weights).is_dir()):
+        if own or (weights is not None and not _is_folder(weights)):
             raise UsageError(f"{spec} is a network that was given whole: leave {wrong} out")
         if weights is None:
             return _copied(given)
         spec = given.spec
     folder = spec if Path(spec).is_dir() else weights
-    if folder is None or not Path(folder).is_dir():
+    if folder is None or not (folder is spec or _is_folder(folder)):
         return None
     if own or (folder is spec and weights is not None):
         raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
     return open_folder(Path(folder), None if folder is spec else spec)
+
+
+def _is_folder(weights: str | Path) -> bool:
+    """Whether weights are a saved folder, and none as model hubs have them."""
+    return Path(weights).is_dir() and ((Path(weights) / RECIPE).exists() or not holds_weights(Path(weights)))
 
 
 def _copied(given: Loaded) -> Loaded:

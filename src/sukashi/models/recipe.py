@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sukashi.core.bounded import read
 from sukashi.core.errors import ModelError, nearest
-from sukashi.core.files import FORMAT, read
+from sukashi.core.files import FORMAT
 from sukashi.network.surgery import Table
 
 RECIPE = "recipe.json"

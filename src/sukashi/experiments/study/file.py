@@ -47,9 +47,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sukashi.core import files
+from sukashi.core.bounded import MAX_DEPTH
+from sukashi.core.bounded import read as content_of
 from sukashi.core.errors import UsageError, nearest
-from sukashi.core.files import MAX_DEPTH
 from sukashi.core.schema import Settings, checked, option_of
 from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
@@ -164,7 +164,7 @@ def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(_flat(files.read(path, _MAX_BYTES).decode()))
+        return tomllib.loads(_flat(content_of(path, _MAX_BYTES).decode()))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
     except (ValueError, RecursionError) as error:

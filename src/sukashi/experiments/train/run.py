@@ -37,6 +37,7 @@ def prepare(settings: Train) -> Prepared:
     images = source.read()
     loaded = models.resized(source.build(images, chosen.seed), chosen.size)
     images = images.read_in(loaded.preprocess.channels)
+    images = replace(images, notes=(*loaded.notes, *images.notes))
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
