@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import timm
+import torch
 import torchvision
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -32,6 +33,7 @@ TESTED = (
     *(f"timm:{name}" for name in ("deit3_small_patch16_224", "deit3_base_patch16_224", "vit_tiny_patch16_224")),
 )
 
+_MAX_PARAMETERS = 2**28  # of our own models: 1 GiB
 _FIXED_WIDTH = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56")
 
 
@@ -88,9 +90,22 @@ def _own(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     build, n_classes, width, channels, size = OWN[name]
     if options.get("width", width) != width and name in _FIXED_WIDTH:
         raise UsageError(f"the width of {spec} is {width}, got {options['width']}: leave it out")
-    model = build(options.get("n_classes", n_classes), options.get("width", width))
+    asked = options.get("n_classes", n_classes), options.get("width", width)
+    _check_size(spec, build, *asked)
+    model = build(*asked)
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else ((0.0,), (1.0,))
     return model, Preprocess(size, size, channels, mean, std), None
+
+
+def _check_size(spec: str, build: Callable[[int, int], nn.Module], n_classes: int, width: int) -> None:
+    """Refuse a network that would fill the memory, before it does."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        n_parameters = sum(parameter.numel() for parameter in build(n_classes, width).parameters())
+    if n_parameters > _MAX_PARAMETERS:
+        raise UsageError(
+            f"{spec} of width {width} for {n_classes} classes has {n_parameters:,} parameters, at most "
+            f"{_MAX_PARAMETERS:,} are built: give a smaller width"
+        )
 
 
 def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
