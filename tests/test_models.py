@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
@@ -56,6 +57,11 @@ overflowing = partial(Net, lambda net, logits: logits / 0)
 mapping = partial(Net, lambda net, logits: logits[:, :, None])
 trained_on = partial(getattr, sys.modules[__name__], "shared")
 number = partial(int, 3)
+probable = partial(Net, lambda net, logits: logits.softmax(1))
+logarithmic = partial(Net, lambda net, logits: logits.log_softmax(1))
+alike = partial(Net, lambda net, logits: (0 * logits).softmax(1))
+lonely = partial(Net, lambda net, logits: logits.softmax(1), n_classes=1)
+between = partial(Net, lambda net, logits: logits.sigmoid())
 
 
 def stubborn(n_classes):
@@ -64,6 +70,24 @@ def stubborn(n_classes):
 
 def double():
     return Net().double()
+
+
+def hooked(how):
+    net = Net()
+    how(net.conv)
+    return net
+
+
+normed = partial(hooked, nn.utils.weight_norm)
+spectral = partial(hooked, nn.utils.spectral_norm)
+zeroed = partial(hooked, partial(prune.l1_unstructured, name="weight", amount=0.5))
+kept_sum = partial(hooked, lambda conv: setattr(conv, "total", conv.weight.sum()))
+
+
+def lazy():
+    net = Net()
+    net.fc = nn.LazyLinear(4)
+    return net
 
 
 def sizeless():
@@ -385,11 +409,35 @@ def test_import_path():
         ("mapping", r"\(images, classes\)"),
         ("number", "must return a torch.nn.Module"),
         ("sizeless", "attribute preprocess"),
+        ("probable", "probabilities, not logits: leave the softmax out"),
+        ("logarithmic", "probabilities, not logits"),
+        ("alike", "probabilities, not logits"),
+        ("normed", r"'conv' of test_models:normed .*: call torch\.nn\.utils\.remove_weight_norm"),
+        ("spectral", r"'conv'.*call torch\.nn\.utils\.remove_spectral_norm"),
+        ("zeroed", r"'conv'.*call torch\.nn\.utils\.prune\.remove\(layer, name\)"),
+        ("kept_sum", "'total' of layer 'conv'.*computed from weights and kept"),
+        ("lazy", "layer 'fc' .* is lazy.*pass a batch of images through"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_models_that_cannot_be_measured(name, reason):
     with pytest.raises(ModelError, match=reason):
         models.load(f"test_models:{name}")
+
+
+@pytest.mark.parametrize("name", ["lonely", "between"])
+def test_one_class_and_numbers_below_one_are_no_sign_of_a_softmax(name):
+    assert models.load(f"test_models:{name}").n_classes in (1, 4)
+
+
+def test_logits_that_look_like_probabilities_on_some_images_pass():
+    net = Net()
+    with torch.no_grad():
+        net.fc.weight.mul_(1e-5)
+        net.fc.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        net.conv.weight.abs_()
+    loaded = models.load(models.hold(net))
+    assert (models.probe(loaded, torch.randn(2, 1, 8, 8)).sum(1) - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("name", "output", "n_classes"), [("with_dict", "aux", 2), ("with_tuple", "1", 4)])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
-from sukashi.models.checks import brief, candidates, named_outputs
+from sukashi.models.checks import brief, candidates, copied, named_outputs
 from sukashi.models.loaded import held
 from sukashi.models.recipe import RECIPE
 from sukashi.models.weights import fill
@@ -76,9 +76,11 @@ def build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     try:
         return _SOURCES.get(source, _imported)(spec, options, pretrained)
     except (AssertionError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"{spec} could not be built with {dict(options)} ({brief(error)}): check the options"
-        ) from error
+        raise ModelError(f"{spec} could not be built{_told(options)} ({brief(error)}): check the options") from error
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    return f" with {dict(options)}" if options else ""
 
 
 def _own(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
@@ -157,14 +159,14 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     try:
         model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
     except Exception as error:  # whatever a user's function raises
-        raise ModelError(f"{spec} could not be built with {dict(options)} ({brief(error)}): check it") from error
+        raise ModelError(f"{spec} could not be built{_told(options)} ({brief(error)}): check it") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned a {type(model).__name__}: it must return a torch.nn.Module")
     preprocess = getattr(model, "preprocess", None)
     if not isinstance(preprocess, Preprocess):
         raise ModelError(f"{spec} does not say what it reads: give its model an attribute preprocess = Preprocess(...)")
     # The caller may still hold the model, and train it.
-    return copy.deepcopy(model), preprocess, None
+    return copied(model, spec), preprocess, None
 
 
 def _from_memory(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
