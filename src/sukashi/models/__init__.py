@@ -1,6 +1,6 @@
 """Models: loaded from a name, an import path or a saved folder, checked, saved, exported; never unpickled."""
 
-from sukashi.models.checks import probe, resized
+from sukashi.models.checks import brief, noise, probe, resized
 from sukashi.models.loaded import Loaded, given_loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.memory import hold
@@ -17,6 +17,7 @@ __all__ = [
     "WEIGHTS",
     "Loaded",
     "Recipe",
+    "brief",
     "check_onnx_installed",
     "contents",
     "digest",
@@ -25,6 +26,7 @@ __all__ = [
     "hold",
     "load",
     "names",
+    "noise",
     "probe",
     "read_recipe",
     "resized",
