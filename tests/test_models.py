@@ -18,10 +18,12 @@ from torch.nn.utils import prune
 
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Preprocess
+from sukashi.core.types import Mask, Preprocess, Site
+from sukashi.criteria import pruning
 from sukashi.models.architectures import OWN
 from sukashi.network.layers import Attention
 
+LAYERS = ("fc1", "fc2")
 SMALL = Preprocess(8, 8, 1, (0.5,), (0.5,))
 
 
@@ -62,6 +64,10 @@ logarithmic = partial(Net, lambda net, logits: logits.log_softmax(1))
 alike = partial(Net, lambda net, logits: (0 * logits).softmax(1))
 lonely = partial(Net, lambda net, logits: logits.softmax(1), n_classes=1)
 between = partial(Net, lambda net, logits: logits.sigmoid())
+
+
+def shared_net():
+    return shared
 
 
 def stubborn(n_classes):
@@ -375,6 +381,53 @@ def test_class_counts_that_differ(digits):
     loaded = replace(models.load("test_models:plain"), n_classes=5)
     with pytest.raises(ModelError, match="gives 4 classes, 5 were expected"):
         models.probe(loaded, torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "layers"),
+    [
+        ("sukashi:digits_vit", {}, "head"),
+        ("torchvision:squeezenet1_1", {}, "classifier.1"),
+        ("timm:convnext_atto", {}, "head.fc"),
+        ("timm:deit_tiny_distilled_patch16_224", {}, "head, head_dist"),
+        ("test_models:with_dict", {"output": "logits"}, "fc"),
+    ],
+)
+def test_a_new_head_replaces_the_classifier_alone(spec, options, layers, tmp_path):
+    loaded = models.load(spec, **options)
+    renewed = models.with_new_head(loaded, 3)
+    assert renewed.n_classes == 3 == models.probe(renewed, torch.randn(2, *_sides(loaded))).shape[1]
+    assert f"the classifier ({layers}) is new" in renewed.notes[0]
+    before, after = loaded.model.state_dict(), renewed.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.removeprefix("model.").rpartition(".")[0] for name in changed} == set(layers.split(", "))
+    models.save(tmp_path / "saved", renewed, provenance={})
+    again = models.load(spec, weights=tmp_path / "saved")
+    assert models.digest(again.model) == models.digest(renewed.model)
+
+
+def _sides(loaded):
+    view = loaded.preprocess
+    return view.channels, view.height, view.width
+
+
+def test_a_new_head_on_a_mask_and_a_cut_leaves_both(small):
+    case = small["cnn"]
+    units = torch.ones(case.sites[0].n_units, dtype=torch.bool)
+    units[0] = False
+    cut = pruning.cut(case.loaded, Mask({case.sites[0]: units}))
+    weights = {layer: torch.ones_like(cut.model.get_parameter(f"{layer}.weight"), dtype=torch.bool) for layer in LAYERS}
+    masked = replace(cut, mask=Mask({Site(layer, "weight", keep.numel(), 0): keep for layer, keep in weights.items()}))
+    renewed = models.with_new_head(masked, 4)
+    assert renewed.cuts == cut.cuts
+    assert [site.layer for site in renewed.mask.keep] == ["fc1"]
+
+
+@pytest.mark.parametrize("spec", ["test_models:shared_net", "memory"])
+def test_a_network_of_one_class_count_has_no_new_head(spec):
+    spec = models.hold(Net()) if spec == "memory" else spec
+    with pytest.raises(ModelError, match="cannot be built for another number of classes"):
+        models.with_new_head(models.load(spec), 3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -200,7 +200,7 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
     if n_classes != len(data_names):
         raise ModelError(
             f"the model has {n_classes} classes and the data {len(data_names)}: "
-            f"use a model of {len(data_names)} classes"
+            f"use a model of {len(data_names)} classes, or train this one on with --new-head"
         )
     known = {name.strip().casefold(): number for number, name in enumerate(model_names or ())}
     for number, name in enumerate(data_names):

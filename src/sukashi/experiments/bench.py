@@ -60,8 +60,8 @@ class Source(Reading):
             raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {self.test_images}")
         return images
 
-    def build(self, images: Data, seed: int = 0) -> Loaded:
-        """The model for these data, on its device; random weights are drawn by `seed`."""
+    def build(self, images: Data, seed: int = 0, *, new_head: bool = False) -> Loaded:
+        """The model for these data, on its device, with a `new_head` for them; what is random is drawn by `seed`."""
         place = pick_device(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
@@ -74,6 +74,8 @@ class Source(Reading):
                 pretrained=self.pretrained,
                 output=self.output,
             )
+            if new_head:
+                loaded = models.with_new_head(loaded, images.n_classes)
         if images.preprocess is not None:
             loaded = replace(loaded, preprocess=images.preprocess)
         datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)

@@ -34,8 +34,14 @@ def prepare(settings: Train) -> Prepared:
         raise UsageError(
             f"fine-tuning starts from weights and {settings.model} has none: give --weights, or use sukashi train"
         )
+    if settings.new_head and (source.untrained or settings.n_classes is not None):
+        raise UsageError(
+            f"{settings.model} has no weights that a new head could be put on: give --weights, or leave --new-head out"
+            if source.untrained
+            else "a new head is for the classes of the data: leave --classes out"
+        )
     images = source.read()
-    loaded = models.resized(source.build(images, chosen.seed), chosen.size)
+    loaded = models.resized(source.build(images, chosen.seed, new_head=settings.new_head), chosen.size)
     images = images.read_in(loaded.preprocess.channels)
     images = replace(images, notes=(*loaded.notes, *images.notes))
     device = next(loaded.model.parameters()).device
@@ -46,6 +52,7 @@ def prepare(settings: Train) -> Prepared:
     check_training(chosen, train, validation, loaded, settings.tensorboard)
     described = about(loaded, images, chosen)
     described |= {"start": "given weights" if tuned else "as built", "test_images": settings.test_images}
+    described |= {"new_head": True} if settings.new_head else {}
     trial = Trial(described, partial(_train, settings, loaded, images), place=".", label=settings.kind, together=True)
     return Prepared(described, [trial], {"versions": versions(), "hardware": hardware(device)})
 
