@@ -226,12 +226,18 @@ class _Places:
     def value(self, key: str, value: Any, fields: Mapping[str, Any]) -> Any:
         """A setting with its paths filled in: files and folders, data, and models that are folders."""
         if isinstance(value, list) and key == "models":
-            return [self.value("model", part, fields) for part in value]
+            return [self._model(part, fields) for part in value]
         if not isinstance(value, str) or OUT.match(value):
             return value
         if key in ("model", "data"):
             return self.data(value)
         return self.path(value) if key in fields and option_of(fields[key]).path else value
+
+    def _model(self, text: str, fields: Mapping[str, Any]) -> str:
+        """A model of several: SPEC=WEIGHTS has a path in it."""
+        whole = not OUT.search(text) and Path(self.path(text)).exists()
+        parts = [text] if whole else text.split("=", 1)
+        return "=".join(self.value("model", part, fields) for part in parts)
 
     def data(self, text: str) -> str:
         """A dataset's folder where there is one, else its name."""
