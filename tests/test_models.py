@@ -423,6 +423,28 @@ def test_a_new_head_on_a_mask_and_a_cut_leaves_both(small):
     assert [site.layer for site in renewed.mask.keep] == ["fc1"]
 
 
+@pytest.mark.parametrize("spec", ["timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"])
+def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
+    loaded = models.resized(models.load(spec, n_classes=3), 64)
+    assert (loaded.preprocess.height, loaded.preprocess.width, loaded.options["size"]) == (64, 64, 64)
+    models.save(tmp_path / "saved", loaded, provenance={})
+    again = models.load(str(tmp_path / "saved"))
+    assert models.digest(again.model) == models.digest(loaded.model)
+    assert again.preprocess == loaded.preprocess
+    torch.save(loaded.model.state_dict(), tmp_path / "w.pt")
+    found = models.load(spec, weights=tmp_path / "w.pt")
+    assert models.digest(found.model) == models.digest(loaded.model)
+    assert (found.preprocess, found.n_classes) == (loaded.preprocess, 3)
+    assert "images of 64 x 64 pixels" in found.notes[0]
+    with pytest.raises(ModelError, match="70 x 70"):
+        models.resized(loaded, 70)
+
+
+def test_the_recipe_of_a_network_of_its_own_size_says_nothing_of_one(tmp_path):
+    models.save(tmp_path / "saved", models.load("sukashi:digits_cnn", width=4), provenance={})
+    assert "size" not in json.loads((tmp_path / "saved" / "recipe.json").read_bytes())["model"]
+
+
 @pytest.mark.parametrize("spec", ["test_models:shared_net", "memory"])
 def test_a_network_of_one_class_count_has_no_new_head(spec):
     spec = models.hold(Net()) if spec == "memory" else spec

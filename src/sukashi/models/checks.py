@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,21 +40,6 @@ def probe(loaded: Loaded, example: Tensor) -> Tensor:
     if logits.shape[1] != loaded.n_classes:
         raise ModelError(f"{loaded.spec} gives {logits.shape[1]} classes, {loaded.n_classes} were expected")
     return logits
-
-
-def resized(loaded: Loaded, size: int | None) -> Loaded:
-    """The same network for square images of this side, or None its own.
-
-    Raises ModelError where it takes none such, or would leave pixels unread that do not fill a patch.
-    """
-    own = loaded.preprocess
-    if size is None or size == own.height == own.width:
-        return loaded
-    changed = replace(loaded, preprocess=replace(own, height=size, width=size))
-    example = noise(changed.preprocess).to(next(loaded.model.parameters()).device)
-    remedy = f"leave --size out, its own is {own.height} x {own.width}"
-    checked_logits(loaded.model, example, loaded.spec, whole=True, remedy=remedy)
-    return changed
 
 
 def _fitting(model: nn.Module, example: Tensor) -> str:

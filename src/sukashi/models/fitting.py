@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +105,21 @@ def check_fits(own: Tensors, tensors: Tensors, where: object, remedy: str = _REM
     )
     if counts:
         raise ModelError(f"the weights of {where} do not fit the model ({counts}): {remedy}")
+
+
+def side_of(model: nn.Module, file: File) -> int | None:
+    """The side of the images of a vision transformer, by its position embedding in a file, if the model's differs."""
+    own: Any = getattr(model, "pos_embed", None)
+    patches: Any = getattr(model, "patch_embed", None)
+    if own is None or not hasattr(patches, "grid_size"):
+        return None
+    n_others = own.shape[1] - math.prod(patches.grid_size)  # the class token and its like
+    for tensors in file.sets.values():
+        for name, tensor in tensors.items():
+            if name.endswith("pos_embed") and tensor.dim() == 3 and tensor.shape[1] != own.shape[1] > n_others:
+                side = math.isqrt(max(0, tensor.shape[1] - n_others))
+                return side * int(patches.patch_size[0]) if side * side == tensor.shape[1] - n_others else None
+    return None
 
 
 # Plain numbers.

@@ -108,7 +108,8 @@ def _safetensors(data: bytes, path: Path, sha256: str) -> File:
     except (SafetensorError, KeyError) as error:
         raise ModelError(f"{path} is no intact safetensors file ({error}): fetch or save it again") from error
     header = bounded.from_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return File(path, {"": tensors}, header.get("__metadata__", {}), sha256)
+    # Its own order is another in every process.
+    return File(path, {"": dict(sorted(tensors.items()))}, header.get("__metadata__", {}), sha256)
 
 
 def _content(path: Path) -> bytes:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Mask, Site
+from sukashi.core.types import Mask, Preprocess, Site
 from sukashi.models.checks import checked_logits, noise, probe
-from sukashi.models.fitting import Fit, fit, n_rows
-from sukashi.models.formats import holds_weights, read
+from sukashi.models.fitting import Fit, fit, n_rows, side_of
+from sukashi.models.formats import File, holds_weights, read
 from sukashi.models.loaded import LIBRARIES, Loaded, check_name, given_loaded
 from sukashi.models.recipe import RECIPE
 from sukashi.models.saved import check_mask, open_folder
@@ -52,14 +52,7 @@ def load(
     whole = _whole(spec, weights, given)
     if whole is not None:
         return whole
-    if weights is not None and pretrained:
-        raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
-    if weights_key is not None and weights is None:
-        raise UsageError(f"weights_key is {weights_key!r} and there are no weights: give a file, or leave it out")
-    for name, value in (("n_classes", n_classes), ("width", width)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
-
+    _check_asked(weights, given)
     file = None if weights is None else read(Path(weights))
     stated = None if file is None else stated_classes(file)
     if n_classes is not None and stated is not None and n_classes != stated:
@@ -68,17 +61,11 @@ def load(
     ours = spec.partition(":")[0] in LIBRARIES
     if stated is not None and ours:
         options["n_classes"] = stated
-    model, preprocess, class_names = build(spec, options, pretrained)
-    found = None
-    if file is not None:
-        preprocess = stated_preprocess(file, preprocess)
-        found = fit(model, file, weights_key)
-        rows = n_rows(model.state_dict(), found.tensors)
-        if ours and rows is not None:
-            _check_rows(rows, options.get("n_classes"), file.path)
-            options["n_classes"] = rows
-            model, _, _ = build(spec, options, pretrained)
-        fill(model, found.tensors, file.path)
+    found, class_names = Fit({}), None
+    if file is None:
+        model, preprocess, class_names = build(spec, options, pretrained)
+    else:
+        model, preprocess, found = _filled(spec, options, file, weights_key)
     model = prepare(model, options)
     logits = checked_logits(model, noise(preprocess), spec, whole=not ours)
     known = stated if stated is not None else n_classes
@@ -94,9 +81,41 @@ def load(
         n_classes=logits.shape[1],
         class_names=class_names,
         weights_sha256=digest(model) if file is None else file.sha256_of(weights_key),
-        mask=None if found is None else _mask(model, found),
-        notes=() if found is None else tuple(f"{weights}: {note}" for note in found.notes),
+        mask=_mask(model, found),
+        notes=tuple(f"{weights}: {note}" for note in found.notes),
     )
+
+
+def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> tuple[nn.Module, Preprocess, Fit]:
+    """A model with the weights of a file, which also decide its class count and image size: both go into `options`."""
+    ours, notes = spec.partition(":")[0] in LIBRARIES, list[str]()
+    model, preprocess, _ = build(spec, options, False)
+    side = side_of(model, file) if spec.startswith("timm:") else None
+    if side is not None:
+        options["size"] = side
+        notes.append(f"the weights are for images of {side} x {side} pixels")
+        model, preprocess, _ = build(spec, options, False)
+    found = fit(model, file, key)
+    rows = n_rows(model.state_dict(), found.tensors)
+    if ours and rows is not None:
+        _check_rows(rows, options.get("n_classes"), file.path)
+        options["n_classes"] = rows
+        model, preprocess, _ = build(spec, options, False)
+    fill(model, found.tensors, file.path)
+    return model, stated_preprocess(file, preprocess), replace(found, notes=(*notes, *found.notes))
+
+
+def _check_asked(weights: str | Path | None, given: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other or mean nothing."""
+    if weights is not None and "pretrained" in given:
+        raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
+    if weights is None and "weights_key" in given:
+        raise UsageError(
+            f"weights_key is {given['weights_key']!r} and there are no weights: give a file, or leave it out"
+        )
+    for name in ("n_classes", "width"):
+        if given.get(name, 1) < 1:
+            raise UsageError(f"{name} must be at least 1, got {given[name]}")
 
 
 def _check_rows(rows: int, asked: int | None, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sukashi.core.bounded import read
 from sukashi.core.errors import ModelError, nearest
@@ -38,6 +38,7 @@ class ArchitectureRecipe(Strict):
     n_classes: int | None = None
     width: int | None = None
     output: str | None = None
+    size: int | None = Field(None, exclude_if=lambda size: size is None)  # there for few, and older recipes have none
 
 
 class MaskRecipe(Strict):

@@ -120,9 +120,11 @@ def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
         raise UsageError(f"unknown weights {tag!r} of timm:{bare}{nearest(tag, tags or ['none'])}")
     model = _fetched(spec, lambda: timm.create_model(name, pretrained=True)) if pretrained else None
     if model is None:
-        model = timm.create_model(name, num_classes=options.get("n_classes"))
+        sized = {"img_size": options["size"]} if "size" in options else {}
+        model = timm.create_model(name, num_classes=options.get("n_classes"), **sized)
     config = resolve_data_config(model=model)
-    channels, height, width = config["input_size"]
+    channels, *sides = config["input_size"]
+    height, width = [options["size"]] * 2 if "size" in options else sides
     return model, Preprocess(height, width, channels, tuple(config["mean"]), tuple(config["std"])), None
 
 

@@ -1,16 +1,17 @@
-"""A classifier for other classes on a network that is trained already."""
+"""A network made fit for other classes, or for images of another size."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, SukashiError
-from sukashi.core.types import Mask
-from sukashi.models.checks import checked_logits, noise
+from sukashi.core.types import Mask, Preprocess
+from sukashi.models.checks import brief, checked_logits, noise
 from sukashi.models.loaded import Loaded
 from sukashi.models.specs import build
 from sukashi.models.weights import digest
@@ -49,6 +50,38 @@ def with_new_head(loaded: Loaded, n_classes: int) -> Loaded:
             "before training it knows nothing",
         ),
     )
+
+
+def resized(loaded: Loaded, size: int | None) -> Loaded:
+    """The same network for square images of this side, or None its own.
+
+    One of timm's that takes one size alone is laid out anew for it, position embeddings by interpolation. Raises
+    ModelError where it takes none such, or would leave pixels unread that do not fill a patch.
+    """
+    own = loaded.preprocess
+    if size is None or size == own.height == own.width:
+        return loaded
+    changed = replace(loaded, preprocess=replace(own, height=size, width=size))
+    try:
+        _check(changed, own)
+        return changed
+    except ModelError:
+        if not (loaded.spec.startswith("timm:") and hasattr(loaded.model, "set_input_size")):
+            raise
+    model: Any = copy.deepcopy(loaded.model)
+    try:
+        model.set_input_size(img_size=(size, size))
+    except Exception as error:  # an assertion of timm's
+        raise ModelError(f"{loaded.spec} cannot be laid out for {size} x {size} pixels ({brief(error)})") from error
+    changed = replace(changed, model=model, options={**loaded.options, "size": size}, weights_sha256=digest(model))
+    _check(changed, own)
+    return changed
+
+
+def _check(resized: Loaded, own: Preprocess) -> None:
+    example = noise(resized.preprocess).to(next(resized.model.parameters()).device)
+    remedy = f"leave --size out, its own is {own.height} x {own.width}"
+    checked_logits(resized.model, example, resized.spec, whole=True, remedy=remedy)
 
 
 def _classifier(loaded: Loaded, n_classes: int) -> list[str]:
