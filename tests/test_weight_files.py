@@ -116,7 +116,7 @@ def test_of_several_that_fit_one_must_be_named(network, state, tmp_path):
     assert len({average.weights_sha256, own.weights_sha256}) == 2
     with pytest.raises(UsageError, match="no weights 'state_dict_em': did you mean 'state_dict_ema'"):
         loaded(tmp_path / "w.pt", weights_key="state_dict_em")
-    with pytest.raises(UsageError, match="there are no weights"):
+    with pytest.raises(UsageError, match="there are no weights to take"):
         models.load(SPEC, weights_key="state_dict")
 
 

@@ -110,9 +110,7 @@ def _check_asked(weights: str | Path | None, given: Mapping[str, Any]) -> None:
     if weights is not None and "pretrained" in given:
         raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
     if weights is None and "weights_key" in given:
-        raise UsageError(
-            f"weights_key is {given['weights_key']!r} and there are no weights: give a file, or leave it out"
-        )
+        raise UsageError(f"there are no weights to take {given['weights_key']!r} from: give a file, or no weights_key")
     for name in ("n_classes", "width"):
         if given.get(name, 1) < 1:
             raise UsageError(f"{name} must be at least 1, got {given[name]}")
@@ -170,4 +168,4 @@ def _copied(given: Loaded) -> Loaded:
 
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
-    return {name: value for name, value in options.items() if value not in (None, False)}
+    return {name: value for name, value in options.items() if value is not None and value is not False}
