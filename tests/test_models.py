@@ -440,6 +440,11 @@ def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
         models.resized(loaded, 70)
 
 
+def test_a_transformer_whose_windows_would_change_is_left_alone():
+    with pytest.raises(ModelError, match=r"cannot be laid out for 64 x 64 pixels .*: leave --size out"):
+        models.resized(models.load("timm:swin_tiny_patch4_window7_224", n_classes=3), 64)
+
+
 def test_the_recipe_of_a_network_of_its_own_size_says_nothing_of_one(tmp_path):
     models.save(tmp_path / "saved", models.load("sukashi:digits_cnn", width=4), provenance={})
     assert "size" not in json.loads((tmp_path / "saved" / "recipe.json").read_bytes())["model"]

@@ -267,6 +267,7 @@ WRONG = {
     "complex": (lambda tensor: tensor.to(torch.complex64), "of type complex64"),
     "sparse": (lambda tensor: tensor.to_sparse(), r"sparse: save it after \.to_dense"),
     "meta": (lambda tensor: tensor.to("meta"), "device meta"),
+    "nested": (lambda tensor: torch.nested.nested_tensor([tensor[0, 0], tensor[0]]), "of different shapes"),
 }
 
 

@@ -13,8 +13,9 @@ from sukashi.core.errors import ModelError, SukashiError
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import brief, checked_logits, noise
 from sukashi.models.loaded import Loaded
-from sukashi.models.specs import build
-from sukashi.models.weights import digest
+from sukashi.models.specs import build, prepare
+from sukashi.models.weights import digest, fill
+from sukashi.network import surgery
 
 
 def with_new_head(loaded: Loaded, n_classes: int) -> Loaded:
@@ -68,14 +69,32 @@ def resized(loaded: Loaded, size: int | None) -> Loaded:
     except ModelError:
         if not (loaded.spec.startswith("timm:") and hasattr(loaded.model, "set_input_size")):
             raise
-    model: Any = copy.deepcopy(loaded.model)
-    try:
-        model.set_input_size(img_size=(size, size))
-    except Exception as error:  # an assertion of timm's
-        raise ModelError(f"{loaded.spec} cannot be laid out for {size} x {size} pixels ({brief(error)})") from error
-    changed = replace(changed, model=model, options={**loaded.options, "size": size}, weights_sha256=digest(model))
+    model = _laid_out(loaded, size)
+    options = {**loaded.options, "size": size}
+    changed = replace(changed, model=model, options=options, weights_sha256=digest(model))
     _check(changed, own)
     return changed
+
+
+def _laid_out(loaded: Loaded, size: int) -> nn.Module:
+    """The network as a saved folder will have it for this size, with its weights; those of places are stretched."""
+    stretched: Any = copy.deepcopy(loaded.model)
+    options = {**loaded.options, "size": size}
+    try:
+        stretched.set_input_size(img_size=(size, size))
+        with torch.random.fork_rng(devices=[]):
+            model = prepare(build(loaded.spec, options, False)[0], options)
+        for table in loaded.cuts:
+            surgery.replay(model, table)
+        before, after = loaded.model.state_dict(), stretched.state_dict()
+        pairs = {name: (before[name], after[name]) for name in model.state_dict() if name in before}
+        own = model.state_dict()
+        fill(model, {name: old if old.shape == own[name].shape else new for name, (old, new) in pairs.items()}, size)
+    except (AssertionError, ValueError) as error:  # of timm's, or ours
+        raise ModelError(
+            f"{loaded.spec} cannot be laid out for {size} x {size} pixels ({brief(error)}): leave --size out"
+        ) from error
+    return prepare(model, {}).to(next(loaded.model.parameters()).device)
 
 
 def _check(resized: Loaded, own: Preprocess) -> None:

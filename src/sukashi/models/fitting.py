@@ -128,21 +128,20 @@ def side_of(model: nn.Module, file: File) -> int | None:
 def check_kind(name: str, tensor: Tensor, own: Tensor, where: object) -> None:
     """Refuse a tensor of another kind than a network's own: codes or yes and no in place of weights."""
     if own.is_floating_point():
-        right = tensor.is_floating_point()
+        right, remedy = tensor.is_floating_point(), "codes are no weights, give those that they were made of"
     else:
         right = not tensor.is_complex() and torch.equal(tensor.to(own.dtype).to(tensor.dtype), tensor)
+        remedy = "give numbers of that type"
     if not right:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"{name!r} in {where} is of type {kind}, its place in the model is for {str(own.dtype)[6:]}: codes are no "
-            "weights, give those that they were made of"
-        )
+        given, wanted = (str(one.dtype).removeprefix("torch.") for one in (tensor, own))
+        raise ModelError(f"{name!r} in {where} is of type {given}, its place in the model is for {wanted}: {remedy}")
 
 
 def check_plain(name: str, tensor: Tensor, where: object) -> None:
     """Refuse a tensor that does not hold its numbers one by one."""
     faults = {
-        "has a shape and no values (device meta)": tensor.is_meta,
+        "has a shape and no values (device meta): save the model after its weights are loaded": tensor.is_meta,
+        "is several of different shapes: save each alone": tensor.is_nested,
         "is quantised: save it after .dequantize()": tensor.is_quantized,
         "is sparse: save it after .to_dense()": tensor.layout != torch.strided,
     }
