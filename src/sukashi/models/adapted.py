@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +82,8 @@ def _laid_out(loaded: Loaded, size: int) -> nn.Module:
     stretched: Any = copy.deepcopy(loaded.model)
     options = {**loaded.options, "size": size}
     try:
-        stretched.set_input_size(img_size=(size, size))
+        with warnings.catch_warnings(action="ignore"):
+            stretched.set_input_size(img_size=(size, size))
         with torch.random.fork_rng(devices=[]):
             model = prepare(build(loaded.spec, options, False)[0], options)
         for table in loaded.cuts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.core.types import Mask, Preprocess, Site
 from sukashi.models.checks import checked_logits, noise, probe
 from sukashi.models.fitting import Fit, fit, n_rows, side_of
@@ -88,7 +89,7 @@ def load(
 
 def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> tuple[nn.Module, Preprocess, Fit]:
     """A model with the weights of a file, which also decide its class count and image size: both go into `options`."""
-    ours, notes = spec.partition(":")[0] in LIBRARIES, list[str]()
+    notes: list[str] = []
     model, preprocess, _ = build(spec, options, False)
     side = side_of(model, file) if spec.startswith("timm:") else None
     if side is not None:
@@ -97,10 +98,11 @@ def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> 
         model, preprocess, _ = build(spec, options, False)
     found = fit(model, file, key)
     rows = n_rows(model.state_dict(), found.tensors)
-    if ours and rows is not None:
+    if rows is not None:
         _check_rows(rows, options.get("n_classes"), file.path)
-        options["n_classes"] = rows
-        model, preprocess, _ = build(spec, options, False)
+        with contextlib.suppress(SukashiError):  # not all that people write has a parameter n_classes
+            model, preprocess, _ = build(spec, {**options, "n_classes": rows}, False)
+            options["n_classes"] = rows
     fill(model, found.tensors, file.path)
     return model, stated_preprocess(file, preprocess), replace(found, notes=(*notes, *found.notes))
 
