@@ -157,6 +157,24 @@ def test_what_no_image_can_be_is_refused_here_and_in_a_recipe(change, words, tmp
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("size", 64, "has no option size"),
+        ("size", 10**9, r"model\.size"),
+        ("n_classes", 10**9, r"model\.n_classes"),
+        ("width", -1, r"model\.width"),
+    ],
+)
+def test_options_of_a_recipe_have_the_bounds_of_settings(option, value, words, tmp_path):
+    models.save(tmp_path / "saved", models.load("sukashi:digits_cnn", width=4), provenance={})
+    recipe = json.loads((tmp_path / "saved" / "recipe.json").read_text())
+    recipe["model"][option] = value
+    (tmp_path / "saved" / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises((ModelError, UsageError), match=words):
+        models.load(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
     ("spec", "width"), [("digits_cnn", 5000), ("cifar_resnet18", 2048), ("small_vit", 65_536), ("digits_vit", 60_000)]
 )
 def test_a_width_that_fills_the_memory_is_refused_at_once(spec, width):

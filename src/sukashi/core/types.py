@@ -18,7 +18,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.schema import check_ratio
 
-MAX_NUMBERS = 2**26  # of one image: 256 MiB
+MAX_NUMBERS = 2**24  # of one image; what a network makes of them is some hundred times as much
 Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "weight"]
 
 

@@ -35,10 +35,10 @@ class ArchitectureRecipe(Strict):
     """The spec, and the options of `load` that shape the architecture."""
 
     spec: str
-    n_classes: int | None = None
-    width: int | None = None
+    n_classes: int | None = Field(None, ge=1, le=1_000_000)
+    width: int | None = Field(None, ge=1, le=65_536)
     output: str | None = None
-    size: int | None = Field(None, exclude_if=lambda size: size is None)  # there for few, and older recipes have none
+    size: int | None = Field(None, ge=1, le=4096, exclude_if=lambda size: size is None)
 
 
 class MaskRecipe(Strict):

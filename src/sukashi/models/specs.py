@@ -73,6 +73,8 @@ def build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
         raise _unknown(spec)
     if "width" in options and source in ("timm", "torchvision"):
         raise UsageError(f"{spec} has no option width: only models of our own and import paths may")
+    if "size" in options and source != "timm":
+        raise UsageError(f"{spec} has no option size: only models of timm are laid out for one")
     try:
         return _SOURCES.get(source, _imported)(spec, options, pretrained)
     except (AssertionError, TypeError, RuntimeError) as error:
