@@ -335,6 +335,13 @@ def test_the_class_count_is_that_of_the_weights(spec, tmp_path):
         models.load(spec, weights=tmp_path / "w.safetensors", n_classes=7)
 
 
+def test_a_saved_folder_holds_one_set_of_tensors(state, tmp_path):
+    models.save(tmp_path / "saved", models.load(SPEC, width=WIDTH), provenance={})
+    torch.save({"model": state, "model_ema": state}, tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(ModelError, match="must hold tensors alone, and has model, model_ema"):
+        models.load(str(tmp_path / "saved"))
+
+
 def test_only_a_regular_file_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", tmp_path / "pipe"):

@@ -55,9 +55,10 @@ class File:
 
     @property
     def tensors(self) -> Tensors:
-        """Those of a file that holds one set."""
-        (tensors,) = self.sets.values()
-        return tensors
+        """Those of a file that holds one set alone. Raises ModelError for any other."""
+        if set(self.sets) != {""}:
+            raise ModelError(f"{self.path} must hold tensors alone, and has {', '.join(self.sets)}: fetch it again")
+        return self.sets[""]
 
     def sha256_of(self, entry: str | None) -> str:
         """The hash of the file, and of the name where it was asked for one of its sets."""
@@ -86,7 +87,7 @@ def read(path: Path) -> File:
     if _is_safetensors(data, path):
         return _safetensors(data, path, sha256)
     if data.startswith((b"PK\x03\x04", b"\x80")):
-        return File(path, dict(_sets(_unpickled(data, path))) or _refuse(path), {}, sha256)
+        return File(path, _unpickled(data, path), {}, sha256)
     if data.lstrip()[:1] == b"{":
         return _sharded(path, data)
     for start, what in _OTHERS.items():
@@ -119,13 +120,20 @@ def _content(path: Path) -> bytes:
         raise ModelError(f"cannot read weights {path} ({error.strerror}): check the path") from error
 
 
-def _unpickled(data: bytes, path: Path) -> Any:
+def _unpickled(data: bytes, path: Path) -> Mapping[str, Tensors]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that wants to run code, or no pickle at all
         raise ModelError(f"{path} was refused, and nothing in it was run: {_reason(data, path, error)}") from error
+    sets = dict(_sets(found))
+    if not sets:
+        raise ModelError(
+            f"{path} must hold a state_dict, tensors by name, alone or under an entry as 'state_dict' or 'model', and "
+            "holds none: save model.state_dict()"
+        )
+    return sets
 
 
 def _reason(data: bytes, path: Path, error: Exception) -> str:
@@ -160,13 +168,6 @@ def _sets(found: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Ten
             yield from _sets(part, f"{name}.{key}" if name else key, depth + 1)
 
 
-def _refuse(path: Path) -> Mapping[str, Tensors]:
-    raise ModelError(
-        f"{path} must hold a state_dict, tensors by name, alone or under an entry as 'state_dict' or 'model', and "
-        "holds none: save model.state_dict()"
-    )
-
-
 def _sharded(path: Path, data: bytes) -> File:
     """Weights in several files, which the index beside them names."""
     try:
@@ -185,7 +186,4 @@ def _sharded(path: Path, data: bytes) -> File:
 def _part(path: Path) -> File:
     if path.name.endswith(".json"):
         raise ModelError(f"{path} is an index, and no part of one: fetch the weights again")
-    file = read(path)
-    if set(file.sets) != {""}:
-        raise ModelError(f"{path} holds entries, and parts of weights hold tensors alone: fetch the weights again")
-    return file
+    return read(path)
