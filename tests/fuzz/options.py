@@ -23,7 +23,7 @@ from forked import Ended, watched
 
 from sukashi.cli import main
 from sukashi.core.schema import option_of
-from sukashi.experiments import functions  # noqa: F401 what a command imports at last, before it is forked
+from sukashi.experiments import functions
 from sukashi.experiments.kinds import kinds
 from sukashi.measures import cost
 
@@ -49,7 +49,19 @@ VALUES = [
     *("", " ", "-", "--", "-1", "0", "1", "2", "0.5", "1.0", "1e-320", "1e308", "1e999", "nan", "inf", "-inf", "NaN"),
     *("4294967295", "4294967296", "18446744073709551616", "9" * 10_000, "1_000", "0x10", "١٢", "1,5", "1;5", "½"),
     *("true", "True", "yes", "null", "None", "[]", "{}", "[1, 2]", '{"a": 1}', DEEP, "{" * 1000, '{"a": ' * 1000),
-    *("/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/mem", "/", ".", "..", "~", "made", "made/recipe.json", "fifo"),
+    *(
+        "/dev/zero",
+        "/dev/null",
+        "/dev/stdin",
+        "/proc/self/mem",
+        "/",
+        ".",
+        "..",
+        "~",
+        "made",
+        "made/recipe.json",
+        "fifo",
+    ),
     *("a" * 5_000, "ä", "日本語", "🙂", "a b", "a,b", ",", ",,", "a=b", "a.b=[", "taylor.batch_size=0", "x.y=1"),
     *("$", "$x$", "[/b]", "[red]", "<script>", "%s", "{0}", "\\", "'", '"', "\n", "\x1b[31m", "..\\..", "CON"),
     *("magnitude", "taylor", "drift,drift", "random,cswap", "saliency", "global", "2:4", "0:4", "4:2", "1:1000000"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from sukashi.core import contents
+from sukashi.core.bounded import MAX_BYTES, from_json, read
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
@@ -186,7 +185,7 @@ def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[st
         if methods is not None and method not in methods:
             raise UsageError(f"--set {setting} is for {method!r}, which is not among {', '.join(methods)}")
         try:
-            value = json.loads(text)
+            value = from_json(text)
         except ValueError:
             value = text
         chosen.setdefault(method, {})[option] = value
@@ -195,7 +194,7 @@ def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[st
 
 def _class_map(path: Path) -> dict[str, int]:
     try:
-        return TypeAdapter(dict[str, int]).validate_json(contents.read(path, _MAX_BYTES), strict=True)
+        return TypeAdapter(dict[str, int]).validate_json(read(path, MAX_BYTES), strict=True)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the path of --class-map") from None
     except ValidationError:

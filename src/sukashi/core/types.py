@@ -18,6 +18,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.schema import check_ratio
 
+MAX_NUMBERS = 2**24  # of one image; what a network makes of them is some hundred times as much
 Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "weight"]
 
 
@@ -69,13 +70,30 @@ class Site:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std."""
+    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std.
+
+    Raises UsageError for an image without pixels or of more than MAX_NUMBERS numbers, and for means and standard
+    deviations that are not one finite number a channel, the latter above 0.
+    """
 
     height: int
     width: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        sides = (self.height, self.width, self.channels)
+        if min(sides) < 1 or math.prod(sides) > MAX_NUMBERS:
+            raise UsageError(
+                f"images must have 1 to {MAX_NUMBERS:,} numbers, got {self.height} x {self.width} pixels in "
+                f"{self.channels} channels"
+            )
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != self.channels or not all(map(math.isfinite, numbers)):
+                raise UsageError(f"{name} must be a finite number for each of {self.channels} channels, got {numbers}")
+        if min(self.std) <= 0:
+            raise UsageError(f"std must be above 0, got {self.std}")
 
 
 @dataclass(frozen=True)

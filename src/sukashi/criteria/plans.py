@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sukashi.core.bounded import from_json
 from sukashi.core.errors import ModelError
 from sukashi.core.files import canonical
 from sukashi.core.types import Plan, Site
@@ -38,7 +38,7 @@ def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = N
 
     Raises ModelError where the sites are not those the plan was made for.
     """
-    about = json.loads(str(arrays["about"]))
+    about = from_json(str(arrays["about"]))
     kept = tuple(Site(**site) for site in about["sites"])
     if sites is not None:
         _refuse_other_sites(kept, sites)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sukashi.core import contents
+from sukashi.core import bounded
 from sukashi.core.errors import DataError
 from sukashi.data.images import SUFFIXES, Encoded, Found, Source, TooLarge, Unreadable
 from sukashi.data.tree import files_in, folders_in, is_hidden, is_plain_split, leads_nowhere, split_of, suffixes
@@ -168,7 +168,7 @@ def file_reader(paths: Sequence[Path], max_pixels: int) -> Callable[[int], bytes
         if leads_nowhere(paths[row]):
             raise Unreadable("a link that leads nowhere")
         try:
-            return contents.read(paths[row], most)
+            return bounded.read(paths[row], most)
         except OSError as error:
             if error.errno == errno.EFBIG:
                 raise TooLarge(str(error.strerror)) from None

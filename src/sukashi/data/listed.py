@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sukashi.core import contents
+from sukashi.core import bounded
 from sukashi.core.errors import DataError, nearest
 from sukashi.data.folders import file_reader, is_image, numbering
 from sukashi.data.images import Encoded, Found, Source
@@ -108,7 +108,7 @@ def _rows(table: Path, root: Path, by_name: Mapping[str, list[Path]], label: str
 def _lines(table: Path) -> Iterator[list[str]]:
     """The cells of each line, without spaces around them."""
     try:
-        text = contents.read(table, _MAX_BYTES).decode("utf-8-sig")
+        text = bounded.read(table, _MAX_BYTES).decode("utf-8-sig")
         first = text.partition("\n")[0]
         reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count), strict=True)
         yield from ([cell.strip() for cell in line] for line in reader if line)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from sukashi.core import contents
+from sukashi.core import bounded
 from sukashi.core.errors import DataError, nearest
 from sukashi.data.folders import numbering
 from sukashi.data.images import Encoded, Found, Source, numbered
@@ -94,7 +94,7 @@ def _masked(whole: Mapping[str, pa.Table], class_names: tuple[str, ...], max_pix
 def _opened(path: Path) -> pq.ParquetFile:
     """The file, of which the schema is read. Raises DataError for what is none, and for more rows than bytes."""
     try:
-        contents.check_file(path, _MAX_BYTES)
+        bounded.check_file(path, _MAX_BYTES)
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

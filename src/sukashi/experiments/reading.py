@@ -12,7 +12,12 @@ OPTIONS = "Options by method, as {method: {option: value}}."
 class Architecture(Settings):
     """What a model's spec leaves open."""
 
-    weights: str | None = option(None, path=True, help="Weights: .safetensors, or .pt/.pth holding tensors only.")
+    weights: str | None = option(
+        None,
+        path=True,
+        help="Weights: a file of safetensors or of torch.save, holding tensors only, or a folder with one.",
+    )
+    weights_key: str | None = option(None, help="Which weights of a file, where several in it fit, as state_dict_ema.")
     width: int | None = option(None, ge=1, le=65_536, help="Base width, for our own models.")
     n_classes: int | None = option(
         None, ge=1, le=1_000_000, flag="--classes", help="Class count; by default that of the weights or of the data."
