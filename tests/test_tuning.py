@@ -258,8 +258,9 @@ def test_a_model_that_was_not_trained_here_is_left_alone(trained, tmp_path):
 
 def test_a_new_head_is_for_the_classes_of_the_data_and_all_else_is_kept(trained, tmp_path):
     few = {"data": "digits", "only": ["3", "5", "8"], "test_images": 30, "epochs": 1}
+    unnamed = Path(trained.out) / "model.safetensors"
     with pytest.raises(ModelError, match=r"10 classes and the data 3.*--new-head"):
-        sukashi.finetune(trained.out, **few, out=tmp_path / "run")
+        sukashi.finetune(NET, width=8, weights=unnamed, **few, out=tmp_path / "run")
     result = sukashi.finetune(trained.out, **few, new_head=True, lr=1e-12, weight_decay=0.0, out=tmp_path / "run")
     assert any("the classifier (fc2) is new, for 3 classes in place of 10" in note for note in result.notes)
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_bytes())
@@ -269,7 +270,7 @@ def test_a_new_head_is_for_the_classes_of_the_data_and_all_else_is_kept(trained,
     assert after.class_names == ("3", "5", "8")
     assert after.model.fc2.weight.shape == (3, 16)
     assert torch.allclose(after.model.fc1.weight, before.model.fc1.weight, atol=1e-6)
-    assert "new_head" not in json.loads((Path(trained.out) / "recipe.json").read_bytes())["provenance"]
+    assert json.loads((Path(trained.out) / "recipe.json").read_bytes())["provenance"]["new_head"] is False
 
 
 @pytest.mark.parametrize(

@@ -345,5 +345,5 @@ def test_a_saved_folder_holds_one_set_of_tensors(state, tmp_path):
 def test_only_a_regular_file_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", tmp_path / "pipe"):
-        with pytest.raises(ModelError, match="no regular file"):
+        with pytest.raises(ModelError, match="a device or a pipe, not a file"):
             loaded(path)

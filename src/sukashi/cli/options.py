@@ -17,7 +17,6 @@ from sukashi.core.bounded import MAX_BYTES, from_json, read
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
-_MAX_BYTES = 2**26  # of a class map
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
 
 

@@ -19,7 +19,8 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
         mapped = ", or give a class_map from every class name to the model's number"
         raise ModelError(
             f"the model has {n_classes} classes and the data {len(data_names)}: "
-            f"use a model of {len(data_names)} classes{mapped if n_classes > len(data_names) else ''}"
+            f"use a model of {len(data_names)} classes, train this one on with --new-head"
+            f"{mapped if n_classes > len(data_names) else ''}"
         )
     for number, of_model in enumerate(_numbers(model_names or (), data_names)):
         if of_model is not None and of_model != number:
