@@ -17,7 +17,8 @@ from sukashi.core.types import Mask, Site
 from sukashi.models.architectures import DigitsViT
 from sukashi.network import sites as finder
 from sukashi.network import surgery
-from sukashi.network.canonical import Add, canonical
+from sukashi.network.canonical import canonical
+from sukashi.network.functions import Add
 from sukashi.network.layers import explicit_attention
 
 TARGET = torch.tensor([0, 2])
