@@ -198,9 +198,21 @@ class _Activity(fx.Interpreter):
         value = super().run_node(n)
         parts = value if isinstance(value, tuple | list) else (value,)
         holds = any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
-        n.meta["active"] = holds and (n.op == "placeholder" or any(map(active, n.all_input_nodes)))
+        n.meta["active"] = holds and (n.op == "placeholder" or any(map(active, _valued(n))))
         n.meta["axes"] = value.dim() if isinstance(value, Tensor) else 0
         return value
+
+
+# Of the first that they read these take the shape or type, and of all but the first these do.
+_LIKE = (torch.zeros_like, torch.ones_like, torch.full_like, "new_zeros", "new_ones", "new_full", "new_tensor")
+_AS = ("to", "type_as", "expand_as", "view_as", "reshape_as")
+
+
+def _valued(node: fx.Node) -> list[fx.Node]:
+    """What a node takes values from."""
+    if node.target in _LIKE:
+        return node.all_input_nodes[1:]
+    return node.all_input_nodes[:1] if node.target in _AS else node.all_input_nodes
 
 
 def _single(graph: fx.Graph, root: nn.Module) -> None:
