@@ -100,8 +100,8 @@ def ssim(maps: Maps, reference_maps: Maps) -> Measurement:
 
     torchmetrics' (Gaussian window, sigma 1.5; K1 = 0.01, K2 = 0.03, range 1), with each map divided by its own largest
     absolute value first: maps have no common unit. Where one of both has a negative value both are then brought from
-    [-1, 1] to [0, 1], m -> (1 + m) / 2: SSIM is a product of likenesses of means and of deviations, and of a map and its
-    negative both are negative, so that opposite maps would be alike. NaN where a map is constant or not finite.
+    [-1, 1] to [0, 1], m -> (1 + m) / 2: SSIM is a product of likenesses of means and of deviations, and of a map and
+    its negative both are negative, so that opposite maps would be alike. NaN where a map is constant or not finite.
 
     Raises UsageError for maps of less than six pixels a side.
     """

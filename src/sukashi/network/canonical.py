@@ -63,7 +63,7 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
         _thaw(module)
     name = type(model).__name__
     places = [(member.module, member.side) for site in sites for member in site.members]
-    tracer = Tracer(places, list(filter(_is_compound, root.modules())))
+    tracer = Tracer(places, list(filter(is_compound, root.modules())))
     try:
         graph = tracer.trace(root)
     except SukashiError:
@@ -276,7 +276,7 @@ def _diagonal(norm: _BatchNorm, n_axes: int) -> nn.Module:
     return conv.eval()
 
 
-def _is_compound(module: nn.Module) -> bool:
+def is_compound(module: nn.Module) -> bool:
     """Whether a layer is a plain one and more, as timm's convolution that pads or norm that ends in an activation.
 
     So is each of a class of one's own that gives its weights, once, to the function of torch's that its kind is.

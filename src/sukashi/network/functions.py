@@ -89,7 +89,8 @@ def active(node: Any) -> bool:
 
 def owner(node: fx.Node) -> str:
     """Dotted name of the module whose forward makes a call."""
-    return next(reversed(node.meta.get("nn_module_stack", {"": ""})), "")
+    # (The keys count calls: "block@1" is the second of "block".)
+    return str(next(reversed(node.meta.get("nn_module_stack", {"": ("",)}).values()), ("",))[0])
 
 
 def called(node: fx.Node) -> str:
