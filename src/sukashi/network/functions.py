@@ -264,7 +264,9 @@ def _max_pool(
     return None if return_indices else nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
 
 
-def _rrelu(lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> nn.Module | None:
+def _rrelu(
+    lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> nn.Module | None:
     return None if training else nn.RReLU(lower, upper)
 
 
