@@ -52,8 +52,8 @@ def backtrace(
 
     `default`: the seed is the value of the target's logit. A layer z_j = sum_i x_i w_ij + b_j hands on
     R_i = sum_j R_j |x_i w_ij| / (sum_i |x_i w_ij| + |b_j|): relevance keeps the seed's sign, the bias's share is lost.
-    Sums and averages share in proportion to |a|, a max-pool equally among its maxima, a product in halves; activations
-    and LayerScale pass relevance on.
+    Sums and averages share in proportion to |a|, constants' shares are lost too, a max-pool shares equally among its
+    maxima, a product in halves; activations and factors pass relevance on, what moves values takes it back.
 
     `contrastive`: two streams, what speaks for the target and what for the others. The first starts with the target's
     logit, the second with all other logits, each with its sign. At a sum z_j of contributions c_ij and a bias, where

@@ -66,8 +66,9 @@ def chefer(
 
     and the map is the row of C of the class token, at the patches' columns. Rows are not normalised, and the identity
     we take off is nothing in those columns. A network that averages tokens has no such row: we take the mean of the
-    rows of all tokens that the logit depends on after the last block, where without taking it off the identity would
-    be a constant on all patches. The mean over heads counts heads that were cut, which have no relevance.
+    rows of all tokens that the logit depends on after the last block (of a distilled DeiT two), where without taking it
+    off the identity would be a constant on all patches. The mean over heads counts heads that were cut, which have no
+    relevance.
 
     R starts as 1 at the target's logit. Linear layers hand on R_i = sum_j (x_i w_ij)^+ / (sum_i (x_i w_ij)^+) R_j,
     without biases; a sum shares by a / (a + b), and each branch is then scaled to its part |sum R_a| / (|sum R_a| +

@@ -56,7 +56,7 @@ def deeplift(
     the paper has no rule, ours are those that keep the sum: a max-pool gives its difference to the larger of both
     maxima's positions; a product a b gives (b + b') / 2 to da and (a + a') / 2 to db (the Shapley value of two), also
     inside LayerNorm (square, inverse root, product) and attention (two matrix products, and a softmax that is
-    exp(z - log sum exp z)). All else is refused.
+    exp(z - log sum exp z)). What is linear or moves values needs none. All else is refused.
 
     `baseline` is a number or a tensor that broadcasts to x, in preprocessed units (0 is the mean colour), `mean` the
     image's own mean colour, or `blur` the image under a Gaussian of an eighth of its side (Sturmfels et al. 2020).

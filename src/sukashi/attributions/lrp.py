@@ -66,8 +66,11 @@ def lrp(
 
     Biases stand below the line (their positive part in alpha1beta0), so their share of relevance is lost; `bias=False`
     leaves them out, which alpha1beta0 alone can bear: the others would divide by what may be zero. `epsilon` also
-    keeps the other rules from dividing by zero, as zennit's stabiliser does. Sums, means and average pools share in
-    proportion to what they add, activations and LayerScale pass relevance on, a max-pool passes it to the maximum.
+    keeps the other rules from dividing by zero, as zennit's stabiliser does. Sums, means, average pools and
+    interpolation share in proportion to what they add; a constant's share is lost as a bias's is. Factors, LayerScale
+    and activations that are 0 at 0 pass relevance on, a max-pool passes it to the maximum, and what moves or copies
+    values (pads, shuffles, flips, nearest upsampling) takes it back the way they came. A BatchNorm is part of the layer
+    before it; one that follows none is a layer of its own.
 
     Transformers (Achtibat et al. 2024): the deviation that LayerNorm divides by is a constant; `attention` is `attn`
     (AttnLRP: softmax by its slope, the two factors of a matrix product half each) or `cp` (CP-LRP, Ali et al. 2022:
