@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, ScaledStdConv2d
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.norm_act import FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import nn
@@ -138,6 +138,7 @@ OPERATIONS = {
     "functional layers": Functional(),
     "padding of one's own": SelfPadded(4, 4, 3, bias=False),
     "timm's convolution": Conv2dSame(4, 4, 3, stride=2, bias=False),
+    "weights that are computed": ScaledStdConv2d(4, 4, 3, bias=False),
     "timm's linear": nn.Sequential(nn.Flatten(2), TimmLinear(36, 36, bias=False), nn.Unflatten(2, (6, 6))),
     "a block twice": WithinTwice(),
 }

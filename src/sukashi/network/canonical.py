@@ -43,11 +43,11 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
     `name_0` and so on. Functions become the modules that do the same (activations, arithmetic, pooling, layers with
     weights of the model), named after the module that calls them; a difference becomes a sum with -1 times the second.
     A BatchNorm, frozen and synchronised ones too, is folded into the convolution or linear layer before it and leaves
-    an Identity; one that follows none becomes a 1x1 depthwise convolution, or of features (B, C) an `Affine`. A
-    layer of a class of its own that is a plain one and more (timm's norm with an activation, its convolution that pads)
-    is taken apart. What merely moves values stays as it is, and so does an operation unknown
-    here: a method that needs a rule for it refuses it by name. Weights are shared with the model wherever they are not
-    folded, so they take no second memory.
+    an Identity; one that follows none becomes a 1x1 depthwise convolution, or of features (B, C) an `Affine`. A layer
+    of a class of its own that is a plain one and more (timm's norm with an activation, convolutions that pad or
+    standardise their weights) is taken apart. What merely moves values stays as it is, and so does an operation unknown
+    here: a method that needs a rule for it refuses it by name. Weights are shared with the model wherever they are
+    neither folded nor computed, so they take no second memory.
 
     A block is not called any more, only the layers in it. Where one of `sites` is what a block reads or writes, an
     Identity of the block's name stands there, so that hooks find it.
@@ -63,7 +63,7 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
         _thaw(module)
     name = type(model).__name__
     places = [(member.module, member.side) for site in sites for member in site.members]
-    tracer = Tracer(places, list(filter(is_compound, root.modules())))
+    tracer = Tracer(places, [module for module in root.modules() if _within(module) is not None])
     try:
         graph = tracer.trace(root)
     except SukashiError:
@@ -281,16 +281,26 @@ def is_compound(module: nn.Module) -> bool:
 
     So is each of a class of one's own that gives its weights, once, to the function of torch's that its kind is.
     """
+    plain = _within(module)
+    return plain is not None and plain.weight is module.weight
+
+
+def _within(module: nn.Module) -> nn.Module | None:
+    """The one plain layer, of its own kind, in a layer of a class of its own; its weights may be computed."""
     if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)):
-        return False
+        return None
     if type(module).forward.__module__.startswith("torch."):
-        return False
+        return None
     try:
-        nodes = Tracer().trace(module).nodes
+        nodes = [node for node in Tracer().trace(module).nodes if node.target in functions.LAYERS]
+        found = [functions.layer(node, module) for node in nodes if _of_images(node.args[0])]
     except Exception:
-        return False
-    found = [functions.layer(node, module) for node in nodes if node.target in functions.LAYERS]
-    return len(found) == 1 and found[0] is not None and isinstance(module, type(found[0]))
+        return None
+    return found[0] if len(found) == 1 and isinstance(module, type(found[0])) else None
+
+
+def _of_images(node: Any) -> bool:
+    return isinstance(node, fx.Node) and (node.op == "placeholder" or any(map(_of_images, node.all_input_nodes)))
 
 
 # Norms whose statistics are never those of the batch in eval mode, and what they are then.

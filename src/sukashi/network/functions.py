@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -377,18 +377,22 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def layer(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The layer that a function with parameters of the model is; None for any other call, and for parameters that are
-    computed or those of another layer."""
+    """The layer that a function with parameters of the model is, be they computed from others (standardised weights).
+
+    None for any other call, where the images have a part in them, and for parameters of another layer.
+    """
     if node.target not in LAYERS:
         return None
     names, make = LAYERS[node.target]
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     given.pop("input")
     sources = {key: source for key in _TENSORS if (source := given.pop(key, None)) is not None}
-    computed = any(isinstance(value, fx.Node) for value in given.values())
-    if computed or not all(_own_or_loose(root, source, owner(node)) for source in sources.values()):
+    if any(isinstance(value, fx.Node) for value in given.values()):
         return None
-    tensors = {key: operator.attrgetter(str(source.target))(root) for key, source in sources.items()}
+    try:
+        tensors = {key: _computed(source, root, owner(node)) for key, source in sources.items()}
+    except LookupError:
+        return None
     made = make(tensors, **given)
     if made is None:
         return None
@@ -396,6 +400,26 @@ def layer(node: fx.Node, root: nn.Module) -> nn.Module | None:
         shared = isinstance(tensor, nn.Parameter) or key in made._buffers
         setattr(made, key, tensor if shared else nn.Parameter(tensor, requires_grad=False))
     return made
+
+
+@torch.no_grad()
+def _computed(node: fx.Node, root: nn.Module, caller: str) -> Any:
+    """The value of a node that is made of parameters of the caller, or of no layer that could be cut.
+
+    (What two layers read would be cut in one of them.) Raises LookupError for any other node.
+    """
+    if node.op == "get_attr":
+        holder = root.get_submodule(str(node.target).rpartition(".")[0])
+        layers = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+        if isinstance(holder, layers) and holder is not root.get_submodule(caller):
+            raise LookupError
+        return operator.attrgetter(str(node.target))(root)
+    if node.op not in ("call_function", "call_method") or _writes(node):
+        raise LookupError
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: _computed(other, root, caller))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def _layer(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[Any, ...]] | None:
@@ -408,13 +432,6 @@ def _layer(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[Any, .
     taken = any(other.op == "call_module" and other.target == name for other in node.graph.nodes)
     own = isinstance(root.get_submodule(name), type(made)) and not taken
     return made, name if own else _vacant(root, node, made), (x,)
-
-
-def _own_or_loose(root: nn.Module, source: fx.Node, caller: str) -> bool:
-    """Whether a tensor is the caller's own, or of no layer that could be cut: what is cut twice would be cut once."""
-    holder = str(source.target).rpartition(".")[0]
-    layers = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
-    return source.op == "get_attr" and (holder == caller or not isinstance(root.get_submodule(holder), layers))
 
 
 # Names.
