@@ -34,7 +34,7 @@ SMALL = ["--data", "digits", "--test-images", "100"]
 UNSTABLE = {
     *("batch_size", "command", "device", "estimated_seconds", "flop_counter", "hardware", "images_per_second"),
     *("latency", "latency_ms", "out", "repeats", "report", "threads", "time", "unmeasured", "versions"),
-    *("waiting", "notes", "warnings", "trial"),
+    *("waiting", "notes", "warnings", "trial", "verdict", "verdicts", "texts"),
 }
 COMPARED = """
 out = "studied"

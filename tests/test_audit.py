@@ -22,12 +22,14 @@ from sukashi import data, models
 from sukashi.attributions import attributions
 from sukashi.attributions.maps import saliency_map
 from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.types import Maps, Preprocess
+from sukashi.core.types import Maps, Mask, Preprocess
+from sukashi.criteria import pruning
 from sukashi.experiments.audit import networks
 from sukashi.experiments.audit.saliency import cells, page, summary
 from sukashi.experiments.audit.saliency.values import ORDERS
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.audit.summary import AuditResult
+from sukashi.experiments.study.file import read as read_study
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import measures
 from sukashi.measures.faithfulness import removal
@@ -37,6 +39,7 @@ from sukashi.network import sites
 from test_shortcut import PREPROCESS, N, trained
 
 READING = {"test_images": 40}
+NET = "sukashi:digits_cnn"
 
 
 def asked_of(specs, **settings):
@@ -860,5 +863,47 @@ def test_one_folder_is_no_list_of_models(folders, tmp_path):
 
 
 def test_weights_are_for_specs_alone(folders, tmp_path):
-    with pytest.raises(UsageError, match="saved folders bring their own width"):
+    with pytest.raises(UsageError, match="the models bring their own width, as saved folders do"):
         sukashi.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)
+    with pytest.raises(UsageError, match="the models bring their own weights"):
+        sukashi.audit(
+            ["sukashi:digits_cnn=a.pt", "sukashi:digits_cnn=b.pt"],
+            "digits",
+            out=tmp_path / "out",
+            weights="c.pt",
+            **READING,
+        )
+    for model in ("=a.pt", "sukashi:digits_cnn="):
+        with pytest.raises(UsageError, match="SPEC=FOLDER or SPEC=FILE, got"):
+            sukashi.audit([NET, model], "digits", out=tmp_path / "out", **READING)
+
+
+def test_a_network_of_ones_own_is_audited_against_its_cut_and_other_weights(tmp_path, monkeypatch):
+    spec, folder = "test_audit:plain", tmp_path / "a=b"
+    loaded = models.load(spec)
+    site = sites.find(loaded.model, torch.rand(2, 1, 8, 8)).sites[0]
+    keep = torch.ones(site.n_units, dtype=torch.bool)
+    keep[:8] = False
+    cut = pruning.cut(loaded, Mask({site: keep}))
+    saved.save(folder, cut, provenance={"criterion": "magnitude", "ratio_asked": 0.25})
+    torch.save(loaded.model.state_dict(), tmp_path / "own.pt")
+    given = [spec, f"{spec}={folder}", f"{spec}={tmp_path}/own.pt"]
+    found = networks.opened(asked_of(given, population="all"))
+    assert [one.label for one in found] == ["plain", "a=b", "own.pt"]
+    assert [(one.answers.series, one.answers.ratio) for one in found] == [
+        (None, None),
+        ("magnitude", 0.25),
+        (None, None),
+    ]
+    for one, other in zip(found, (loaded, cut, loaded), strict=True):
+        assert models.digest(one.loaded.model) == models.digest(other.model)
+    (tmp_path / "study.toml").write_text(
+        f"""out = "out"
+data = "digits"
+[experiments.audited]
+kind = "audit"
+models = ["{spec}", "{spec}=a=b", "{spec}=own.pt", "{spec}=$OUT/cut"]"""
+    )
+    monkeypatch.chdir("/")
+    asked = read_study(tmp_path / "study.toml").experiments["audited"]["models"]
+    assert asked == [*given, f"{spec}=$OUT/cut"]

@@ -30,7 +30,12 @@ def test_check_says_what_would_happen(cnn_weights, tmp_path, monkeypatch, digits
     assert all(seconds >= 0 for seconds in found.estimated_seconds.values())
     assert list(tmp_path.iterdir()) == []
     text = found.text()
-    for said in ("3 sites, 32 units, 3,506 parameters", f"not cut: fc2: {found.refused['fc2']}", "test: 359 images"):
+    for said in (
+        "10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+        "3 sites, 32 units, 3,506 parameters",
+        f"not cut: fc2: {found.refused['fc2']}",
+        "test: 359 images",
+    ):
         assert said in text
     assert all(f"\n{name} " in text for name in criteria.names())
 

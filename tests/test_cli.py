@@ -273,7 +273,7 @@ def test_usage(refused, args, words):
         (2, ["--class-map", "nowhere.json"], ["nowhere.json", "--class-map"]),
         (4, ["--classes", "3"], ["the model has 3 classes and the data 10"]),
         (4, ["--weights", "nowhere.safetensors"], ["nowhere.safetensors", "No such file"]),
-        (4, ["--weights", __file__], [".safetensors, .pt or .pth", "'.py'"]),
+        (4, ["--weights", __file__], ["a file of safetensors or of torch.save, and this is neither"]),
         (4, ["--output", "logits"], ["no output 'logits' to select"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else str(value),
@@ -386,7 +386,7 @@ def test_weights_that_cannot_be_used(refused, tmp_path, weights):
         "nan.safetensors": ["'conv3.weight' holds NaN"],
         "half.safetensors": ["half.safetensors is no intact safetensors file"],
         "liar.safetensors": ["liar.safetensors is no intact safetensors file"],
-        "few.safetensors": ["21 missing: bn1.weight"],
+        "few.safetensors": ["18 missing: bn1.weight"],
         "bomb.pt": ["bomb.pt was refused", "nothing in it was run"],
     }.items():
         args = ["--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut", "--weights", tmp_path / name]
@@ -767,7 +767,7 @@ def test_compare_and_report(sukashi, tmp_path, weights):
         *(("amp", 0), ("amp", 1)),
         *(("random", 0), ("random", 1)),
     ]
-    assert all(entry["dense_ms"] > 0 and entry["cut_ms"] > 0 for entry in timed)
+    assert all(min(entry["dense_ms"]) > 0 and len(entry["dense_ms"]) == len(entry["cut_ms"]) for entry in timed)
     assert {place for _, place in about["trials"]} == {f"trials/{path.name}" for path in tmp_path.glob("out/trials/*")}
 
     before = contents(tmp_path / "out")
@@ -793,12 +793,12 @@ def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
     assert set(result["sauce"]) == {"taylor", "taylor/confidence"}
     free = result["lossless"]["taylor/confidence"]
     assert free["margin"] == 0.1
-    assert free["removed"]["low"] <= free["removed"]["mean"] == 3 / 128, "of 128 units"
+    assert free["removed"]["least"] == free["removed"]["mean"] == 3 / 128, "of 128 units"
     assert (free["units_removed"], free["parameters_removed"]) == (free["removed"], None)
     assert list(result["accuracy_at"]["taylor"]) == ["0.15", "0.3", "0.5", "0.7"]
     assert result["accuracy_at"]["taylor"]["0.7"] is None
     shown = sukashi(*args)
-    assert "lossless (10 points)" in shown.out
+    assert "lossless (10 points) up to at least" in shown.out
     assert "2.3%" in shown.out
     page = sukashi("report", tmp_path / "out", "--margin", "0.02")
     assert page.code == 0
@@ -974,13 +974,13 @@ def test_bars_on_a_terminal(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with console.working(), progress.task("trials", 4) as trials, progress.task("cswap", 100) as units:
+    with console.working(), progress.task("trials [/b]", 4) as trials, progress.task("cswap", 100) as units:
         units.advance(7, "removed 3")
-        trials.advance(0, "cswap, seed 0")
+        trials.advance(0, "cswap, seed 0 [/i]")  # which rich would read as markup
         deadline = time.monotonic() + 30
         while "removed 3" not in shown.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)  # a thread draws
-    for part in ("trials", "0/4", "cswap, seed 0", "7/100", "removed 3", "left"):
+    for part in ("trials [/b]", "0/4", "cswap, seed 0 [/i]", "7/100", "removed 3", "left"):
         assert part in shown.getvalue()
 
 

@@ -11,6 +11,7 @@ import sukashi
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.stats import interval
 from sukashi.core.types import Curve
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.compare.contenders import contenders, curve_of, name_of, sampling_of
@@ -18,6 +19,7 @@ from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.network import hooks
 from sukashi.network import sites as finder
+from sukashi.report.networks import timed
 
 SPEC = "sukashi:digits_cnn"
 COMPARED = ["random", "taylor", "cswap", "drift"]
@@ -139,8 +141,8 @@ def test_every_pair_is_compared_once_the_better_first(compared):
     assert pairs == [(one, other) for place, one in enumerate(names) for other in names[place + 1 :]]
     for pair in compared.differences:
         first, second = (np.array(compared.sauces[pair[side]]) for side in ("first", "second"))
-        assert pair["mean"] == pytest.approx((first - second).mean())
-        assert pair["mean"] >= 0
+        assert pair["mean"] == pytest.approx((first - second).mean(), abs=1e-12)
+        assert pair["mean"] >= -1e-12
         assert pair["low"] <= pair["mean"] <= pair["high"]
         assert pair["n"] == 2
         assert pair["p"] <= pair["p_holm"] <= 1
@@ -234,21 +236,26 @@ def test_what_is_printed(compared):
     for name in COMPARED:
         sauce = compared.sauce[name]
         assert rows[name][1:5] == [f"{sauce['mean']:.1f}", f"{sauce['low']:.1f}", "to", f"{sauce['high']:.1f}"]
-    assert "lossless (1 points)" in text
+    assert "lossless (1 points) up to at least" in text
+    for name in ("cswap", "random"):
+        (asked,) = {record.result["n_evaluations"] for key, record in trials(compared).items() if key == (name, 0)}
+        assert f"  {asked:,}" in next(line for line in text.splitlines() if line.startswith(name))
     assert f"dense accuracy {compared.dense_accuracy:.3f}" in text
     assert text.endswith(f"Report: {compared.report}")
     assert "381 images or a larger --margin" in text
     clocked = compared.model_copy(
-        update={"latency_ms": {"dense": {"latency_ms": 2.0}, "random": {"latency_ms": 3.0}}, "finished": True}
+        update={"latency": {"random": timed([{"dense_ms": [2.0, 2.0], "cut_ms": [3.0, 3.0]}])}, "finished": True}
     )
-    assert "note: random: the cut network takes 1.50 times as long as the dense one" in clocked.text()
+    assert "note: random: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in clocked.text()
     assert f"{compared.out} was finished already: nothing was done" in clocked.text()
 
 
-def test_one_seed_has_no_interval(cnn_weights, tmp_path):
-    result = compare(["random"], tmp_path / "one", cnn_weights, **{**FEW, "ratios": [0.5]})
-    assert (result.sauce["random"]["low"], result.sauce["random"]["high"]) == (None, None)
-    assert "one seed" in result.text()
+def test_one_seed_has_an_interval_over_images(cnn_weights, tmp_path):
+    result = compare(["magnitude"], tmp_path / "one", cnn_weights, **{**FEW, "ratios": [0.5]})
+    found = interval(contenders(Workspace(result.out))[0].areas()[0])
+    sauce = result.sauce["magnitude"]
+    assert (sauce["mean"], sauce["low"], sauce["high"]) == pytest.approx((found.mean, found.low, found.high))
+    assert found.low < found.mean
     json.dumps(result.to_json(), allow_nan=False)
 
 
@@ -267,8 +274,8 @@ def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(cnn_weights, tm
     assert cut.lossless["taylor"]["parameters_removed"] == cut.lossless["taylor"]["removed"]
     (record,) = Workspace(zero.out).records()
     assert "cost" not in record.result
-    assert (zero.costs, zero.latency_ms) == ({}, {})
-    assert set(cut.latency_ms) == set(cut.costs) == {"dense", "taylor"}
+    assert (zero.costs, zero.latency) == ({}, {})
+    assert (set(cut.latency), set(cut.costs)) == ({"taylor"}, {"dense", "taylor"})
     pages = {name: (tmp_path / name / "report.html").read_text() for name in ("cut", "zero")}
     assert "Units were zeroed" in pages["zero"]
     assert "parameters removed" not in pages["zero"]

@@ -234,6 +234,8 @@ def test_chunks_and_budgets_do_not_matter(outcomes64, small64, monkeypatch, name
     method, smaller = criteria[name], {"batch_size": 7, "budget": 0}
     free = method.options.keys() - method.deciding(method.options).keys()
     assert free == method.options.keys() & smaller.keys()
+    asks = {"cswap", "cbp", "amp", "drift"}
+    assert (as_plan(whole).n_evaluations > 0) == (name in asks), "what it asked the engine is counted"
     parts = run(name, case, **{key: smaller[key] for key in free})
     assert_close(parts, whole)
     assert as_plan(parts).passes == as_plan(whole).passes

@@ -15,41 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pictures import encode, folder, noise, parquet, plain, write
 from sukashi import data
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Preprocess
 from sukashi.data import downloads
 from sukashi.data.shapes import CONCEPTS, SHAPES
-
-
-def plain(size: int, channels: int = 3) -> Preprocess:
-    """No normalisation: x is the image in [0, 1]."""
-    return Preprocess(size, size, channels, (0.0,) * channels, (1.0,) * channels)
-
-
-def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def noise(number: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, shape or (8, 8, 3), dtype=np.uint8)
-
-
-def folder(root: Path, n: int = 4, classes: tuple[str, ...] = ("cat", "dog"), splits=("train", "test")) -> Path:
-    """n different PNGs of each class and split."""
-    for s, split in enumerate(splits):
-        for k, name in enumerate(classes):
-            for i in range(n):
-                write(root / split / name / f"{i:02d}.png", encode(noise(1000 * s + 100 * k + i)))
-    return root
-
-
-def write(path: Path, encoded: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded)
 
 
 def one(root: Path, encoded: bytes, suffix: str = ".png") -> tuple[torch.Tensor, data.Data]:
@@ -60,20 +31,6 @@ def one(root: Path, encoded: bytes, suffix: str = ".png") -> tuple[torch.Tensor,
     found = data.load(root)
     row = found.train.image_ids.index(f"train/cat/00{suffix}")
     return found.train.subset([row]).whole(plain(8)).x[0], found
-
-
-def parquet(path: Path, rows: list[tuple[bytes | None, int]], names: list[str] | None = None) -> None:
-    table = pa.table(
-        {
-            "image": pa.array([{"bytes": b, "path": f"p{i}.png"} for i, (b, _) in enumerate(rows)]),
-            "label": pa.array([label for _, label in rows], pa.int64()),
-        }
-    )
-    if names is not None:
-        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
 
 
 # --- digits, splits, samples ----------------------------------------------------------------------------------------
@@ -531,8 +488,9 @@ def test_other_files_are_ignored_and_said(tmp_path):
 
 
 def test_splits_beside_classes_are_ambiguous(tmp_path):
-    with pytest.raises(DataError, match="holds bus, car, train"):
-        data.load(folder(tmp_path, classes=("bus", "car", "train"), splits=("",)))
+    write(folder(tmp_path, splits=("",)) / "train" / "cat" / "0.png", encode(noise(9)))
+    with pytest.raises(DataError, match="holds cat, dog, train"):
+        data.load(tmp_path)
 
 
 def test_folder_without_images_is_refused(tmp_path):
@@ -610,7 +568,7 @@ def test_parquet_class_without_images_is_refused(tmp_path):
 def test_parquet_splits_that_disagree_on_names_are_refused(tmp_path):
     parquet(tmp_path / "train.parquet", rows(0), ["cat", "dog"])
     parquet(tmp_path / "test.parquet", rows(10), ["dog", "cat"])
-    with pytest.raises(DataError, match="differ in columns or class names"):
+    with pytest.raises(DataError, match=r"classes dog, cat, .* and the classes cat, dog: all files"):
         data.load(tmp_path)
 
 
@@ -765,6 +723,10 @@ def test_shapes_images_do_not_depend_on_their_number():
         ("shapes:n=2", "at least 4, got 2"),
         ("shapes:watermark=0.2", r"in \[0.5, 1\], got 0.2"),
         ("shapes:size=big", "must be a number, got 'big'"),
+        ("shapes:size=" + "9" * 4000, "must be a number, got 4000 characters"),
+        ("shapes:size=100000000", "at most 8 are kept in memory"),
+        ("shapes:n=999999999", "size=32 and n=999999999 make 21,458 GiB"),
+        ("digits:3", "digits takes no options, got '3'"),
     ],
 )
 def test_shapes_refuses_bad_options(spec, message):
@@ -815,7 +777,7 @@ def test_class_map_renumbers_targets_and_names_together(tmp_path):
     assert after.train.targets.tolist() == [2] * 4 + [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("class_map", [{"cat": 0}, {"cat": 0, "dog": 0}, {"cat": 0, "dog": 2}, {"cat": 0, "cow": 1}])
+@pytest.mark.parametrize("class_map", [{"cat": 0}, {"cat": 0, "dog": 0}, {"cat": 0, "dog": -1}, {"cat": 0, "cow": 1}])
 def test_class_map_must_be_one_to_one(tmp_path, class_map):
     with pytest.raises(DataError, match="its own number"):
         data.load(folder(tmp_path), class_map=class_map)
@@ -863,10 +825,19 @@ def test_only_and_class_map_do_not_go_together(tmp_path):
         data.load(folder(tmp_path), only=["cat", "dog"], class_map={"cat": 1, "dog": 0})
 
 
+def test_a_folder_may_be_called_memory(tmp_path, monkeypatch):
+    folder(tmp_path / "memory")
+    monkeypatch.chdir(tmp_path)
+    assert data.load("memory").class_names == ("cat", "dog")
+
+
 def test_check_classes():
     data.check_classes(None, ("cat", "dog"), 2)
     data.check_classes(("Cat", " dog"), ("cat", "dog"), 2)
     data.check_classes(("n01", "n02"), ("cat", "dog"), 2)
+    data.check_classes(("Cat", "cat"), ("Cat", "cat"), 2)
+    with pytest.raises(DataError, match="'Cat' is number 1 of the model and 0 of the data"):
+        data.check_classes(("cat", "Cat"), ("Cat", "cat"), 2)
     with pytest.raises(ModelError, match="the model has 10 classes and the data 2") as caught:
         data.check_classes(None, ("cat", "dog"), 10)
     assert caught.value.exit_code == 4

@@ -37,6 +37,7 @@ def test_drift_removes_in_the_order_of_its_docstring(small64, net, options):
     plan = criteria["drift"](model, sites, data, generator=torch.Generator(), **options)
     expected = ORACLES["criteria", "drift"](model, sites, data, generator=None, **options)
     assert plan.passes == expected.passes
+    assert plan.n_evaluations == expected.n_evaluations
     assert pairs(plan)[: plan.n_removable] == pairs(expected)[: plan.n_removable]
     assert len(plan.passes) > 4, "the case must have rounds"
 

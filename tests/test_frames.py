@@ -65,3 +65,13 @@ def test_validation_images_are_held_out_by_class_and_nested(digits_split):
     assert held.counts.tolist() == [int(0.2 * n + 0.5) for n in train.counts.tolist()]
     assert set(train.validation(0.1)[1].image_ids) < set(held.image_ids)
     assert set(fit.validation(0.0)[0].image_ids) == set(fit.image_ids)
+
+
+def test_kept_images_fit_the_memory_also_where_one_is_deep(deep):
+    train = data.load(deep).train
+    in_8_bits = len(train) * 3 * 10 * 12
+    for memory in (in_8_bits, 4 * in_8_bits, 5 * in_8_bits):  # while bytes become floats both are there
+        frames = Frames.read(train, PLAIN, memory, 0)
+        assert (frames.kept is not None) == (memory == 5 * in_8_bits)
+    (shown,) = frames.batches([torch.arange(len(train))])
+    assert torch.equal(shown, next(Frames(train, PLAIN, 0, None).batches([torch.arange(len(train))])))

@@ -3,6 +3,7 @@
 import inspect
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ import sukashi
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.schema import Settings, option
 from sukashi.experiments import functions, kinds
-from sukashi.report.networks import slower
+from sukashi.report.networks import slower, timed
 
 NET = "sukashi:digits_cnn"
 
@@ -89,11 +90,15 @@ def test_labels_that_count_from_one_are_said():
 
 
 def test_a_network_is_slower_only_beyond_a_clocks_noise():
-    def said(cut):
-        return slower({"dense": {"latency_ms": 0.49}, "pruned": {"latency_ms": cut}})
+    noise = np.random.default_rng(0).normal(1, 0.02, (2, 20))
+    drift = np.linspace(1, 3, 20)  # the machine gets slower, for both alike
 
-    assert said(0.4901) == said(0.49 * 1.05) == []
-    assert "1.06 times as long" in said(0.49 * 1.06)[0]
+    def said(factor):
+        times = {"dense_ms": list(0.49 * drift * noise[0]), "cut_ms": list(0.49 * factor * drift * noise[1])}
+        return slower({"pruned": timed([times])})
+
+    assert said(0.99) == said(1.0) == []
+    assert "takes 1.07 (1.05 to 1.08) times as long" in said(1.06)[0]
 
 
 def test_seconds_of_criteria_are_in_one_column():

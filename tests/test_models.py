@@ -14,13 +14,16 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Preprocess
+from sukashi.core.types import Mask, Preprocess, Site
+from sukashi.criteria import pruning
 from sukashi.models.architectures import OWN
 from sukashi.network.layers import Attention
 
+LAYERS = ("fc1", "fc2")
 SMALL = Preprocess(8, 8, 1, (0.5,), (0.5,))
 
 
@@ -56,6 +59,15 @@ overflowing = partial(Net, lambda net, logits: logits / 0)
 mapping = partial(Net, lambda net, logits: logits[:, :, None])
 trained_on = partial(getattr, sys.modules[__name__], "shared")
 number = partial(int, 3)
+probable = partial(Net, lambda net, logits: logits.softmax(1))
+logarithmic = partial(Net, lambda net, logits: logits.log_softmax(1))
+alike = partial(Net, lambda net, logits: (0 * logits).softmax(1))
+lonely = partial(Net, lambda net, logits: logits.softmax(1), n_classes=1)
+between = partial(Net, lambda net, logits: logits.sigmoid())
+
+
+def shared_net():
+    return shared
 
 
 def stubborn(n_classes):
@@ -64,6 +76,24 @@ def stubborn(n_classes):
 
 def double():
     return Net().double()
+
+
+def hooked(how):
+    net = Net()
+    how(net.conv)
+    return net
+
+
+normed = partial(hooked, nn.utils.weight_norm)
+spectral = partial(hooked, nn.utils.spectral_norm)
+zeroed = partial(hooked, partial(prune.l1_unstructured, name="weight", amount=0.5))
+kept_sum = partial(hooked, lambda conv: setattr(conv, "total", conv.weight.sum()))
+
+
+def lazy():
+    net = Net()
+    net.fc = nn.LazyLinear(4)
+    return net
 
 
 def sizeless():
@@ -353,6 +383,80 @@ def test_class_counts_that_differ(digits):
         models.probe(loaded, torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.parametrize(
+    ("spec", "options", "layers"),
+    [
+        ("sukashi:digits_vit", {}, "head"),
+        ("torchvision:squeezenet1_1", {}, "classifier.1"),
+        ("timm:convnext_atto", {}, "head.fc"),
+        ("timm:deit_tiny_distilled_patch16_224", {}, "head, head_dist"),
+        ("test_models:with_dict", {"output": "logits"}, "fc"),
+    ],
+)
+def test_a_new_head_replaces_the_classifier_alone(spec, options, layers, tmp_path):
+    loaded = models.load(spec, **options)
+    renewed = models.with_new_head(loaded, 3)
+    assert renewed.n_classes == 3 == models.probe(renewed, torch.randn(2, *_sides(loaded))).shape[1]
+    assert f"the classifier ({layers}) is new" in renewed.notes[0]
+    before, after = loaded.model.state_dict(), renewed.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.removeprefix("model.").rpartition(".")[0] for name in changed} == set(layers.split(", "))
+    models.save(tmp_path / "saved", renewed, provenance={})
+    again = models.load(spec, weights=tmp_path / "saved")
+    assert models.digest(again.model) == models.digest(renewed.model)
+
+
+def _sides(loaded):
+    view = loaded.preprocess
+    return view.channels, view.height, view.width
+
+
+def test_a_new_head_on_a_mask_and_a_cut_leaves_both(small):
+    case = small["cnn"]
+    units = torch.ones(case.sites[0].n_units, dtype=torch.bool)
+    units[0] = False
+    cut = pruning.cut(case.loaded, Mask({case.sites[0]: units}))
+    weights = {layer: torch.ones_like(cut.model.get_parameter(f"{layer}.weight"), dtype=torch.bool) for layer in LAYERS}
+    masked = replace(cut, mask=Mask({Site(layer, "weight", keep.numel(), 0): keep for layer, keep in weights.items()}))
+    renewed = models.with_new_head(masked, 4)
+    assert renewed.cuts == cut.cuts
+    assert [site.layer for site in renewed.mask.keep] == ["fc1"]
+
+
+@pytest.mark.parametrize("spec", ["timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"])
+def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
+    loaded = models.resized(models.load(spec, n_classes=3), 64)
+    assert (loaded.preprocess.height, loaded.preprocess.width, loaded.options["size"]) == (64, 64, 64)
+    models.save(tmp_path / "saved", loaded, provenance={})
+    again = models.load(str(tmp_path / "saved"))
+    assert models.digest(again.model) == models.digest(loaded.model)
+    assert again.preprocess == loaded.preprocess
+    torch.save(loaded.model.state_dict(), tmp_path / "w.pt")
+    found = models.load(spec, weights=tmp_path / "w.pt")
+    assert models.digest(found.model) == models.digest(loaded.model)
+    assert (found.preprocess, found.n_classes) == (loaded.preprocess, 3)
+    assert "images of 64 x 64 pixels" in found.notes[0]
+    with pytest.raises(ModelError, match="70 x 70"):
+        models.resized(loaded, 70)
+
+
+def test_a_transformer_whose_windows_would_change_is_left_alone():
+    with pytest.raises(ModelError, match=r"cannot be laid out for 64 x 64 pixels .*: leave --size out"):
+        models.resized(models.load("timm:swin_tiny_patch4_window7_224", n_classes=3), 64)
+
+
+def test_the_recipe_of_a_network_of_its_own_size_says_nothing_of_one(tmp_path):
+    models.save(tmp_path / "saved", models.load("sukashi:digits_cnn", width=4), provenance={})
+    assert "size" not in json.loads((tmp_path / "saved" / "recipe.json").read_bytes())["model"]
+
+
+@pytest.mark.parametrize("spec", ["test_models:shared_net", "memory"])
+def test_a_network_of_one_class_count_has_no_new_head(spec):
+    spec = models.hold(Net()) if spec == "memory" else spec
+    with pytest.raises(ModelError, match="cannot be built for another number of classes"):
+        models.with_new_head(models.load(spec), 3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_named(digits, value, tmp_path):
     source, _ = digits
@@ -385,11 +489,35 @@ def test_import_path():
         ("mapping", r"\(images, classes\)"),
         ("number", "must return a torch.nn.Module"),
         ("sizeless", "attribute preprocess"),
+        ("probable", "probabilities, not logits: leave the softmax out"),
+        ("logarithmic", "probabilities, not logits"),
+        ("alike", "probabilities, not logits"),
+        ("normed", r"'conv' of test_models:normed .*: call torch\.nn\.utils\.remove_weight_norm"),
+        ("spectral", r"'conv'.*call torch\.nn\.utils\.remove_spectral_norm"),
+        ("zeroed", r"'conv'.*call torch\.nn\.utils\.prune\.remove\(layer, name\)"),
+        ("kept_sum", "'total' of layer 'conv'.*computed from weights and kept"),
+        ("lazy", "layer 'fc' .* is lazy.*pass a batch of images through"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_models_that_cannot_be_measured(name, reason):
     with pytest.raises(ModelError, match=reason):
         models.load(f"test_models:{name}")
+
+
+@pytest.mark.parametrize("name", ["lonely", "between"])
+def test_one_class_and_numbers_below_one_are_no_sign_of_a_softmax(name):
+    assert models.load(f"test_models:{name}").n_classes in (1, 4)
+
+
+def test_logits_that_look_like_probabilities_on_some_images_pass():
+    net = Net()
+    with torch.no_grad():
+        net.fc.weight.mul_(1e-5)
+        net.fc.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        net.conv.weight.abs_()
+    loaded = models.load(models.hold(net))
+    assert (models.probe(loaded, torch.randn(2, 1, 8, 8)).sum(1) - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("name", "output", "n_classes"), [("with_dict", "aux", 2), ("with_tuple", "1", 4)])

@@ -1,5 +1,6 @@
 """Settings as options of a command: lists of numbers and of ratios, and what `list` prints of a method."""
 
+import os
 from typing import ClassVar
 
 import pytest
@@ -8,6 +9,7 @@ from sukashi.cli import main
 from sukashi.cli.options import parameters, values
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, keywords, option
+from sukashi.experiments.check.settings import Check
 
 
 class Timed(Settings):
@@ -27,6 +29,33 @@ def test_numbers_are_joined_by_commas_and_only_ratios_are_spans():
     assert found == {"sizes": [1, 8, 32], "once": [2.0, 0.5], "ratios": [0.0, 0.1, 0.2]}
     assert [type(n) for n in (*found["sizes"], *found["once"])] == [int] * 3 + [float] * 2
     keywords(Timed, found)
+
+
+def test_a_comma_in_a_name_is_written_with_a_backslash():
+    class Named(Settings):
+        kind: ClassVar[str] = "named"
+
+        only: list[str] = option(["a, b", "c"], joined=True, help="Classes.")
+
+    (shown,) = parameters(Named)
+    assert shown.default == r"a\, b,c"
+    assert values(Named, {"only": shown.default}) == {"only": ["a, b", "c"]}
+    assert values(Named, {"only": r" a ,, b\,,c\d "}) == {"only": ["a", "b,", r"c\d"]}
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "large"])
+def test_a_class_map_that_is_no_file_is_not_opened(tmp_path, what):
+    at = tmp_path / "map.json"
+    match what:
+        case "pipe":
+            os.mkfifo(at)
+        case "device":
+            at.symlink_to("/dev/zero")
+        case _:
+            with at.open("wb") as file:
+                file.truncate(2**40)
+    with pytest.raises(UsageError, match=r"cannot read .*map.json \(it (is a device or a pipe|has more than)"):
+        values(Check, {"class_map": at})
 
 
 def test_defaults_are_shown_as_they_are_given():

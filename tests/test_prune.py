@@ -20,6 +20,7 @@ from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import accuracy
 from sukashi.network import hooks
+from sukashi.report.networks import timed
 
 SPEC = "sukashi:digits_cnn"
 CUT = {"calibration": 8, "test_images": 50, "width": 8}
@@ -85,7 +86,7 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weig
     assert result.class_counts == [int((test.target == k).sum()) for k in range(10)]
     assert result.pruned["bytes"] == (out / "model.safetensors").stat().st_size
     assert Path(result.report).is_file()
-    assert set(result.latency_ms) == {"dense", "pruned"}
+    assert result.latency["low"] <= result.latency["factor"] <= result.latency["high"]
 
 
 def test_what_lies_in_the_folder(cnn_weights, tmp_path):
@@ -182,7 +183,7 @@ def test_a_sparse_model_has_the_figures_of_its_zeros(small, cnn_weights, tmp_pat
 
 def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, tmp_path / "cut", cnn_weights)
-    result = result.model_copy(update={"latency_ms": {"dense": 2.0, "pruned": 3.0}})
+    result = result.model_copy(update={"latency": timed([{"dense_ms": [2.0, 2.0], "cut_ms": [3.0, 3.0]}])})
     text = result.text()
     for noun, values in {
         "accuracy": (f"{100 * result.dense['accuracy']:.1f}%", f"{100 * result.pruned['accuracy']:.1f}%"),
@@ -193,7 +194,7 @@ def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
         (line,) = (line for line in text.splitlines() if line.startswith(noun + " "))
         assert line.removeprefix(noun).split() == list(values)
     assert "weights removed" not in text
-    assert "warning: pruned: the cut network takes 1.50 times as long as the dense one" in text
+    assert "warning: pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in text
     assert text.endswith(f"Saved: {result.out}\n\nReport: {result.report}")
     zeroed = result.model_copy(update={"mode": "zero"})
     assert "times as long" not in zeroed.text(), "a clock's noise is no finding"

@@ -9,7 +9,18 @@ from scipy import stats as scipy_stats
 
 from sukashi.core import stats
 from sukashi.core.errors import UsageError
-from sukashi.core.stats import bootstrap, crossed, holm, interval, least_images, not_lower, paired, share
+from sukashi.core.stats import (
+    bootstrap,
+    crossed,
+    crossed_test,
+    holm,
+    interval,
+    least_images,
+    not_lower,
+    ratio,
+    share,
+    shown_up_to,
+)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -35,8 +46,6 @@ def test_one_value_gives_no_bounds() -> None:
     curve = interval(np.ones((1, 3)))
     np.testing.assert_array_equal(curve.mean, np.ones(3))
     assert curve.low is None
-    one = paired([3.0], [1.0], generator=rng())
-    assert (one.t.mean, one.t.low, one.p_t, one.p_wilcoxon) == (2.0, None, None, None)
 
 
 def test_bootstrap_is_the_enumerated_distribution() -> None:
@@ -115,29 +124,48 @@ def test_crossed_by_hand() -> None:
         crossed(np.ones((3, 1)))
 
 
-def test_paired_tests_are_scipys() -> None:
-    a, b = rng(6).normal(52, 2, size=12), rng(7).normal(50, 2, size=12)
-    got = paired(a, b, generator=rng())
-    assert got.p_t == pytest.approx(scipy_stats.ttest_rel(a, b).pvalue)
-    assert got.p_wilcoxon == pytest.approx(scipy_stats.wilcoxon(a, b).pvalue)
-    theirs = scipy_stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert (got.t.low, got.t.high) == pytest.approx((theirs.low, theirs.high))
-    assert got.t.mean == pytest.approx((a - b).mean())
-    assert got.bootstrap.low < got.t.mean < got.bootstrap.high
-    swapped = paired(b, a, generator=rng())
-    assert swapped.t.mean == -got.t.mean
-    assert swapped.p_t == pytest.approx(got.p_t)
+def test_crossed_takes_columns_alike() -> None:
+    values = rng().normal(size=(3, 20, 2))
+    together = crossed(values)
+    for column in range(2):
+        alone = crossed(values[..., column])
+        assert (together.low[column], together.mean[column]) == pytest.approx((alone.low, alone.mean), rel=1e-12)
+
+
+def test_the_test_of_crossed_is_its_interval() -> None:
+    """p < 0.05 where the interval of 95 % leaves 0 out; with one seed it is the t test over images."""
+    generator = rng(6)
+    for n_seeds, shift in itertools.product((1, 2, 3, 5), (0.0, 0.1, 0.3)):
+        values = generator.normal(shift, 0.2, (n_seeds, 1)) + generator.normal(0, 0.5, (n_seeds, 40))
+        found = crossed(values)
+        assert (crossed_test(values) < 0.05) == (not found.low <= 0 <= found.high)
+    assert crossed_test(values[:1]) == pytest.approx(scipy_stats.ttest_1samp(values[0], 0).pvalue)
+    assert (crossed_test(np.ones((2, 3))), crossed_test(np.zeros((2, 3)))) == (0.0, 1.0)
 
 
 def test_pairing_takes_out_what_the_pairs_share() -> None:
-    shared = rng(8).normal(0, 100, size=6)
-    got = paired(shared + 1 + rng(9).normal(0, 0.1, size=6), shared, generator=rng())
-    assert got.t.low > 0.5
+    shared = rng(8).normal(0, 100, size=(3, 50))
+    assert crossed(shared + 1 + rng(9).normal(0, 0.1, size=(3, 50)) - shared).low > 0.5
 
 
-def test_the_same_difference_in_every_pair_gives_no_p_value() -> None:
-    got = paired([5.0, 5.0, 5.0], [3.0, 3.0, 3.0], generator=rng())
-    assert (got.t.mean, got.p_t, got.p_wilcoxon) == (2.0, None, None)
+def test_a_ratio_is_geometric_and_paired() -> None:
+    assert ratio([1.0, 2.0], [2.0, 16.0]).mean == pytest.approx(4.0)
+    disturbed = np.exp(rng(2).normal(0, 1, 30))  # of both alike
+    found = ratio(3 * disturbed, 3.6 * disturbed * np.exp(rng(3).normal(0, 0.01, 30)))
+    assert found.low < 1.2 < found.high < found.low * 1.02
+    there, back = ratio([1.0, 2.0, 4.0], [1.5, 2.5, 6.0]), ratio([1.5, 2.5, 6.0], [1.0, 2.0, 4.0])
+    assert (1 / back.high, 1 / back.low) == pytest.approx((there.low, there.high))
+    with pytest.raises(UsageError, match="positive values on both sides"):
+        ratio([1.0, 0.0], [1.0, 1.0])
+
+
+def test_networks_are_shown_up_to_the_first_that_fails() -> None:
+    n_gained, n_lost = np.zeros(4, int), np.array([0, 5, 200, 0])
+    assert shown_up_to(n_gained, n_lost, 1000, 0.02) == 2
+    both = np.stack([n_lost, [0, 200, 0, 0]], axis=1)
+    assert shown_up_to(np.zeros_like(both), both, 1000, 0.02) == 1, "each of two tests must pass"
+    assert shown_up_to([0], [12], 1000, 0.02) == 0
+    assert shown_up_to([0], [12], 1000, 0.02, level=0.9) == 1
 
 
 def _likeliest(b: int, c: int, n: int, margin: float) -> float:
@@ -197,7 +225,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match=r"level must be in \(0, 1\), got 95"):
         interval([1.0, 2.0], level=95)
     with pytest.raises(UsageError, match="got 2 and 3"):
-        paired([1, 2], [1, 2, 3], generator=rng())
+        ratio([1, 2], [1, 2, 3])
     for margin in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(UsageError, match=r"margin must be in \(0, 1\), got"):
             not_lower(1, 1, 10, margin)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -273,6 +274,9 @@ def test_how_images_are_read_is_said_by_the_file_and_a_call_goes_before_it(home,
 
 
 def test_files_that_are_not_there_or_hold_no_model(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UsageError, match=r"cannot read .*pipe.toml \(it is a device or a pipe, not a file\)"):
+        sukashi.study(tmp_path / "pipe.toml")
     with pytest.raises(UsageError, match=r"cannot read .*nowhere.toml \(No such file"):
         sukashi.study(tmp_path / "nowhere.toml")
     (tmp_path / "empty.toml").write_text('out = "o"\ndata = "digits"\ncriteria = ["random"]\n[models]\n')

@@ -1,5 +1,6 @@
 """The loop against one written by hand; killed and resumed; under masks; what it refuses."""
 
+import collections
 import copy
 import errno
 import json
@@ -20,7 +21,6 @@ from sukashi import models
 from sukashi.core.errors import ModelError, ResourceError, UsageError
 from sukashi.core.objective import Classification
 from sukashi.core.types import Mask, Preprocess
-from sukashi.data import Split
 from sukashi.data.augment import derived
 from sukashi.models import Loaded
 from sukashi.network import sites
@@ -116,7 +116,7 @@ def test_the_loop_is_the_one_anybody_would_write(start, few, tmp_path):
     assert not any(torch.equal(state(start)[name], state(found.loaded)[name]) for name in state(start))
 
 
-def test_the_objective_of_the_images_is_what_is_minimised_and_validated(start, few, tmp_path, monkeypatch):
+def test_the_objective_of_the_images_is_what_is_minimised_and_validated(start, few, tmp_path):
     class Doubled(Classification):
         def loss(self, output, target, *, label_smoothing=0.0):
             assert label_smoothing in (0.0, 0.1)
@@ -127,8 +127,8 @@ def test_the_objective_of_the_images_is_what_is_minimised_and_validated(start, f
 
     given = Training(epochs=1, batch_size=50, lr=1e-9, patience=1, label_smoothing=0.1)
     plain = fit(start, few, given, out=tmp_path / "plain").history[0]
-    monkeypatch.setattr(Split, "objective", Doubled())
-    found = fit(start, few, given, out=tmp_path / "run").history[0]
+    doubled = replace(few, train=replace(few.train, objective=Doubled()))
+    found = fit(start, doubled, given, out=tmp_path / "run").history[0]
     for name in ("train_loss", "val_loss"):
         assert found[name] == pytest.approx(2 * plain[name], rel=1e-6)
     assert found["val_accuracy"] == pytest.approx(1 - plain["val_accuracy"])
@@ -428,6 +428,68 @@ def test_a_folder_in_use_is_refused(start, few, tmp_path):
 def test_settings_that_contradict_each_other(start, few, tmp_path, settings, words):
     with pytest.raises(UsageError, match=words):
         fit(start, few, Training(**settings), out=tmp_path / "run")
+
+
+class Twofold(nn.Module):
+    """A network that gives something else, `made` of its logits, in train mode."""
+
+    def __init__(self, made, batch_norm=False):
+        super().__init__()
+        self.preprocess = Preprocess(8, 8, 1, (0.0,), (1.0,))
+        self.body = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64) if batch_norm else nn.Identity())
+        self.head, self.made = nn.Linear(64, 10), made
+
+    def forward(self, x):
+        logits = self.head(self.body(x))
+        return self.made(logits) if self.training else logits
+
+
+Outputs = collections.namedtuple("Outputs", ["logits", "aux"])
+
+
+def _small(logits):
+    raise RuntimeError("Kernel size can't be greater than actual input size")
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda logits: (logits, logits), r"gives a tuple in train mode .* `logits` of a named tuple"),
+        (lambda logits: {"logits": logits}, "gives a dict in train mode"),
+        (lambda logits: logits[:, :5], r"gives \(2, 5\) in train mode for 2 images, and logits \(2, 10\)"),
+        (lambda logits: logits.detach(), "does not require grad"),
+        (lambda logits: logits.exp_().exp().mul_(2), "cannot be trained on 2 images"),
+        (_small, "cannot be trained on 2 images of 8 x 8 pixels .*Kernel size.*larger ones by --size"),
+    ],
+)
+def test_a_network_that_fails_in_train_mode_is_refused_before_anything_is_written(made, words, few, tmp_path):
+    loaded = models.load(models.hold(Twofold(made)))
+    with pytest.raises(ModelError, match=words):
+        fit(loaded, few, Training(epochs=1), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_a_named_tuple_the_logits_are_trained_and_it_is_noted(few, tmp_path):
+    plain, named = (Twofold(made) for made in (lambda logits: logits, lambda logits: Outputs(logits, logits + 1)))
+    named.load_state_dict(plain.state_dict())
+    one, other = (models.load(models.hold(net)) for net in (plain, named))
+    training = Training(epochs=1)
+    first, second = (fit(net, few, training, out=tmp_path / f"{net is one}") for net in (one, other))
+    assert models.digest(first.loaded.model) == models.digest(second.loaded.model)
+    assert not any("auxiliary" in note for note in first.notes)
+    assert any("not by its auxiliary outputs" in note for note in second.notes)
+
+
+@pytest.mark.parametrize(("n_images", "batch_size", "fine"), [(3, 2, False), (4, 1, False), (4, 2, True), (5, 4, True)])
+def test_a_batch_of_one_image_is_refused_where_the_network_cannot_take_it(n_images, batch_size, fine, few, tmp_path):
+    loaded = models.load(models.hold(Twofold(lambda logits: logits, batch_norm=True)))
+    small = replace(few, train=few.train.subset(range(n_images)))
+    training = Training(epochs=1, batch_size=batch_size, validation=0)
+    if fine:
+        assert fit(loaded, small, training, out=tmp_path / "run").epoch == 1
+        return
+    with pytest.raises(ModelError, match=r"cannot be trained on 1 image of .*another --batch-size"):
+        fit(loaded, small, training, out=tmp_path / "run")
 
 
 def test_history_without_validation_images(start, few, tmp_path):

@@ -254,3 +254,33 @@ def test_a_model_that_was_not_trained_here_is_left_alone(trained, tmp_path):
     with pytest.raises(UsageError, match=r"is not empty \(model.safetensors\) and holds no experiment"):
         sukashi.train(NET, "digits", out=tmp_path / "mine", **SHORT)
     assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == kept
+
+
+def test_a_new_head_is_for_the_classes_of_the_data_and_all_else_is_kept(trained, tmp_path):
+    few = {"data": "digits", "only": ["3", "5", "8"], "test_images": 30, "epochs": 1}
+    with pytest.raises(ModelError, match=r"10 classes and the data 3.*--new-head"):
+        sukashi.finetune(trained.out, **few, out=tmp_path / "run")
+    result = sukashi.finetune(trained.out, **few, new_head=True, lr=1e-12, weight_decay=0.0, out=tmp_path / "run")
+    assert any("the classifier (fc2) is new, for 3 classes in place of 10" in note for note in result.notes)
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_bytes())
+    assert recipe["provenance"]["new_head"] is True
+    assert recipe["model"]["n_classes"] == 3
+    before, after = sukashi.load(trained.out), sukashi.load(str(tmp_path / "run"))
+    assert after.class_names == ("3", "5", "8")
+    assert after.model.fc2.weight.shape == (3, 16)
+    assert torch.allclose(after.model.fc1.weight, before.model.fc1.weight, atol=1e-6)
+    assert "new_head" not in json.loads((Path(trained.out) / "recipe.json").read_bytes())["provenance"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": NET}, "has no weights that a new head could be put on"),
+        ({"model": "DENSE", "n_classes": 3}, "a new head is for the classes of the data: leave --classes out"),
+    ],
+)
+def test_a_new_head_that_means_nothing(trained, tmp_path, settings, words):
+    settings = {**settings, "model": settings["model"].replace("DENSE", trained.out)}
+    with pytest.raises(UsageError, match=words):
+        sukashi.train(data="digits", new_head=True, out=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()

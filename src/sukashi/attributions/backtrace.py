@@ -84,9 +84,10 @@ def backtrace(
             value = objective.explained(logits, target)
             return value, value.detach()
         objective.check(logits[: len(target)], target)
-        values = logits.detach()[: len(target)]
-        own = F.one_hot(target, values.shape[1]).bool()
-        return logits, torch.cat([values.where(own, 0), values.where(~own, 0)])
+        answers = objective.answers(logits)
+        values = answers.detach()[: len(target)]
+        own = F.one_hot(objective.place(target), values.shape[1]).bool()
+        return answers, torch.cat([values.where(own, 0), values.where(~own, 0)])
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         given = torch.cat([x[rows], x[rows]]) if contrastive else x[rows]

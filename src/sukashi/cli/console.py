@@ -87,10 +87,10 @@ def say(message: str, style: str | None = None) -> None:
 def _bars() -> Iterator[Listener]:
     """Tasks as bars on a terminal."""
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a name may look like markup
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

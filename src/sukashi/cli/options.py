@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -13,9 +13,11 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from sukashi.core.bounded import MAX_BYTES, from_json, read
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
+_MAX_BYTES = 2**26  # of a class map
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
 
 
@@ -61,8 +63,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         case "options":
             annotation, default, flags, help = list[str], None, ["--set"], OPTIONS
         case "names":
-            annotation, help = str, f"{help} Joined by commas."
-            default = None if default is None else ",".join(map(str, default))
+            annotation, help = str, f"{help} Joined by commas, a comma in a name is \\,."
+            default = None if default is None else ",".join(str(name).replace(",", "\\,") for name in default)
         case "ratios":
             annotation, help = str, f"{help} START:STOP:STEP or a,b,c."
             default = _span(default) if default else None
@@ -119,7 +121,8 @@ def _number(field: FieldInfo) -> Any:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = (name.replace("\\,", ",").strip() for name in re.split(r"(?<!\\),", text))
+    return [name for name in names if name]
 
 
 def _ratios(text: str) -> list[float]:
@@ -182,7 +185,7 @@ def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[st
         if methods is not None and method not in methods:
             raise UsageError(f"--set {setting} is for {method!r}, which is not among {', '.join(methods)}")
         try:
-            value = json.loads(text)
+            value = from_json(text)
         except ValueError:
             value = text
         chosen.setdefault(method, {})[option] = value
@@ -191,7 +194,7 @@ def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[st
 
 def _class_map(path: Path) -> dict[str, int]:
     try:
-        return TypeAdapter(dict[str, int]).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(dict[str, int]).validate_json(read(path, MAX_BYTES), strict=True)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the path of --class-map") from None
     except ValidationError:

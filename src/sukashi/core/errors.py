@@ -8,12 +8,18 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Characters of a message that are shown: its beginning, and its end, which has the remedy.
+_FIRST, _LAST = 1500, 500
+
 
 class SukashiError(ValueError):
     """A case that cannot be done right; the message names the value, the rule and the remedy."""
 
     exit_code = 1
     alone = False  # whether this process of a training says it, and no other
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= _FIRST + _LAST else f"{message[:_FIRST]}...{message[-_LAST:]}")
 
 
 class UsageError(SukashiError):

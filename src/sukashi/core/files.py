@@ -11,15 +11,16 @@ import os
 import shutil
 import socket
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sukashi.core.errors import DataError, ResourceError, SukashiError, UsageError, writing
+from sukashi.core.bounded import from_json, read
+from sukashi.core.errors import DataError, ResourceError, UsageError, writing
 
 
 def check_free(path: Path) -> None:
@@ -84,7 +85,7 @@ class Journal(MutableMapping[str, Any]):
         self._size = 0
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             try:
-                key, value = json.loads(line) if line.endswith(b"\n") else (None, None)
+                key, value = from_json(line) if line.endswith(b"\n") else (None, None)
             except ValueError:
                 key = None
             if key is None:
@@ -169,29 +170,40 @@ def canonical(value: Any, indent: int | None = None) -> bytes:
 
 
 def packed(**arrays: Any) -> bytes:
-    """The content of an npz file: equal arrays give equal bytes."""
+    """The content of an npz file, which `Arrays` reads: equal arrays give equal bytes."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # stamps every member 1980-01-01, so equal arrays give equal bytes
     return content.getvalue()
 
 
-@contextmanager
-def unpacked(path: Path) -> Iterator[Any]:
-    """The arrays of an npz file by name. Raises DataError for one that cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            yield arrays
-    except SukashiError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+class Arrays(dict[str, NDArray[Any]]):
+    """The arrays of an npz file by name. Raises DataError for a content that is none, and for a name it has not."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path = path
+        try:
+            with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as found:
+                super().__init__((name, found[name]) for name in found.files)
+        except Exception as error:  # a damaged archive has many ways to fail
+            raise unreadable(path, "it holds no plain arrays, as an npz file does") from error
+        strange = next((name for name, array in self.items() if not isinstance(array, np.ndarray)), None)
+        if strange is not None:
+            raise unreadable(path, f"{strange!r} is no array")
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        raise unreadable(self.path, f"it has no array {name!r}")
 
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return from_json(read(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} can't be read ({error}): remove its folder and run the same command again") from error
+        raise unreadable(path, str(error)) from error
+
+
+def unreadable(path: Path, why: str) -> DataError:
+    """What is said of a file of an experiment that is not as it was written."""
+    return DataError(f"{path} can't be read ({why}): remove its folder and run the same command again")
 
 
 def differences(path: str, kept: Any, asked: Any) -> Iterator[str]:

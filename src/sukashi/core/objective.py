@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,36 @@ from torch import Tensor
 
 from sukashi.core.errors import DataError, ModelError
 
+Among = Literal["data", "model"]
+
 
 @dataclass(frozen=True)
 class Classification:
-    """One class an image: outputs are logits (B, K), targets class numbers (B,) int64 in [0, K)."""
+    """One class an image: outputs are logits (B, K), targets class numbers (B,) int64 in [0, K).
+
+    A network may know more classes than the data has: then `outputs` says which of its logits means each class, and
+    `among` which are held against each other, those of the data's classes or all of the model's. A target stays the
+    data's number of a class.
+    """
+
+    outputs: tuple[int, ...] | None = None
+    among: Among = "data"
+
+    def answers(self, output: Tensor) -> Tensor:
+        """The logits (B, K) that are held against each other."""
+        if self.outputs is None or self.among == "model":
+            return output
+        return output[:, torch.tensor(self.outputs, device=output.device)]
+
+    def place(self, target: Tensor) -> Tensor:
+        """Where a target's own is among these (B,)."""
+        if self.outputs is None or self.among == "data":
+            return target
+        return torch.tensor(self.outputs, device=target.device)[target]
+
+    def n_classes(self, n_outputs: int) -> int:
+        """How many classes the data of a network with so many outputs has."""
+        return n_outputs if self.outputs is None else len(self.outputs)
 
     def check_target(self, target: Tensor, n_images: int) -> None:
         """Refuse, by DataError, targets that are not one class number an image."""
@@ -37,28 +63,29 @@ class Classification:
     def check(self, output: Any, target: Tensor) -> None:
         """Refuse an output that is not logits (ModelError), and a target that is none of its classes (DataError)."""
         self.check_output(output, len(target))
-        wrong = target[(target < 0) | (target >= output.shape[1])]
-        if len(wrong):
-            raise DataError(
-                f"target {int(wrong[0])} is no class of a model with {output.shape[1]} logits: classes count from 0"
-            )
+        n_outputs = output.shape[1]
+        wrong = target[(target < 0) | (target >= self.n_classes(n_outputs))]
+        if len(wrong) or max(self.outputs or (0,)) >= n_outputs:
+            number = int(wrong[0]) if len(wrong) else max(self.outputs or (0,))
+            raise DataError(f"target {number} is no class of a model with {n_outputs} logits: classes count from 0")
 
     def loss(self, output: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """The cross entropy, summed over images: so each image's gradient is its own, whatever the batch; ()."""
-        return F.cross_entropy(output, target, label_smoothing=label_smoothing, reduction="sum")
+        answers, place = self.answers(output), self.place(target)
+        return F.cross_entropy(answers, place, label_smoothing=label_smoothing, reduction="sum")
 
     def outcome(self, output: Tensor, target: Tensor) -> Tensor:
         """How right each image is, in [0, 1]: 1 where the target's logit is the largest, the first of equals; uint8."""
-        return (output.argmax(1) == target).to(torch.uint8)
+        return (self.answers(output).argmax(1) == self.place(target)).to(torch.uint8)
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
         """How much speaks for each image's target: its probability (B,), in float64 so that a tiny one is not zero."""
-        return output.double().softmax(1).gather(1, target[:, None])[:, 0]
+        return self.answers(output).double().softmax(1).gather(1, self.place(target)[:, None])[:, 0]
 
     def explained(self, output: Tensor, target: Tensor) -> Tensor:
         """What an attribution explains of each image: the target's logit (B,). Raises as `check` does."""
         self.check(output, target)
-        return output.gather(1, target[:, None])[:, 0]
+        return self.answers(output).gather(1, self.place(target)[:, None])[:, 0]
 
     def classes(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Which classes images have: pairs of a row and a class, (M,) each, by row; here one for each image."""
@@ -68,9 +95,9 @@ class Classification:
         """How many images have each class (K,)."""
         return torch.bincount(self.classes(target)[1], minlength=n_classes)
 
-    def chance(self, n_classes: int) -> float:
-        """The mean outcome of guessing."""
-        return 1 / n_classes
+    def chance(self, n_outputs: int) -> float:
+        """The mean outcome of guessing, of a network with so many outputs."""
+        return 1 / (n_outputs if self.among == "model" else self.n_classes(n_outputs))
 
 
 Objective = Classification  # or another, once there is one: annotations name this

@@ -246,7 +246,14 @@ def checked(
         among = f" in [{'.'.join(tables)}]" if tables else ""
         remedy = f", or give --{name}" if name in options else ""
         raise UsageError(f"{file} has no {name!r}{among}: add {_toml(name, _example(inner, name))}{remedy}")
-    raise UsageError(f"{start}{where} {_rule(fault, inner)}, got {fault['input']!r}")
+    raise UsageError(f"{start}{where} {_rule(fault, inner)}, got {_shown(fault['input'])}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _table(kind: type[BaseModel], path: list[str]) -> type[BaseModel]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from sukashi.core.errors import UsageError
 
@@ -28,20 +28,6 @@ class Interval:
     mean: Any
     low: Any
     high: Any
-    n: int
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The mean of a - b over `n` pairs by t and by bootstrap, and two-sided p-values against no difference.
-
-    A p-value is None where the pairs can't give one: fewer than two, or the same difference in each.
-    """
-
-    t: Interval
-    bootstrap: Interval
-    p_t: float | None
-    p_wilcoxon: float | None
     n: int
 
 
@@ -101,61 +87,74 @@ def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
 
 
 def crossed(values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Mean of `values` (S, B) with a t interval for new seeds *and* new images, which holds for few seeds; `n` is S.
+    """Mean of `values` (S, B, ...) over seeds and images with a t interval for new seeds *and* new images; `n` is S.
 
-        m +- t_{df, (1+level)/2} sqrt(a + b),   a = var(means of seeds) / S,   b = var(means of images) / B
+        m +- (a t_{S-1} + b t_{B-1}) / (a + b) sqrt(a + b),  a = var(means of seeds) / S,  b = var(means of images) / B
 
-    with Satterthwaite's df = (a + b)^2 / (a^2 / (S - 1) + b^2 / (B - 1)). Noise of seed and image together is in both
-    variances, so the interval is a little wide; a percentile bootstrap of three seeds is much too narrow (of its 95 %
-    intervals 80 to 90 % were found to cover). With one seed a = 0 and it speaks of new images alone.
+    with t at (1 + level) / 2: Cochran's critical value for two variances (Cochran and Cox 1950, sec. 4.14), exact where
+    one of them is 0. With one seed a = 0 and it speaks of new images alone. Noise of seed and image together is in both
+    variances, so the interval is a little wide. Satterthwaite's degrees of freedom hold less at two or three seeds
+    (benchmarks/coverage.py), and a percentile bootstrap of three seeds much less.
 
     Raises: as `interval`, and UsageError for one image.
     """
     x = _checked(values, level)
-    n_seeds, n_images = x.shape
+    of_seeds, of_images = _variances(x)
+    half = _critical((1 - level) / 2, of_seeds, of_images, x.shape) * np.sqrt(of_seeds + of_images)
+    mean = x.mean(axis=(0, 1))
+    return Interval(_plain(mean), _plain(mean - half), _plain(mean + half), len(x))
+
+
+def crossed_test(values: ArrayLike) -> float:
+    """Two-sided p-value that the mean of `values` (S, B) is 0 for new seeds and new images: 1 - level of the interval
+    of `crossed` that ends at 0.
+
+    Raises: as `crossed`.
+    """
+    x = _checked(values, 0.95)
+    of_seeds, of_images = _variances(x)
+    mean, error = abs(x.mean()), np.sqrt(of_seeds + of_images)
+    if error == 0:
+        return float(mean == 0)
+
+    def beyond(tail: float) -> float:
+        return float(_critical(tail, of_seeds, of_images, x.shape) - mean / error)
+
+    least = 1e-300  # no p-value is printed below 0.0001
+    return 0.0 if beyond(least) < 0 else 2 * float(optimize.brentq(beyond, least, 0.5))
+
+
+def _variances(x: Array) -> tuple[Any, Any]:
+    """The squared standard errors that seeds and images give the mean of (S, B, ...)."""
+    n_seeds, n_images = x.shape[:2]
     if n_images < 2:
         raise UsageError("an interval over images needs at least 2 of them, got 1")
-    of_seeds = x.mean(axis=1).var(ddof=1) / n_seeds if n_seeds > 1 else 0.0
-    of_images = x.mean(axis=0).var(ddof=1) / n_images
-    variance = of_seeds + of_images
-    if variance == 0:
-        return Interval(float(x.mean()), float(x.mean()), float(x.mean()), n_seeds)
-    df = variance**2 / (of_seeds**2 / max(n_seeds - 1, 1) + of_images**2 / (n_images - 1))
-    half = float(stats.t.ppf((1 + level) / 2, df)) * math.sqrt(variance)
-    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, n_seeds)
+    of_images = x.mean(axis=0).var(axis=0, ddof=1) / n_images
+    of_seeds = x.mean(axis=1).var(axis=0, ddof=1) / n_seeds if n_seeds > 1 else np.zeros_like(of_images)
+    return of_seeds, of_images
 
 
-def resamples(
-    n_seeds: int, n_images: int, n_resamples: int, generator: np.random.Generator
-) -> Iterator[tuple[Array, Array]]:
-    """How often each seed (R, n_seeds) and each image (R, n_images) is drawn, `n_resamples` rows in blocks.
+def _critical(tail: float, of_seeds: Any, of_images: Any, shape: tuple[int, ...]) -> Any:
+    """Cochran's critical value with `tail` beyond it: the mean of Student's two, weighted by the variances."""
+    by_seeds, by_images = (stats.t.isf(tail, max(n - 1, 1)) for n in shape[:2])
+    both = of_seeds + of_images
+    return (of_seeds * by_seeds + of_images * by_images) / np.where(both > 0, both, 1)
 
-    Seeds and images are drawn independently, with replacement (the pigeonhole bootstrap, Owen 2007).
+
+def ratio(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interval:
+    """How many times as large `second` (n,) is as `first` (n,), pair by pair: the geometric mean of second / first.
+
+    Its bounds are those of `interval` over the logarithms. Of two networks timed in turns, what disturbs both of a turn
+    alike is in neither mean nor bounds.
+
+    Raises: as `interval`, and UsageError for what is not positive or not as many.
     """
-    for size in _blocks(n_resamples, n_images):
-        of_seeds = _counts(n_seeds, size, generator)
-        yield of_seeds, _counts(n_images, size, generator)
-
-
-def paired(a: ArrayLike, b: ArrayLike, *, generator: np.random.Generator, level: float = 0.95) -> Paired:
-    """The mean of a - b, pair by pair, with intervals, the paired t test and Wilcoxon's signed-rank test.
-
-    `a` and `b` (n,) hold the same seeds (or images) in the same order. With n = 5 Wilcoxon can't go below 0.0625.
-
-    Raises: as `interval`, and UsageError where the lengths differ.
-    """
-    x, y = _checked(a, level), _checked(b, level)
-    if x.shape != y.shape:
-        raise UsageError(f"pairs need as many values on both sides, got {len(x)} and {len(y)}")
-    difference = x - y
-    p_t = t_test(difference)
-    return Paired(
-        t=interval(difference, level=level),
-        bootstrap=bootstrap(difference, generator=generator, level=level),
-        p_t=p_t,
-        p_wilcoxon=None if p_t is None else float(stats.wilcoxon(difference).pvalue),
-        n=len(difference),
-    )
+    x, y = _checked(first, level), _checked(second, level)
+    if x.shape != y.shape or (x <= 0).any() or (y <= 0).any():
+        raise UsageError(f"a ratio needs as many positive values on both sides, got {len(x)} and {len(y)}")
+    found = interval(np.log(y / x), level=level)
+    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
+    return Interval(math.exp(found.mean), low, high, found.n)
 
 
 def t_test(differences: Array) -> float | None:
@@ -190,6 +189,19 @@ def not_lower(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, 
     variance = n * (2 * q - margin * (1 + margin))
     shown = b - c + n * margin >= stats.norm.ppf(level) * np.sqrt(np.maximum(variance, 0))
     return bool(shown) if np.ndim(shown) == 0 else shown
+
+
+def shown_up_to(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, level: float = 0.975) -> int:
+    """How many networks, in their order, pass `not_lower` before the first that does not.
+
+    Counts (L,), or (L, S) where a network is tried S times and must pass each. Tests stop at the first that fails, so
+    there is nothing to correct for their number (Maurer, Hothorn and Lehmacher 1995): the chance to count a network
+    that loses more than `margin` stays below 1 - level.
+
+    Raises: as `not_lower`.
+    """
+    shown = np.asarray(not_lower(n_gained, n_lost, n, margin, level=level))
+    return int(np.logical_and.accumulate(shown.reshape(len(shown), -1).all(axis=1)).sum())
 
 
 def least_images(margin: float, *, level: float = 0.975) -> int:

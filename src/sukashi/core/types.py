@@ -18,6 +18,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.schema import check_ratio
 
+MAX_NUMBERS = 2**24  # of one image; what a network makes of them is some hundred times as much
 Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "weight"]
 
 
@@ -69,13 +70,30 @@ class Site:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std."""
+    """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std.
+
+    Raises UsageError for an image without pixels or of more than MAX_NUMBERS numbers, and for means and standard
+    deviations that are not one finite number a channel, the latter above 0.
+    """
 
     height: int
     width: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        sides = (self.height, self.width, self.channels)
+        if min(sides) < 1 or math.prod(sides) > MAX_NUMBERS:
+            raise UsageError(
+                f"images must have 1 to {MAX_NUMBERS:,} numbers, got {self.height} x {self.width} pixels in "
+                f"{self.channels} channels"
+            )
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != self.channels or not all(map(math.isfinite, numbers)):
+                raise UsageError(f"{name} must be a finite number for each of {self.channels} channels, got {numbers}")
+        if min(self.std) <= 0:
+            raise UsageError(f"std must be above 0, got {self.std}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +183,8 @@ class Plan:
     `category` (n,) is detrimental, neutral or critical, `effect` (n,) the method's signed measure of what removing the
     unit does, `p_values` (n, K) one p-value a class; NaN or "" where the method has none. `passes` are the numbers of
     units gone after each progressive pass: what the method itself decided, before critical units follow. The last
-    unit of each site goes at the very end and a mask never takes it, so that no layer is ever emptied.
+    unit of each site goes at the very end and a mask never takes it, so that no layer is ever emptied. `n_evaluations`
+    says how often the method asked what one image comes to without one unit: 0 for those that do not ask.
     """
 
     sites: tuple[Site, ...]
@@ -178,6 +197,7 @@ class Plan:
     params: Mapping[str, Any] = field(default_factory=dict)
     passes: tuple[int, ...] = ()
     n_images: int = 0
+    n_evaluations: int = 0
 
     @property
     def n_units(self) -> int:
@@ -217,6 +237,7 @@ class Plan:
         p_values: Mapping[tuple[int, int], np.ndarray] | None = None,
         passes: Sequence[int] = (),
         n_images: int = 0,
+        n_evaluations: int = 0,
     ) -> Plan:
         """A plan from (site position, unit) pairs in the order they go; moves each site's last unit to the end."""
         last: dict[int, int] = {}
@@ -243,6 +264,7 @@ class Plan:
             params=dict(params or {}),
             passes=tuple(n - m for n, m in zip(passes, moved, strict=True)),
             n_images=n_images,
+            n_evaluations=n_evaluations,
         )
 
 

@@ -96,7 +96,7 @@ def _criterion(attribution: Method) -> Callable[..., Scores]:
         explained: Sequence[int | None] = [None]
         if classes == "each":
             with torch.no_grad():
-                explained = range(model(data.x[:1].to(device)).shape[1])
+                explained = range(data.objective.n_classes(model(data.x[:1].to(device)).shape[1]))
         total = {site: torch.zeros(site.n_units, dtype=torch.float64) for site in sites}
         with progress.task(attribution.name, len(data) * len(explained)) as shown:
             for batch in data.split(batch_size):

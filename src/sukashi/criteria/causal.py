@@ -155,7 +155,9 @@ def cswap(
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="cswap", journal=_journal)
     gone = [row for row in rows if row.verdict.gone]
     kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (-row.verdict.effect, row.pair))
-    return plan_of(sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data))
+    return plan_of(
+        sites, [*gone, *kept], "cswap", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data)
+    )
 
 
 @criteria.register("cbp", source="Bauvin et al. 2025, algorithm 4", visits=1.0)
@@ -195,7 +197,7 @@ def cbp(
         xi = row.verdict.effect
         return turn[row.verdict.category], (abs(xi) if row.verdict.category == "neutral" else -xi), row.pair
 
-    return plan_of(sites, sorted(rows, key=rank), "cbp", n_images=len(data))
+    return plan_of(sites, sorted(rows, key=rank), "cbp", n_images=len(data), n_evaluations=len(rows) * len(data))
 
 
 @criteria.register(
@@ -219,7 +221,7 @@ def amp(
     (the paper leaves that order open).
     """
     engine = Engine(model, sites, data, budget=budget)
-    divergence = Divergence(engine.original)
+    divergence = Divergence(engine.original, data.objective)
 
     def decide(pair: tuple[int, int], now: Tensor, logits: Tensor) -> Verdict:
         rise = divergence(logits) - divergence(now)
@@ -228,14 +230,16 @@ def amp(
     rows = sweep(engine, unit_orders(model, sites, order, generator), decide, title="amp", journal=_journal)
     gone = [row for row in rows if row.verdict.gone]
     kept = sorted((row for row in rows if not row.verdict.gone), key=lambda row: (row.verdict.effect, row.pair))
-    return plan_of(sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data))
+    return plan_of(
+        sites, [*gone, *kept], "amp", passes=(len(gone),), n_images=len(data), n_evaluations=len(rows) * len(data)
+    )
 
 
 def _causal_test(
     engine: Engine, data: Batch, scoring: Scoring | None, form: str, alpha: float, inference: str
 ) -> CausalTest:
     objective, target = data.objective, data.target.to(engine.original.device)
-    classes, n_classes = objective.classes(target), engine.original.shape[1]
+    classes, n_classes = objective.classes(target), objective.n_classes(engine.original.shape[1])
     return CausalTest(target, classes, n_classes, scoring or objective.score, form, alpha, inference)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sukashi.core.bounded import from_json
 from sukashi.core.errors import ModelError
 from sukashi.core.files import canonical
 from sukashi.core.types import Plan, Site
@@ -20,7 +20,8 @@ def plan_arrays(plan: Plan) -> dict[str, Any]:
         {"layer": s.layer, "kind": s.kind, "n_units": s.n_units, "axis": s.axis, **({"at": s.at} if s.at else {})}
         for s in plan.sites
     ]
-    about = {"sites": sites, "method": plan.method, "params": dict(plan.params), "n_images": plan.n_images}
+    counts = {name: getattr(plan, name) for name in ("n_images", "n_evaluations")}
+    about = {"sites": sites, "method": plan.method, "params": dict(plan.params), **counts}
     return {
         "about": np.array(canonical(about).decode()),
         "site": plan.site,
@@ -37,7 +38,7 @@ def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = N
 
     Raises ModelError where the sites are not those the plan was made for.
     """
-    about = json.loads(str(arrays["about"]))
+    about = from_json(str(arrays["about"]))
     kept = tuple(Site(**site) for site in about["sites"])
     if sites is not None:
         _refuse_other_sites(kept, sites)
@@ -50,6 +51,7 @@ def plan_of(arrays: Mapping[str, NDArray[Any]], sites: Sequence[Site] | None = N
         params=about["params"],
         passes=tuple(arrays["passes"].tolist()),
         n_images=about["n_images"],
+        n_evaluations=about["n_evaluations"],
     )
 
 

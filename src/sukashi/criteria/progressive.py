@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.core import progress
+from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.types import Plan, Site
 from sukashi.criteria.engine import Engine
 from sukashi.criteria.magnitude import producer_magnitude
@@ -20,14 +21,17 @@ Journal = MutableMapping[str, Any]
 
 
 class Divergence:
-    """Mean KL(F || G) over images, in nats and float64, from logits (N, K) of the original F and of another G."""
+    """Mean KL(F || G) over images, in nats and float64, from logits (N, K) of the original F and of another G; of those
+    that the objective holds against each other.
+    """
 
-    def __init__(self, original: Tensor) -> None:
-        self.log_p = original.double().log_softmax(1)
+    def __init__(self, original: Tensor, objective: Objective = CLASSIFICATION) -> None:
+        self.answers = objective.answers
+        self.log_p = self.answers(original).double().log_softmax(1)
         self.p = self.log_p.exp()
 
     def __call__(self, logits: Tensor) -> float:
-        return float((self.p * (self.log_p - logits.double().log_softmax(1))).sum(1).mean())
+        return float((self.p * (self.log_p - self.answers(logits).double().log_softmax(1))).sum(1).mean())
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,13 @@ def unit_orders(model: nn.Module, sites: Sequence[Site], order: str, generator: 
 
 
 def plan_of(
-    sites: Sequence[Site], rows: Sequence[Row], method: str, *, n_images: int, passes: Sequence[int] = ()
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    method: str,
+    *,
+    n_images: int,
+    n_evaluations: int,
+    passes: Sequence[int] = (),
 ) -> Plan:
     """The plan in which units go in the order of `rows`."""
     return Plan.build(
@@ -128,4 +138,5 @@ def plan_of(
         p_values={row.pair: row.verdict.p_values for row in rows if row.verdict.p_values is not None},
         passes=passes,
         n_images=n_images,
+        n_evaluations=n_evaluations,
     )

@@ -1,8 +1,8 @@
 """Datasets with image ids that never change, checked before anything is computed from them.
 
-`images` turns one file into numbers, `splits` samples and batches, `files`, `shapes` and `downloads` know where images
-come from. Everything random (held-out, calibration, limit) ranks images by a hash of their id, so a choice does not
-depend on their order, on other images or on a generator's state.
+`images` turns one file into numbers, `splits` samples and batches, `folders`, `listed` (CSV), `parquet`, `shapes` and
+`downloads` know where images come from. Everything random (held-out, calibration, limit) ranks images by a hash of
+their id, so a choice does not depend on their order, on other images or on a generator's state.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from sukashi.core import progress
-from sukashi.core.errors import DataError, ModelError, UsageError, nearest
+from sukashi.core.errors import DataError, UsageError, nearest
+from sukashi.core.objective import Among, Classification
 from sukashi.core.types import Preprocess
-from sukashi.data import downloads, files, memory
+from sukashi.data import downloads, folders, listed, memory, parquet
+from sukashi.data.classes import check_classes, outputs_by_name
 from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
@@ -40,6 +42,8 @@ ORDER = ("train", "val", "test")
 MAX_PIXELS = 64_000_000
 """Pixels an image may have unless `max_pixels` says otherwise."""
 
+_NAMED = ("digits", "shapes", "torchvision")
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -48,7 +52,8 @@ class Data:
     `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
     `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits, and
     `ignore_index` the target of pixels without a class, None where targets are one class an image. `preprocess` is
-    there for images that are tensors as a network takes them, whatever its own says.
+    there for images that are tensors as a network takes them, whatever its own says. `outputs` is the model's number of
+    each class, None where no class_map gave any.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Data:
     sha256: str
     ignore_index: int | None
     preprocess: Preprocess | None
+    outputs: tuple[int, ...] | None
     _ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(repr=False)
     _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
 
@@ -95,6 +101,45 @@ class Data:
             sha256=hashlib.sha256(f"{self.sha256} only {listed}".encode()).hexdigest(),
         )
 
+    def answered_by(self, n_outputs: int, names: Sequence[str] | None, among: Among = "data") -> Data:
+        """The data for a network with that many outputs, called `names` where it knows what they mean.
+
+        Where it has more outputs than there are classes, a class is the output that the class_map gave it, or else the
+        one of its name, and `among` says what is held against it: the outputs of the data's classes, or all.
+
+        Raises ModelError for other counts, DataError for numbers and names that do not fit.
+        """
+        if self.outputs is not None and max(self.outputs) >= n_outputs:
+            raise DataError(
+                f"class_map gives a class number {max(self.outputs)} and the model has {n_outputs} classes: numbers "
+                "count from 0 and lie below that"
+            )
+        outputs = outputs_by_name(names, self.class_names) if self.outputs is None else self.outputs
+        if n_outputs <= self.n_classes or outputs is None:
+            check_classes(names if self.outputs is None else None, self.class_names, n_outputs)
+            return self
+        objective = Classification(outputs, among)
+        how = "the class_map" if self.outputs is not None else "their names"
+        rivals = "these" if among == "data" else f"all {n_outputs}"
+        return replace(
+            self,
+            train=replace(self.train, objective=objective),
+            test=replace(self.test, objective=objective),
+            val=None if self.val is None else replace(self.val, objective=objective),
+            notes=(
+                *self.notes,
+                f"the data have {self.n_classes} of the model's {n_outputs} classes, found by {how}; an answer is the "
+                f"best of {rivals}",
+            ),
+            sha256=hashlib.sha256(f"{self.sha256} {objective}".encode()).hexdigest(),
+        )
+
+    def names_of_outputs(self, known: Sequence[str] | None) -> tuple[str, ...] | None:
+        """What a network's outputs are called: as the classes are, or as `known` where it has others too."""
+        if self.train.objective.outputs is None:
+            return self.class_names
+        return None if known is None else tuple(known)
+
     def read_in(self, channels: int) -> Data:
         """The same data without notes that say nothing to a model which reads so many channels."""
         return replace(self, notes=tuple(note for note in self.notes if channels > 1 or not note.endswith(GREY)))
@@ -124,26 +169,23 @@ def load(
     skip_bad: bool = False,
     class_map: Mapping[str, int] | None = None,
     only: Sequence[str] | None = None,
+    label: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Data:
     """A dataset by name or folder, every image checked.
 
     `spec`: `digits`, `shapes` with options (`shapes:watermark=0.9,size=64`), `torchvision:NAME`, a folder of class
-    folders (train/CLASS/*.png and test/ or val/, or CLASS/* alone) or a folder of Parquet files with columns `image`
-    and `label` or `mask`. `seed` draws the held-out test split of a dataset without one. `skip_bad` leaves unreadable
-    images out and lists them in `bad`; otherwise they are fatal. `class_map` gives each class the model's number,
-    `only` leaves all classes out but these, see `Data.only`.
+    folders (train/CLASS/*.png and test/ or val/, or CLASS/* alone), a folder of images and of a CSV with their names
+    and labels, or a folder of Parquet files with columns `image` and `label` or `mask`. `label` names the column of
+    labels where it is called otherwise or there are several. `seed` draws the held-out test split of a dataset without
+    one. `skip_bad` leaves unreadable images out and lists them in `bad`; otherwise they are fatal. `class_map` gives
+    each class the model's number, `only` leaves all classes out but these, see `Data.only`.
 
     Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
     """
-    if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
-        raise UsageError(
-            f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
-            f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
-        )
-    if class_map is not None and only is not None:
-        raise UsageError("both class_map and only number the classes: choose one")
-    name, found = _found(spec, max_pixels)
+    _check_asked(class_map, only, max_pixels)
+    name, found = _found(spec, label, max_pixels)
+    _check_names(name, found)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
     notes = list(found.notes)
@@ -175,10 +217,21 @@ def load(
         _sha256(splits, digests),
         found.ignore_index,
         found.preprocess,
+        None if class_map is None else tuple(sorted(class_map.values())),
         found.ground_truth,
         found.facts,
     )
     return whole if only is None else whole.only(only)
+
+
+def _check_asked(class_map: Mapping[str, int] | None, only: Sequence[str] | None, max_pixels: int) -> None:
+    if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
+        raise UsageError(
+            f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
+            f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
+        )
+    if class_map is not None and only is not None:
+        raise UsageError("both class_map and only number the classes: choose one")
 
 
 def names() -> dict[str, str]:
@@ -188,27 +241,6 @@ def names() -> dict[str, str]:
         "shapes": "generated; every concept's pixels are known; options size, n, watermark: shapes:watermark=0.9",
         **{f"torchvision:{name}": about for name, (_, about) in downloads.KNOWN.items()},
     }
-
-
-def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], n_classes: int) -> None:
-    """Refuse a model and data that do not mean the same by a class number.
-
-    ModelError where their counts differ; DataError where a name both know has another number in each. Names only one of
-    them knows say nothing (a synset number against a word), and None means the model knows none. Data loaded with a
-    `class_map` is in the model's order already: pass None.
-    """
-    if n_classes != len(data_names):
-        raise ModelError(
-            f"the model has {n_classes} classes and the data {len(data_names)}: "
-            f"use a model of {len(data_names)} classes"
-        )
-    known = {name.strip().casefold(): number for number, name in enumerate(model_names or ())}
-    for number, name in enumerate(data_names):
-        if (of_model := known.get(name.strip().casefold(), number)) != number:
-            raise DataError(
-                f"class {name!r} is number {of_model} of the model and {number} of the data: both must count alike, "
-                f"so give a class_map from every class name to the model's number"
-            )
 
 
 def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
@@ -230,25 +262,49 @@ def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str])
     return splits
 
 
-def _found(spec: str | Path, max_pixels: int) -> tuple[str, Found]:
-    if isinstance(spec, str):
-        name, _, options = spec.partition(":")
-        if spec == "digits":
-            return spec, _digits()
-        if name == "shapes":
-            return spec, Shapes.parse(options).found()
-        if spec.startswith(memory.PREFIX):
-            return spec, memory.held(options)
-        if name == "torchvision":
-            return options, downloads.torchvision(options, max_pixels)
+def _found(spec: str | Path, label: str | None, max_pixels: int) -> tuple[str, Found]:
+    if isinstance(spec, str) and (spec.partition(":")[0] in _NAMED or spec.startswith(memory.PREFIX)):
+        if label is not None:
+            raise UsageError(f"{spec} has no columns, label {label!r} is for those of Parquet and CSV: leave it out")
+        return _by_name(spec, max_pixels)
     path = Path(spec)
-    if path.is_file() and path.suffix == ".parquet":
-        return path.stem, files.parquet(path, [path], max_pixels)
+    if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
+        return path.stem, parquet.parquet(path, [path], label, max_pixels)
     if not path.is_dir():
-        raise UsageError(f"unknown data {str(spec)!r}, and no such folder{nearest(str(spec), names())}")
-    shards = sorted(path.rglob("*.parquet"))
-    found = files.parquet(path, shards, max_pixels) if shards else files.image_folder(path, max_pixels)
-    return path.resolve().name, found
+        known = f", and no such folder{nearest(str(spec), names())}"
+        raise UsageError(f"unknown data {str(spec)!r}{': it is no folder' if path.exists() else known}")
+    return path.resolve().name, _in_folder(path, label, max_pixels)
+
+
+def _by_name(spec: str, max_pixels: int) -> tuple[str, Found]:
+    name, _, options = spec.partition(":")
+    match name:
+        case "digits":
+            if options:
+                raise UsageError(f"digits takes no options, got {options!r}: write digits")
+            return spec, _digits()
+        case "shapes":
+            return spec, Shapes.parse(options).found()
+        case "memory":
+            return spec, memory.held(options)
+        case _:
+            return options, downloads.torchvision(options, max_pixels)
+
+
+def _in_folder(root: Path, label: str | None, max_pixels: int) -> Found:
+    """What Parquet files say, or class folders, or a CSV where there are no class folders or a column is named."""
+    if shards := parquet.shards(root):
+        return parquet.parquet(root, shards, label, max_pixels)
+    tables = listed.tables(root)
+    if label is not None and not tables:
+        raise UsageError(f"{root} has neither Parquet nor CSV, label {label!r} is a column of these: leave it out")
+    if tables and (label is not None or not folders.has_classes(root)):
+        return listed.listed_images(root, tables, label, max_pixels)
+    found = folders.image_folder(root, max_pixels)
+    if not tables:
+        return found
+    unread = f"{tables[0].relative_to(root)} is not read: classes are the folders; --label COLUMN takes it instead"
+    return replace(found, notes=(*found.notes, unread))
 
 
 def _digits() -> Found:
@@ -259,6 +315,19 @@ def _digits() -> Found:
     return Found({"": (pixels, torch.from_numpy(digits.target.astype(np.int64)))}, tuple("0123456789"))
 
 
+def _check_names(name: str, found: Found) -> None:
+    """Refuse classes that can't be told apart, and fewer than two of them where an image has one."""
+    same = [class_name for class_name, times in Counter(found.class_names).items() if times > 1]
+    if same:
+        raise DataError(f"{name} has several classes called {same[0]!r}: give each its own name")
+    if found.ignore_index is None and len(found.class_names) == 1:
+        raise DataError(f"{name} has one class, {found.class_names[0]!r}, and two are needed: add images of another")
+    try:
+        "".join((*found.class_names, *(i for source, _ in found.splits.values() for i in source.ids))).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} has file or class names that are no UTF-8: rename them") from None
+
+
 def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Tensor:
     """The number (K,) that each class gets."""
     if class_map is None:
@@ -267,12 +336,12 @@ def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Te
         raise UsageError(
             f"{name} has masks, whose pixels are class numbers already: a class_map is for one class an image"
         )
-    if set(class_map) != set(found.class_names) or sorted(class_map.values()) != list(range(len(class_map))):
+    numbers = sorted(class_map.values())
+    if set(class_map) != set(found.class_names) or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
         raise DataError(
-            f"class_map must give each of {', '.join(found.class_names)} its own number below "
-            f"{len(found.class_names)}, got {dict(class_map)}"
+            f"class_map must give each of {', '.join(found.class_names)} its own number, got {dict(class_map)}"
         )
-    return torch.tensor([class_map[class_name] for class_name in found.class_names])
+    return torch.tensor([numbers.index(class_map[class_name]) for class_name in found.class_names])
 
 
 def _checked(

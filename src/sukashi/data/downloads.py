@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sukashi.core.errors import DataError, UsageError, nearest
-from sukashi.data.files import image_folder
+from sukashi.data.folders import image_folder
 from sukashi.data.images import Found, Pixels, Source, numbered
 
 # Name: md5 of the archive, its folder, the training files, the test file, the file of class names, bytes of labels an

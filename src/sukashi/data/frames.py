@@ -44,6 +44,8 @@ class Frames:
         with progress.task(f"reading {split.name}", len(split)) as task:
             for part in streamed.batches(torch.arange(len(split)).split(_CHUNK)):
                 if part.dtype != kept.dtype:  # 8 bits were not enough for all
+                    if not kept.is_floating_point() and 5 * kept.nbytes > memory:  # both are there for a moment
+                        return streamed
                     kept, part = unit(kept), unit(part)
                 kept[start : start + len(part)] = part
                 start += len(part)
@@ -81,4 +83,4 @@ class Frames:
 
 def unit(pixels: Tensor) -> Tensor:
     """float32 in [0, 1], of uint8 in [0, 255] or of what is there already."""
-    return pixels if pixels.is_floating_point() else pixels.float() / 255
+    return pixels if pixels.is_floating_point() else pixels.float().div_(255)

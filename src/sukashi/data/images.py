@@ -22,7 +22,9 @@ from sukashi.core.types import Preprocess
 
 # Named, because Pillow otherwise tries every plugin it has; EPS, for one, starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
+)
 _ORIENTATION = 0x0112
 
 GREY = "greyscale: repeated where a model wants three channels"
@@ -100,16 +102,21 @@ def _rules(encoded: bytes, max_pixels: int) -> list[str]:
         rules.append("16-bit colour: upper 8 bits kept")
     if getattr(image, "is_animated", False):
         rules.append("several frames: the first one used")
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if _is_turned(image):
         rules.append(_ROTATED)
     if image.format != "JPEG" or not encoded.endswith(b"\xff\xd9"):
         image.load()
     return rules
 
 
+def _is_turned(image: Image.Image) -> bool:
+    """Whether an EXIF orientation says that the image does not stand upright; most numbers mean nothing."""
+    return image.getexif().get(_ORIENTATION) in range(2, 9)
+
+
 def _plain(image: Image.Image) -> Image.Image:
     """The upright image as L or RGB (8 bits) or F (grey in [0, 1], from 16 bits)."""
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if _is_turned(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow's own conversion saturates at 255
         return Image.fromarray(np.asarray(image, dtype=np.float32) / 65535)

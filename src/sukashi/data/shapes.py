@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sukashi.core.errors import UsageError, nearest
 from sukashi.data.images import Found, Pixels, Source, numbered
+from sukashi.data.memory import MAX_BYTES
 
 SHAPES = ("circle", "ring", "square", "triangle", "cross", "crescent")
 COLOURS = {
@@ -57,6 +58,8 @@ class Shapes:
             name, _, value = option.partition("=")
             if name not in known:
                 raise UsageError(f"shapes has no option {name!r}{nearest(name, known)}")
+            if len(value) > 20:
+                raise UsageError(f"shapes: {name} must be a number, got {len(value)} characters: write {name}=...")
             try:
                 given[name] = float(value or 1) if name == "watermark" else int(value)
             except ValueError:
@@ -69,6 +72,12 @@ class Shapes:
         if shapes.watermark is not None and not 0.5 <= shapes.watermark <= 1:
             raise UsageError(
                 f"shapes: watermark must be in [0.5, 1], got {shapes.watermark}: the fraction of circles that carry it"
+            )
+        n_bytes = 3 * shapes.size**2 * len(SHAPES) * (shapes.n + shapes.n // 4)
+        if n_bytes > MAX_BYTES:
+            raise UsageError(
+                f"shapes: size={shapes.size} and n={shapes.n} make {n_bytes / 2**30:,.0f} GiB, at most "
+                f"{MAX_BYTES / 2**30:g} are kept in memory: ask for smaller or fewer images"
             )
         return shapes
 

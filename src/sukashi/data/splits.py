@@ -32,7 +32,8 @@ class Split:
     """Images of one split, or of a subset of one: same order, same ids, same pixels every time.
 
     `targets` (N,) int64 class numbers; `image_ids` N strings that a subset keeps; `bad` the (image, reason) pairs that
-    were skipped when the split was read, `notes` how many of its images needed each conversion rule.
+    were skipped when the split was read, `notes` how many of its images needed each conversion rule. `objective` is
+    what a network is for that learns these images.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Split:
     _source: Source = field(repr=False)
     _rows: np.ndarray = field(repr=False)
     _targets: Tensor | None = field(repr=False)
+    objective: Objective = field(default=CLASSIFICATION, repr=False)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -51,11 +53,6 @@ class Split:
     def has_masks(self) -> bool:
         """Whether a target is a map (H, W) of classes rather than one class."""
         return self._targets is None
-
-    @property
-    def objective(self) -> Objective:
-        """What a network is for that learns these images."""
-        return CLASSIFICATION
 
     @property
     def targets(self) -> Tensor:

@@ -53,6 +53,7 @@ class Source(Reading):
             skip_bad=self.skip_bad,
             class_map=self.class_map,
             only=self.only,
+            label=self.label,
             max_pixels=self.max_pixels,
         )
         if images.train.has_masks:
@@ -61,24 +62,30 @@ class Source(Reading):
             raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {self.test_images}")
         return images
 
-    def build(self, images: Data, seed: int = 0) -> Loaded:
-        """The model for these data, on its device; random weights are drawn by `seed`."""
+    def build(self, images: Data, seed: int = 0, *, new_head: bool = False) -> tuple[Loaded, Data]:
+        """The model for these data, on its device, with a `new_head` for them, and the data as it answers them; what is
+        random is drawn by `seed`.
+        """
         place = pick_device(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
             loaded = models.load(
                 self.model,
                 weights=self.weights,
+                weights_key=self.weights_key,
                 n_classes=images.n_classes if self.n_classes is None and self.untrained else self.n_classes,
                 width=self.width,
                 pretrained=self.pretrained,
                 output=self.output,
             )
+            if new_head:
+                loaded = models.with_new_head(loaded, images.n_classes)
         if images.preprocess is not None:
             loaded = replace(loaded, preprocess=images.preprocess)
-        datasets.check_classes(None if self.class_map else loaded.class_names, images.class_names, loaded.n_classes)
+        images = images.answered_by(loaded.n_classes, loaded.class_names, self.among)
         loaded.model.to(place)
-        return loaded
+        images = images.read_in(loaded.preprocess.channels)
+        return loaded, replace(images, notes=(*loaded.notes, *images.notes))
 
     @property
     def untrained(self) -> bool:
@@ -97,8 +104,9 @@ class Source(Reading):
 
     def beside(self, images: Data) -> Bench:
         """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
-        loaded = self.build(images)
-        images = images.read_in(loaded.preprocess.channels)
+        loaded, images = self.build(images)
+        for note in loaded.notes:
+            warnings.warn(note, stacklevel=4)
         if self.untrained:
             random_weights = (
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"

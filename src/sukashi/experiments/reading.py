@@ -12,7 +12,12 @@ OPTIONS = "Options by method, as {method: {option: value}}."
 class Architecture(Settings):
     """What a model's spec leaves open."""
 
-    weights: str | None = option(None, path=True, help="Weights: .safetensors, or .pt/.pth holding tensors only.")
+    weights: str | None = option(
+        None,
+        path=True,
+        help="Weights: a file of safetensors or of torch.save, holding tensors only, or a folder with one.",
+    )
+    weights_key: str | None = option(None, help="Which weights of a file, where several in it fit, as state_dict_ema.")
     width: int | None = option(None, ge=1, le=65_536, help="Base width, for our own models.")
     n_classes: int | None = option(
         None, ge=1, le=1_000_000, flag="--classes", help="Class count; by default that of the weights or of the data."
@@ -30,6 +35,11 @@ class Images(Settings):
         None, help='{"class of the data": its number in the model}, where the two differ.'
     )
     only: list[str] | None = option(None, joined=True, help="Leave all classes out but these; numbered in this order.")
+    among: Literal["data", "model"] = option(
+        "data",
+        help="Where the model has more classes than the data: whether all of its classes count, or the data's.",
+    )
+    label: str | None = option(None, help="Column of the labels in Parquet or CSV, where it is not called so.")
     max_pixels: int = option(64_000_000, help="Pixels an image may have.")
     test_images: int = option(2000, help="Test images at most, evenly over the classes.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", decides=False, help="auto, cpu or cuda.")

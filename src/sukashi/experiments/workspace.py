@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import shutil
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,20 +27,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sukashi.core import files, progress
+from sukashi.core.bounded import from_json, read
 from sukashi.core.errors import DataError, UsageError, writing
 from sukashi.core.experiment import Trial
-from sukashi.core.files import FORMAT, Journal
+from sukashi.core.files import FORMAT, Arrays, Journal, unreadable
 
 EXPERIMENT, TRIAL, LOG = "experiment.json", "trial.json", "log.jsonl"
 UNDER_WAY = "under_way"
 # What may lie in a folder that a killed run left before it said what it is for.
 _OURS = {".lock", ".leases", LOG}
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class Record:
         """What `Desk.finish` wrote. Raises DataError where it is not that any more."""
         kept = dict(files.read_json(self.folder / TRIAL))
         if kept.pop("sha256", None) != _sha256(kept):
-            raise _unreadable(self.folder / TRIAL, "it was altered")
+            raise unreadable(self.folder / TRIAL, "it was altered")
         return kept
 
     @property
@@ -77,11 +71,11 @@ class Record:
         if name not in known:
             raise DataError(f"{self.folder} has no artefact {name!r}: it has {', '.join(known) or 'none'}")
         try:
-            content = path.read_bytes()
+            content = read(path)
         except OSError as error:
-            raise _unreadable(path, error.strerror or str(error)) from error
+            raise unreadable(path, error.strerror or str(error)) from error
         if hashlib.sha256(content).hexdigest() != known[name]:
-            raise _unreadable(path, "it was altered")
+            raise unreadable(path, "it was altered")
         return content
 
     def has(self, name: str) -> bool:
@@ -90,12 +84,7 @@ class Record:
     def arrays(self, name: str) -> Arrays:
         """The arrays of the artefact `name`.npz."""
         path = self.folder / f"{name}.npz"
-        content = self.read(path.name)
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise _unreadable(path, str(error)) from error
+        return Arrays(path, self.read(path.name))
 
 
 @dataclass
@@ -125,10 +114,7 @@ class Desk:
     def arrays(self, name: str) -> Arrays | None:
         """What `save` kept before an interruption, or None."""
         path = self.folder / f"{name}.npz"
-        if not path.exists():
-            return None
-        with files.unpacked(path) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        return Arrays(path, read(path)) if path.exists() else None
 
     def save(self, name: str, content: Mapping[str, Any] | bytes) -> None:
         """Keep an artefact: arrays by name as `name`.npz, or bytes as they are under the file name `name`."""
@@ -305,7 +291,7 @@ class Workspace:
     def _record(self, key: str, place: str) -> Record:
         record = Record(self.folder / place)
         if record.key != key:
-            raise _unreadable(record.folder / TRIAL, "it is of another trial")
+            raise unreadable(record.folder / TRIAL, "it is of another trial")
         return record
 
     @property
@@ -325,7 +311,7 @@ class Workspace:
         entries = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
             with suppress(ValueError):  # torn by a kill
-                entries.append(json.loads(line))
+                entries.append(from_json(line))
         return [entry for entry in entries if entry["event"] == event]
 
     @property
@@ -376,10 +362,6 @@ def _nothing(desk: Desk) -> None:
 
 def _sha256(kept: Mapping[str, Any]) -> str:
     return hashlib.sha256(files.canonical(kept)).hexdigest()
-
-
-def _unreadable(path: Path, why: str) -> DataError:
-    return DataError(f"{path} can't be read ({why}): remove its folder and run the same command again")
 
 
 def _grown(kept: Mapping[str, Any], asked: Mapping[str, Any], grows: frozenset[str]) -> bool:

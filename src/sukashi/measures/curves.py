@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,21 +99,35 @@ def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative
     return 100 * area / (float(a[0]) if relative else 1.0)
 
 
+def areas(curve: Curve, chance: float, *, relative: bool = False) -> NDArray[np.float64]:
+    """(B,) the SAUCE of each image's own answers, right or wrong at each point; their mean is `sauce` of the curve.
+
+    Of `relative`, a ratio of two means, it is each image's share in first order (the delta method):
+    R + (area - R dense) / mean(dense), with R the relative SAUCE.
+    """
+    order = np.argsort(curve.n_removed, kind="stable")
+    answers = curve.correct[order].astype(np.float64)
+    points = [*curve.fraction[order], 1.0]
+    found = 100 * np.trapezoid(np.vstack([answers, np.full(answers.shape[1], chance)]), points, axis=0)
+    if not relative:
+        return np.asarray(found)
+    dense = answers[0]
+    whole = found.mean() / dense.mean()
+    return np.asarray(whole + (found - whole * dense) / dense.mean())
+
+
 def at(curves: Sequence[Curve], fractions: Sequence[float]) -> list[Interval | None]:
     """Accuracy at these fractions removed, over the seeds' curves and their images; None past what every seed measured.
 
     Between measured points an image counts by straight lines between its two answers, so accuracy lies on the straight
     line between theirs. Intervals are those of `stats.crossed`, for new seeds and new images, within [0, 1].
     """
-    reach = _reach(curves)
-    cells: list[Interval | None] = []
-    for fraction in fractions:
-        if fraction > reach:
-            cells.append(None)
-            continue
-        found = stats.crossed([_answers(curve, [fraction])[:, 0] for curve in curves])
-        cells.append(Interval(found.mean, max(0.0, found.low), min(1.0, found.high), found.n))
-    return cells
+    found = stats.crossed([_answers(curve, fractions) for curve in curves])
+    low, high = np.maximum(found.low, 0.0), np.minimum(found.high, 1.0)
+    return [
+        Interval(float(found.mean[i]), float(low[i]), float(high[i]), found.n) if fraction <= _reach(curves) else None
+        for i, fraction in enumerate(fractions)
+    ]
 
 
 def difference(first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float]) -> Interval | None:
@@ -141,36 +154,23 @@ def _answers(curve: Curve, fractions: Sequence[float]) -> NDArray[np.float64]:
     return np.asarray(curve.correct[order].T @ np.array(weights))
 
 
-def lossless(
-    curves: Sequence[Curve], margin: float, *, generator: np.random.Generator, n_resamples: int = 1_000
-) -> Interval:
-    """The largest fraction that goes without loss, mean over the seeds' curves.
+def lossless(curves: Sequence[Curve], margin: float) -> NDArray[np.float64]:
+    """(S, 2) for each seed's curve how far it is shown to go without loss: the fraction there, and the units removed.
 
-    `mean`, `low` and `high` are arrays (2,): the fraction on the curves' axis and the number of units removed there.
-    For each seed it is the last measured cut up to which every one passes `stats.not_lower` against the dense network,
-    paired over images, at 97.5 %, one-sided; 0 where the first fails. Tests stop at the first that fails, so there is
-    nothing to correct for their number (Maurer, Hothorn and Lehmacher 1995): the chance to name a cut that loses more
-    than `margin` stays below 2.5 % a seed. Nothing is interpolated. The 95 % interval is a bootstrap in which seeds and
-    images are drawn anew and the tests made again; with one seed it speaks of new images alone.
+    It is the last measured cut up to which every one passes `stats.not_lower` against the dense network, paired over
+    images, at 97.5 %, one-sided; 0 where the first fails. A bound and no estimate: the largest cut that loses no more
+    than `margin` is at least there in 97.5 % of test sets, and the more images, the nearer. Nothing is interpolated.
 
     Raises UsageError for a margin outside (0, 1).
     """
-    stats.check_margin(margin)
-    steps, places, changes = [], [], []
-    for curve in curves:
-        order = np.argsort(curve.n_removed, kind="stable")
-        places.append(np.stack([curve.fraction[order], curve.n_removed[order].astype(np.float64)], axis=1))
-        change = curve.correct[order].astype(np.int8) - curve.correct[order[0]].astype(np.int8)
-        changes.append(np.concatenate([change > 0, change < 0]).T.astype(np.float64))
-        steps.append(places[-1][_last_shown(changes[-1].sum(axis=0), len(change[0]), margin)])
-    n_images = len(changes[0])
     found = []
-    for of_seeds, of_images in stats.resamples(len(curves), n_images, n_resamples, generator):
-        last = [_last_shown(of_images @ change, n_images, margin) for change in changes]
-        of_each = np.stack([place[row] for place, row in zip(places, last, strict=True)], axis=1)
-        found.append(np.einsum("rs,rsk->rk", of_seeds, of_each) / len(curves))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975], axis=0)
-    return Interval(np.mean(steps, axis=0), low, high, len(curves))
+    for curve in curves:
+        dense, *order = np.argsort(curve.n_removed, kind="stable")
+        change = curve.correct[order].astype(np.int8) - curve.correct[dense].astype(np.int8)
+        gained, lost = (change > 0).sum(axis=1), (change < 0).sum(axis=1)
+        last = [dense, *order][stats.shown_up_to(gained, lost, change.shape[1], margin) if len(order) else 0]
+        found.append([curve.fraction[last], curve.n_removed[last]])
+    return np.array(found, dtype=np.float64)
 
 
 def cautions(n_images: int, margin: float) -> list[str]:
@@ -182,11 +182,3 @@ def cautions(n_images: int, margin: float) -> list[str]:
         f"{n_images} test images cannot show that accuracy is at most {100 * margin:g} points lower, not even with "
         f"equal answers: that takes {least} images or a larger --margin"
     ]
-
-
-def _last_shown(counts: NDArray[np.float64], n_images: int, margin: float) -> Any:
-    """(...) the position of the last cut before the first that fails, from the images gained and lost (..., 2P)."""
-    gained, lost = np.split(counts, 2, axis=-1)
-    shown = np.asarray(stats.not_lower(gained, lost, n_images, margin))
-    shown[..., 0] = True  # the dense network loses nothing to itself, however few the images
-    return np.logical_and.accumulate(shown, axis=-1).sum(axis=-1) - 1

@@ -1,6 +1,7 @@
 """Models: loaded from a name, an import path or a saved folder, checked, saved, exported; never unpickled."""
 
-from sukashi.models.checks import probe, resized
+from sukashi.models.adapted import resized, with_new_head
+from sukashi.models.checks import brief, noise, probe
 from sukashi.models.loaded import Loaded, given_loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.memory import hold
@@ -17,6 +18,7 @@ __all__ = [
     "WEIGHTS",
     "Loaded",
     "Recipe",
+    "brief",
     "check_onnx_installed",
     "contents",
     "digest",
@@ -25,6 +27,7 @@ __all__ = [
     "hold",
     "load",
     "names",
+    "noise",
     "probe",
     "read_recipe",
     "resized",
@@ -32,4 +35,5 @@ __all__ = [
     "semi_structured",
     "takes_classes",
     "tensor_digests",
+    "with_new_head",
 ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from sukashi.core.errors import ModelError, SukashiError
 from sukashi.core.objective import CLASSIFICATION
@@ -19,6 +23,8 @@ from sukashi.network import hooks
 
 # Of fp32 logits; a batch of one may take another kernel, an image that sees its neighbours is off by far more.
 _ALONE = 1e-3
+# Of a row of fp32 probabilities, from 1.
+_SUM = 1e-4
 
 
 def probe(loaded: Loaded, example: Tensor) -> Tensor:
@@ -36,21 +42,6 @@ def probe(loaded: Loaded, example: Tensor) -> Tensor:
     return logits
 
 
-def resized(loaded: Loaded, size: int | None) -> Loaded:
-    """The same network for square images of this side, or None its own.
-
-    Raises ModelError where it takes none such, or would leave pixels unread that do not fill a patch.
-    """
-    own = loaded.preprocess
-    if size is None or size == own.height == own.width:
-        return loaded
-    changed = replace(loaded, preprocess=replace(own, height=size, width=size))
-    example = noise(changed.preprocess).to(next(loaded.model.parameters()).device)
-    remedy = f"leave --size out, its own is {own.height} x {own.width}"
-    checked_logits(loaded.model, example, loaded.spec, whole=True, remedy=remedy)
-    return changed
-
-
 def _fitting(model: nn.Module, example: Tensor) -> str:
     """What images to give a model that does not run on these."""
     remedy, n_given = "give images of the model's size and channels", example.shape[1]
@@ -61,6 +52,40 @@ def _fitting(model: nn.Module, example: Tensor) -> str:
 
 
 # Checks.
+
+_REMOVED_BY = {
+    WeightNorm: "torch.nn.utils.remove_weight_norm(layer)",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer)",
+    BasePruningMethod: "torch.nn.utils.prune.remove(layer, name)",
+}
+
+
+def copied(model: nn.Module, spec: str) -> nn.Module:
+    """A copy of a network, which its author may go on with.
+
+    Raises ModelError for layers without shapes yet, and for weights that hooks or the network itself compute from
+    others: neither a copy nor a cut would have them.
+    """
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise ModelError(
+                f"layer {name!r} of {spec} is lazy, its shapes are not known: pass a batch of images through the "
+                "network before it is given"
+            )
+        for hook in hooks.registered(module):
+            for kind, remedy in _REMOVED_BY.items():
+                if isinstance(hook, kind):
+                    raise ModelError(
+                        f"a weight of layer {name!r} of {spec} is computed in every pass, by {kind.__module__}: call "
+                        f"{remedy} before the network is given; the values stay"
+                    )
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ModelError(
+                    f"{attribute!r} of layer {name!r} of {spec} is computed from weights and kept: compute it in each "
+                    "pass, or make it a buffer"
+                )
+    return copy.deepcopy(model)
 
 
 def noise(preprocess: Preprocess) -> Tensor:
@@ -84,6 +109,7 @@ def checked_logits(
         with hooks.visited(model, _patches(model, example, spec) if whole else {}):
             first = model(example)
         second, alone = model(example), model(example[:1])
+        normalised = _normalised(first) and _normalised(model(_louder(example)))
     except SukashiError:
         raise
     except Exception as error:
@@ -104,6 +130,8 @@ def checked_logits(
     CLASSIFICATION.check_output(first, len(example), spec)
     if not first.isfinite().all():
         raise ModelError(f"{spec} gives NaN or Inf: check its weights and the preprocessing")
+    if normalised:
+        raise ModelError(f"{spec} gives probabilities, not logits: leave the softmax out")
     if changed:
         raise ModelError(f"{spec} changes its buffer {changed[0]!r} in eval mode: it must compute the same every time")
     if not torch.equal(first, second):
@@ -138,6 +166,22 @@ def _patches(model: nn.Module, example: Tensor, spec: str) -> dict[str, Callable
         and module.kernel_size == module.stride != (1, 1) == module.dilation
         and module.padding in ((0, 0), "valid")
     }
+
+
+def _normalised(output: Any) -> bool:
+    """Whether each row is a softmax's or a log-softmax's; of a single class that means nothing."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        return False
+    rows = output.double()
+    sums = (rows.sum(1) if bool((rows >= 0).all()) else rows.exp().sum(1)) - 1
+    return bool((sums.abs() < _SUM).all())
+
+
+def _louder(example: Tensor) -> Tensor:
+    """Other images than those of an example: logits that happen to look like probabilities there do not here."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn((4, *example.shape[1:]), generator=generator)
+    return (drawn * torch.tensor([0.1, 1.0, 10.0, 100.0]).view(4, 1, 1, 1)).to(example)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -37,6 +37,8 @@ class Loaded:
     mask: Mask | None = None
     last_cut: str = field(default="", compare=False)
     """What the last cut removed, in words; a folder does not keep it."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What was done to make its weights fit, in words; a folder does not keep them."""
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sukashi.core.errors import ModelError, UsageError
+from torch import nn
+
+from sukashi.core.errors import ModelError, SukashiError, UsageError
+from sukashi.core.types import Mask, Preprocess, Site
 from sukashi.models.checks import checked_logits, noise, probe
+from sukashi.models.fitting import Fit, fit, n_rows, side_of
+from sukashi.models.formats import File, holds_weights, read
 from sukashi.models.loaded import LIBRARIES, Loaded, check_name, given_loaded
+from sukashi.models.recipe import RECIPE
 from sukashi.models.saved import check_mask, open_folder
 from sukashi.models.specs import build, prepare
-from sukashi.models.weights import digest, fill, read, stated_classes, stated_preprocess
-from sukashi.network.layers import fused_names
+from sukashi.models.weights import digest, fill, stated_classes, stated_preprocess
 
 
 def load(
     spec: str,
     *,
     weights: str | Path | None = None,
+    weights_key: str | None = None,
     n_classes: int | None = None,
     width: int | None = None,
     pretrained: bool = False,
@@ -30,25 +37,23 @@ def load(
 
     `spec` is `sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable` (called without arguments, or
     with `n_classes` and `width` where given; the model it returns must have an attribute `preprocess`), or a folder
-    written by `pruned.save`. `weights` is a safetensors file, a `.pt` or `.pth` file of tensors, or a saved folder of
-    the same spec (the only way to open one whose spec is an import path: a recipe must not choose what code runs).
-    Without weights and `pretrained` the weights are random, drawn from torch's global generator. The metadata `mean`,
-    `std` (commas between numbers) and `classes` of a safetensors header replace the architecture's own.
-    `output` selects a key or position where the model returns several tensors.
+    written by `pruned.save`. `weights` is a file of safetensors or of torch.save, the index of such a file in parts, a
+    folder with one of these, or a saved folder of the same spec (the only way to open one whose spec is an import path:
+    a recipe must not choose what code runs). Names that tools have lengthened, entries beside the weights and the like
+    are seen through; `notes` of what comes out say so. `weights_key` names the entry, where several fit. The class
+    count of the weights is that of the model. Without weights and `pretrained` the weights are random, drawn from
+    torch's global generator. The metadata `mean`, `std` (commas between numbers) and `classes` of a safetensors header
+    replace the architecture's own. `output` selects a key or position where the model returns several tensors.
 
     Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
     rule. No input is unpickled.
     """
     check_name(spec)
-    whole = _whole(spec, weights, _given(n_classes=n_classes, width=width, pretrained=pretrained, output=output))
+    given = _given(weights_key=weights_key, n_classes=n_classes, width=width, pretrained=pretrained, output=output)
+    whole = _whole(spec, weights, given)
     if whole is not None:
         return whole
-    if weights is not None and pretrained:
-        raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
-    for name, value in (("n_classes", n_classes), ("width", width)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
-
+    _check_asked(weights, given)
     file = None if weights is None else read(Path(weights))
     stated = None if file is None else stated_classes(file)
     if n_classes is not None and stated is not None and n_classes != stated:
@@ -57,10 +62,11 @@ def load(
     ours = spec.partition(":")[0] in LIBRARIES
     if stated is not None and ours:
         options["n_classes"] = stated
-    model, preprocess, class_names = build(spec, options, pretrained)
-    if file is not None:
-        preprocess = stated_preprocess(file, preprocess)
-        fill(model, fused_names(model, file.tensors), file.path)
+    found, class_names = Fit({}), None
+    if file is None:
+        model, preprocess, class_names = build(spec, options, pretrained)
+    else:
+        model, preprocess, found = _filled(spec, options, file, weights_key)
     model = prepare(model, options)
     logits = checked_logits(model, noise(preprocess), spec, whole=not ours)
     known = stated if stated is not None else n_classes
@@ -75,8 +81,58 @@ def load(
         preprocess=preprocess,
         n_classes=logits.shape[1],
         class_names=class_names,
-        weights_sha256=digest(model) if file is None else file.sha256,
+        weights_sha256=digest(model) if file is None else file.sha256_of(weights_key),
+        mask=_mask(model, found),
+        notes=tuple(f"{weights}: {note}" for note in found.notes),
     )
+
+
+def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> tuple[nn.Module, Preprocess, Fit]:
+    """A model with the weights of a file, which also decide its class count and image size: both go into `options`."""
+    notes: list[str] = []
+    model, preprocess, _ = build(spec, options, False)
+    side = side_of(model, file) if spec.startswith("timm:") else None
+    if side is not None:
+        options["size"] = side
+        notes.append(f"the weights are for images of {side} x {side} pixels")
+        model, preprocess, _ = build(spec, options, False)
+    found = fit(model, file, key)
+    rows = n_rows(model.state_dict(), found.tensors)
+    if rows is not None:
+        _check_rows(rows, options.get("n_classes"), file.path)
+        with contextlib.suppress(SukashiError):  # not all that people write has a parameter n_classes
+            model, preprocess, _ = build(spec, {**options, "n_classes": rows}, False)
+            options["n_classes"] = rows
+    fill(model, found.tensors, file.path)
+    return model, stated_preprocess(file, preprocess), replace(found, notes=(*notes, *found.notes))
+
+
+def _check_asked(weights: str | Path | None, given: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other or mean nothing."""
+    if weights is not None and "pretrained" in given:
+        raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
+    if weights is None and "weights_key" in given:
+        raise UsageError(f"there are no weights to take {given['weights_key']!r} from: give a file, or no weights_key")
+    for name in ("n_classes", "width"):
+        if given.get(name, 1) < 1:
+            raise UsageError(f"{name} must be at least 1, got {given[name]}")
+
+
+def _check_rows(rows: int, asked: int | None, path: Path) -> None:
+    if asked is not None and asked != rows:
+        raise ModelError(
+            f"the weights of {path} are for {rows} classes, {asked} were asked for: leave the number out, or train "
+            "them on with a new classifier (--new-head)"
+        )
+
+
+def _mask(model: nn.Module, found: Fit) -> Mask | None:
+    """What stays of the weights that were saved under a mask, where those are weights of layers."""
+    layers = dict(model.named_modules())
+    keeps = {name.removesuffix(".weight"): keep for name, keep in found.keeps.items() if name.endswith(".weight")}
+    fitting = {layer: keep for layer, keep in keeps.items() if isinstance(layers.get(layer), nn.Conv2d | nn.Linear)}
+    sites = {Site(layer, "weight", keep.numel(), 0): keep for layer, keep in fitting.items()}
+    return Mask(sites) if sites else None
 
 
 def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loaded | None:
@@ -84,17 +140,22 @@ def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loa
     wrong = next(iter(own), "weights").removeprefix("n_")
     given = given_loaded(spec)
     if given is not None:
-        if own or (weights is not None and not Path(weights).is_dir()):
+        if own or (weights is not None and not _is_folder(weights)):
             raise UsageError(f"{spec} is a network that was given whole: leave {wrong} out")
         if weights is None:
             return _copied(given)
         spec = given.spec
     folder = spec if Path(spec).is_dir() else weights
-    if folder is None or not Path(folder).is_dir():
+    if folder is None or not (folder is spec or _is_folder(folder)):
         return None
     if own or (folder is spec and weights is not None):
         raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
     return open_folder(Path(folder), None if folder is spec else spec)
+
+
+def _is_folder(weights: str | Path) -> bool:
+    """Whether weights are a saved folder, and none as model hubs have them."""
+    return Path(weights).is_dir() and ((Path(weights) / RECIPE).exists() or not holds_weights(Path(weights)))
 
 
 def _copied(given: Loaded) -> Loaded:
@@ -109,4 +170,4 @@ def _copied(given: Loaded) -> Loaded:
 
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
-    return {name: value for name, value in options.items() if value not in (None, False)}
+    return {name: value for name, value in options.items() if value is not None and value is not False}

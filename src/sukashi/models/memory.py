@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from sukashi.core.errors import ModelError, SukashiError
 from sukashi.core.types import Mask, Preprocess
-from sukashi.models.checks import named_outputs, noise
+from sukashi.models.checks import copied, named_outputs, noise
 from sukashi.models.loaded import HELD, MEMORY, Held, Loaded
 from sukashi.models.specs import build, prepare
 from sukashi.models.weights import tensor_digests
@@ -48,6 +48,7 @@ def hold(given: nn.Module | Loaded, preprocess: Preprocess | None = None) -> str
             f"a {type(model).__name__} does not say what it reads: give it an attribute preprocess = "
             "sukashi.Preprocess(...), or give data whose images are tensors"
         )
+    kept = copied(model, f"this {type(model).__name__}")
     said: list[Any] = [tensor_digests(model.state_dict()), structure(model), repr(preprocess)]
     rebuilt = loaded is not None and _rebuilt(loaded)
     if loaded is not None:
@@ -59,7 +60,6 @@ def hold(given: nn.Module | Loaded, preprocess: Preprocess | None = None) -> str
             f"two networks are {name} by their weights, attributes and code, and still compute different things: "
             "give what differs as an attribute of the module, a number or a text"
         )
-    kept = copy.deepcopy(model)
     if loaded is not None:
         own: dict[str, Any] = {} if rebuilt else {"spec": f"{MEMORY}{name}", "options": {}, "cuts": ()}
         loaded = dataclasses.replace(loaded, model=kept, **own)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sukashi.core.bounded import read
 from sukashi.core.errors import ModelError, nearest
 from sukashi.core.files import FORMAT
 from sukashi.network.surgery import Table
@@ -34,9 +35,10 @@ class ArchitectureRecipe(Strict):
     """The spec, and the options of `load` that shape the architecture."""
 
     spec: str
-    n_classes: int | None = None
-    width: int | None = None
+    n_classes: int | None = Field(None, ge=1, le=1_000_000)
+    width: int | None = Field(None, ge=1, le=65_536)
     output: str | None = None
+    size: int | None = Field(None, ge=1, le=4096, exclude_if=lambda size: size is None)
 
 
 class MaskRecipe(Strict):
@@ -68,7 +70,7 @@ class Recipe(Strict):
 def read_recipe(path: Path) -> Recipe:
     """The `recipe.json` of a saved folder, checked. Raises ModelError for what is none."""
     try:
-        text = path.read_bytes()
+        text = read(path)
     except OSError as error:
         raise ModelError(f"cannot read {path} ({error.strerror}): a saved model is a folder with this file") from error
     try:

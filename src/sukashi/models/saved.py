@@ -12,10 +12,11 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from sukashi.core.errors import ModelError, writing
+from sukashi.core.errors import ModelError, UsageError, writing
 from sukashi.core.files import FORMAT, beside, check_free, sync, write_new
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import noise, probe
+from sukashi.models.formats import holds_weights, read
 from sukashi.models.loaded import LIBRARIES, Loaded
 from sukashi.models.recipe import (
     MASKS,
@@ -28,13 +29,19 @@ from sukashi.models.recipe import (
     read_recipe,
 )
 from sukashi.models.specs import build, prepare
-from sukashi.models.weights import fill, read, tensor_digests
+from sukashi.models.weights import fill, tensor_digests
 from sukashi.network import sparsity, surgery
 
 
 def open_folder(folder: Path, spec: str | None) -> Loaded:
     """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
+    if spec is None and not (folder / RECIPE).exists() and holds_weights(folder):
+        raise UsageError(f"{folder} holds weights without a {RECIPE}: give the model's name, and --weights {folder}")
     recipe = read_recipe(folder / RECIPE)
+    try:
+        preprocess = Preprocess(**recipe.preprocess.model_dump())
+    except UsageError as error:
+        raise ModelError(f"{folder / RECIPE} is no recipe: preprocess: {error}") from error
     options = recipe.model.model_dump(exclude_none=True)
     made = options.pop("spec")
     if spec is not None and spec != made:
@@ -61,7 +68,7 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
         model=prepare(model, {}),
         spec=made,
         options=options,
-        preprocess=Preprocess(**recipe.preprocess.model_dump()),
+        preprocess=preprocess,
         n_classes=recipe.n_classes,
         class_names=recipe.class_names,
         weights_sha256=file.sha256,

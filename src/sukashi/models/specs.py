@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import timm
+import torch
 import torchvision
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
-from sukashi.models.checks import brief, candidates, named_outputs
+from sukashi.models.checks import brief, candidates, copied, named_outputs
 from sukashi.models.loaded import held
 from sukashi.models.recipe import RECIPE
 from sukashi.models.weights import fill
@@ -32,6 +33,7 @@ TESTED = (
     *(f"timm:{name}" for name in ("deit3_small_patch16_224", "deit3_base_patch16_224", "vit_tiny_patch16_224")),
 )
 
+_MAX_PARAMETERS = 2**28  # of our own models: 1 GiB
 _FIXED_WIDTH = ("cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56")
 
 
@@ -71,12 +73,16 @@ def build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
         raise _unknown(spec)
     if "width" in options and source in ("timm", "torchvision"):
         raise UsageError(f"{spec} has no option width: only models of our own and import paths may")
+    if "size" in options and source != "timm":
+        raise UsageError(f"{spec} has no option size: only models of timm are laid out for one")
     try:
         return _SOURCES.get(source, _imported)(spec, options, pretrained)
     except (AssertionError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"{spec} could not be built with {dict(options)} ({brief(error)}): check the options"
-        ) from error
+        raise ModelError(f"{spec} could not be built{_told(options)} ({brief(error)}): check the options") from error
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    return f" with {dict(options)}" if options else ""
 
 
 def _own(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
@@ -88,9 +94,22 @@ def _own(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     build, n_classes, width, channels, size = OWN[name]
     if options.get("width", width) != width and name in _FIXED_WIDTH:
         raise UsageError(f"the width of {spec} is {width}, got {options['width']}: leave it out")
-    model = build(options.get("n_classes", n_classes), options.get("width", width))
+    asked = options.get("n_classes", n_classes), options.get("width", width)
+    _check_size(spec, build, *asked)
+    model = build(*asked)
     mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else ((0.0,), (1.0,))
     return model, Preprocess(size, size, channels, mean, std), None
+
+
+def _check_size(spec: str, build: Callable[[int, int], nn.Module], n_classes: int, width: int) -> None:
+    """Refuse a network that would fill the memory, before it does."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        n_parameters = sum(parameter.numel() for parameter in build(n_classes, width).parameters())
+    if n_parameters > _MAX_PARAMETERS:
+        raise UsageError(
+            f"{spec} of width {width} for {n_classes} classes has {n_parameters:,} parameters, at most "
+            f"{_MAX_PARAMETERS:,} are built: give a smaller width"
+        )
 
 
 def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
@@ -103,9 +122,11 @@ def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
         raise UsageError(f"unknown weights {tag!r} of timm:{bare}{nearest(tag, tags or ['none'])}")
     model = _fetched(spec, lambda: timm.create_model(name, pretrained=True)) if pretrained else None
     if model is None:
-        model = timm.create_model(name, num_classes=options.get("n_classes"))
+        sized = {"img_size": options["size"]} if "size" in options else {}
+        model = timm.create_model(name, num_classes=options.get("n_classes"), **sized)
     config = resolve_data_config(model=model)
-    channels, height, width = config["input_size"]
+    channels, *sides = config["input_size"]
+    height, width = [options["size"]] * 2 if "size" in options else sides
     return model, Preprocess(height, width, channels, tuple(config["mean"]), tuple(config["std"])), None
 
 
@@ -142,14 +163,14 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     try:
         model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
     except Exception as error:  # whatever a user's function raises
-        raise ModelError(f"{spec} could not be built with {dict(options)} ({brief(error)}): check it") from error
+        raise ModelError(f"{spec} could not be built{_told(options)} ({brief(error)}): check it") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned a {type(model).__name__}: it must return a torch.nn.Module")
     preprocess = getattr(model, "preprocess", None)
     if not isinstance(preprocess, Preprocess):
         raise ModelError(f"{spec} does not say what it reads: give its model an attribute preprocess = Preprocess(...)")
     # The caller may still hold the model, and train it.
-    return copy.deepcopy(model), preprocess, None
+    return copied(model, spec), preprocess, None
 
 
 def _from_memory(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:

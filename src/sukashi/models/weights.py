@@ -1,76 +1,21 @@
-"""Files of weights, read as plain data and never unpickled; filling them in; hashes."""
+"""Weights filled in, what their file says of them, and their hashes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Preprocess
-
-_SHOWN = 3
-
-
-# Weights.
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of weights, read once: its tensors by name, its text metadata and its hash."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-    sha256: str
-
-
-def read(path: Path) -> File:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read weights {path} ({error.strerror}): check the path") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if path.suffix == ".safetensors":
-        try:
-            # Its parser holds the header against the bytes that follow: every tensor inside, none overlapping, no gap.
-            tensors = safetensors.torch.load(data)
-        except (SafetensorError, KeyError) as error:
-            raise ModelError(f"{path} is no intact safetensors file ({error}): fetch or save it again") from error
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return File(path, tensors, header.get("__metadata__", {}), sha256)
-    if path.suffix in (".pt", ".pth"):
-        return File(path, _unpickled_safely(data, path), {}, sha256)
-    raise ModelError(f"weights {path} must be a .safetensors, .pt or .pth file, got {path.suffix!r}")
-
-
-def _unpickled_safely(data: bytes, path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle that wants to run code, or no pickle at all
-        raise ModelError(
-            f"{path} was refused: it is damaged or holds more than tensors, and nothing in it was run; "
-            "save the state_dict as safetensors"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ModelError(
-            f"{path} must hold a state_dict, also under 'state_dict' or 'model', got {type(found).__name__}"
-        )
-    return dict(found)
+from sukashi.models.fitting import check_fits, check_kind, check_plain
+from sukashi.models.formats import File
 
 
 def stated_classes(file: File) -> int | None:
@@ -90,34 +35,21 @@ def stated_preprocess(file: File, preprocess: Preprocess) -> Preprocess:
     for key, text in stated.items():
         with contextlib.suppress(ValueError):
             numbers[key] = tuple(float(part) for part in text.split(","))
-        good = key in numbers and len(numbers[key]) == preprocess.channels and all(map(math.isfinite, numbers[key]))
-        if not good or (key == "std" and min(numbers[key]) <= 0):
-            raise ModelError(
-                f"the header of {file.path} gives {key}={text!r}: it must be {preprocess.channels} numbers with "
-                "commas between, a std above 0"
-            )
-    return replace(preprocess, **numbers)
+        if key not in numbers:
+            raise ModelError(f"the header of {file.path} gives {key}={text!r}: it must be numbers with commas between")
+    try:
+        return replace(preprocess, **numbers)
+    except UsageError as error:
+        raise ModelError(f"the header of {file.path} says what cannot be: {error}") from error
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
     """Copy tensors into the model; none but exactly its own, so that nothing keeps its random start unnoticed."""
     own = model.state_dict()
-    faults = {
-        "missing": [name for name in own if name not in tensors],
-        "unexpected": [name for name in tensors if name not in own],
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
-        ],
-    }
-    if any(faults.values()):
-        counts = "; ".join(
-            f"{len(found)} {fault}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
-            for fault, found in faults.items()
-            if found
-        )
-        raise ModelError(f"the weights of {where} do not fit the model ({counts}): check its name, classes and width")
+    check_fits(own, tensors, where)
+    for name, tensor in tensors.items():
+        check_plain(name, tensor, where)
+        check_kind(name, tensor, own[name], where)
     model.load_state_dict(dict(tensors))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from sukashi.core.stats import ratio
 from sukashi.core.types import Plan
 from sukashi.report import figures, words
 from sukashi.report.figures import INK
@@ -17,7 +19,6 @@ from sukashi.report.figures import INK
 Array = NDArray[np.float64]
 
 N_WORST = 5
-SLOWER = 1.05  # times as long as the dense network; less is what two clockings of one network differ by
 CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": "#D55E00", "": "#EEF0F2"}
 # Each figure of a network: what the page calls it, and how it is printed.
 FIGURES = {
@@ -29,7 +30,6 @@ FIGURES = {
     "zeros_in_all": ("zeros in all parameters", "percent"),
     "parameters": ("parameters", "count"),
     "flops": ("FLOPs an image", "count"),
-    "latency_ms": ("latency, ms", "number"),
     "peak_bytes": ("peak memory", "bytes"),
     "bytes": ("file size", "bytes"),
 }
@@ -53,38 +53,65 @@ def _shares(plans: Sequence[Plan], category: str) -> Array:
     return np.asarray(np.mean(found, axis=0))
 
 
-def cost_table(columns: Mapping[str, Mapping[str, Any]], note: str) -> dict[str, Any] | None:
-    """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known."""
-    rows = []
+def cost_table(
+    columns: Mapping[str, Mapping[str, Any]], latency: Mapping[str, Mapping[str, float]], note: str
+) -> dict[str, Any] | None:
+    """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known.
+
+    `columns` are the dense network's figures and those of others by name, `latency` that of the others, see `timed`.
+    """
+    rows: list[tuple[str, list[str], list[str]]] = []
     for name, (noun, form) in FIGURES.items():
         values = [figures.get(name) for figures in columns.values()]
         if any(value is not None for value in values):
             dense = values[0]
-            factors = [value / dense if dense and value is not None and form != "percent" else None for value in values]
-            rows.append((noun, [words.printed(value, form) for value in values], [None, *factors[1:]]))
+            told = [
+                f"× {value / dense:.2f}" if dense and value is not None and form != "percent" else ""
+                for value in values[1:]
+            ]
+            rows.append((noun, [words.printed(value, form) for value in values], ["", *told]))
+    if latency:
+        dense_ms = statistics.median(of["dense_ms"] for of in latency.values())
+        times = [dense_ms, *(latency[name]["cut_ms"] if name in latency else None for name in [*columns][1:])]
+        told = [f"× {factor(latency[name])}" if name in latency else "" for name in columns]
+        rows.append(("latency, ms", [words.printed(ms, "number") for ms in times], told))
     return {"columns": list(columns), "rows": rows, "note": note} if rows else None
 
 
-def figure_rows(
-    columns: Mapping[str, Mapping[str, Any]], latency_ms: Mapping[str, float]
-) -> list[tuple[str, list[str]]]:
+def figure_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """What each figure is called, and how it is printed for each network."""
-    told = {name: {**of, "latency_ms": latency_ms.get(name)} for name, of in columns.items()}
     return [
-        (noun, [words.printed(of.get(name), form) for of in told.values()])
+        (noun, [words.printed(of.get(name), form) for of in columns.values()])
         for name, (noun, form) in FIGURES.items()
-        if any(of.get(name) is not None for of in told.values())
+        if any(of.get(name) is not None for of in columns.values())
     ]
 
 
-def slower(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each network that takes longer than the dense one, by more than a clock's noise."""
-    dense = columns.get("dense", {}).get("latency_ms")
+def timed(turns: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """What the milliseconds of a dense network and of one or several cut ones come to, `dense_ms` and `cut_ms` of each
+    pair timed in turns: their medians, and the `factor` of the dense network's time, its bounds the widest of any pair.
+    """
+    factors = [ratio(of["dense_ms"], of["cut_ms"]) for of in turns]
+    return {
+        **{name: statistics.median([ms for of in turns for ms in of[name]]) for name in ("dense_ms", "cut_ms")},
+        "factor": statistics.geometric_mean([each.mean for each in factors]),
+        "low": min(each.low for each in factors),
+        "high": max(each.high for each in factors),
+    }
+
+
+def factor(latency: Mapping[str, float]) -> str:
+    """The factor of the dense network's time, with its bounds."""
+    return f"{latency['factor']:.2f} ({latency['low']:.2f} to {latency['high']:.2f})"
+
+
+def slower(latency: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each network that is shown to take longer than the dense one."""
     return [
-        f"{name}: the cut network takes {figures['latency_ms'] / dense:.2f} times as long as the dense one; odd "
-        "channel counts are the usual reason, see --round-to."
-        for name, figures in columns.items()
-        if dense and round(figures.get("latency_ms", 0) / dense, 2) > SLOWER
+        f"{name}: the cut network takes {factor(of)} times as long as the dense one; odd channel counts are the usual "
+        "reason, see --round-to."
+        for name, of in latency.items()
+        if of["low"] > 1
     ]
 
 
@@ -114,8 +141,7 @@ def draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         figures.calm(axes)
         axes.grid(False)
-    # A $ would start a formula.
-    rows[-1].set_xticks(range(len(layers)), [name.replace("$", r"\$") for name in layers], rotation=90, fontsize=7)
+    rows[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     handles = {label: handle for axes in rows for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     return figures.png(figure)

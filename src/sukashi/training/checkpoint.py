@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sukashi.core import files
+from sukashi.core.bounded import from_json
 from sukashi.core.errors import ModelError, UsageError, writing
 
 FILE = "checkpoint.safetensors"
@@ -63,7 +63,7 @@ def facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says beside its tensors: `about`, `step`, `sums`, `history`. ModelError where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return dict(json.loads(file.metadata()[_KEY]))
+            return dict(from_json(file.metadata()[_KEY]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sukashi import models
 from sukashi.core import files
-from sukashi.core.errors import DataError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.data import Data, Split
 from sukashi.models import Loaded
 from sukashi.network import sparsity
@@ -41,8 +45,8 @@ def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[s
 
 def check_training(
     training: Training, train: Split, validation: Split | None, loaded: Loaded, tensorboard: bool
-) -> None:
-    """Refuse what cannot be trained, before anything is."""
+) -> tuple[str, ...]:
+    """Refuse what cannot be trained, before anything is; and what is to be noted."""
     if training.warmup >= training.epochs:
         raise UsageError(f"warmup must be below epochs, got {training.warmup} of {training.epochs}: give more epochs")
     if training.patience and validation is None:
@@ -62,6 +66,39 @@ def check_training(
         sparsity.check_fits(loaded.model, loaded.mask)
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("--tensorboard needs tensorboard: pip install 'sukashi[tensorboard]'")
+    return _check_step(loaded, train, training)
+
+
+def _check_step(loaded: Loaded, train: Split, training: Training) -> tuple[str, ...]:
+    """Refuse what fails in train mode on the smallest batch there will be, of which two images are enough to try."""
+    device = next(loaded.model.parameters()).device
+    x = models.noise(loaded.preprocess)[: len(train) // n_batches(len(train), training.batch_size)].to(device)
+    wanted = len(x), loaded.n_classes
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            given = copy.deepcopy(loaded.model).requires_grad_().train()(x)
+            output = logits_of(given)
+            if isinstance(output, Tensor) and output.shape == wanted:
+                target = torch.zeros(len(x), dtype=torch.int64, device=device)
+                train.objective.loss(output.float(), target).backward()
+    except Exception as error:  # whatever a network raises
+        remedy = "larger ones by --size, or mend it" if len(x) > 1 else "another --batch-size, which leaves none alone"
+        raise ModelError(
+            f"{loaded.spec} cannot be trained on {len(x)} image{'s' if len(x) > 1 else ''} of "
+            f"{loaded.preprocess.height} x {loaded.preprocess.width} pixels ({models.brief(error)}): give {remedy}"
+        ) from error
+    if not isinstance(output, Tensor) or output.shape != wanted:
+        found = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ModelError(
+            f"{loaded.spec} gives {found} in train mode for {len(x)} images, and logits {wanted} in eval mode: it must "
+            "give those in both, alone or as `logits` of a named tuple"
+        )
+    return () if given is output else (f"{loaded.spec} was trained by its logits alone, not by its auxiliary outputs",)
+
+
+def logits_of(output: Any) -> Any:
+    """The logits of what a network gives in train mode: GoogLeNet and Inception give auxiliary ones beside."""
+    return getattr(output, "logits", output)
 
 
 def bytes_of(gib: float) -> int:

@@ -35,7 +35,7 @@ from sukashi.network import sparsity
 from sukashi.training import checkpoint
 from sukashi.training.checkpoint import State
 from sukashi.training.distributed import World, lost, starts_again, unused, world
-from sukashi.training.inputs import about, check_training, n_batches, splits
+from sukashi.training.inputs import about, check_training, logits_of, n_batches, splits
 from sukashi.training.settings import Finetuning, Training
 
 __all__ = ["MEMORY", "Finetuning", "Fitted", "Training", "fit"]
@@ -96,7 +96,7 @@ def fit(
     """
     device = next(loaded.model.parameters()).device if device is None else device
     train, validation, notes = splits(data, training)
-    check_training(training, train, validation, loaded, tensorboard is not None)
+    notes += check_training(training, train, validation, loaded, tensorboard is not None)
     checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
     with world(device) as processes, contextlib.ExitStack() as stack:
         try:
@@ -255,7 +255,7 @@ class _Run:
             group["lr"] = rate
         on_gpu = processes.device.type == "cuda"
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=on_gpu):
-            logits = self.net(x)
+            logits = logits_of(self.net(x))
         loss = self.objective.loss(logits.float(), target, label_smoothing=training.label_smoothing)
         self.pending.append(processes.total(torch.stack([loss.detach(), loss.new_tensor(float(asked))])))
         last = (state.step + 1) % self.n_batches == 0

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sukashi import models
 from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, UsageError
+from sukashi.core.objective import Objective
 from sukashi.core.types import Batch, Preprocess
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import Bench, Source
@@ -125,20 +126,13 @@ class Network:
 def opened(asked: Audit) -> list[Network]:
     """The models on the same test images, and on which of them each is audited."""
     specs, population = asked.models, asked.population
-    given = [name for name in Architecture.model_fields if getattr(asked, name)]
-    folders = [Path(spec).is_dir() for spec in specs]
-    whole = [folder or models.given_loaded(spec) is not None for spec, folder in zip(specs, folders, strict=True)]
-    if given and all(whole):
-        raise UsageError(f"saved folders bring their own {given[0]}, and all models are such: leave it out")
-    without = asked.model_copy(update=dict(Architecture()))
-    sources = [Source.of(without if own else asked, model=spec) for spec, own in zip(specs, whole, strict=True)]
+    sources = _sources(asked)
     source = sources[0]
     images = source.read()
-    split = images.test.limit(source.test_images)
-    batches: dict[Preprocess, Batch] = {}
+    batches: dict[tuple[Preprocess, Objective], Batch] = {}
     found: list[Network] = []
     with progress.task("models", len(specs)) as shown:
-        for spec, label, folder, own in zip(specs, labels(specs), folders, sources, strict=True):
+        for spec, label, own in zip(specs, labels(specs), sources, strict=True):
             setting = own.beside(images)
             preprocess = setting.loaded.preprocess
             size, first = size_of(preprocess), size_of(found[0].loaded.preprocess if found else preprocess)
@@ -147,9 +141,10 @@ def opened(asked: Audit) -> list[Network]:
                     f"{label} reads images of {size[0]} x {size[1]} pixels and {found[0].label} of {first[0]} x "
                     f"{first[1]}: maps of different sizes can't be compared, audit them apart"
                 )
-            if preprocess not in batches:
-                batches[preprocess] = split.whole(preprocess, source.workers)
-            batch = batches[preprocess]
+            test = setting.data.test
+            if (key := (preprocess, test.objective)) not in batches:
+                batches[key] = test.limit(source.test_images).whole(preprocess, source.workers)
+            batch = batches[key]
             right = accuracy.evaluate(setting.loaded.model, batch)[0].astype(bool)
             of_reference = found[0].answers.right if found else right
             kept = {"both": of_reference & right, "reference": of_reference, "all": np.ones_like(right)}[population]
@@ -159,7 +154,7 @@ def opened(asked: Audit) -> list[Network]:
                     f"there is no test image to audit {whose} on, of {len(right)}, that "
                     f"{POPULATIONS[population]}: give more --test-images or another --population"
                 )
-            series, ratio, trained = _level(spec) if folder else (None, None, False)
+            series, ratio, trained = _level(spec)
             loaded = setting.loaded
             answers = Answers(
                 label=label,
@@ -184,16 +179,45 @@ def opened(asked: Audit) -> list[Network]:
     return found
 
 
+def _sources(asked: Audit) -> list[Source]:
+    """Each model by its name, with the weights that all share, or with its own."""
+    parts = [parted(model) for model in asked.models]
+    whole = [Path(own or spec).is_dir() or models.given_loaded(spec) is not None for spec, own in parts]
+    given = [name for name in Architecture.model_fields if getattr(asked, name)]
+    idle = given if all(whole) else [name for name in given if name == "weights" and all(own for _, own in parts)]
+    if idle:
+        raise UsageError(f"the models bring their own {idle[0]}, as saved folders do: leave it out")
+    without = asked.model_copy(update=dict(Architecture()))
+    return [
+        Source.of(without if is_whole else asked, model=spec, **({} if own is None else {"weights": own}))
+        for (spec, own), is_whole in zip(parts, whole, strict=True)
+    ]
+
+
+def parted(model: str) -> tuple[str, str | None]:
+    """A spec and its own weights, of SPEC=WEIGHTS; of anything else itself and None.
+
+    Raises UsageError where one of them is missing.
+    """
+    spec, equals, own = model.partition("=")
+    if not equals or Path(model).is_dir():
+        return model, None
+    if not spec or not own:
+        raise UsageError(f"a model with weights of its own is SPEC=FOLDER or SPEC=FILE, got {model!r}")
+    return spec, own
+
+
 def size_of(preprocess: Preprocess) -> tuple[int, int]:
     return preprocess.height, preprocess.width
 
 
 def labels(specs: Sequence[str]) -> list[str]:
-    """A short name for each model: of a folder what its path has and not all have, of a spec what follows its colon.
+    """A short name for each model: of a path what it has and not all have, of a spec what follows its colon.
 
     A name without a letter, as that of a ratio, gets the folder it lies in.
     """
-    paths = {spec: Path(spec).resolve().parts for spec in specs if Path(spec).is_dir()}
+    places = {spec: parted(spec)[1] or spec for spec in specs}
+    paths = {spec: Path(place).resolve().parts for spec, place in places.items() if Path(place).exists()}
     shared = set.intersection(*map(set, paths.values())) if paths else set()
     found: list[str] = []
     for spec in specs:
@@ -206,10 +230,13 @@ def labels(specs: Sequence[str]) -> list[str]:
     return found
 
 
-def _level(folder: str) -> tuple[str | None, float | None, bool]:
+def _level(model: str) -> tuple[str | None, float | None, bool]:
     """By what a saved model was pruned and how far, where its recipe says so; and whether it was trained then."""
-    recipe = models.read_recipe(Path(folder) / models.RECIPE)
-    told = recipe.provenance
+    spec, own = parted(model)
+    path = Path(own or spec) / models.RECIPE
+    if not path.is_file():
+        return None, None, False
+    told = models.read_recipe(path).provenance
     trained = bool(told.get("trained"))
     series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked")
     if not isinstance(series, str) or not isinstance(ratio, int | float):

@@ -16,7 +16,9 @@ class Audit(Opening):
     grows: ClassVar[frozenset[str]] = frozenset({"models", "attributions"})
 
     models: list[str] = option(
-        argument=True, help="Specs, which share --weights, or saved folders. The first is the reference."
+        argument=True,
+        help="Specs, which share --weights, saved folders, or SPEC=FOLDER and SPEC=FILE, each with weights of its own. "
+        "The first is the reference.",
     )
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted audit is resumed.")
     subjects: list[str] = option(["saliency"], joined=True, help="What to look at: saliency.")

@@ -17,6 +17,8 @@ from sukashi.experiments.check.settings import Check
 from sukashi.network import sites
 from sukashi.report import words
 
+SHOWN = 20  # classes at most
+
 
 class CheckResult(Result):
     """A model and data before anything is done with them.
@@ -45,6 +47,8 @@ class CheckResult(Result):
         said = [words.table(["site", "kind", "units"], rows), ""]
         said.append(f"{len(self.sites)} sites, {self.units} units, {self.parameters:,} parameters")
         said += [f"not cut: {layer}: {reason}" for layer, reason in self.refused.items()]
+        few = ", ".join(self.class_names[:SHOWN]) + (", ..." if len(self.class_names) > SHOWN else "")
+        said.append(f"{len(self.class_names)} classes: {few}")
         for split, counts in self.class_counts.items():
             said.append(f"{split}: {sum(counts)} images, {min(counts)} to {max(counts)} a class")
         said += [f"note: {note}" for note in self.notes]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.stats import Interval, interval
+from sukashi.core.stats import Interval, crossed
 from sukashi.core.types import Curve, Plan
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.workspace import Desk, Record, Workspace
+from sukashi.measures import curves
 
 Array = NDArray[np.float64]
 
@@ -29,25 +31,20 @@ class Contender:
     curves: list[Curve]
     plans: list[Plan]
 
-    @property
-    def sauce(self) -> Interval:
-        return self.over_seeds("sauce")
+    def areas(self, *, relative: bool = False) -> Array:
+        """(S, B) the SAUCE of each seed's curve for each test image."""
+        chance = float(self.results[0]["chance"])
+        return np.stack([curves.areas(curve, chance, relative=relative) for curve in self.curves])
 
-    def over_seeds(self, name: str) -> Interval:
-        return interval([float(result[name]) for result in self.results])
+    @cached_property
+    def sauce(self) -> Interval:
+        """For new seeds and new test images."""
+        return crossed(self.areas())
 
     @property
     def reach(self) -> float:
         """The largest fraction that every seed measured."""
         return float(min(curve.fraction.max() for curve in self.curves))
-
-    def at(self, fractions: Array) -> Interval:
-        """Accuracy over seeds at these fractions, on straight lines between the measured points."""
-        rows = []
-        for curve in self.curves:
-            order = np.argsort(curve.n_removed, kind="stable")
-            rows.append(np.interp(fractions, curve.fraction[order], curve.accuracy[order]))
-        return interval(rows)
 
 
 def name_of(criterion: str, sampling: str) -> str:

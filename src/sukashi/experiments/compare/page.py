@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from sukashi.experiments.compare.contenders import Contender, contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.workspace import Workspace
+from sukashi.measures import curves
 from sukashi.measures.curves import THRESHOLDS
 from sukashi.report import figures, words
 from sukashi.report.figures import COLOURS, OTHERS
@@ -32,7 +33,6 @@ def page(result: CompareResult, space: Workspace) -> Page:
     drawn = {"curves": _draw_curves(found, colours, REMOVED[result.mode])}
     if with_categories:
         drawn["categories"] = draw_categories(with_categories)
-    costs = {name: {**result.costs.get(name, {}), **of} for name, of in result.latency_ms.items()} or result.costs
     leader = result.contenders[0]
     return Page(
         "experiments/compare/page.html.j2",
@@ -40,7 +40,7 @@ def page(result: CompareResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model} on {result.data}",
-            "warnings": [*result.notes, *slower(result.latency_ms)],
+            "warnings": [*result.notes, *slower(result.latency)],
             "colours": colours,
             "removed": REMOVED[result.mode],
             "fractions": THRESHOLDS,
@@ -48,7 +48,9 @@ def page(result: CompareResult, space: Workspace) -> Page:
             "n_pairs": len(result.differences),
             "margin": f"{100 * next(iter(result.lossless.values()))['margin']:g}",
             "costs": cost_table(
-                costs, "The network cut for real beside the dense one, with half of the units removed."
+                result.costs,
+                result.latency,
+                "The network cut for real beside the dense one, with half of the units removed.",
             ),
             "worst": result.worst_classes,
             "settings": {
@@ -72,25 +74,18 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
     figures.level(axes, result["chance"], "chance", ":")
     for one in reversed(found):  # the best is drawn last, on top
         fractions = np.linspace(0, one.reach, 101)
-        line = one.at(fractions)
+        line = [found for found in curves.at(one.curves, fractions.tolist()) if found is not None]
         mean = one.sauce.mean
         axes.plot(
             fractions,
-            line.mean,
+            [point.mean for point in line],
             color=colours[one.name],
             linestyle=DASHES[one.sampling],
             linewidth=1.8,
             label=f"{one.name}  {mean:.1f}",
         )
-        if line.low is not None:
-            axes.fill_between(
-                fractions,
-                np.clip(line.low, 0, 1),
-                np.clip(line.high, 0, 1),
-                color=colours[one.name],
-                alpha=0.15,
-                linewidth=0,
-            )
+        low, high = ([getattr(point, name) for point in line] for name in ("low", "high"))
+        axes.fill_between(fractions, low, high, color=colours[one.name], alpha=0.15, linewidth=0)
         for curve in one.curves:
             after_pass = np.isnan(curve.ratio)
             axes.plot(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -121,8 +120,8 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     test = setting.test()
     curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
     save_curve(desk, curve)
-    n_classes, objective = setting.loaded.n_classes, test.objective
-    chance = objective.chance(n_classes)
+    n_classes, objective = setting.data.n_classes, test.objective
+    chance = objective.chance(setting.loaded.n_classes)
     desk.finish(
         {
             "mode": mode,
@@ -135,6 +134,7 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
             "class_accuracy": [by_class(row, objective.classes(test.target), n_classes) for row in curve.correct],
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
+            "n_evaluations": plan.n_evaluations,
             "notes": list(setting.data.notes),
         }
     )
@@ -172,7 +172,5 @@ def _time(setting: Bench, space: Workspace) -> None:
         for (name, seed), record in missing.items():
             small = pruning.cut(setting.loaded, plan_of(record.arrays("plan"), setting.found.sites).mask(0.5))
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
-            space.log(
-                "latency", contender=name, seed=seed, dense_ms=statistics.median(dense), cut_ms=statistics.median(cut)
-            )
+            space.log("latency", contender=name, seed=seed, dense_ms=dense, cut_ms=cut)
             shown.advance(note=name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sukashi.core import stats
 from sukashi.core.experiment import Result
-from sukashi.core.stats import holm, interval, paired
+from sukashi.core.stats import holm, interval
 from sukashi.experiments.compare.contenders import Contender, contenders, refused
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import curves
@@ -24,23 +24,27 @@ class CompareResult(Result):
 
     contenders      best mean SAUCE first; the dictionaries are by contender
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
-    sauce, relative_sauce   100 times the area under accuracy; over seeds
-    lossless        how far every cut is shown to lose at most `margin`: {"margin", "parameters_removed" (None in mode
-                    zero), "units_removed"}, see `measures.curves.lossless`
+    sauce, relative_sauce   100 times the area under accuracy; intervals are for new seeds and new test images
+    evaluations     how often a criterion asked what one image comes to without one unit, mean over seeds; 0 for those
+                    that do not ask
+    lossless        up to where every cut is shown to lose at most `margin`, a bound: {"margin", "parameters_removed"
+                    (None in mode zero), "units_removed"}, each {"mean", "least", "most", "n"} over the seeds, see
+                    `measures.curves.lossless`
     accuracy_at     at 0.15, 0.3, 0.5 and 0.7 of what `removes` says; None where no trial went that far
     measured_up_to  the largest fraction that every seed measured
-    differences     of SAUCE between pairs, the better first, seed by seed: mean, low, high, n, bootstrap, p, p_holm
-                    (over all pairs), p_wilcoxon
+    differences     of SAUCE between pairs, the better first, paired by seed and image: mean, low, high, n, p, p_holm
+                    (over all pairs)
     curves, passes  points of each seed; `pass_means` over the seeds that have that many passes
-    costs           parameters, FLOPs, bytes of the dense network and with half of the units gone; `latency_ms`
-                    is what a clock decides
+    costs           parameters, FLOPs, bytes of the dense network and with half of the units gone
+    latency         what a clock decides, of the network with half of the units gone: the medians dense_ms and cut_ms
+                    and the factor between them, low to high, both networks timed in turns
     worst_classes   where the leader's cut of half of the units lost most
 
     `verdict` says who leads, `rule` what decided that.
     """
 
     kind: ClassVar[str] = "compare"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency")
 
     model: str
     data: str
@@ -54,6 +58,7 @@ class CompareResult(Result):
     sauce: dict[str, Bounds]
     sauces: dict[str, list[float]]
     relative_sauce: dict[str, Bounds]
+    evaluations: dict[str, float]
     lossless: dict[str, dict[str, Any]]
     accuracy_at: dict[str, dict[str, Bounds | None]]
     measured_up_to: dict[str, float]
@@ -62,7 +67,7 @@ class CompareResult(Result):
     passes: dict[str, list[list[dict[str, Any]]]]
     pass_means: dict[str, list[dict[str, Any]]]
     costs: dict[str, dict[str, Any]]
-    latency_ms: dict[str, dict[str, float]]
+    latency: dict[str, dict[str, float]]
     worst_classes: dict[str, Any] | None
     refused: dict[str, str]
     verdict: str
@@ -71,26 +76,27 @@ class CompareResult(Result):
 
     def text(self) -> str:
         margin = next(iter(self.lossless.values()))["margin"]
-        header = ["criterion", "SAUCE", "95 % interval", f"lossless ({100 * margin:g} points)", "95 % interval"]
+        header = ["criterion", "SAUCE", "95 % interval", f"lossless ({100 * margin:g} points) up to at least"]
         found = []
         for name in self.contenders:
             sauce, free = self.sauce[name], self.lossless[name]["removed"]
-            told = "one seed" if sauce["low"] is None else f"{sauce['low']:.1f} to {sauce['high']:.1f}"
-            passes = self.passes[name][0]
-            said = ", ".join(f"{point['removed']:.2f} -> {point['accuracy']:.3f}" for point in passes[:4])
+            passes = self.pass_means.get(name, [])
+            said = ", ".join(f"{of['removed']['mean']:.2f} -> {of['accuracy']['mean']:.3f}" for of in passes[:4])
             found.append(
                 [
-                    *(name, f"{sauce['mean']:.1f}", told, f"{free['mean']:.1%}"),
-                    f"{free['low']:.1%} to {free['high']:.1%}",
+                    *(name, f"{sauce['mean']:.1f}", f"{sauce['low']:.1f} to {sauce['high']:.1f}"),
+                    f"{free['mean']:.1%}"
+                    + (f" ({free['least']:.1%} to {free['most']:.1%})" if free["least"] < free["most"] else ""),
+                    f"{self.evaluations[name]:,.0f}",
                     said + (", ..." if len(passes) > 4 else ""),
                 ]
             )
         return "\n".join(
             [
-                words.table([*header, "after each pass: removed -> accuracy"], found),
+                words.table([*header, "image evaluations", "after each pass: removed -> accuracy"], found),
                 "",
                 f"dense accuracy {self.dense_accuracy:.3f}",
-                *(f"note: {note}" for note in [*self.notes, *networks.slower(self.latency_ms)]),
+                *(f"note: {note}" for note in [*self.notes, *networks.slower(self.latency)]),
                 *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
                 *words.where(self),
             ]
@@ -139,7 +145,8 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         chance=leader.results[0]["chance"],
         sauce={one.name: _bounds(one.sauce) for one in found},
         sauces={one.name: [float(result["sauce"]) for result in one.results] for one in found},
-        relative_sauce={one.name: _bounds(one.over_seeds("relative_sauce")) for one in found},
+        relative_sauce={one.name: _bounds(stats.crossed(one.areas(relative=True))) for one in found},
+        evaluations={one.name: float(np.mean([result["n_evaluations"] for result in one.results])) for one in found},
         lossless={one.name: _lossless(one, margin, mode) for one in found},
         accuracy_at={
             one.name: {
@@ -154,7 +161,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         passes={one.name: _points(one, mode, passes=True) for one in found},
         pass_means={one.name: means for one in found if (means := _pass_means(one))},
         costs=_costs(found),
-        latency_ms=_latency(space, found),
+        latency=_latency(space, found),
         worst_classes=_worst(leader),
         refused=refused(space),
         verdict=verdict,
@@ -169,30 +176,16 @@ def _bounds(found: stats.Interval) -> Bounds:
 
 def _pairs(found: Sequence[Contender]) -> list[dict[str, Any]]:
     """Every pair of contenders that share seeds, the better first."""
-    generator = np.random.default_rng(0)
-    tests = []
-    for first, second in itertools.combinations(found, 2):
-        one, other = (
-            {seed: float(result["sauce"]) for seed, result in zip(of.seeds, of.results, strict=True)}
-            for of in (first, second)
-        )
-        seeds = sorted(set(one) & set(other))
-        if seeds:
-            test = paired([one[seed] for seed in seeds], [other[seed] for seed in seeds], generator=generator)
-            tests.append((first.name, second.name, test))
-    corrected = iter(holm([test.p_t for _, _, test in tests if test.p_t is not None]))
-    return [
-        {
-            "first": first,
-            "second": second,
-            **_bounds(test.t),
-            "bootstrap": _bounds(test.bootstrap),
-            "p": test.p_t,
-            "p_holm": None if test.p_t is None else float(next(corrected)),
-            "p_wilcoxon": test.p_wilcoxon,
-        }
-        for first, second, test in tests
-    ]
+    areas = {one.name: dict(zip(one.seeds, one.areas(), strict=True)) for one in found}
+    pairs = []
+    for first, second in itertools.combinations(areas, 2):
+        shared = sorted(areas[first].keys() & areas[second].keys())
+        if shared:
+            between = np.stack([areas[first][seed] - areas[second][seed] for seed in shared])
+            about = {"first": first, "second": second}
+            pairs.append({**about, **_bounds(stats.crossed(between)), "p": stats.crossed_test(between)})
+    corrected = holm([pair["p"] for pair in pairs]).tolist()
+    return [{**pair, "p_holm": p} for pair, p in zip(pairs, corrected, strict=True)]
 
 
 def _verdict(found: Sequence[Contender], pairs: Sequence[dict[str, Any]]) -> tuple[str, str]:
@@ -216,25 +209,25 @@ def _verdict(found: Sequence[Contender], pairs: Sequence[dict[str, Any]]) -> tup
         return (
             f"{name} has the highest SAUCE, {best.mean:.1f}, {gap:.1f} above {second}; "
             "with one seed nothing says whether another seed would agree.",
-            "Rule: a criterion leads when a paired test over seeds separates it from every other one. "
+            "Rule: a criterion leads when a test over seeds and images separates it from every other one. "
             "Give --seeds 5 for a verdict.",
         )
     rule = (
-        "Rule: the criterion with the highest mean SAUCE leads when a paired t test over seeds separates it from every "
-        f"other one (p < 0.05 after Holm's correction over all {len(pairs)} pairs)."
+        "Rule: the criterion with the highest mean SAUCE leads when a t test paired by seed and image separates it "
+        f"from every other one (p < 0.05 after Holm's correction over all {len(pairs)} pairs)."
     )
     span = f"95% interval {runner['low']:.1f} to {runner['high']:.1f}, paired over {words.seeds(runner['n'])}"
-    open_ = [pair for pair in against if pair["p_holm"] is None or pair["p_holm"] >= 0.05]
+    open_ = [pair for pair in against if pair["p_holm"] >= 0.05]
     if not open_:
-        worst = max(pair["p_holm"] for pair in against if pair["p_holm"] is not None)
+        worst = max(pair["p_holm"] for pair in against)
         return (
             f"{name} leads: SAUCE {best.mean:.1f}, {gap:.1f} above {second}, the next best ({span}).",
             f"{rule} The largest of its p-values is {words.p_value(worst)}.",
         )
     rivals = words.listed([pair["second"] for pair in open_])
     return (
-        f"No criterion leads: {name} has the highest mean SAUCE, {best.mean:.1f}, but the seeds do not separate it "
-        f"from {rivals} ({second}: {gap:.1f} lower, {span}).",
+        f"No criterion leads: {name} has the highest mean SAUCE, {best.mean:.1f}, but seeds and images do not "
+        f"separate it from {rivals} ({second}: {gap:.1f} lower, {span}).",
         rule,
     )
 
@@ -260,11 +253,10 @@ def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
 
 def _lossless(one: Contender, margin: float, mode: str) -> dict[str, Any]:
     """What `curves.lossless` finds: of what is removed on the curves' axis, and of units."""
-    found = curves.lossless(one.curves, margin, generator=np.random.default_rng(0))
-    bounds = {"mean": found.mean, "low": found.low, "high": found.high}
-    removed = {name: float(value[0]) for name, value in bounds.items()} | {"n": found.n}
-    n_units = one.plans[0].n_units
-    units = {name: float(value[1]) / n_units for name, value in bounds.items()} | {"n": found.n}
+    found = curves.lossless(one.curves, margin) / [1, one.plans[0].n_units]
+    removed, units = (
+        {"mean": float(of.mean()), "least": float(of.min()), "most": float(of.max()), "n": len(of)} for of in found.T
+    )
     parameters = removed if mode == "cut" else None
     return {"margin": margin, "removed": removed, "parameters_removed": parameters, "units_removed": units}
 
@@ -315,15 +307,10 @@ def _costs(found: Sequence[Contender]) -> dict[str, dict[str, Any]]:
 
 
 def _latency(space: Workspace, found: Sequence[Contender]) -> dict[str, dict[str, float]]:
-    """{"dense" or contender: {"latency_ms"}} as the log has them: means over seeds."""
+    """{contender: what its networks' times in the log come to}."""
     clocks = {(entry["contender"], entry["seed"]): entry for entry in space.logged("latency")}
-    columns: dict[str, dict[str, float]] = {}
-    for one in found:
-        timed = [clocks[one.name, seed] for seed in one.seeds if (one.name, seed) in clocks]
-        if timed:
-            columns.setdefault("dense", {"latency_ms": timed[0]["dense_ms"]})
-            columns[one.name] = {"latency_ms": float(np.mean([entry["cut_ms"] for entry in timed]))}
-    return columns
+    turns = {one.name: [clocks[one.name, seed] for seed in one.seeds if (one.name, seed) in clocks] for one in found}
+    return {name: networks.timed(of) for name, of in turns.items() if of}
 
 
 def _worst(one: Contender) -> dict[str, Any] | None:

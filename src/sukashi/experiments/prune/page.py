@@ -15,10 +15,7 @@ def page(result: PruneResult, space: Workspace) -> Page:
     plans = [plan_of(record.arrays("plan"))] if record.has("plan.npz") else []
     drawn = {"categories": draw_categories({plans[0].method: plans})} if has_categories(plans) else {}
     sparse = result.scope is not None
-    costs = {
-        name: {**figures, **({"latency_ms": result.latency_ms[name]} if name in result.latency_ms else {})}
-        for name, figures in (("dense", result.dense), ("pruned", result.pruned))
-    }
+    costs = {"dense": result.dense, "pruned": dict(result.pruned)}
     removed = {
         "units_removed": result.units_removed,
         "weights_removed": result.weights_removed,
@@ -37,7 +34,7 @@ def page(result: PruneResult, space: Workspace) -> Page:
             "result": result,
             "title": f"{result.model}, {'sparse' if sparse else 'pruned'}",
             "warnings": [*result.notes, *result.slower()],
-            "costs": cost_table(costs, note),
+            "costs": cost_table(costs, {"pruned": result.latency} if result.latency else {}, note),
             "worst": result.worst_classes,
             "settings": dict(words.flat(space.identity)) | {"test images": f"{result.n_images:,}"},
             "mode": MODES["sparse" if sparse else result.mode],

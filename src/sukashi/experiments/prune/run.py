@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +40,10 @@ def prepare(settings: Prune) -> Prepared:
         sparsity.check_shapes(settings.scope, shapes)
     about = setting.identity(
         settings,
-        ratio_asked=settings.ratio,
         round_to=_round_to(settings),
         options=registry[settings.criterion].deciding(settings.options),
     )
+    about["ratio_asked"] = about.pop("ratio")  # less may be removed
     pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
     trials = [pruned]
     if settings.onnx:
@@ -88,7 +87,7 @@ def _check(settings: Prune) -> None:
 
 def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     # The data names the classes: a saved model refuses data that counts them in another order.
-    dense = replace(setting.loaded, class_names=setting.data.class_names)
+    dense = replace(setting.loaded, class_names=setting.data.names_of_outputs(setting.loaded.class_names))
     if settings.scope is None:
         mask, small = _cut(setting, settings, dense, desk)
     else:
@@ -120,7 +119,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
             "weights_removed": None if units else removed,
             "n_images": len(test),
             "class_names": list(setting.data.class_names),
-            "class_counts": test.objective.counts(test.target, dense.n_classes).tolist(),
+            "class_counts": test.objective.counts(test.target, setting.data.n_classes).tolist(),
             "layers": [] if units else _layers(mask),
             "notes": [*setting.data.notes, *_cautions(settings, mask)],
         }
@@ -144,7 +143,7 @@ def _figures(setting: Bench, loaded: Loaded, test: Batch, batch: torch.Tensor) -
     return {
         "accuracy": float(correct.mean()),
         **cost.size(loaded.model, batch),
-        "class_accuracy": by_class(correct, test.objective.classes(test.target), loaded.n_classes),
+        "class_accuracy": by_class(correct, test.objective.classes(test.target), setting.data.n_classes),
     }
 
 
@@ -196,9 +195,8 @@ def _time(setting: Bench, space: Workspace) -> None:
     dense, pruned = cost.latency((setting.loaded.model, small.model), batch)
     space.log(
         "latency",
-        dense_ms=statistics.median(dense),
-        pruned_ms=statistics.median(pruned),
+        dense_ms=dense,
+        cut_ms=pruned,
         batch_size=LATENCY_BATCH,
-        repeats=len(dense),
         threads=torch.get_num_threads(),
     )

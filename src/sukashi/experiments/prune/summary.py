@@ -20,11 +20,12 @@ class PruneResult(Result):
     `dense` and `pruned` hold accuracy, class_accuracy (None for a class without images), parameters, flops (of an
     image), peak_bytes (of a batch) and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too.
     Fractions removed are of all units, of the weights in scope, and of all parameters. `layers` counts the weights
-    removed from each, with a scope. `latency_ms` of a batch is what a clock decides, and so is the `verdict`.
+    removed from each, with a scope. `latency` of a batch is what a clock decides, and so is the `verdict`: the medians
+    dense_ms and cut_ms, and the factor between them with its 95 % interval, low to high, both networks timed in turns.
     """
 
     kind: ClassVar[str] = "prune"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "verdict")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "verdict")
 
     model: str
     data: str
@@ -37,7 +38,7 @@ class PruneResult(Result):
     parameters_removed: float
     dense: dict[str, Any]
     pruned: dict[str, Any]
-    latency_ms: dict[str, float]
+    latency: dict[str, float]
     n_images: int
     class_names: list[str]
     class_counts: list[int]
@@ -49,9 +50,12 @@ class PruneResult(Result):
     notes: list[str]
 
     def text(self) -> str:
-        told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned}, self.latency_ms)
+        told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned})
         removed = [("units removed", self.units_removed), ("weights removed", self.weights_removed)]
         rows = [[noun, *values] for noun, values in told]
+        if self.latency:
+            times = [f"{self.latency[name]:.2f}" for name in ("dense_ms", "cut_ms")]
+            rows += [["latency, ms", *times], ["", "", f"× {networks.factor(self.latency)}"]]
         rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
         layers = [
@@ -67,8 +71,7 @@ class PruneResult(Result):
 
     def slower(self) -> list[str]:
         """A sentence where cutting made the network slower."""
-        clocked = {name: {"latency_ms": value} for name, value in self.latency_ms.items()}
-        return networks.slower(clocked) if self.mode == "cut" else []
+        return networks.slower({"pruned": self.latency}) if self.latency and self.mode == "cut" else []
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each of the two networks."""
@@ -85,9 +88,9 @@ def summary(space: Workspace) -> PruneResult:
     if not records or "criterion" not in records[0].about:
         raise UsageError(f"{space.folder} holds no finished network: give the same prune command again")
     about, found = records[0].about, records[0].result
-    timed = (space.logged("latency") or [{}])[-1]
-    latency = {name: timed[f"{name}_ms"] for name in ("dense", "pruned") if f"{name}_ms" in timed}
-    dense, pruned, scope = found["dense"], found["pruned"], about.get("scope")
+    clocked = space.logged("latency")[-1:]
+    latency = networks.timed(clocked) if clocked else {}
+    dense, pruned, scope = found["dense"], found["pruned"], about["scope"]
     classes = (np.array(of["class_accuracy"], dtype=np.float64) for of in (dense, pruned))
     within = share(round(pruned["accuracy"] * found["n_images"]), found["n_images"])
     return PruneResult(
@@ -95,12 +98,12 @@ def summary(space: Workspace) -> PruneResult:
         data=about["data"]["spec"],
         criterion=about["criterion"],
         scope=scope,
-        mode=about.get("mode", "sparse"),
+        mode="sparse" if scope else about["mode"],
         **{name: about[name] for name in ("ratio_asked",)},
         **{name: found[name] for name in ("units_removed", "weights_removed", "n_images", "class_names")},
         **{name: found[name] for name in ("class_counts", "layers", "dense", "pruned")},
         parameters_removed=1 - pruned["parameters"] / dense["parameters"],
-        latency_ms=latency,
+        latency=latency,
         worst_classes={
             "where": "The pruned network",
             "what": "pruned",
@@ -126,9 +129,11 @@ def _verdict(
         everything = words.percent(pruned["zeros_in_all"])
         parts.append(f"with {masked} of the masked layers' weights ({everything} of all parameters) at zero")
     else:
-        before, after = ({**of, "latency": latency.get(name)} for name, of in (("dense", dense), ("pruned", pruned)))
-        for name, noun in (("parameters", "parameters"), ("flops", "FLOPs"), ("latency", "latency")):
-            if before[name] and after[name]:
-                parts.append(f"{noun} {100 * (after[name] / before[name] - 1):+.0f}%")
+        for name, noun in (("parameters", "parameters"), ("flops", "FLOPs")):
+            if dense[name]:
+                parts.append(f"{noun} {100 * (pruned[name] / dense[name] - 1):+.0f}%")
+        if latency:
+            sure = not latency["low"] <= 1 <= latency["high"]
+            parts.append(f"latency {100 * (latency['factor'] - 1):+.0f}%" if sure else "latency not shown to change")
     said = ", ".join(parts) + ("; it is as large and as slow as before" if scope is not None else "")
     return f"{said[0].upper()}{said[1:]}."

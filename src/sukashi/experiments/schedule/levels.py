@@ -53,10 +53,10 @@ class Seed:
 
     @cached_property
     def setting(self) -> Bench:
-        loaded = models.resized(self.source.build(self.images, self.seed), self.course.size)
-        read = self.images.read_in(loaded.preprocess.channels)
+        loaded, images = self.source.build(self.images, self.seed)
+        loaded = models.resized(loaded, self.course.size)
         device = next(loaded.model.parameters()).device
-        setting = Bench(self.source, loaded, read, Found((), {}), device)
+        setting = Bench(self.source, loaded, images, Found((), {}), device)
         models.probe(loaded, setting.example)
         if self.course.scope is None:
             return replace(setting, found=sites.find(loaded.model, setting.example))
@@ -157,7 +157,7 @@ class Seed:
             "trained": level.training is not None,
             **{name: value for name, value in desk.trial.about.items() if name not in ("contender", "seed")},
         }
-        named = replace(network, class_names=self.setting.data.class_names)
+        named = replace(network, class_names=self.setting.data.names_of_outputs(network.class_names))
         for name, content in models.contents(named, provenance).items():
             desk.save(name, content)
         zeros = 0.0 if mask is None else sparsity.zeros(network.model, mask)["sparsity"]

@@ -25,10 +25,11 @@ SAME = 0.01  # fractions removed that are further apart are not the same level
 class ScheduleResult(Result):
     """Networks pruned and trained to several levels.
 
-    levels   of each contender and ratio: ratio_asked; units_removed or weights_removed (with a scope; the other is
-             None), the mean fraction that was removed of the dense network's; parameters_removed; the share of weights
-             that are zero in the end, zeros_in_masked_layers; accuracy and its difference from the dense network of
-             the same seed, {"mean", "low", "high"} for new seeds and new images
+    levels   of each contender and ratio, ascending: ratio_asked; whether its networks, of every seed, and those before
+             it are `shown` to be at most 2 points less accurate; units_removed or weights_removed (with a scope; the
+             other is None), the mean fraction that was removed of the dense network's; parameters_removed; the share
+             of weights that are zero in the end, zeros_in_masked_layers; accuracy and its difference from the dense
+             network of the same seed, {"mean", "low", "high"} for new seeds and new images
     pairs    of two contenders at the same ratio: difference, first minus second, what was `removed` of each, and `so`;
              where that is more than a point apart, they are "not comparable"
     """
@@ -122,12 +123,16 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
     dense = over_seeds("dense", 0.0)
     rows = {}
     for name in names:
-        for ratio in identity["ratios"]:
+        change = np.array([over_seeds(name, ratio) - dense for ratio in identity["ratios"]])
+        gained, lost = ((sign * change > 0).sum(axis=2) for sign in (1, -1))
+        n_shown = stats.shown_up_to(gained, lost, dense.shape[1], LOST, level=_level(names))
+        for place, ratio in enumerate(identity["ratios"]):
             of_level = [one for one in outcomes if (one.contender, one.ratio) == (name, ratio)]
             gone = float(np.mean([one.figures["removed"] for one in of_level]))
             rows[name, ratio] = {
                 "contender": name,
                 "ratio_asked": ratio,
+                "shown": place < n_shown,
                 "accuracy": _share(over_seeds(name, ratio)),
                 "difference": _bounds(stats.crossed(over_seeds(name, ratio) - dense)),
                 "units_removed": gone if what == "units" else None,
@@ -172,7 +177,7 @@ def cautions(found: Mapping[str, Any], round_to: int) -> list[str]:
         why = f"widths are rounded up to multiples of {round_to}"
     else:
         why = "one unit of each layer stays"
-    said, least = [], stats.least_images(LOST)
+    said, least = [], stats.least_images(LOST, level=_level(found["contenders"]))
     if found["n_images"] < least:
         said.append(
             f"{found['n_images']} test images can't show that accuracy is at most {100 * LOST:g} points lower, "
@@ -185,6 +190,10 @@ def cautions(found: Mapping[str, Any], round_to: int) -> list[str]:
             asked = words.listed([_asked(row) for row in rows])
             said.append(f"{name}: {gone} of the {found['removes']} were removed, {asked} were asked for: {why}")
     return said
+
+
+def _shown(found: Mapping[str, Any], contender: str) -> list[Any]:
+    return [row for row in rows_of(found, contender) if row["shown"]]
 
 
 def rows_of(found: Mapping[str, Any], contender: str) -> list[Any]:
@@ -218,20 +227,15 @@ def _so(pair: Mapping[str, Any]) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not separated"
 
 
-def _safe(found: Mapping[str, Any], contender: str) -> list[Any]:
-    """The levels at which accuracy is shown not to have fallen by more than LOST: where one is not, a later one may.
-
-    Of equal answers the interval is a point, however few they are: below `stats.least_images` there is no such level.
-    """
-    if found["n_images"] < stats.least_images(LOST):
-        return []
-    return [row for row in rows_of(found, contender) if row["difference"]["low"] > -LOST]
+def _level(contenders: Sequence[str]) -> float:
+    """The level of each contender's tests: all together name a network that lost more in 2.5 % of cases at most."""
+    return 1 - 0.025 / len(contenders)
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
     """How far one may go, as a heading. What was only masked at the start is no level of sparsity."""
     names = list(filter(_enforced, found["contenders"])) or found["contenders"]
-    furthest = {name: removed(safe[-1]) for name in names if (safe := _safe(found, name))}
+    furthest = {name: max(gone) for name in names if (gone := [removed(row) for row in _shown(found, name)])}
     if not furthest:
         return f"At no level is accuracy shown to be at most {100 * LOST:g} points lower"
     most = max(furthest.values())
@@ -252,7 +256,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     of = f" of the {found['removes']} removed"
     said = []
     for name in found["contenders"]:
-        safe, row = _safe(found, name), rows_of(found, name)[-1]
+        safe, row = _shown(found, name), rows_of(found, name)[-1]
         last = row["difference"]
         leak = "" if _enforced(name) else f" (where {row['zeros_in_masked_layers']:.0%} are zero in the end)"
         said.append(

@@ -47,6 +47,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sukashi.core.bounded import MAX_DEPTH
+from sukashi.core.bounded import read as content_of
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.schema import Settings, checked, option_of
 from sukashi.experiments.compare.contenders import name_of
@@ -66,6 +68,7 @@ from sukashi.experiments.study.settings import (
 
 # What stands in a path for the study's own folder, which need not be there yet.
 OUT = re.compile(r"\$OUT\b")
+_MAX_BYTES = 2**20
 
 
 def read(
@@ -161,11 +164,19 @@ def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(_flat(content_of(path, _MAX_BYTES).decode()))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): give a study file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML ({error}): see the studies that come with sukashi") from None
+
+
+def _flat(text: str) -> str:
+    """The same text. Raises ValueError for a key of so many parts that reading it would take hours."""
+    parts = (part for line in text.splitlines() for part in re.split(r"[=,\[\]{}#]", line))
+    if any(part.count(".") > MAX_DEPTH for part in parts):
+        raise ValueError(f"a key has more than {MAX_DEPTH} parts")
+    return text
 
 
 def _course(path: Path, given: Mapping[str, Any]) -> ScheduleFile:
@@ -215,12 +226,18 @@ class _Places:
     def value(self, key: str, value: Any, fields: Mapping[str, Any]) -> Any:
         """A setting with its paths filled in: files and folders, data, and models that are folders."""
         if isinstance(value, list) and key == "models":
-            return [self.value("model", part, fields) for part in value]
+            return [self._model(part, fields) for part in value]
         if not isinstance(value, str) or OUT.match(value):
             return value
         if key in ("model", "data"):
             return self.data(value)
         return self.path(value) if key in fields and option_of(fields[key]).path else value
+
+    def _model(self, text: str, fields: Mapping[str, Any]) -> str:
+        """A model of several: SPEC=WEIGHTS has a path in it."""
+        whole = not OUT.search(text) and Path(self.path(text)).exists()
+        parts = [text] if whole else text.split("=", 1)
+        return "=".join(self.value("model", part, fields) for part in parts)
 
     def data(self, text: str) -> str:
         """A dataset's folder where there is one, else its name."""

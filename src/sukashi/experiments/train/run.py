@@ -35,13 +35,18 @@ def prepare(settings: Train) -> Prepared:
         raise UsageError(
             f"fine-tuning starts from weights and {settings.model} has none: give --weights, or use sukashi train"
         )
-    images = source.read()
-    loaded = models.resized(source.build(images, chosen.seed), chosen.size)
-    images = images.read_in(loaded.preprocess.channels)
+    if settings.new_head and (source.untrained or settings.n_classes is not None):
+        raise UsageError(
+            f"{settings.model} has no weights that a new head could be put on: give --weights, or leave --new-head out"
+            if source.untrained
+            else "a new head is for the classes of the data: leave --classes out"
+        )
+    loaded, images = source.build(source.read(), chosen.seed, new_head=settings.new_head)
+    loaded = models.resized(loaded, chosen.size)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
-    loaded = replace(loaded, class_names=images.class_names)
+    loaded = replace(loaded, class_names=images.names_of_outputs(loaded.class_names))
     train, validation, _ = splits(images, chosen)
     check_training(chosen, train, validation, loaded, settings.tensorboard)
     setting = Bench(source, loaded, images, Found((), {}), device)

@@ -22,6 +22,9 @@ class Train(Memory, Training, Single):
 
     kind: ClassVar[str] = "train"
 
+    new_head: bool = option(
+        False, help="Put a new classifier, for the classes of the data, on the weights: transfer learning."
+    )
     out: str = option(path=True, decides=False, help="Folder for the network; an interrupted training is resumed.")
     tensorboard: bool = option(False, decides=False, help="Write a TensorBoard log too.")
 

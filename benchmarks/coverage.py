@@ -1,0 +1,195 @@
+"""How often do the intervals that are printed hold the truth, and how often is something claimed that is not so?
+
+    python benchmarks/coverage.py [--studies 2000]
+
+Studies are drawn from a known truth and go through the functions that tables and pages use. An interval of 95 % should
+hold the truth in 95 %; what is said to be shown should be false in 2.5 % at most, a difference of nothing found in 5 %.
+A standard error is half a point at 2,000 studies. Prints the table of docs/statistics.md; the last line is one JSON
+object with the lowest coverage, and the highest share of false claims, of each function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from scipy.stats import norm
+
+from sukashi.core import stats
+from sukashi.core.types import Curve
+from sukashi.experiments.schedule.summary import Outcome, of_outcomes
+from sukashi.measures import curves
+
+Row = tuple[str, str, str, float]  # function, what was drawn, "covers" or "false", share of the studies
+
+
+def held(found: stats.Interval, truth: float) -> bool:
+    return bool(found.low <= truth <= found.high)
+
+
+def over_seeds(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """Student's t over seeds: what a progressive pass left."""
+    draws: dict[str, Callable[[int], np.ndarray]] = {
+        "normal": lambda seeds: rng.normal(0, 1, seeds),
+        "70 % near one value, 30 % near another": lambda seeds: (
+            rng.normal(0, 0.1, seeds) + (rng.random(seeds) < 0.3) - 0.3
+        ),
+    }
+    for name, draw in draws.items():
+        for seeds in (2, 3, 5):
+            covered = np.mean([held(stats.interval(draw(seeds)), 0.0) for _ in range(n)])
+            yield "interval", f"{seeds} seeds, {name}", "covers", covered
+
+
+def answers(rng: np.random.Generator, seeds: int, images: int, right: float, of_seeds: float) -> np.ndarray:
+    """(seeds, images) right answers: images differ in how hard they are, seeds by `of_seeds` in how good they are."""
+    hard = rng.normal(0, 1, images)
+    skill = rng.normal(0, of_seeds, seeds)[:, None]
+    threshold = np.sqrt(2 + of_seeds**2) * norm.ppf(right)
+    return (threshold + skill - hard + rng.normal(0, 1, (seeds, images)) > 0).astype(float)
+
+
+def over_seeds_and_images(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """SAUCE, accuracy at a fraction, levels of a schedule, differences."""
+    for seeds in (1, 2, 3, 5):
+        for images, right, of_seeds in ((225, 0.9, 0.1), (2000, 0.9, 0.1), (500, 0.5, 0.3)):
+            if seeds == 1 and of_seeds > 0.1:
+                continue
+            spread = 0.0 if seeds == 1 else of_seeds
+            covered = np.mean(
+                [held(stats.crossed(answers(rng, seeds, images, right, spread)), right) for _ in range(n)]
+            )
+            told = f"{seeds} seed{'s' * (seeds > 1)}, {images} images, {right:.0%} right"
+            yield "crossed", told + (", new images alone" if seeds == 1 else ""), "covers", covered
+    for seeds in (2, 3, 5):
+        found = [
+            stats.crossed_test(answers(rng, seeds, 500, 0.8, 0.2) - answers(rng, seeds, 500, 0.8, 0.2)) < 0.05
+            for _ in range(n)
+        ]
+        yield "crossed_test", f"{seeds} seeds, 500 images, no difference", "false", np.mean(found)
+
+
+def a_curve(rng: np.random.Generator, losses: np.ndarray, images: int, right: float = 0.95) -> Curve:
+    """Cuts 5 % apart, each of which loses so much more than the dense network, and wins a tenth of it back."""
+    dense = rng.random(images) < right
+    fall, luck = rng.random(images), rng.random(images)
+    gained = 0.1 * losses / (1 - right)
+    rows = [np.where(dense, fall >= 1.1 * loss / right, luck < more) for loss, more in zip(losses, gained, strict=True)]
+    place = np.arange(len(losses))
+    return Curve(0.05 * place, place, 0.05 * place, np.stack(rows), tuple(map(str, range(images))))
+
+
+def areas(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    losses = np.array([0.0, 0.01, 0.05, 0.2, 0.5])
+    for images in (225, 2000):
+        for relative in (False, True):
+            accuracy = 0.95 - losses
+            truth = curves.sauce(0.05 * np.arange(5), accuracy, 0.1, relative=relative)
+            found = [curves.areas(a_curve(rng, losses, images), 0.1, relative=relative) for _ in range(n)]
+            covered = np.mean([held(stats.crossed([of]), truth) for of in found])
+            yield "areas", f"{'relative ' * relative}SAUCE, 1 seed, {images} images", "covers", covered
+
+
+def lossless(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """The cut named is beyond the largest that loses no more than the margin."""
+    for images, margin in ((225, 0.05), (500, 0.01), (500, 0.05), (2000, 0.05)):
+        losses = margin * np.arange(12) / 5.5  # the sixth cut is the first that loses more
+        beyond = [curves.lossless([a_curve(rng, losses, images)], margin)[0, 1] > 5 for _ in range(n)]
+        yield "lossless", f"{images} images, margin {margin:.0%}, cuts that lose ever more", "false", np.mean(beyond)
+
+
+def levels(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """A schedule names a level, of nine that all lose exactly two points."""
+    figures = {"removed": 0.0, "parameters": 10, "zeros_in_masked_layers": 0.0}
+    ratios = [round(0.1 * i, 1) for i in range(1, 10)]
+    for seeds, images, contenders in ((1, 250, 1), (1, 500, 1), (3, 500, 1), (1, 500, 4)):
+        identity = {"schedule": "", "scope": None, "round_to": 1, "ratios": ratios, "seeds": seeds}
+        named = 0
+        for _ in range(n // 10):
+            found = []
+            for seed in range(seeds):
+                dense = rng.random(images) < 0.95
+                found.append(Outcome("dense", seed, 0.0, dense, figures))
+                for place in range(contenders):
+                    for ratio in ratios:
+                        lost = rng.random(images) < 0.02 / 0.95
+                        found.append(Outcome(f"criterion {place}", seed, ratio, dense & ~lost, figures))
+            named += any(row["shown"] for row in of_outcomes(found, identity)["levels"])
+        told = (
+            f"{seeds} seed{'s' * (seeds > 1)}, {images} images, {contenders} criteri{'a' if contenders > 1 else 'on'}"
+        )
+        yield "levels", told, "false", named / (n // 10)
+
+
+def not_lower(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    for images, gained, margin in ((189, 0.0, 0.02), (250, 0.01, 0.02), (500, 0.02, 0.05), (2000, 0.01, 0.01)):
+        lost = gained + margin
+        counts = rng.multinomial(images, [gained, lost, 1 - gained - lost], size=10 * n)
+        found = stats.not_lower(counts[:, 0], counts[:, 1], images, margin)
+        yield (
+            "not_lower",
+            f"{images} images, margin {margin:.0%}, {gained:.0%} gained, {lost:.0%} lost",
+            "false",
+            found.mean(),
+        )
+
+
+def shares(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    for images in (20, 225, 2000):
+        for right in (0.5, 0.9, 0.99):
+            covered = [held(stats.share(int(k), images), right) for k in rng.binomial(images, right, n)]
+            yield "share", f"{images} images, {right:.0%} right", "covers", np.mean(covered)
+
+
+def bootstraps(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """Differences of an audit, image by image."""
+    draws: dict[str, tuple[Callable[[int], np.ndarray], float]] = {
+        "normal": (lambda size: rng.normal(0, 1, size), 0.0),
+        "lognormal": (lambda size: rng.lognormal(0, 1, size), float(np.exp(0.5))),
+        "0 in 96 of 100": (lambda size: (rng.random(size) < 0.04).astype(float), 0.04),
+    }
+    for name, (draw, truth) in draws.items():
+        for images in (20, 50, 500):
+            covered = [
+                held(stats.bootstrap(draw(images), generator=rng, n_resamples=1000), truth) for _ in range(n // 4)
+            ]
+            yield "bootstrap", f"{images} images, {name}", "covers", np.mean(covered)
+
+
+def times(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """Two networks timed in turns on a machine that slows down for both, and for one of them now and then."""
+    for turns in (3, 20):
+        for name, spikes in (("noise of 5 %", 0.0), ("and every tenth pass three times as long", 0.1)):
+            covered = []
+            for _ in range(n):
+                both = np.linspace(1, 2, turns)
+                first, second = (
+                    both * rng.lognormal(0, 0.05, turns) * np.where(rng.random(turns) < spikes, 3, 1) for _ in range(2)
+                )
+                covered.append(held(stats.ratio(first, 0.8 * second), 0.8))
+            yield "ratio", f"{turns} turns, {name}", "covers", np.mean(covered)
+
+
+STUDIES = (over_seeds, over_seeds_and_images, areas, lossless, levels, not_lower, shares, bootstraps, times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", type=int, default=2000)
+    given = parser.parse_args()
+    rng = np.random.default_rng(0)
+    print("| function | drawn | holds the truth | claims what is not so |\n|---|---|---|---|")
+    worst: dict[str, float] = {}
+    for study in STUDIES:
+        for name, drawn, what, share in study(rng, given.studies):
+            told = [f"{100 * share:.1f} %", ""] if what == "covers" else ["", f"{100 * share:.1f} %"]
+            print("|", " | ".join([f"`{name}`", drawn, *told]), "|", flush=True)
+            key = f"{name}_{what}"
+            worst[key] = min(worst.get(key, 1.0), share) if what == "covers" else max(worst.get(key, 0.0), share)
+    print(json.dumps({name: round(float(share), 4) for name, share in worst.items()}))
+
+
+if __name__ == "__main__":
+    main()

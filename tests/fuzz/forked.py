@@ -1,0 +1,81 @@
+"""Calls in processes of their own, watched: how they ended, what they said, how long they took and what they held."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS, GIB = 60, 4
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call ended: its exit code (negative: by which signal), what it said, seconds, and GiB it held at most."""
+
+    code: int
+    said: str
+    seconds: float
+    gib: float
+
+    @property
+    def fault(self) -> str:
+        """What no call may do, in a word; empty where it was done right."""
+        if self.code == -signal.SIGKILL:
+            return f"over {SECONDS} s"
+        if "Traceback (most recent call last)" in self.said:
+            return "traceback"
+        if self.code not in (0, 2, 3, 4, 5, 130):
+            return f"exit code {self.code}"
+        if self.gib > GIB:
+            return f"{self.gib:.1f} GiB"
+        return "" if len(self.said) < 20_000 else f"{len(self.said)} characters"
+
+
+def watched(call: Callable[[], int | None], home: Path) -> Ended:
+    """The call in a fork, with the folder `home` as its working directory: killed after SECONDS."""
+    begun = time.monotonic()
+    with tempfile.TemporaryFile() as said:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_inside(call, home, said.fileno()))
+        code, usage = _waited(pid, begun + SECONDS)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    return Ended(code, text, time.monotonic() - begun, usage.ru_maxrss / 2**20)
+
+
+def _inside(call: Callable[[], int | None], home: Path, said: int) -> int:
+    try:
+        os.setsid()
+        os.chdir(home)
+        for stream in (1, 2):
+            os.dup2(said, stream)
+        return call() or 0
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        for file in (sys.stdout, sys.stderr):
+            file.flush()
+
+
+def _waited(pid: int, end: float) -> tuple[int, resource.struct_rusage]:
+    while True:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status), usage
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+            _, status, usage = os.wait4(pid, 0)
+            return -signal.SIGKILL, usage
+        time.sleep(0.005)
