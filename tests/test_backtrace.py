@@ -94,6 +94,28 @@ def test_sums_share_by_size_products_by_halves_and_factors_pass():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
+class Sums(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("function", [lambda x: x[:, :6] + x[:, 6:], lambda x: x.unflatten(1, (2, 6)).mean(1)])
+def test_sums_and_averages_are_linear_layers(function, mode):
+    torch.manual_seed(0)
+    first, last, between = nn.Linear(12, 12), nn.Linear(6, 3), nn.Linear(12, 6, bias=False)
+    between.weight.data = function(torch.eye(12)).T
+    models = [nn.Sequential(nn.Flatten(), first, op, nn.ReLU(), last).double() for op in (between, Sums(function))]
+    x = noise(3, 3, 2, 2)
+    expected, found = (relevance(model, x, mode=mode) for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    assert (expected != 0).any()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_one_pass_gives_what_one_pass_a_site_gives_and_batches_do_not_matter(small64, mode):
     case = small64["cnn"]

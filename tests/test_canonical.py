@@ -7,7 +7,8 @@ from torch import nn
 
 from cases import noise
 from sukashi.core.errors import ModelError
-from sukashi.network.canonical import _FUNCTIONS, active, canonical, performs
+from sukashi.network.canonical import canonical, performs
+from sukashi.network.functions import _FUNCTIONS, active
 from supported import ZOO, build
 
 # One of each kind of ZOO.
@@ -97,6 +98,34 @@ def test_the_model_is_left_as_found_and_its_weights_are_not_copied():
     assert form.conv.weight.data_ptr() != model.conv.weight.data_ptr()
 
 
+def test_numbers_are_factors_and_differences_are_sums():
+    model = Model(lambda x: (-(3 * x - x.relu() / 2) - 1).square().flatten(1))
+    x = noise(2, 3, 4, 4)
+    form = canonical(model, x)
+    assert torch.equal(form(x), model(x))
+    kinds = [type(form.get_submodule(name)).__name__ for name in called(form)]
+    assert sorted(kinds) == ["Add", "Add", "Mul", "Quotient", "ReLU", "Scale", "Scale", "Scale"]
+
+
+class Tied(nn.Module):
+    """A layer whose weight is read twice: by its own call, and turned round by a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.loose = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        x = self.layer(x.flatten(1)).relu()
+        return F.linear(F.linear(x, self.layer.weight), self.loose)
+
+
+def test_only_weights_of_no_layer_are_given_to_a_new_one():
+    """A layer that is cut would leave the new one whole."""
+    form = canonical(Tied().double().eval(), noise(2, 1, 2, 2))
+    assert called(form) == ["layer", "relu", "linear"]
+    assert [node.target for node in form.graph.nodes if node.op == "call_function"] == [F.linear]
+
+
 class Twice(nn.Module):
     """A convolution that a BatchNorm reads, and the sum after it."""
 
@@ -178,8 +207,8 @@ def test_images_are_left_alone_where_the_network_writes_into_them():
     kept = x.clone()
     form = canonical(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()).eval(), x)
     torch.testing.assert_close(form(x), kept.relu().flatten(1))
-    with pytest.raises(ModelError, match="in place with sub_"):
-        canonical(Model(lambda x: x.sub_(1).flatten(1)), x)
+    with pytest.raises(ModelError, match="in place with exp_"):
+        canonical(Model(lambda x: x.exp_().flatten(1)), x)
     assert torch.equal(x, kept)
 
 

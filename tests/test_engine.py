@@ -1,15 +1,17 @@
 """The engine against the masked network, on every architecture and on models made to mislead it."""
 
 import pytest
+import timm
 import torch
+from torchvision.ops import FrozenBatchNorm2d
 
 from sukashi.core.errors import ModelError
-from sukashi.core.types import Batch, Mask
+from sukashi.core.types import Batch, Mask, Member, Site
 from sukashi.criteria import engine
 from sukashi.criteria.engine import Engine
 from sukashi.network import hooks
 from sukashi.network import sites as finder
-from supported import ZOO, build
+from supported import ZOO, build, randomised
 
 
 @pytest.mark.parametrize("net", ["cnn", "vit"])
@@ -117,7 +119,7 @@ def test_a_model_that_tracing_changes_is_refused(small, monkeypatch):
             y.add_(1)
             return y
 
-    with pytest.raises(ModelError, match="in place with add_"):
+    with pytest.raises(ModelError, match="changed in place and read again"):
         Engine(Mutating().eval(), case.sites, case.data)
     monkeypatch.setattr(engine, "_add_into", lambda spare, other: spare.sub_(other))
     with pytest.raises(ModelError, match="traced model gives other logits"):
@@ -167,3 +169,63 @@ def test_values_that_are_read_again_are_not_written_over(small):
             keep[1] = False
             with hooks.ablated(model, {site: keep}):
                 torch.testing.assert_close(suffix.without(1), model(data.x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet", "mobilenetv3_small_050"])
+def test_norms_of_timm_with_an_activation_are_folded(name):
+    torch.manual_seed(0)
+    model = randomised(timm.create_model(name, num_classes=5).eval())
+    x = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    sites = finder.find(model, x[:2]).sites
+    moving = Engine(model, sites, Batch(x, torch.zeros(3, dtype=torch.long), torch.arange(3)))
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in moving.root.modules())
+    scale = float(moving.original.abs().max())
+    for site in (sites[0], sites[-1]):
+        with (
+            moving.open(site) as suffix,
+            torch.no_grad(),
+            hooks.ablated(model, {site: torch.arange(site.n_units) != 1}),
+        ):
+            torch.testing.assert_close(suffix.without(1), model(x), rtol=1e-5, atol=1e-5 * scale)
+
+
+class Frozen(torch.nn.Module):
+    """A norm that is frozen, slopes of PReLU, a norm behind a linear layer, a difference."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = torch.nn.Conv2d(1, 6, 3, padding=1), FrozenBatchNorm2d(6)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        self.act = torch.nn.PReLU()
+        self.a, self.fc = torch.nn.Conv2d(6, 4, 3, padding=1), torch.nn.Linear(4, 8)
+        self.features, self.last = torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 10)
+        self.features.running_mean.normal_()
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        x = self.features(self.fc(self.a(x).mean((2, 3)) / 2 - 1))
+        return self.last(x.clamp(min=0))
+
+
+def test_frozen_norms_slopes_and_differences_are_in_the_engine(small64):
+    data = small64["cnn"].data
+    torch.manual_seed(0)
+    model = Frozen().double().eval()
+
+    def site(layer, n_units, kind, axis, others, reader):
+        units = tuple((unit,) for unit in range(n_units))
+        makers = [Member(name, "out", units, axis) for name in (layer, *others)]
+        return Site(layer, kind, n_units, axis, (*makers, Member(reader, "in", units, axis)))
+
+    sites = (site("stem", 6, "channel", 1, ["norm"], "a"), site("fc", 8, "hidden", -1, ["features"], "last"))
+    moving = Engine(model, sites, data)
+    for site in sites:
+        keep = torch.ones(site.n_units, dtype=torch.bool)
+        with moving.open(site) as suffix, torch.no_grad():
+            for unit in (1, 4):
+                keep[unit] = False
+                gone = {s: k if s != site else keep for s, k in moving.keep.items()}
+                with hooks.ablated(model, gone):
+                    torch.testing.assert_close(suffix.without(unit), model(data.x), rtol=1e-9, atol=1e-10)
+                suffix.remove(unit)

@@ -68,6 +68,17 @@ def test_gini_sums_float32_maps_in_float64():
     torch.testing.assert_close(gini(maps), gini(maps.double()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_maps_of_any_precision_are_measured(dtype):
+    maps, beside = drawn().to(dtype), drawn(seed=1).to(dtype)
+    for found, expected in (
+        (gini(maps), gini(maps.double())),
+        (localisation(maps, beside > 0), localisation(maps.double(), beside > 0)),
+        *((measure(maps, beside), measure(maps.double(), beside.double())) for measure in ALIKE),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_quantus_gini_is_the_same_but_for_what_it_adds():
     quantus = pytest.importorskip("quantus")
     maps = drawn(4, (32, 32)).abs() + 0.1
@@ -120,8 +131,17 @@ def test_ssim_is_its_equation_on_maps_of_one_scale():
     assert found.tolist() == pytest.approx(ORACLES["measures", "ssim"](one, other), rel=1e-9)
     torch.testing.assert_close(ssim(1e6 * one, 1e-6 * other), found)
     assert ssim(one, one).tolist() == pytest.approx([1, 1])
+    positive = one.abs(), other.abs()
+    assert ssim(*positive).tolist() == pytest.approx(ORACLES["measures", "ssim"](*positive), rel=1e-9)
     with pytest.raises(UsageError, match=r"maps of 5 x 8 pixels are too small for SSIM: 6 a side"):
         ssim(one[:, :5, :8], one[:, :5, :8])
+
+
+@pytest.mark.parametrize("make", [lambda m: m, lambda m: m - m.mean((1, 2), keepdim=True), lambda m: m.clamp(min=-0.1)])
+def test_a_map_and_its_negative_are_far_apart(make):
+    maps = make(drawn(4, (32, 32)))
+    assert (ssim(maps, -maps) < 0).all()
+    assert ssim(maps, maps).tolist() == pytest.approx([1] * 4)
 
 
 @pytest.mark.parametrize("measure", ALIKE)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
@@ -12,12 +13,14 @@ from cases import noise
 from oracles.chefer import side_of, written_out
 from sukashi.attributions import chefer as chefer_file
 from sukashi.attributions.chefer import chefer
+from sukashi.attributions.lrp import lrp
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Mask, Site
 from sukashi.models.architectures import DigitsViT
 from sukashi.network import sites as finder
 from sukashi.network import surgery
-from sukashi.network.canonical import Add, canonical
+from sukashi.network.canonical import canonical
+from sukashi.network.functions import Add
 from sukashi.network.layers import explicit_attention
 
 TARGET = torch.tensor([0, 2])
@@ -177,3 +180,33 @@ class Odd(nn.Module):
 def test_a_transformer_of_another_form_is_refused_by_name(what, message):
     with pytest.raises(ModelError, match=message):
         mapped(Odd(what).double().eval(), noise(2, 1, 8, 8))
+
+
+class Undivided(VisionTransformerDistilled):
+    """The sum of both heads, not their mean."""
+
+    def forward_head(self, x, pre_logits=False):
+        return 2 * super().forward_head(x, pre_logits)
+
+
+def test_the_mean_of_two_heads_is_the_sum_of_heads_half_as_large():
+    torch.manual_seed(0)
+    sizes = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = VisionTransformerDistilled(**sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    explicit_attention(model)
+    model, x = model.double().eval(), noise(2, 3, 8, 12)
+    twin = copy.deepcopy(model)
+    twin.__class__ = Undivided
+    with torch.no_grad():
+        for parameter in (*twin.head.parameters(), *twin.head_dist.parameters()):
+            parameter /= 2
+    torch.testing.assert_close(twin(x), model(x))
+    for options in ({}, {"layer_scale": "paper"}):
+        found = mapped(model, x, **options)
+        assert (found > 0).any()
+        torch.testing.assert_close(found, mapped(twin, x, **options), rtol=1e-6, atol=1e-12)
+    site = finder.input_site(x)
+    torch.testing.assert_close(lrp(model, x, TARGET, [site])[site], lrp(twin, x, TARGET, [site])[site])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import nn
 
 from oracles.wanda import slow_conv, slow_linear
@@ -108,3 +110,33 @@ def test_layers_it_cannot_measure_are_refused_by_name():
         wanda(Idle(), torch.randn(2, 4))
     with pytest.raises(ModelError, match="layer '0' is a Conv1d: wanda scores linear layers and 2d convolutions"):
         wanda(nn.Sequential(nn.Conv1d(2, 2, 3)), torch.randn(2, 2, 9))
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads by itself, more to the right and below."""
+
+    def forward(self, x):
+        x = F.pad(x, (0, 1, 0, 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_convolution_that_pads_by_itself_reads_what_is_padded(times):
+    torch.manual_seed(0)
+    first, second = Conv2dSame(3, 3, 3, stride=2), Padded(3, 3, (3, 2))
+    model = nn.Sequential(*[first] * times, second).double().eval()
+    x = torch.randn(3, 3, 10, 9, dtype=torch.float64)
+    found = wanda(model, x)
+    read, plain = x, nn.Conv2d(3, 3, 3, stride=2).double()
+    plain.load_state_dict(first.state_dict())
+    squares = torch.zeros(())
+    for _ in range(times):
+        rows, columns = read.shape[2] % 2, read.shape[3] % 2  # as TensorFlow: the window's outer part is shared out
+        padded = F.pad(read, (columns, 1, rows, 1))
+        squares = squares + slow_conv(plain, padded) ** 2
+        read = plain(padded)
+    torch.testing.assert_close(found["0"], squares.sqrt(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(read, nn.Sequential(*[first] * times)(x))
+    plain = nn.Conv2d(3, 3, (3, 2)).double()
+    plain.load_state_dict(second.state_dict())
+    torch.testing.assert_close(found[str(times)], slow_conv(plain, F.pad(read, (0, 1, 0, 2))), rtol=1e-9, atol=0)

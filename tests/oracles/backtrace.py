@@ -15,16 +15,25 @@ def by_size(x, weight, bias, r):
 
 
 def contrastive(x, weight, bias, r_p, r_n):
-    """Both streams at the inputs of a layer, unit by unit."""
+    """Both streams at the inputs of a layer, unit by unit, as the authors' code has it for linear layers."""
     found_p, found_n = torch.zeros_like(x), torch.zeros_like(x)
     for j in range(weight.shape[1]):
         c = x * weight[:, j]
-        up, down = c.clamp(min=0), -c.clamp(max=0)
-        up = up / (up.sum() + max(bias[j], 0)) if up.any() else up
-        down = down / (down.sum() + max(-bias[j], 0)) if down.any() else down
-        same = (c.sum() + bias[j] > 0) == (r_p[j] >= r_n[j])
-        found_p += r_p[j] * (up if same else down)
-        found_n += r_n[j] * (down if same else up)
+        p, n = c[c > 0].sum(), -c[c < 0].sum()
+        up, down = (c > 0) * c / (p if p else 1), (c < 0) * -c / (n if n else 1)
+        if not n or not p:
+            found_p += r_p[j] * (up + down)
+            found_n += r_n[j] * (up + down)
+            continue
+        z = p + bias[j] - n
+        if z > 0:
+            first = r_p[j] > r_n[j]
+        elif z < 0:
+            first = r_p[j] < r_n[j]
+        else:
+            continue
+        found_p += r_p[j] * (up if first else down)
+        found_n += r_n[j] * (down if first else up)
     return found_p, found_n
 
 
@@ -44,21 +53,14 @@ def written_out(mode, model, image, target):
     steps = traced(model, image)
     logits = steps[-1][2][0]
     own = F.one_hot(target, len(logits))
-    streams = (
-        (own * logits,) if mode == "default" else (own * logits.abs(), (1 - own) * logits.abs() / (len(logits) - 1))
-    )
+    streams = (own * logits,) if mode == "default" else (own * logits, (1 - own) * logits)
     found = []
     for layer, before, _ in reversed(steps):
         shape = before.shape[1:]
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            weight, bias = dense(layer, shape)
-            rs = [r.flatten() for r in streams]
-            if mode == "default":
-                streams = (by_size(before.flatten(), weight, bias, *rs),)
-            else:
-                streams = contrastive(before.flatten(), weight, bias, *rs)
-        elif isinstance(layer, nn.AvgPool2d):
-            streams = [by_size(before.flatten(), *dense(layer, shape), r.flatten()) for r in streams]
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.AvgPool2d):
+            share = by_size if mode == "default" else contrastive
+            streams = share(before.flatten(), *dense(layer, shape), *(r.flatten() for r in streams))
+            streams = (streams,) if mode == "default" else streams
         elif isinstance(layer, nn.MaxPool2d):
             streams = [pooled(before[0], layer, r) for r in streams]
         streams = [r.view(shape) for r in streams]

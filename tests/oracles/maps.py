@@ -63,9 +63,14 @@ def written_out_ssim(one, other):
 
 @oracle("measures", "ssim")
 def ssim(maps, reference_maps):
-    """Of maps brought to one scale by their largest absolute values."""
-    pairs = zip(maps, reference_maps, strict=True)
-    return [written_out_ssim(*(one / one.abs().max() for one in pair)) for pair in pairs]
+    """Of maps brought to one scale by their largest absolute values, from 0 on where one has negative values."""
+    found = []
+    for pair in zip(maps, reference_maps, strict=True):
+        pair = [one / one.abs().max() for one in pair]
+        if min(float(one.min()) for one in pair) < 0:
+            pair = [(1 + one) / 2 for one in pair]
+        found.append(written_out_ssim(*pair))
+    return found
 
 
 @oracle("measures", "top_overlap")

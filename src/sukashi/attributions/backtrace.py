@@ -11,13 +11,28 @@ from torch import Tensor, nn
 
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, in_parts
-from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, passed, plain, replaced, ruled, weighted
+from sukashi.attributions.rules import (
+    ACTIVATIONS,
+    AVERAGES,
+    CONVOLUTIONS,
+    MOVES,
+    Rule,
+    carried,
+    carry,
+    parameters,
+    passed,
+    plain,
+    replaced,
+    ruled,
+    weighted,
+)
 from sukashi.core.errors import ModelError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
-from sukashi.network.canonical import Add, Mul, Scale, canonical
+from sukashi.network.canonical import Affine, canonical
+from sukashi.network.functions import Add, Mul, Quotient, Resize, Scale
 
 
 @attributions.register(
@@ -37,15 +52,20 @@ def backtrace(
 
     `default`: the seed is the value of the target's logit. A layer z_j = sum_i x_i w_ij + b_j hands on
     R_i = sum_j R_j |x_i w_ij| / (sum_i |x_i w_ij| + |b_j|): relevance keeps the seed's sign, the bias's share is lost.
-    Sums and averages share in proportion to |a|, a max-pool equally among its maxima, a product in halves; activations
-    and LayerScale pass relevance on.
+    Sums and averages share in proportion to |a|, constants' shares are lost too, a max-pool shares equally among its
+    maxima, a product in halves; activations and factors pass relevance on, what moves values takes it back.
 
-    `contrastive`: two streams, what speaks for the target and what for the others. Both are sizes: the first starts
-    with the target's logit, the second with the others' divided by their number, so that a thousand classes do not
-    outweigh one (our reading: the paper leaves the weight open). At a unit with z_j > 0 the larger stream follows the
-    positive contributions, R_i = sum_j R_j (x_i w_ij)^+ / (sum_i (x_i w_ij)^+ + b_j^+), and the smaller the negative
-    ones; at any other unit they change places. What has no weights shares each stream as in default mode. The values
-    are the first stream less the second.
+    `contrastive`: two streams, what speaks for the target and what for the others. The first starts with the target's
+    logit, the second with all other logits, each with its sign. At a sum z_j of contributions c_ij and a bias, where
+    all c_ij have one sign, both streams share in proportion to them. Else one stream shares among the positive ones,
+    R_i = R_j c_ij^+ / sum_i c_ij^+, and the other among the negative ones: the larger (of numbers with signs) goes to
+    the positive ones where z_j > 0 and the smaller where z_j < 0, of equal ones the second stream does, and where
+    z_j = 0 both are lost. The bias decides through z_j alone. So do layers, sums and averages; a max-pool and a product
+    share each stream as in default mode. The values are the first stream less the second.
+
+    That is the authors' code for linear layers (`contrast.py` of Lexsi-Labs/DLBacktrace). Where the code differs
+    from itself we stay with it: its convolutions lose one stream where all contributions have one sign and both where
+    the streams are equal, and its 2d average pool gives the second stream the first one's values.
 
     A gradient carries relevance itself. `batch_size` bounds the images in the one pass that serves all sites.
 
@@ -56,8 +76,7 @@ def backtrace(
     check(model, x, target, objective)
     form = canonical(model, x, sites)
     contrastive = mode == "contrastive"
-    layer = _parted if contrastive else _shared_layer
-    rules = {**_RULES, **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), layer)}
+    rules = {**_RULES, **(_CONTRASTIVE if contrastive else {})}
     ruled(form, rules, "backtrace")
 
     def seed(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +85,9 @@ def backtrace(
             return value, value.detach()
         objective.check(logits[: len(target)], target)
         answers = objective.answers(logits)
-        size = answers.detach()[: len(target)].abs()
-        is_target = F.one_hot(objective.place(target), size.shape[1]).bool()
-        others = size / max(size.shape[1] - 1, 1)
-        return answers, torch.cat([size.where(is_target, 0), others.where(~is_target, 0)])
+        values = answers.detach()[: len(target)]
+        own = F.one_hot(objective.place(target), values.shape[1]).bool()
+        return answers, torch.cat([values.where(own, 0), values.where(~own, 0)])
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         given = torch.cat([x[rows], x[rows]]) if contrastive else x[rows]
@@ -87,29 +105,35 @@ def _inverse(total: Tensor) -> Tensor:
     return torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
 
 
-def _sized(x: Tensor) -> Tensor:
+def _sized(x: Tensor | float) -> Tensor | float:
     """|x|, and relevance that is multiplied by it on the way back."""
+    if not isinstance(x, Tensor):
+        return abs(x)
     size = x.abs() if (x < 0).any() else x
     return carry(x, size, size)
 
 
-def _shared(module: nn.Module, *inputs: Tensor) -> Tensor:
+def _shared(module: nn.Module, *inputs: Tensor | float) -> Tensor:
     """Sums with weights that are not negative."""
     total = plain(module, *map(_sized, inputs))
     return carry(total, plain(module, *inputs), _inverse(total))
 
 
+def _resized(module: nn.Module, x: Tensor, *size: Any) -> Tensor:
+    assert isinstance(module, nn.Upsample | Resize)
+    if module.mode == "bicubic":
+        raise ModelError("backtrace has no rule for bicubic interpolation, whose weights have both signs: use bilinear")
+    total = plain(module, cast(Tensor, _sized(x)), *size)
+    return carry(total, plain(module, x, *size), _inverse(total))
+
+
 def _shared_layer(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    total = weighted(module, _sized(x), module.weight.abs())
-    return carry(total, plain(module, x), _inverse(total + _shift(module, total).abs()))
-
-
-def _shift(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, z: Tensor) -> Tensor:
-    """The bias of a layer, in the shape of its output."""
-    if module.bias is None:
-        return torch.zeros_like(z)
-    return module.bias if isinstance(module, nn.Linear) else module.bias.view(-1, *[1] * (z.dim() - 2)).expand_as(z)
+    weight, bias = parameters(module)
+    total = weighted(module, cast(Tensor, _sized(x)), weight.abs())
+    if bias is None:
+        return carry(total, plain(module, x), _inverse(total))
+    shift = bias.view(-1, *[1] * (total.dim() - 2)) if isinstance(module, CONVOLUTIONS) else bias
+    return carry(total, plain(module, x), _inverse(total + shift.abs()))
 
 
 def _product(module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
@@ -130,7 +154,8 @@ def _max_pool(module: nn.Module, x: Tensor) -> Tensor:
     maxima = (patches == y.flatten(2)[:, :, None]).to(x)
     shares = maxima / maxima.sum(2, keepdim=True)
     spread = F.unfold(F.pad(x, border), *window).unflatten(1, (x.shape[1], -1))
-    return replaced((spread * shares).sum(2).view_as(y), y)
+    # What pads may be -Inf, which no share may be taken of.
+    return replaced((spread.where(shares > 0, 0) * shares).sum(2).view_as(y), y)
 
 
 class _Part(torch.autograd.Function):
@@ -140,43 +165,62 @@ class _Part(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, positive: Tensor, negative: Tensor, z: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(positive, negative, z, bias)
+    def forward(ctx: Any, positive: Tensor, negative: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(positive, negative, z)
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        positive, negative, z, bias = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        positive, negative, z = ctx.saved_tensors
         stream, other = gradients[0].chunk(2)
-        first = (stream >= other) == (z.chunk(2)[0] > 0)
+        half = z.chunk(2)[0]
+        first = torch.where(half > 0, stream > other, stream < other)
         up = torch.cat([first, ~first])
+        # A fast convolution leaves rounding where there is nothing to add.
+        least = torch.finfo(z.dtype).eps
+        alike = (negative <= least * positive) | (positive <= least * negative)
+        above = (up & (z != 0)) | alike
+        below = (~up & (z != 0)) | alike
         return (
-            gradients[0].where(up, 0) * _inverse(positive + bias.clamp(min=0)),
-            gradients[0].where(~up, 0) * _inverse(negative - bias.clamp(max=0)),
-            None,
+            gradients[0].where(above & (positive > least * negative), 0) * _inverse(positive),
+            gradients[0].where(below & (negative > least * positive), 0) * _inverse(negative),
             None,
         )
 
 
-def _parted(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    with torch.no_grad():
-        z = plain(module, x)
-        above, below = x.clamp(min=0), -x.clamp(max=0)
-        up, down = module.weight.clamp(min=0), -module.weight.clamp(max=0)
-    above, below = carry(x, above, above), carry(x, below, below)
+def _signs(x: Tensor | float) -> tuple[Any, Any]:
+    """The positive part of x and the size of the negative one; relevance is multiplied by them on the way back."""
+    if not isinstance(x, Tensor):
+        return max(x, 0), max(-x, 0)
+    above, below = x.detach().clamp(min=0), -x.detach().clamp(max=0)
+    return carry(x, above, above), carry(x, below, below)
+
+
+def _parted_layer(module: nn.Module, x: Tensor) -> Tensor:
+    weight, _ = parameters(module)
+    (above, below), up, down = _signs(x), weight.clamp(min=0), -weight.clamp(max=0)
     positive = weighted(module, above, up) + weighted(module, below, down)
     negative = weighted(module, above, down) + weighted(module, below, up)
-    return cast(Tensor, _Part.apply(positive, negative, z, _shift(module, z)))
+    return cast(Tensor, _Part.apply(positive, negative, plain(module, x).detach()))
 
 
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish),
-)
+def _parted(module: nn.Module, *inputs: Tensor | float) -> Tensor:
+    """Sums with weights that are not negative."""
+    above, below = zip(*map(_signs, inputs), strict=True)
+    return cast(Tensor, _Part.apply(plain(module, *above), plain(module, *below), plain(module, *inputs).detach()))
+
+
+_LAYERS = (nn.Linear, *CONVOLUTIONS, Affine)
 _RULES: Mapping[type[nn.Module], Rule] = {
     **MOVES,
+    **dict.fromkeys(_LAYERS, _shared_layer),
     **dict.fromkeys((Add, *AVERAGES), _shared),
-    **dict.fromkeys((*_ACTIVATIONS, Scale), passed),
+    **dict.fromkeys((nn.Upsample, Resize), _resized),
+    **dict.fromkeys((*ACTIVATIONS, Scale, Quotient), passed),
     Mul: _product,
     nn.MaxPool2d: _max_pool,
+}
+_CONTRASTIVE: Mapping[type[nn.Module], Rule] = {
+    **dict.fromkeys(_LAYERS, _parted_layer),
+    **dict.fromkeys((Add, *AVERAGES), _parted),
 }

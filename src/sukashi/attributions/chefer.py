@@ -13,19 +13,32 @@ from torch import Tensor, fx, nn
 
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, in_parts
-from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carry, passed, plain, ruled, stable
+from sukashi.attributions.rules import (
+    AVERAGES,
+    MOVES,
+    STRAIGHT,
+    THROUGH_ZERO,
+    Rule,
+    carry,
+    passed,
+    plain,
+    ruled,
+    stable,
+)
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.precision import exact
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
-from sukashi.network.canonical import Add, Scale, canonical, share
+from sukashi.network.canonical import canonical, share
+from sukashi.network.functions import Add, Quotient, Scale
 from sukashi.network.layers import AttentionCore
 
 # As in the authors' code; the published eq. 14 has an epsilon without a value.
 _EPSILON = 1e-9
 _SCALE_EPSILON = 1e-6
+_TOKENS = 3  # axes of tokens: images, tokens, features
 
 
 @attributions.register(
@@ -53,8 +66,9 @@ def chefer(
 
     and the map is the row of C of the class token, at the patches' columns. Rows are not normalised, and the identity
     we take off is nothing in those columns. A network that averages tokens has no such row: we take the mean of the
-    rows of all tokens that the logit depends on after the last block, where without taking it off the identity would
-    be a constant on all patches. The mean over heads counts heads that were cut, which have no relevance.
+    rows of all tokens that the logit depends on after the last block (of a distilled DeiT two), where without taking it
+    off the identity would be a constant on all patches. The mean over heads counts heads that were cut, which have no
+    relevance.
 
     R starts as 1 at the target's logit. Linear layers hand on R_i = sum_j (x_i w_ij)^+ / (sum_i (x_i w_ij)^+) R_j,
     without biases; a sum shares by a / (a + b), and each branch is then scaled to its part |sum R_a| / (|sum R_a| +
@@ -154,14 +168,16 @@ def _tokens(form: fx.GraphModule, x: Tensor) -> _Tokens:
             cores.append(node)
         elif isinstance(module, nn.modules.conv._ConvNd):
             patches.append(module)
-        elif isinstance(module, Add):
+        elif isinstance(module, Add) and node.meta["axes"] == _TOKENS:
             sums.append(node)
     if not cores:
         raise ModelError(
             f"chefer explains by attention, and this {name} has none that could be written out: use lrp or another "
             "attribution"
         )
-    if [depth[node] for node in cores] != list(range(1, len(cores) + 1)) or depth[sums[-1]] != len(cores):
+    if [depth[node] for node in cores] != list(range(1, len(cores) + 1)) or not (
+        sums and depth[sums[-1]] == len(cores)
+    ):
         raise ModelError(
             f"chefer follows attention layer by layer with sums around it, and in this {name} layers lie side by side "
             "or no sum follows the last: use lrp"
@@ -214,7 +230,7 @@ def _rules(kept: list[Tensor], layer_scale: str) -> dict[type[nn.Module], Rule]:
     """Rules by which a gradient carries relevance itself."""
     return {
         **MOVES,
-        **dict.fromkeys((nn.LayerNorm, *_ACTIVATIONS), passed),
+        **dict.fromkeys((nn.LayerNorm, Quotient, *STRAIGHT, *THROUGH_ZERO), passed),
         # Relevance is not followed to what makes the patches.
         nn.Conv2d: None,
         nn.Linear: _positive,
@@ -256,7 +272,9 @@ def _average(module: nn.Module, x: Tensor) -> Tensor:
     return carry(mean, mean, _inverse(mean))
 
 
-def _scaled(module: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
+def _scaled(module: nn.Module, x: Tensor, factor: Tensor | float) -> Tensor:
+    if not isinstance(factor, Tensor):  # a number that is written down is no LayerScale
+        return passed(module, x, factor)
     return carry(x, plain(module, x, factor), (1 / (factor + _SCALE_EPSILON)).expand_as(x))
 
 
@@ -297,8 +315,5 @@ class _Sum(torch.autograd.Function):
         return parts[0] * sums[0].sign() * scale, parts[1] * sums[1].sign() * scale
 
 
-def _sum(module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    return cast(Tensor, _Sum.apply(*torch.broadcast_tensors(a, b)))
-
-
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish)
+def _sum(module: nn.Module, a: Tensor, b: Tensor | float) -> Tensor:
+    return cast(Tensor, _Sum.apply(*torch.broadcast_tensors(a, torch.as_tensor(b).to(a))))

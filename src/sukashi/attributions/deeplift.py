@@ -12,12 +12,26 @@ from torch import Tensor, nn
 
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, in_parts, start_of
-from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, replaced, ruled
+from sukashi.attributions.rules import (
+    ACTIVATIONS,
+    AVERAGES,
+    CONVOLUTIONS,
+    MOVES,
+    STRAIGHT,
+    Rule,
+    carried,
+    carry,
+    ones,
+    plain,
+    replaced,
+    ruled,
+)
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
-from sukashi.network.canonical import Add, MatMul, Mul, Scale, canonical
+from sukashi.network.canonical import Affine, canonical
+from sukashi.network.functions import Add, MatMul, Mul, Quotient, Resize, Scale
 from sukashi.network.layers import AttentionCore
 
 Baseline = float | Literal["mean", "blur"] | Tensor
@@ -42,7 +56,7 @@ def deeplift(
     the paper has no rule, ours are those that keep the sum: a max-pool gives its difference to the larger of both
     maxima's positions; a product a b gives (b + b') / 2 to da and (a + a') / 2 to db (the Shapley value of two), also
     inside LayerNorm (square, inverse root, product) and attention (two matrix products, and a softmax that is
-    exp(z - log sum exp z)). All else is refused.
+    exp(z - log sum exp z)). What is linear or moves values needs none. All else is refused.
 
     `baseline` is a number or a tensor that broadcasts to x, in preprocessed units (0 is the mean colour), `mean` the
     image's own mean colour, or `blur` the image under a Gaussian of an eighth of its side (Sturmfels et al. 2020).
@@ -109,7 +123,9 @@ def _activation(module: nn.Module, z0: Tensor, z: Tensor) -> Tensor:
     """
     with torch.no_grad():
         y, dz = plain(module, z), z - z0
-        least = 0.0 if isinstance(module, nn.ReLU | nn.ReLU6 | nn.LeakyReLU) else torch.finfo(z.dtype).eps ** (1 / 3)
+        least = (
+            0.0 if isinstance(module, (*STRAIGHT, nn.Hardtanh, nn.Softshrink)) else torch.finfo(z.dtype).eps ** (1 / 3)
+        )
         near = dz.abs() <= least
         slope = (y - plain(module, z0)) / torch.where(near, 1, dz)
     if near.any():
@@ -191,13 +207,10 @@ def _attention(module: nn.Module, before: Tensor, qkv: Tensor) -> Tensor:
     return module.merge(_bilinear(torch.matmul, (q0 @ k0).softmax(-1), v0, weights, v))
 
 
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish),
-)
 _RULES: Mapping[type[nn.Module], Rule] = {
     **MOVES,
-    **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, Add, Scale, *AVERAGES)),
-    **dict.fromkeys(_ACTIVATIONS, _activation),
+    **dict.fromkeys((nn.Linear, *CONVOLUTIONS, Affine, Add, Scale, Quotient, nn.Upsample, Resize, *AVERAGES)),
+    **dict.fromkeys(ACTIVATIONS, _activation),
     **dict.fromkeys((Mul, MatMul), _product),
     nn.MaxPool2d: _max_pool,
     nn.LayerNorm: _layer_norm,

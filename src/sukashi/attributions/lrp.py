@@ -12,13 +12,29 @@ from torch import Tensor, nn
 
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, in_parts
-from sukashi.attributions.rules import AVERAGES, MOVES, Rule, carried, carry, ones, plain, ruled, stable, weighted
-from sukashi.core.errors import UsageError
+from sukashi.attributions.rules import (
+    AVERAGES,
+    CONVOLUTIONS,
+    MOVES,
+    STRAIGHT,
+    THROUGH_ZERO,
+    Rule,
+    carried,
+    carry,
+    ones,
+    parameters,
+    plain,
+    ruled,
+    stable,
+    weighted,
+)
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
 from sukashi.network import hooks
-from sukashi.network.canonical import Add, Mul, Scale, canonical
+from sukashi.network.canonical import Affine, canonical
+from sukashi.network.functions import Add, Mul, Quotient, Resize, Scale
 from sukashi.network.layers import AttentionCore
 
 
@@ -50,8 +66,11 @@ def lrp(
 
     Biases stand below the line (their positive part in alpha1beta0), so their share of relevance is lost; `bias=False`
     leaves them out, which alpha1beta0 alone can bear: the others would divide by what may be zero. `epsilon` also
-    keeps the other rules from dividing by zero, as zennit's stabiliser does. Sums, means and average pools share in
-    proportion to what they add, activations and LayerScale pass relevance on, a max-pool passes it to the maximum.
+    keeps the other rules from dividing by zero, as zennit's stabiliser does. Sums, means, average pools and
+    interpolation share in proportion to what they add; a constant's share is lost as a bias's is. Factors, LayerScale
+    and activations that are 0 at 0 pass relevance on, a max-pool passes it to the maximum, and what moves or copies
+    values (pads, shuffles, flips, nearest upsampling) takes it back the way they came. A BatchNorm is part of the layer
+    before it; one that follows none is a layer of its own.
 
     Transformers (Achtibat et al. 2024): the deviation that LayerNorm divides by is a constant; `attention` is `attn`
     (AttnLRP: softmax by its slope, the two factors of a matrix product half each) or `cp` (CP-LRP, Ali et al. 2022:
@@ -78,11 +97,11 @@ def lrp(
     linear, convolution = ("epsilon", "alpha1beta0") if rule == "epsilon_plus" else (rule, rule)
     rules: dict[type[nn.Module], Rule] = {
         **MOVES,
-        # The slope of a ReLU is y / x.
-        **dict.fromkeys((Add, Scale, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, *AVERAGES)),
-        **dict.fromkeys(_ACTIVATIONS, _activation),
-        **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), layers[convolution]),
-        nn.Linear: layers[linear],
+        **dict.fromkeys((Add, Scale, Quotient, nn.MaxPool2d, nn.Upsample, Resize, *AVERAGES, *STRAIGHT)),
+        **dict.fromkeys(THROUGH_ZERO, _activation),
+        nn.Hardtanh: _clamped,
+        **dict.fromkeys(CONVOLUTIONS, layers[convolution]),
+        **dict.fromkeys((nn.Linear, Affine), layers[linear]),
         nn.LayerNorm: _layer_norm,
         AttentionCore: partial(_attention, attention == "cp"),
     }
@@ -106,18 +125,18 @@ def _epsilon(epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _alpha1beta0(bias: bool, epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    shift = module.bias.clamp(min=0) if bias and module.bias is not None else None
-    positive = _contributions(module, x, module.weight.clamp(min=0), module.weight.clamp(max=0), shift)
+    weight, shift = parameters(module)
+    above = shift.clamp(min=0) if bias and shift is not None else None
+    positive = _contributions(module, x, weight.clamp(min=0), weight.clamp(max=0), above)
     with torch.no_grad():
         z = plain(module, x)
     return carry(positive, z, z / stable(positive, epsilon))
 
 
 def _gamma(gamma: float, epsilon: float, module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    up, down = (_raised(module.weight, gamma), _raised(module.weight, -gamma))
-    rise, fall = (None, None) if module.bias is None else (_raised(module.bias, gamma), _raised(module.bias, -gamma))
+    weight, bias = parameters(module)
+    up, down = (_raised(weight, gamma), _raised(weight, -gamma))
+    rise, fall = (None, None) if bias is None else (_raised(bias, gamma), _raised(bias, -gamma))
     above, below = _contributions(module, x, up, down, rise), _contributions(module, x, down, up, fall)
     with torch.no_grad():
         z = plain(module, x)
@@ -140,6 +159,16 @@ def _contributions(module: nn.Module, x: Tensor, positive: Tensor, negative: Ten
 def _activation(module: nn.Module, x: Tensor) -> Tensor:
     y = plain(module, x)
     return carry(x, y, torch.where(x == 0, 0, y / torch.where(x == 0, 1, x)))
+
+
+def _clamped(module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.Hardtanh)
+    if not module.min_val <= 0 <= module.max_val:
+        raise ModelError(
+            f"lrp has no rule for a clamp to [{module.min_val:g}, {module.max_val:g}], which is not 0 at 0: use an "
+            "attribution made of gradients, such as gradient_x_activation"
+        )
+    return _activation(module, x)
 
 
 def _layer_norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -167,6 +196,3 @@ def _product(module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
 def _halved(product: Tensor) -> Tensor:
     """A product whose two factors get half the relevance each."""
     return (product + product.detach()) / 2
-
-
-_ACTIVATIONS = (nn.ReLU6, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish)

@@ -34,7 +34,8 @@ from sukashi.core.precision import exact
 from sukashi.core.registry import FREE
 from sukashi.core.types import Batch, Mask, Site
 from sukashi.network import layers, surgery
-from sukashi.network.canonical import LEAVES, Add, canonical
+from sukashi.network.canonical import LEAVES, canonical
+from sukashi.network.functions import Add
 
 DEFAULT_BUDGET = 2 * 2**30
 Budget = Annotated[int, Field(ge=0), FREE]

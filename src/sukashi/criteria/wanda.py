@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 
@@ -17,6 +17,8 @@ from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.network import hooks
+from sukashi.network.canonical import canonical, is_compound
+from sukashi.network.functions import owner
 from sukashi.network.sparsity import weight_of
 
 _CHUNK = 2**22  # numbers that are squared in float64 at once
@@ -38,10 +40,14 @@ def wanda(
     lies, padding included. A norm for each channel would leave out that some weights never meet the border of a map: it
     changes 1.6 % of the bits of a CIFAR ResNet-20's mask.
 
+    A layer of a class of its own that is a plain one and more (timm's convolutions that pad like TensorFlow's) is
+    measured in the canonical form, where it reads what the plain one does.
+
     All layers are measured in one pass over the images, sums of squares in float64. `batch_size` bounds the images in
     one pass; results do not depend on it.
 
-    Raises ModelError for a layer that is neither linear nor a 2d convolution, or that reads nothing in a pass.
+    Raises ModelError for a layer that is neither linear nor a 2d convolution, or that reads nothing in a pass, and for
+    a network that needs its canonical form and has none.
     """
     layers = {site.layer: model.get_submodule(site.layer) for site in sites}
     for name, layer in layers.items():
@@ -52,19 +58,20 @@ def wanda(
             )
     device = next(model.parameters()).device
     squares: dict[str, Tensor] = {}
+    network, places = _plain(model, layers, data.x[:2].to(device))
 
-    def add(name: str, x: Tensor) -> None:
-        layer = layers[name]
+    def add(place: str, name: str, x: Tensor) -> None:
+        layer = network.get_submodule(place)
         found = _of_features(x) if isinstance(layer, nn.Linear) else _of_windows(layer, x)
         squares[name] = squares[name] + found if name in squares else found
 
     with (
         progress.task("wanda", len(data)) as shown,
         exact(),
-        hooks.visited(model, {name: partial(add, name) for name in layers}),
+        hooks.visited(network, {place: partial(add, place, name) for place, name in places.items()}),
     ):
         for batch in data.split(batch_size):
-            model(batch.x.to(device))
+            network(batch.x.to(device))
             shown.advance(len(batch))
     values = {}
     for site in sites:
@@ -73,6 +80,24 @@ def wanda(
         weight = weight_of(model, site).detach().cpu().double().abs()
         values[site] = weight * _shaped_like(weight, squares[site.layer].cpu().sqrt())
     return Scores(values, len(data), "wanda")
+
+
+def _plain(model: nn.Module, layers: Mapping[str, nn.Module], x: Tensor) -> tuple[nn.Module, dict[str, str]]:
+    """The network to run, and {place in it: layer}: the canonical form where a layer does more than its kind.
+
+    There a convolution that pads by itself reads what is padded, and a layer called n times is n places.
+    """
+    if not any(map(is_compound, layers.values())):
+        return model, {name: name for name in layers}
+    form = canonical(model, x)
+    called = [node for node in form.graph.nodes if node.op == "call_module"]
+    kinds = nn.Linear | nn.Conv2d
+    places = {
+        str(node.target): owner(node)
+        for node in called
+        if owner(node) in layers and isinstance(form.get_submodule(str(node.target)), kinds)
+    }
+    return form, places
 
 
 def _of_features(x: Tensor) -> Tensor:

@@ -46,8 +46,11 @@ def gini(maps: Maps) -> Measurement:
 
 
 def _sorted(values: Tensor) -> Tensor:
-    """(B, d) each row from its smallest up, NaN last; on a processor in place, by NumPy: 17 times as fast as torch."""
-    if values.is_cuda:
+    """(B, d) each row from its smallest up, NaN last; on a processor in place, by NumPy: 17 times as fast as torch.
+
+    (NumPy knows no bfloat16.)
+    """
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
         return values.sort(dim=1).values
     values.numpy().sort(axis=1)
     return values
@@ -96,7 +99,9 @@ def ssim(maps: Maps, reference_maps: Maps) -> Measurement:
     """Structural similarity of a map and the reference's of the same image; (B,) float64, at most 1.
 
     torchmetrics' (Gaussian window, sigma 1.5; K1 = 0.01, K2 = 0.03, range 1), with each map divided by its own largest
-    absolute value first: maps have no common unit. NaN where a map is constant or not finite.
+    absolute value first: maps have no common unit. Where one of both has a negative value both are then brought from
+    [-1, 1] to [0, 1], m -> (1 + m) / 2: SSIM is a product of likenesses of means and of deviations, and of a map and
+    its negative both are negative, so that opposite maps would be alike. NaN where a map is constant or not finite.
 
     Raises UsageError for maps of less than six pixels a side.
     """
@@ -107,7 +112,9 @@ def ssim(maps: Maps, reference_maps: Maps) -> Measurement:
     if min(height, width) < _LEAST:
         raise UsageError(f"maps of {height} x {width} pixels are too small for SSIM: {_LEAST} a side")
     # What has no largest value is NaN in the end, and must not make others so on the way.
-    one, other = ((m.double() / m.double().abs().amax((1, 2), keepdim=True)).nan_to_num(0, 0, 0)[:, None] for m in both)
+    scaled = [(m.double() / m.double().abs().amax((1, 2), keepdim=True)).nan_to_num(0, 0, 0)[:, None] for m in both]
+    signed = (torch.minimum(*scaled) < 0).flatten(1).any(1)[:, None, None, None]
+    one, other = (torch.where(signed, (1 + m) / 2, m) for m in scaled)
     found = structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
     assert isinstance(found, Tensor)
     return Measurement(_told(found.view(len(maps)), *both), maps.image_id, "structural similarity")

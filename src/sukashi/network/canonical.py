@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers.padding import pad_same
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import StochasticDepth
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from sukashi.core.errors import ModelError, SukashiError
 from sukashi.core.precision import exact
 from sukashi.core.types import Site
-from sukashi.network import insert
+from sukashi.network import functions, insert
+from sukashi.network.functions import active, has, put
 from sukashi.network.layers import AttentionCore, PadShortcut
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -28,55 +29,25 @@ Layer = TypeVar("Layer", bound=nn.Module)
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-class Add(nn.Module):
-    """a + b; b may be a constant."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-
-class Mul(nn.Module):
-    """a * b of two activations."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
-
-
-class Scale(nn.Module):
-    """An activation times a constant (LayerScale)."""
-
-    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
-        return x * factor
-
-
-class MatMul(nn.Module):
-    """a @ b of two activations."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a @ b
-
-
-class Mean(nn.Module):
-    """The mean over axes."""
-
-    def __init__(self, dim: int | list[int] | None, keepdim: bool) -> None:
-        super().__init__()
-        self.dim = dim
-        self.keepdim = keepdim
+class Affine(nn.BatchNorm1d):
+    """A BatchNorm of features (B, C) that follows no linear layer: in eval mode a factor and a shift a feature."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(self.dim, self.keepdim)
+        return super().forward(x)
 
 
 def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.GraphModule:
     """The same function as a private torch.fx module without in-place operations, in eval mode and frozen.
 
     A layer called once keeps its name, so that sites and hooks by name work; one called n times becomes n layers, named
-    `name_0` and so on. Activations, sums, products, means, pooling and LayerNorm written as functions become modules,
-    named after the module that calls them. A BatchNorm2d is folded into the convolution before it and leaves an
-    Identity; one that follows none becomes a 1x1 depthwise convolution. What merely moves values stays as it is, and so
-    does an operation unknown here: a method that needs a rule for it refuses it by name. Weights are shared with the
-    model wherever they are not folded, so they take no second memory.
+    `name_0` and so on. Functions become the modules that do the same (activations, arithmetic, pooling, layers with
+    weights of the model), named after the module that calls them; a difference becomes a sum with -1 times the second.
+    A BatchNorm, frozen and synchronised ones too, is folded into the convolution or linear layer before it and leaves
+    an Identity; one that follows none becomes a 1x1 depthwise convolution, or of features (B, C) an `Affine`. A layer
+    of a class of its own that is a plain one and more (timm's norm with an activation, convolutions that pad or
+    standardise their weights) is taken apart. What merely moves values stays as it is, and so does an operation unknown
+    here: a method that needs a rule for it refuses it by name. Weights are shared with the model wherever they are
+    neither folded nor computed, so they take no second memory.
 
     A block is not called any more, only the layers in it. Where one of `sites` is what a block reads or writes, an
     Identity of the block's name stands there, so that hooks find it.
@@ -89,8 +60,10 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
     for module in root.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
+        _thaw(module)
     name = type(model).__name__
-    tracer = Tracer([(member.module, member.side) for site in sites for member in site.members])
+    places = [(member.module, member.side) for site in sites for member in site.members]
+    tracer = Tracer(places, [module for module in root.modules() if _within(module) is not None])
     try:
         graph = tracer.trace(root)
     except SukashiError:
@@ -115,7 +88,7 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
             raise ModelError(f"{name} gives a {type(expected).__name__}: it must give one tensor of logits; wrap it")
         _Activity(fx.GraphModule(root, graph)).run(x[:1].clone())
         _single(graph, root)
-        _modules(graph, root)
+        functions.modules(graph, root)
         _fold(graph, root)
         form = fx.GraphModule(root, graph, class_name=name)
         form.recompile()
@@ -171,18 +144,20 @@ LEAVES = (
     PadShortcut,
     nn.Linear,
     nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
+    _BatchNorm,
 )
 
 
 class Tracer(fx.Tracer):
     """Layers with a rule stay whole, and the images are the only input: other arguments keep their defaults.
 
-    Of `places`, (layer, side), those at a block become a call of the block's name, which must do nothing: `marked`.
+    Those in `compounds` do not: what is in them has rules. Of `places`, (layer, side), those at a block become a call
+    of the block's name, which must do nothing: `marked`.
     """
 
-    def __init__(self, places: Collection[tuple[str, str]] = ()) -> None:
-        super().__init__()
+    def __init__(self, places: Collection[tuple[str, str]] = (), compounds: Collection[nn.Module] = ()) -> None:
+        super().__init__(autowrap_functions=(pad_same,))
+        self.compounds = frozenset(compounds)
         self.places = frozenset(places)
         self.marked: set[nn.Module] = set()
 
@@ -208,144 +183,36 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, insert.Inserted):
             return m.rule is not None
+        if m in self.compounds:
+            return False
         return isinstance(m, (*LEAVES, StochasticDepth)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Activity(fx.Interpreter):
-    """Notes, in one pass, which nodes hold activations: float tensors that depend on the pixels, not on the shape."""
+    """Notes, in one pass, which nodes hold activations: float tensors that depend on the pixels, not on the shape.
+
+    And how many axes these have.
+    """
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         parts = value if isinstance(value, tuple | list) else (value,)
         holds = any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
-        n.meta["active"] = holds and (n.op == "placeholder" or any(map(active, n.all_input_nodes)))
+        n.meta["active"] = holds and (n.op == "placeholder" or any(map(active, _valued(n))))
+        n.meta["axes"] = value.dim() if isinstance(value, Tensor) else 0
         return value
 
 
-def active(node: Any) -> bool:
-    """Whether a node of a canonical graph holds activations."""
-    return isinstance(node, fx.Node) and bool(node.meta.get("active"))
+# Of the first that they read these take the shape or type, and of all but the first these do.
+_LIKE = (torch.zeros_like, torch.ones_like, torch.full_like, "new_zeros", "new_ones", "new_full", "new_tensor")
+_AS = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 
 
-# Functions and methods of one activation, with the arguments that follow it -> the module that does the same.
-_FUNCTIONS: Mapping[Any, Callable[..., nn.Module]] = {
-    F.relu: lambda inplace=False: nn.ReLU(),
-    torch.relu: nn.ReLU,
-    "relu": nn.ReLU,
-    "relu_": nn.ReLU,
-    F.relu6: lambda inplace=False: nn.ReLU6(),
-    F.gelu: lambda approximate="none": nn.GELU(approximate),
-    F.silu: lambda inplace=False: nn.SiLU(),
-    F.hardswish: lambda inplace=False: nn.Hardswish(),
-    F.hardsigmoid: lambda inplace=False: nn.Hardsigmoid(),
-    torch.sigmoid: nn.Sigmoid,
-    F.sigmoid: nn.Sigmoid,
-    "sigmoid": nn.Sigmoid,
-    "sigmoid_": nn.Sigmoid,
-    torch.tanh: nn.Tanh,
-    "tanh": nn.Tanh,
-    F.softmax: lambda dim: nn.Softmax(dim),
-    torch.softmax: lambda dim: nn.Softmax(dim),
-    "softmax": lambda dim: nn.Softmax(dim),
-    F.max_pool2d: nn.MaxPool2d,
-    torch.max_pool2d: nn.MaxPool2d,
-    F.avg_pool2d: nn.AvgPool2d,
-    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-    torch.mean: lambda dim=None, keepdim=False: Mean(dim, keepdim),
-    "mean": lambda dim=None, keepdim=False: Mean(dim, keepdim),
-}
-_PAIRS: Mapping[Any, type[nn.Module]] = {
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), Add),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), Mul),
-    **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"), MatMul),
-}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-def _modules(graph: fx.Graph, root: nn.Module) -> None:
-    """Functions of activations become modules; refuses what would still write into an activation."""
-    for node in list(graph.nodes):
-        if node.op not in ("call_function", "call_method") or not any(map(active, node.all_input_nodes)):
-            continue
-        if node.target is F.dropout and not node.kwargs.get("training", (*node.args, 0.5, True)[2]):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            continue
-        made = _module(node, root)
-        if made is not None:
-            module, name, args = made
-            node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}
-            _put(root, name, module.eval())
-        elif _writes(node):
-            raise ModelError(
-                f"{owner(node) or 'the model'} changes an activation in place with {called(node)}: whoever "
-                "reads it twice would see the changed values; write it without"
-            )
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-
-
-def _module(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[Any, ...]] | None:
-    """The module that does what a function or method does, a name for it and its inputs; None for what has none."""
-    if not node.args:  # all by keyword: some functions of torch take that
-        return None
-    first, *rest = node.args
-    if node.target is F.layer_norm:
-        return _layer_norm(node, root)
-    if node.target in _PAIRS:
-        if node.kwargs or len(node.args) != 2 or not isinstance(rest[0], fx.Node) or not isinstance(first, fx.Node):
-            return None
-        a, b = (first, rest[0]) if active(first) else (rest[0], first)
-        pair = _PAIRS[node.target]
-        if not active(b) and pair is MatMul:
-            return None
-        made = Scale() if pair is Mul and not active(b) else pair()
-        return made, _vacant(root, node, made), (a, b)
-    make = _FUNCTIONS.get(node.target)
-    if make is None or any(isinstance(argument, fx.Node) for argument in (*rest, *node.kwargs.values())):
-        return None
-    try:
-        made = make(*rest, **node.kwargs)
-    except TypeError:  # an argument the module does not have
-        return None
-    return made, _vacant(root, node, made), (first,)
-
-
-def _layer_norm(node: fx.Node, root: nn.Module) -> tuple[nn.Module, str, tuple[Any, ...]] | None:
-    """F.layer_norm with parameters of the model, under the name of the layer that calls it (timm's LayerNorm does)."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if isinstance(given["normalized_shape"], fx.Node):
-        return None
-    norm = nn.LayerNorm(given["normalized_shape"], given.get("eps", 1e-5), elementwise_affine=False)
-    for name in ("weight", "bias"):
-        source = given.get(name)
-        if isinstance(source, fx.Node):
-            if source.op != "get_attr":
-                return None
-            setattr(norm, name, operator.attrgetter(str(source.target))(root))
-    name = owner(node)
-    taken = any(other.op == "call_module" and other.target == name for other in node.graph.nodes)
-    own = isinstance(root.get_submodule(name), nn.LayerNorm) and not taken
-    return norm, name if own else _vacant(root, node, norm), (given["input"],)
-
-
-def _vacant(root: nn.Module, node: fx.Node, module: nn.Module) -> str:
-    """A name for a function made a module: its caller's, and what it is; with _1, _2, ... where that is taken."""
-    name = f"{owner(node)}.{type(module).__name__.lower()}".lstrip(".")
-    return next(f"{name}{end}" for end in _endings() if not _has(root, f"{name}{end}"))
-
-
-def _endings() -> Iterator[str]:
-    yield ""
-    for number in itertools.count(1):
-        yield f"_{number}"
-
-
-def _has(root: nn.Module, name: str) -> bool:
-    parent, _, own = name.rpartition(".")
-    return hasattr(root.get_submodule(parent), own)
+def _valued(node: fx.Node) -> list[fx.Node]:
+    """What a node takes values from."""
+    if node.target in _LIKE:
+        return node.all_input_nodes[1:]
+    return node.all_input_nodes[:1] if node.target in _AS else node.all_input_nodes
 
 
 def _single(graph: fx.Graph, root: nn.Module) -> None:
@@ -357,64 +224,102 @@ def _single(graph: fx.Graph, root: nn.Module) -> None:
         nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
         for number, node in enumerate(nodes):
             node.target = f"{name}_{number}"
-            while _has(root, node.target):
+            while has(root, node.target):
                 node.target += "_"
             root.set_submodule(node.target, share(root.get_submodule(name)))
 
 
 def _fold(graph: fx.Graph, root: nn.Module) -> None:
     for node in graph.nodes:
-        norm = _layer(root, node, nn.BatchNorm2d)
-        if norm is None or norm.running_mean is None:
+        norm = _layer(root, node, _BatchNorm, nn.SyncBatchNorm)
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
         before = node.args[0]
         while _layer(root, before, nn.Identity) is not None and len(before.users) == 1:
             before = before.args[0]
-        conv = _layer(root, before, nn.Conv2d)
-        if conv is not None and len(before.users) == 1:
-            _put(root, before.target, fuse_conv_bn_eval(conv, norm))
-            _put(root, node.target, nn.Identity())
+        layer = _layer(root, before, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        alone, n_axes = len(before.users) == 1, node.meta["axes"]
+        if alone and isinstance(layer, nn.modules.conv._ConvNd):
+            put(root, before.target, fuse_conv_bn_eval(layer, norm))
+            put(root, node.target, nn.Identity())
+        elif alone and isinstance(layer, nn.Linear) and n_axes == 2:
+            put(root, before.target, fuse_linear_bn_eval(layer, norm))
+            put(root, node.target, nn.Identity())
+        elif n_axes == 2:
+            norm.__class__ = Affine
         else:
-            _put(root, node.target, _diagonal(norm))
+            put(root, node.target, _diagonal(norm, n_axes))
     root.requires_grad_(False)
 
 
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """A module in the place of a layer, if there is one; what is inserted after that stays."""
-    if _has(root, name):
-        after = root.get_submodule(name)._modules.get("inserted")
-        if after is not None:
-            module.add_module("inserted", after)
-    root.set_submodule(name, module)
-
-
-def _layer(root: nn.Module, node: fx.Node, cls: type[Layer]) -> Layer | None:
-    """The layer that a node calls, if it is one of `cls`."""
+def _layer(root: nn.Module, node: fx.Node, *classes: type[nn.Module]) -> nn.Module | None:
+    """The layer that a node calls, if it does what one of the classes does."""
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return cast(Layer, module) if module is not None and performs(module, cls) else None
+    return module if module is not None and any(performs(module, cls) for cls in classes) else None
 
 
-def _diagonal(norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """A BatchNorm in eval mode as what it is: one factor and one shift a channel."""
+def line(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm is in eval mode: a factor and a shift a channel, each (C,)."""
     mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    n = norm.num_features
-    conv = nn.Conv2d(n, n, 1, groups=n, device=mean.device, dtype=mean.dtype)
     factor = (var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-    conv.weight.data = factor.view(n, 1, 1, 1)
-    cast(Tensor, conv.bias).data = (0 if norm.bias is None else norm.bias) - mean * factor
+    return factor, (0 if norm.bias is None else norm.bias) - mean * factor
+
+
+def _diagonal(norm: _BatchNorm, n_axes: int) -> nn.Module:
+    """A BatchNorm of maps as a depthwise convolution of one pixel."""
+    factor, shift = line(norm)
+    n = norm.num_features
+    kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[n_axes]
+    conv = kind(n, n, 1, groups=n, device=shift.device, dtype=shift.dtype)
+    conv.weight.data = factor.view_as(conv.weight)
+    cast(Tensor, conv.bias).data = shift
     return conv.eval()
 
 
-def owner(node: fx.Node) -> str:
-    """Dotted name of the module whose forward makes a call."""
-    return next(reversed(node.meta.get("nn_module_stack", {"": ""})), "")
+def is_compound(module: nn.Module) -> bool:
+    """Whether a layer is a plain one and more, as timm's convolution that pads or norm that ends in an activation.
+
+    So is each of a class of one's own that gives its weights, once, to the function of torch's that its kind is.
+    """
+    plain = _within(module)
+    return plain is not None and plain.weight is module.weight
 
 
-def called(node: fx.Node) -> str:
-    """The name of a function or method that a node calls."""
-    return str(getattr(node.target, "__name__", node.target))
+def _within(module: nn.Module) -> nn.Module | None:
+    """The one plain layer, of its own kind, in a layer of a class of its own; its weights may be computed."""
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)):
+        return None
+    if type(module).forward.__module__.startswith("torch."):
+        return None
+    try:
+        nodes = [node for node in Tracer().trace(module).nodes if node.target in functions.LAYERS]
+        found = [functions.layer(node, module) for node in nodes if _of_images(node.args[0])]
+    except Exception:
+        return None
+    return found[0] if len(found) == 1 and isinstance(module, type(found[0])) else None
 
 
-def _writes(node: fx.Node) -> bool:
-    method = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return method or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+def _of_images(node: Any) -> bool:
+    return isinstance(node, fx.Node) and (node.op == "placeholder" or any(map(_of_images, node.all_input_nodes)))
+
+
+# Norms whose statistics are never those of the batch in eval mode, and what they are then.
+_THAWED: Mapping[type[nn.Module], type[nn.Module]] = {
+    FrozenBatchNorm2d: nn.BatchNorm2d,
+    FrozenBatchNormAct2d: BatchNormAct2d,
+    SyncBatchNormAct: BatchNormAct2d,
+}
+
+
+def _thaw(module: nn.Module) -> None:
+    """Make a frozen or synchronised norm the plain one that computes the same, in place."""
+    plain = _THAWED.get(type(module))
+    if plain is None:
+        return
+    module.__class__ = plain
+    norm = cast(nn.BatchNorm2d, module)
+    norm.num_features, norm.momentum, norm.affine, norm.track_running_stats = len(norm.weight), 0.1, True, True
+    norm.num_batches_tracked = getattr(norm, "num_batches_tracked", None)
+    for name in ("drop", "act") if plain is BatchNormAct2d else ():
+        if name not in norm._modules:
+            norm.add_module(name, nn.Identity())

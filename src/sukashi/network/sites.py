@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Kind, Mask, Member, Site
 from sukashi.network import hooks, insert, surgery
-from sukashi.network.canonical import answer, evaluating, performs
+from sukashi.network.canonical import answer, evaluating, is_compound, performs
 from sukashi.network.layers import Attention, AttentionCore, PadShortcut
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
@@ -153,7 +153,8 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
     for name, module in layers.items():
         if name in shared:
             raise ModelError(f"layer {name!r} shares its weights with another: exclude both")
-        if type(module).forward not in _PLAIN or "weight" not in module._parameters:
+        plain = type(module).forward in _PLAIN or is_compound(module)
+        if not plain or "weight" not in module._parameters:
             raise ModelError(
                 f"layer {name!r}, a {type(module).__name__}, does something of its own with its weight or its input, "
                 "so a weight of zero may not be a connection less: exclude it"
