@@ -211,9 +211,7 @@ def test_a_file_larger_than_its_pixels_can_be_is_not_read(tmp_path):
     root = filled(tmp_path, "a", "b")
     with (root / "a" / "x.png").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(
-        DataError, match=r"(?s)above the cap on pixels.*a/x.png: it has [\d,]+ bytes, .* are allowed"
-    ):
+    with pytest.raises(DataError, match=r"(?s)above the cap on pixels.*a/x.png: it has [\d,]+ bytes, .* are allowed"):
         data.load(root)
 
 
