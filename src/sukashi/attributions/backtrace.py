@@ -36,7 +36,9 @@ from sukashi.network.functions import Add, Mul, Quotient, Resize, Scale
 
 
 @attributions.register(
-    "backtrace", source="Sankarapu et al. 2025 (DL-Backtrace), default and contrastive", refuses=("attention",)
+    "backtrace",
+    source="Sankarapu et al. 2025 (DL-Backtrace), default; contrastive by the authors' code for linear layers",
+    refuses=("attention",),
 )
 def backtrace(
     model: nn.Module,
