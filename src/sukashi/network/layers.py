@@ -134,11 +134,19 @@ class PairedAttention(Attention):
         return super().forward(query), None
 
 
+class _Uncached:
+    """What timm's attention with a cache of its biases is mixed with: what is kept in eval mode can't be copied."""
+
+    def get_attention_biases(self, device: torch.device) -> Tensor:
+        return cast(Tensor, self.attention_biases[:, self.attention_bias_idxs])  # type: ignore[attr-defined]
+
+
 def explicit_attention(model: nn.Module) -> None:
     """Write out, in place, timm's Attention and the MultiheadAttention of torchvision's EncoderBlock as Attention.
 
     Outputs stay equal and parameters are the same objects. timm's names stay; torchvision's `in_proj_weight` becomes
-    `qkv.weight` and `out_proj` becomes `proj`. Other attention is left alone, and `sites.find` says so.
+    `qkv.weight` and `out_proj` becomes `proj`. Other attention is left alone, and `sites.find` says so; that which
+    caches its biases in eval mode computes them anew.
 
     Raises ModelError, before anything is changed, for a variant that the written-out form does not compute.
     """
@@ -152,6 +160,10 @@ def explicit_attention(model: nn.Module) -> None:
                 written.append((parent, name, _from_torch(layer, child)))
     for parent, name, attention in written:
         setattr(parent, name, attention)
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache") and not isinstance(module, _Uncached):
+            plain = type(module)
+            module.__class__ = type(plain.__name__, (_Uncached, plain), {"__module__": plain.__module__})
 
 
 def fused_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
