@@ -38,9 +38,9 @@ SMALL = 64
 TORCHVISION = """alexnet vgg16_bn resnet18 resnet50 resnext50_32x4d squeezenet1_1 densenet121
     mobilenet_v2 mobilenet_v3_small efficientnet_b0 efficientnet_v2_s regnet_y_400mf regnet_x_400mf
     shufflenet_v2_x0_5 convnext_tiny"""
-TORCHVISION_SIZED = """googlenet:96 inception_v3:128 swin_t:64 swin_v2_t:64 vit_b_16:224 
+TORCHVISION_SIZED = """googlenet:96 inception_v3:128 swin_t:64 swin_v2_t:64 vit_b_16:224
     maxvit_t:224"""
-TIMM = """bat_resnext26ts convformer_s18 convnext_atto convnextv2_atto cspdarknet53 cspresnet50 davit_tiny densenet121
+TIMM = """convformer_s18 convnext_atto convnextv2_atto cspdarknet53 cspresnet50 davit_tiny densenet121
     dla34 dla46x_c dpn68 eca_vovnet39b ecaresnet26t edgenext_xx_small efficientnet_b0 efficientnet_b0_gn
     efficientnet_lite0 efficientnetv2_rw_t efficientvit_b0 fastvit_t8 fbnetc_100 gcresnet33ts gernet_s
     ghostnet_050 hgnetv2_b0 hrnet_w18_small inception_next_atto lcnet_050 legacy_seresnet18
@@ -50,7 +50,8 @@ TIMM = """bat_resnext26ts convformer_s18 convnext_atto convnextv2_atto cspdarkne
     resnetv2_50x1_bit resnext26ts rexnet_100 selecsls42b seresnet18 seresnext26d_32x4d
     skresnet18 starnet_s050 tf_mobilenetv3_small_minimal_100 vovnet39a
     xception41 caformer_s18"""
-TIMM_SIZED = """beit_base_patch16_224:224 beitv2_base_patch16_224:224 cait_xxs24_224:224 coat_lite_tiny:224 convit_tiny:224
+TIMM_SIZED = """bat_resnext26ts:256 beit_base_patch16_224:224 beitv2_base_patch16_224:224 cait_xxs24_224:224
+    coat_lite_tiny:224 convit_tiny:224
     crossvit_9_240:240 deit3_small_patch16_224:224 deit_tiny_patch16_224:224 deit_tiny_distilled_patch16_224:224
     efficientformer_l1:224 efficientvit_m0:224 eva02_tiny_patch14_224:224 focalnet_tiny_srf:224 gmlp_ti16_224:224
     inception_v4:128 levit_128:224 levit_128s:224 maxvit_pico_rw_256:256 maxvit_tiny_tf_224:224 mixer_s32_224:224

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from sukashi.core.errors import ModelError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Member, Site
 from sukashi.models.architectures import CifarResNet, DigitsCNN, DigitsViT
 from sukashi.network import coupling, sites
@@ -205,6 +205,19 @@ def test_convnext_loses_hidden_units_only():
     found = sites.find(model, example())
     assert {site.kind for site in found.sites} == {"hidden"}
     assert sum(site.n_units for site in found.sites) == 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768)
+
+
+def test_an_excluded_layer_takes_its_whole_site_out():
+    found = sites.find(CifarResNet(20, 10).eval(), example())
+    left = sites.without(found, ["layer2.2.conv2", "conv1"])
+    assert [site.layer for site in found.sites if site not in left.sites] == ["conv1", "layer2.0.conv2"]
+    assert left.refused["layer2.1.conv2"] == "it is excluded"
+    with pytest.raises(
+        UsageError, match=r"no site has a layer 'layer2.2.conv3' to exclude: did you mean 'layer2.2.conv"
+    ):
+        sites.without(found, ["layer2.2.conv3"])
+    with pytest.raises(UsageError, match="nothing of layer 'linear' would be cut"):
+        sites.without(found, ["linear"])
 
 
 def test_groups_of_a_convolution_are_units():

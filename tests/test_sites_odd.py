@@ -12,7 +12,6 @@ from torch.nn.utils import parametrizations
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cases import noise
-from sukashi.core.errors import ModelError
 from sukashi.core.types import Mask
 from sukashi.network import hooks, sites, surgery
 from supported import randomised
@@ -88,7 +87,9 @@ FOUND = {
     ),
     "roll": (lambda: Net(lambda n, x: n.b(n.a(x).roll(1, 1).relu()), 6, a=conv(3, 8), b=conv(8, 6)), {"b": 6}),
     "one-channel gate": (
-        lambda: Net(lambda n, x: n.b(n.gate(x).sigmoid() * n.a(x).relu()), 6, gate=conv(3, 1), a=conv(3, 16), b=conv(16, 6)),
+        lambda: Net(
+            lambda n, x: n.b(n.gate(x).sigmoid() * n.a(x).relu()), 6, gate=conv(3, 1), a=conv(3, 16), b=conv(16, 6)
+        ),
         {"a": 16, "b": 6},
     ),
     "mean and maximum of channels": (lambda: Net(attentive, 6, a=conv(3, 8), gate=conv(2, 1), b=conv(8, 6)), {"b": 6}),

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sukashi.core.errors import ModelError
 from sukashi.network import hooks, surgery
 from sukashi.network.layers import AttentionCore
 
@@ -34,7 +33,18 @@ Labels = Tensor | int
 _SAME = {"clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "to", "dropout", "native_dropout"}
 _SPLIT = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk"}
 _MOVED = {
-    *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "numpy_T", "movedim", "flatten"),
+    *(
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "permute",
+        "transpose",
+        "t",
+        "numpy_T",
+        "movedim",
+        "flatten",
+    ),
     *("expand", "slice", "select", "unsqueeze", "squeeze", "cat", "stack", "roll", "flip", "index_select", "narrow"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "constant_pad_nd"),
     *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "im2col", "unfold", "pad"),
@@ -42,7 +52,11 @@ _MOVED = {
 }
 # They mix places of a map, each channel for itself: {name: axes of the map}.
 _LOCAL = {
-    **{f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg") for n in (1, 2, 3)},
+    **{
+        f"{kind}_pool{n}d": n
+        for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg")
+        for n in (1, 2, 3)
+    },
     **{"max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "mkldnn_max_pool2d": 2},
     **{f"upsample_{how}2d": 2 for how in ("nearest", "_nearest_exact", "bilinear", "bicubic")},
     **{f"_upsample_{how}2d_aa": 2 for how in ("bilinear", "bicubic")},
@@ -195,17 +209,15 @@ class _Pass(TorchDispatchMode):
         reason = surgery.unfit(module, name)
         if reason or not isinstance(x, Tensor) or not isinstance(output, Tensor):
             reason = reason or f"layer {name!r} is called in a way that cannot be followed"
-            read, made = ([t for t in tree_leaves(given) if isinstance(t, Tensor)] for given in (x, output))
-            self._stop(read, made, reason)
+            self._stop(_tensors(x), _tensors(output), reason)
             self.others.setdefault(name, reason)
             return
         sides = surgery.sizes(module)
         if "in" in sides:
             self._read(name, module, x)
         if isinstance(module, AttentionCore):
-            read = self.places.get((name, "in"))
-            inner = sum(module.widths)
-            self._labels[output] = self.labels(x) if read is None else _on(-1, read[:inner], output.dim())
+            at, inner = self.places.get((name, "in")), sum(module.widths)
+            self._labels[output] = self.labels(x) if at is None else _on(-1, at[:inner], output.dim())
         elif "in" in sides:
             self._write(name, sides["out"], _axis(module), output)
         else:
@@ -277,8 +289,7 @@ class _Pass(TorchDispatchMode):
         return output
 
     def _follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        read, made = _tensors((args, kwargs)), _tensors(output)
         moving = [t for t in read if isinstance(self.labels(t), Tensor)]
         if not moving:
             known = [cast(int, self.labels(t)) for t in read]
@@ -424,6 +435,10 @@ def _followed_whole(module: nn.Module) -> bool:
 
 def _axis(module: nn.Module) -> int:
     return cast(int, surgery.axis_of(module))  # each of surgery.LAYERS that can lose units has one
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(given) if isinstance(t, Tensor)]
 
 
 def _on(axis: int, at: Tensor, n_dims: int) -> Tensor:

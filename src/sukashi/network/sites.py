@@ -199,7 +199,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
             )
     layers = dict(twin.named_modules())
     candidates = _whole(_sites(twin, trace, refused), layers, refused)
-    trial = _Trial(twin, x, refused, stop)
+    trial = _Trial(twin, torch.cat([x, _noise(x)]), refused, stop)
     sites = trial.right(candidates, "its trial cut does not give the logits of the masked model")
     if inserted:
         reason = (
@@ -211,6 +211,24 @@ def find(model: nn.Module, example: Tensor) -> Found:
         layer, reason = _telling(refused)
         raise ModelError(f"nothing in this {type(model).__name__} can be cut safely; first, at {layer!r}: {reason}")
     return Found(tuple(sites), refused)
+
+
+def without(found: Found, exclude: Collection[str]) -> Found:
+    """The same without the sites of some layers, each named by any layer that makes the site's units.
+
+    Raises UsageError for a layer that makes units of no site, and where none is left.
+    """
+    makers = {member.module: site for site in found.sites for member in site.producers}
+    for name in exclude:
+        if name in found.refused:
+            raise UsageError(f"nothing of layer {name!r} would be cut ({found.refused[name]}): take it out of exclude")
+        if name not in makers:
+            raise UsageError(f"no site has a layer {name!r} to exclude{nearest(name, makers)}")
+    gone = {makers[name] for name in exclude}
+    if len(gone) == len(found.sites):
+        raise UsageError("no site is left: exclude fewer layers")
+    left = {member.module: "it is excluded" for site in gone for member in site.producers}
+    return Found(tuple(site for site in found.sites if site not in gone), {**found.refused, **left})
 
 
 def _name_the_rest(twin: nn.Module, sites: list[Site], trace: coupling.Trace, refused: dict[str, str]) -> None:
@@ -254,6 +272,12 @@ def _twin(model: nn.Module) -> nn.Module:
                     mean.add_(torch.randn(mean.shape, generator=generator), alpha=0.2)
                     var.mul_(0.5 + torch.rand(var.shape, generator=generator))
     return twin
+
+
+def _noise(x: Tensor) -> Tensor:
+    """(1, C, H, W) noise of three times what images x reach: dull ones would hide what couples units by a little."""
+    drawn = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(2))
+    return 3 * drawn * x.abs().max().clamp(min=1)
 
 
 def _tensors(kept: object) -> Iterator[Tensor]:
@@ -401,8 +425,8 @@ class _Trial:
             with torch.no_grad(), hooks.ablated(self.twin, mask):
                 masked = self.twin(self.x)
             surgery.cut(small, mask)
-            enter, leave = lambda name, module: path.append(name), lambda *_: path.pop()
-            with torch.no_grad(), hooks.followed(small, enter, leave):
+            enter = lambda name, module: path.append(name)  # noqa: E731
+            with torch.no_grad(), hooks.followed(small, enter, lambda name, *_: path.remove(name)):
                 cut = small(self.x)
         except Exception as error:  # whatever it is, the cut layers no longer fit each other
             return _brief(error), path[-1] if path else ""

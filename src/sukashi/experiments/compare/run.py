@@ -34,7 +34,8 @@ def prepare(settings: Compare) -> Prepared:
     Raises UsageError for settings that contradict each other, and whatever loading raises.
     """
     _check(settings)
-    setting = Source.of(settings).open()
+    setting = Source.of(settings).open(exclude=settings.exclude)
+    excluded = {"exclude": settings.exclude} if settings.exclude else {}
     ratios = sorted({0.0, *map(float, settings.ratios)})
     trials = [
         Trial(
@@ -47,6 +48,7 @@ def prepare(settings: Compare) -> Prepared:
                 "options": settings.options.get(name, {}),
                 "ratios": ratios,
                 "mode": settings.mode,
+                **excluded,
             },
             partial(_run, setting, settings.skip_refused),
             label=f"{name_of(name, sampling)}, seed {seed}",
@@ -65,6 +67,7 @@ def prepare(settings: Compare) -> Prepared:
         "ratios": ratios,
         "options": {name: settings.options.get(name, {}) for name in settings.criteria},
         "mode": settings.mode,
+        **excluded,
     }
     log = {"versions": versions(), "hardware": hardware(setting.device), "margin": settings.margin}
     after = partial(_conclude, setting, settings)
