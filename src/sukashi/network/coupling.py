@@ -68,7 +68,7 @@ _REDUCED = {
     *("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"),
     *("logsumexp", "prod", "argmax", "argmin", "median", "nansum"),
 }
-_ALONG = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk"}
+_ALONG = {"softmax", "_safe_softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk"}
 _PRODUCTS = {
     *("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "mv", "dot"),
     *("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"),
@@ -136,6 +136,18 @@ class _Pass(TorchDispatchMode):
         self._parameters = {id(p): name for name, p in self.model.named_parameters()}
         self._path: list[str] = []
         self._layer = ""  # the layer inside whose pass nothing is followed
+        for name, module in self.model.named_modules():
+            self._share_out(name, module)
+
+    def _share_out(self, name: str, module: nn.Module) -> None:
+        """Give the heads of an attention labels, where its own parameters and buffers have a place for each."""
+        if surgery.heads(module) < 2:
+            return
+        self.places[name, "out"] = at = self._fresh(surgery.heads(module))
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            axis = surgery.head_axis(module, tensor)
+            if axis is not None:
+                self._labels[tensor] = _on(axis, at, tensor.dim())
 
     # What the labels of tensors are.
 
@@ -206,6 +218,8 @@ class _Pass(TorchDispatchMode):
         if self._layer != name:
             return
         self._layer = ""
+        if self._normalised(module, x, output):
+            return
         reason = surgery.unfit(module, name)
         if reason or not isinstance(x, Tensor) or not isinstance(output, Tensor):
             reason = reason or f"layer {name!r} is called in a way that cannot be followed"
@@ -222,6 +236,19 @@ class _Pass(TorchDispatchMode):
             self._write(name, sides["out"], _axis(module), output)
         else:
             self._pass(name, module, x, output)
+
+    def _normalised(self, module: nn.Module, x: Any, output: Any) -> bool:
+        """Whether a layer normalises units in parts, as the queries of each head: those of a part are one unit."""
+        if not isinstance(module, nn.LayerNorm | nn.RMSNorm) or len(module.normalized_shape) > 1:
+            return False
+        labels = self.labels(x) if isinstance(x, Tensor) else 0
+        if isinstance(labels, int) or (isinstance(module, nn.LayerNorm) and surgery.axis_of(module) != -1):
+            return False
+        joined = labels.amax(-1, keepdim=True)
+        if joined.numel() > 1:
+            self.tie(joined, labels)
+            self.label(output, joined)
+        return joined.numel() > 1
 
     def _read(self, name: str, module: nn.Module, x: Tensor) -> None:
         labels = self.labels(x)
@@ -350,7 +377,8 @@ class _Pass(TorchDispatchMode):
         if isinstance(whole, int) or whole.shape[dim] == 1 or len(made) == 1:
             return
         if len({tensor.shape for tensor in made}) > 1:
-            self.fix(whole, f"its units are split at a fixed place in {self.where()} into parts of unequal width")
+            if not self._heads()[1]:
+                self.fix(whole, f"its units are split at a fixed place in {self.where()} into parts of unequal width")
             return
         for tensor in made[1:]:
             self.tie(self.full(made[0]), self.full(tensor))
@@ -396,7 +424,32 @@ class _Pass(TorchDispatchMode):
         return joined, dims
 
     def _product(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        self._stop(read, made, f"its units meet in a product of tensors in {self.where()} whose widths are fixed")
+        """In an attention that is not written out each head is one unit; any other product has fixed widths."""
+        path, n_heads = self._heads()
+        factors = [t for t in read if t.dim() > 2]
+        if n_heads < 2 or len(factors) < 2:
+            self._stop(read, made, f"its units meet in a product of tensors in {self.where()} whose widths are fixed")
+            return
+        joined = torch.zeros((1,) * factors[0].dim())
+        for labels in (self.labels(t) for t in factors):
+            if isinstance(labels, Tensor):
+                head = labels.amax((-1, -2), keepdim=True)
+                self.tie(head, labels)
+                self.tie(joined, head)
+                joined = torch.maximum(*torch.broadcast_tensors(joined, head))
+        found = joined[joined > 0].unique()
+        if len(found) == n_heads:
+            self.tie(self.places[path, "out"], found)
+        else:
+            self.fix(joined, f"its units meet in a product of tensors in {self.where()} which are not its heads")
+        for tensor in made:
+            if tensor.dim() == joined.dim():
+                self.label(tensor, joined)
+
+    def _heads(self) -> tuple[str, int]:
+        """The innermost module that runs now, and how many heads it has."""
+        path = self._path[-1] if self._path else ""
+        return path, surgery.heads(self.model.get_submodule(path))
 
     def _joined_by(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
         self._join(read, made)

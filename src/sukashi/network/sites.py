@@ -200,7 +200,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
     layers = dict(twin.named_modules())
     candidates = _whole(_sites(twin, trace, refused), layers, refused)
     trial = _Trial(twin, torch.cat([x, _noise(x)]), refused, stop)
-    sites = trial.right(candidates, "its trial cut does not give the logits of the masked model")
+    sites = trial.right(candidates)
     if inserted:
         reason = (
             f"after a trial cut of its units what is inserted after {' or '.join(map(repr, inserted))} does not fit"
@@ -321,15 +321,19 @@ def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> l
 
 def _site(group: coupling.Group, layers: Mapping[str, nn.Module], first: Mapping[str, int]) -> Site:
     members = [
-        Member(name, side, tuple(map(tuple, index)), cast(int, surgery.axis_of(layers[name])))
+        Member(name, side, tuple(map(tuple, index)), surgery.axis_of(layers[name]) or -1)
         for (name, side), index in group.places.items()
     ]
-    members.sort(key=lambda member: first[member.module])
+    # An attention is called before the layers inside that make its heads.
+    begin = first[group.root]
+    late = {member.module: surgery.heads(layers[member.module]) > 0 for member in members}
+    members.sort(key=lambda member: (begin, 1) if late[member.module] else (first[member.module], 0))
     producers = [member.module for member in members if member.side == "out"]
     layer = layers[producers[0]]
     kind: Kind = "channel"
     if isinstance(layer, nn.Linear):
-        kind = "head" if any(isinstance(layers[m.module], AttentionCore) for m in members) else "hidden"
+        attended = any(isinstance(layers[m.module], AttentionCore) or surgery.heads(layers[m.module]) for m in members)
+        kind = "head" if attended else "hidden"
     return Site(producers[0], kind, group.n_units, cast(int, surgery.axis_of(layer)), tuple(members))
 
 
@@ -340,6 +344,12 @@ def _refuse(
     for name, side in places:
         if side == "out" and isinstance(layers[name], coupling.MAKERS):
             refused.setdefault(name, reason)
+
+
+def _at(site: Site, layer: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a site has members at a layer, or heads in the same kind of attention."""
+    alike = type(layers[layer]) if layer and surgery.heads(layers[layer]) else ()
+    return any(member.module == layer or isinstance(layers[member.module], alike) for member in site.members)
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -378,18 +388,19 @@ class _Trial:
     refused: dict[str, str]
     stop: float
 
-    def right(self, sites: list[Site], reason: str) -> list[Site]:
+    def right(self, sites: list[Site], reason: str = "") -> list[Site]:
         """The sites whose random cuts give the masked logits, all together; the others are refused.
 
-        Where a cut fails, those at the layer that did not fit are tried after the others, or else halves one after the
-        other, each together with what has been found right before.
+        Where a cut fails, those at layers like the one that did not fit are tried after the others, or else halves one
+        after the other, each together with what has been found right before.
         """
+        layers = dict(self.twin.named_modules())
         good: list[Site] = []
         blocks = [sites] if sites else []
         while blocks:
             block = blocks.pop()
             fault, layer = self.fault([*good, *block])
-            suspects = [site for site in block if any(member.module == layer for member in site.members)]
+            suspects = [site for site in block if _at(site, layer, layers)]
             if not fault:
                 good += block
             elif 0 < len(suspects) < len(block):
@@ -399,7 +410,8 @@ class _Trial:
                 blocks += [block[middle:], block[:middle]]
             else:
                 places = [(member.module, member.side) for member in block[0].members]
-                _refuse(places, f"{reason} ({fault})", dict(self.twin.named_modules()), self.refused)
+                why = reason or f"its trial cut does not give the logits of the masked model ({fault})"
+                _refuse(places, why, layers, self.refused)
         return [site for site in sites if site in good]
 
     def fault(self, sites: list[Site]) -> tuple[str, str]:

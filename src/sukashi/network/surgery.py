@@ -192,7 +192,21 @@ def sizes(module: nn.Module) -> dict[str, int]:
             )
         case nn.LayerNorm() | nn.RMSNorm() | nn.GroupNorm() | nn.LocalResponseNorm() | nn.CrossMapLRN2d():
             raise ModelError(f"a {type(module).__name__} normalises over units: fewer of them would change the rest")
+        case _ if heads(module):
+            return {"out": heads(module)}
     raise ModelError(f"a {type(module).__name__} cannot be cut: only convolution, linear, BatchNorm and our own layers")
+
+
+def heads(module: nn.Module) -> int:
+    """How many heads an attention has that is not written out, and loses only whole; 0 of anything else."""
+    n = getattr(module, "num_heads", 0)
+    return n if isinstance(n, int) and not isinstance(module, nn.MultiheadAttention) else 0
+
+
+def head_axis(module: nn.Module, tensor: Tensor) -> int | None:
+    """The one axis on which a tensor of an attention's own has a place for each head."""
+    axes = [axis for axis, n in enumerate(tensor.shape) if n == heads(module)]
+    return axes[0] if len(axes) == 1 and tensor.is_floating_point() else None
 
 
 def axis_of(module: nn.Module) -> int | None:
@@ -229,9 +243,30 @@ def unfit(module: nn.Module, name: str) -> str:
     return ""
 
 
+def _drop_heads(module: nn.Module, keep: Tensor) -> None:
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        axis = head_axis(module, tensor)
+        if axis is not None:
+            _put(module, name, tensor.detach().index_select(axis, keep.to(tensor.device)))
+    for name in ("attn_dim", "key_attn_dim", "val_attn_dim", "out_dim"):  # those of all heads, in attention of timm
+        if hasattr(module, name):
+            setattr(module, name, getattr(module, name) * len(keep) // heads(module))
+    module.num_heads = len(keep)  # type: ignore[assignment]
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer."""
+    if name in module._parameters:
+        value = nn.Parameter(value, cast(Tensor, module._parameters[name]).requires_grad)
+    setattr(module, name, value)
+
+
 def _slice(module: nn.Module, side: str, keep: Tensor) -> None:
     _fix_weight(module, side)
     match module:
+        case _ if heads(module):
+            _drop_heads(module, keep)
+            return
         case PadShortcut() | AttentionCore():
             kept = keep.to(module.source.device) if isinstance(module, PadShortcut) else keep
             module.cut_outputs(kept) if side == "out" else module.cut_inputs(kept)  # type: ignore[operator]
@@ -254,8 +289,7 @@ def _slice(module: nn.Module, side: str, keep: Tensor) -> None:
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if tensor.dim() <= axis:  # a bias has no input axis, a counter no axis at all
             continue
-        sliced = tensor.detach().index_select(axis, keep.to(tensor.device))
-        setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if name in module._parameters else sliced)
+        _put(module, name, tensor.detach().index_select(axis, keep.to(tensor.device)))
 
 
 @torch.no_grad()
