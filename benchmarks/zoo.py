@@ -16,18 +16,30 @@ of the masked network, float64, three random masks, over the largest logit. seco
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import multiprocessing
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve()
-DOCS = HERE.parent.parent / "docs" / "models.md"
+import torch
+from torch import nn
+
+from sukashi import models
+from sukashi.core.errors import SukashiError
+from sukashi.core.types import Batch, Mask
+from sukashi.criteria import criteria as registry
+from sukashi.models.onnx import export_onnx
+from sukashi.network import hooks, surgery
+from sukashi.network import sites as finder
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+FORK = multiprocessing.get_context("fork")  # what is imported here, no process imports again
 MARKS = "<!-- zoo -->", "<!-- end of zoo -->"
 SEARCH_CAP = 60.0  # seconds of processor time a search may take
 WRONG = 1e-10  # of float64 logits that should be equal
@@ -75,12 +87,6 @@ def networks() -> dict[str, int]:
 
 def tried(name: str, size: int, onnx: bool, criteria: bool) -> dict[str, Any]:
     """What becomes of one network: the row of the table, as JSON."""
-    import torch
-
-    from sukashi import models
-    from sukashi.core.errors import SukashiError
-    from sukashi.network import sites as finder
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     row: dict[str, Any] = {"network": name, "images": size}
@@ -107,9 +113,6 @@ def tried(name: str, size: int, onnx: bool, criteria: bool) -> dict[str, Any]:
 
 def randomise(model: Any) -> None:
     """Statistics, affine parameters and scales far from 0 and 1, where a wrong cut could hide."""
-    import torch
-    from torch import nn
-
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() <= 1:
@@ -124,10 +127,6 @@ def randomise(model: Any) -> None:
 
 def drawn(sites: Any, seed: int, ratio: float = 0.5) -> Any:
     """A random mask in which each site keeps one unit at least."""
-    import torch
-
-    from sukashi.core.types import Mask
-
     generator = torch.Generator().manual_seed(seed)
     keep = {site: torch.rand(site.n_units, generator=generator) >= ratio for site in sites}
     for site in sites:
@@ -137,10 +136,6 @@ def drawn(sites: Any, seed: int, ratio: float = 0.5) -> Any:
 
 def share(loaded: Any, sites: Any) -> float:
     """Which share of the parameters goes when each site keeps one unit."""
-    import copy
-
-    from sukashi.network import surgery
-
     small = copy.deepcopy(loaded.model)
     surgery.cut(small, drawn(sites, 0, ratio=1.0))
     left, whole = (sum(p.numel() for p in model.parameters()) for model in (small, loaded.model))
@@ -149,12 +144,6 @@ def share(loaded: Any, sites: Any) -> float:
 
 def off(model: Any, sites: Any, x: Any, seed: int) -> float:
     """How far cut and masked logits are apart in float64, over the largest."""
-    import copy
-
-    import torch
-
-    from sukashi.network import hooks, surgery
-
     mask, double = drawn(sites, seed), copy.deepcopy(model).double()
     with torch.no_grad():
         with hooks.ablated(double, mask):
@@ -165,15 +154,6 @@ def off(model: Any, sites: Any, x: Any, seed: int) -> float:
 
 def kept(loaded: Any, sites: Any, x: Any, onnx: bool) -> dict[str, Any]:
     """Whether a saved cut gives the same logits when it is loaded, and can be exported."""
-    import copy
-
-    import torch
-
-    from sukashi import models
-    from sukashi.core.errors import SukashiError
-    from sukashi.models.onnx import export_onnx
-    from sukashi.network import surgery
-
     small = copy.deepcopy(loaded.model)
     table = surgery.cut(small, drawn(sites, 0))
     network, row = replace(loaded, model=small, cuts=(table,)), {}
@@ -194,16 +174,10 @@ def kept(loaded: Any, sites: Any, x: Any, onnx: bool) -> dict[str, Any]:
 
 def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, str]:
     """Each criterion, and "yes" or why not."""
-    import torch
-
-    from sukashi.core.errors import SukashiError
-    from sukashi.core.types import Batch
-    from sukashi.criteria import criteria
-
     batch, said = Batch(x, torch.tensor([0, 1]), ("a", "b")), {}
-    for name in criteria:
+    for name in registry.names():
         try:
-            criteria[name](model, sites, batch, generator=torch.Generator().manual_seed(0))
+            registry[name](model, sites, batch, generator=torch.Generator().manual_seed(0))
             said[name] = "yes"
         except SukashiError as error:
             said[name] = str(error)
@@ -215,17 +189,25 @@ def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, str]:
 
 def ran(name: str, size: int, given: argparse.Namespace) -> dict[str, Any]:
     """The row of one network; a process that dies or takes too long is a row too."""
-    flags = [flag for flag in ("--onnx", "--criteria") if getattr(given, flag[2:])]
-    command = [sys.executable, str(HERE), "--one", f"{name}:{size}", *flags]
+    receiver, sender = FORK.Pipe(False)
+    process = FORK.Process(target=send, args=(sender, name, size, given.onnx, given.criteria))
+    process.start()
+    sender.close()
+    row: dict[str, Any] = {"network": name, "images": size}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit)
-    except subprocess.TimeoutExpired:
-        return {"network": name, "images": size, "slow": f"not done in {given.limit} s"}
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or ["killed"]
-        return {"network": name, "images": size, "crashed": said[-1][:300]}
-    return json.loads(lines[-1])
+        row = receiver.recv() if receiver.poll(given.limit) else row | {"slow": f"not done in {given.limit} s"}
+    except EOFError:
+        row |= {"crashed": "killed"}
+    process.kill()
+    process.join()
+    return row
+
+
+def send(sender: Connection, name: str, size: int, onnx: bool, criteria: bool) -> None:
+    try:
+        sender.send(tried(name, size, onnx, criteria))
+    except Exception as error:
+        sender.send({"network": name, "images": size, "crashed": f"{type(error).__name__}: {error}"[:300]})
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -279,12 +261,7 @@ def main() -> None:
     parser.add_argument("--onnx", action="store_true", help="export each cut network")
     parser.add_argument("--criteria", action="store_true", help="try every criterion")
     parser.add_argument("--table", action="store_true", help=f"run nothing, write the table of {DOCS.name}")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
-        name, _, size = given.one.rpartition(":")
-        print(json.dumps(tried(name, int(size), given.onnx, given.criteria)))
-        return
     known = networks()
     place = {name: given.folder / f"{name.replace(':', '+')}.json" for name in known}
     if wrong := [name for name in given.names if name not in known]:

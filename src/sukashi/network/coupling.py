@@ -9,7 +9,7 @@ unit. What is unknown here fixes its labels: a unit is never proposed on a guess
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -99,6 +99,26 @@ class Trace:
     calls: list[str]
     others: dict[str, str]
     """Layers that have no units of their own, and why."""
+
+
+@dataclass
+class _Call:
+    """One operation of the pass, with the tensors that it reads and makes."""
+
+    func: Any
+    name: str
+    args: Any
+    kwargs: Any
+    read: list[Tensor]
+    made: list[Tensor]
+
+    def argument(self, name: str) -> Any:
+        """What the operation is given by a name, or its default."""
+        for position, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                given = self.args[position] if position < len(self.args) else argument.default_value
+                return self.kwargs.get(name, given)
+        return None
 
 
 def traced(model: nn.Module, x: Tensor) -> Trace:
@@ -316,25 +336,28 @@ class _Pass(TorchDispatchMode):
         return output
 
     def _follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        read, made = _tensors((args, kwargs)), _tensors(output)
-        moving = [t for t in read if isinstance(self.labels(t), Tensor)]
-        if not moving:
-            known = [cast(int, self.labels(t)) for t in read]
+        name = func._schema.name.partition("::")[2]
+        call = _Call(func, name.removesuffix("_"), args, kwargs, _tensors((args, kwargs)), _tensors(output))
+        if not any(isinstance(self.labels(tensor), Tensor) for tensor in call.read):
+            known = [cast(int, self.labels(tensor)) for tensor in call.read]
             source = min(known, default=self.source("its units meet values that no layer makes"))
-            for tensor in made:
+            for tensor in call.made:
                 self._labels.setdefault(tensor, source)
             return
-        name = func._schema.name.partition("::")[2]
-        plain = name.removesuffix("_") if not name.startswith("__") else name
-        rule = next((follow for names, follow in self._rules() if plain in names), None)
-        if torch.Tag.pointwise in func.tags or plain in _POINTWISE:
-            rule = self._joined_by
+        rule = next((follow for names, follow in self._rules() if call.name in names), self._unknown)
+        if torch.Tag.pointwise in func.tags or call.name in _POINTWISE:
+            rule = self._join
         try:
-            (rule or self._unknown)(func, plain, args, kwargs, read, made)
-        except Exception:  # an operation called in a way that its rule does not know
-            self._unknown(func, plain, args, kwargs, read, made)
+            rule(call)
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ):  # an operation called in a way that its rule does not know
+            self._unknown(call)
 
-    def _rules(self) -> Iterator[tuple[Any, Callable[..., None]]]:
+    def _rules(self) -> Iterator[tuple[Collection[str], Callable[[_Call], None]]]:
         yield _SAME, self._kept
         yield _MOVED, self._moved
         yield _SPLIT, self._split
@@ -344,8 +367,12 @@ class _Pass(TorchDispatchMode):
         yield _PRODUCTS, self._product
         yield {"glu"}, self._gated
 
-    def _unknown(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        self._stop(read, made, f"its units go through {name!r} in {self.where()} which is not known to keep them apart")
+    def _unknown(self, call: _Call) -> None:
+        self._stop(
+            call.read,
+            call.made,
+            f"its units go through {call.name!r} in {self.where()} which is not known to keep them apart",
+        )
 
     def _stop(self, read: list[Tensor], made: list[Tensor], reason: str) -> None:
         for tensor in read:
@@ -353,67 +380,66 @@ class _Pass(TorchDispatchMode):
         for tensor in made:
             self._labels[tensor] = self.source(reason)
 
-    def _kept(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        for tensor in made:
-            self._labels[tensor] = self.labels(read[0])
+    def _kept(self, call: _Call) -> None:
+        for tensor in call.made:
+            self._labels[tensor] = self.labels(call.read[0])
 
-    def _moved(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
+    def _moved(self, call: _Call) -> None:
         """Labels move as values do."""
-        if func._schema.is_mutable:
-            self._stop(read, made, f"its units are moved in place in {self.where()} which cannot be followed")
+        if call.func._schema.is_mutable:
+            self._stop(call.read, call.made, f"its units are moved in place in {self.where()} which cannot be followed")
             return
         swap = lambda t: self.full(t).contiguous() if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
-        if name == "constant_pad_nd":
-            args = (*args[:2], 0.0)
-        moved = func(*tree_map(swap, args), **tree_map(swap, kwargs))
-        for tensor, labels in zip(made, tree_leaves(moved), strict=True):
+        args = (*call.args[:2], 0.0) if call.name == "constant_pad_nd" else call.args
+        moved = call.func(*tree_map(swap, args), **tree_map(swap, call.kwargs))
+        for tensor, labels in zip(call.made, tree_leaves(moved), strict=True):
             self.label(tensor, labels)
 
-    def _split(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
+    def _split(self, call: _Call) -> None:
         """Parts must stay as wide as each other, so that units of one place go together."""
-        self._moved(func, name, args, kwargs, read, made)
-        dim = _argument(func, args, kwargs, "dim")
-        whole = self.labels(read[0])
-        if isinstance(whole, int) or whole.shape[dim] == 1 or len(made) == 1:
+        self._moved(call)
+        dim = call.argument("dim")
+        whole = self.labels(call.read[0])
+        if isinstance(whole, int) or whole.shape[dim] == 1 or len(call.made) == 1:
             return
-        if len({tensor.shape for tensor in made}) > 1:
+        if len({tensor.shape for tensor in call.made}) > 1:
             if not self._heads()[1]:
                 self.fix(whole, f"its units are split at a fixed place in {self.where()} into parts of unequal width")
             return
-        for tensor in made[1:]:
-            self.tie(self.full(made[0]), self.full(tensor))
+        for tensor in call.made[1:]:
+            self.tie(self.full(call.made[0]), self.full(tensor))
 
-    def _gated(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
+    def _gated(self, call: _Call) -> None:
         """One half times the sigmoid of the other."""
-        half, other = self.full(read[0]).chunk(2, _argument(func, args, kwargs, "dim"))
+        half, other = self.full(call.read[0]).chunk(2, call.argument("dim"))
         self.tie(half, other)
-        self.label(made[0], half)
+        self.label(call.made[0], half)
 
-    def _local(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        labels = self.full(read[0])
-        dims = tuple(range(labels.dim() - _LOCAL[name], labels.dim()))
+    def _local(self, call: _Call) -> None:
+        labels = self.full(call.read[0])
+        dims = tuple(range(labels.dim() - _LOCAL[call.name], labels.dim()))
         joined = labels.amax(dims, keepdim=True)
         self.tie(joined, labels)
-        for tensor in made:
+        for tensor in call.made:
             self.label(tensor, joined.expand(tensor.shape))
 
-    def _reduced(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        if name in ("max", "min") and len(read) > 1:
-            self._join(read, made)
+    def _reduced(self, call: _Call) -> None:
+        if call.name in ("max", "min") and len(call.read) > 1:
+            self._join(call)
             return
-        joined, dims = self._joined(func, args, kwargs, read[0])
-        for tensor in made:
+        joined, dims = self._joined(call, call.read[0])
+        for tensor in call.made:
             kept = joined if tensor.dim() == joined.dim() else joined.squeeze(dims)
             self.label(tensor, kept.expand(tensor.shape))
 
-    def _along(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        joined, _ = self._joined(func, args, kwargs, read[0])
-        for tensor in made:
+    def _along(self, call: _Call) -> None:
+        joined, _ = self._joined(call, call.read[0])
+        for tensor in call.made:
             self.label(tensor, joined.expand(tensor.shape))
 
-    def _joined(self, func: Any, args: Any, kwargs: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    def _joined(self, call: _Call, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The labels of x where those along the dims of an operation are one, and the dims."""
-        given = _argument(func, args, kwargs, "dim")
+        given = call.argument("dim")
         dims = (given,) if isinstance(given, int) else tuple(given or range(x.dim()))
         labels = self.labels(x)
         assert isinstance(labels, Tensor)
@@ -423,12 +449,14 @@ class _Pass(TorchDispatchMode):
             self.together.append((int(joined), f"its units are joined in {self.where()} so that each depends on all"))
         return joined, dims
 
-    def _product(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
+    def _product(self, call: _Call) -> None:
         """In an attention that is not written out each head is one unit; any other product has fixed widths."""
         path, n_heads = self._heads()
-        factors = [t for t in read if t.dim() > 2]
+        factors = [t for t in call.read if t.dim() > 2]
         if n_heads < 2 or len(factors) < 2:
-            self._stop(read, made, f"its units meet in a product of tensors in {self.where()} whose widths are fixed")
+            self._stop(
+                call.read, call.made, f"its units meet in a product of tensors in {self.where()} whose widths are fixed"
+            )
             return
         joined = torch.zeros((1,) * factors[0].dim())
         for labels in (self.labels(t) for t in factors):
@@ -442,7 +470,7 @@ class _Pass(TorchDispatchMode):
             self.tie(self.places[path, "out"], found)
         else:
             self.fix(joined, f"its units meet in a product of tensors in {self.where()} which are not its heads")
-        for tensor in made:
+        for tensor in call.made:
             if tensor.dim() == joined.dim():
                 self.label(tensor, joined)
 
@@ -451,25 +479,22 @@ class _Pass(TorchDispatchMode):
         path = self._path[-1] if self._path else ""
         return path, surgery.heads(self.model.get_submodule(path))
 
-    def _joined_by(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], made: list[Tensor]) -> None:
-        self._join(read, made)
-
-    def _join(self, read: list[Tensor], made: list[Tensor]) -> None:
+    def _join(self, call: _Call) -> None:
         """Place by place: labels that meet are one unit."""
-        n_dims = max(t.dim() for t in made)
+        n_dims = max(t.dim() for t in call.made)
         result: Tensor | None = None
-        for labels in (self.labels(t) for t in read):
+        for labels in (self.labels(t) for t in call.read):
             if isinstance(labels, Tensor):
                 labels = labels.reshape((1,) * (n_dims - labels.dim()) + labels.shape)
                 if result is not None:
                     self.tie(result, labels)
                 result = labels if result is None else torch.maximum(*torch.broadcast_tensors(result, labels))
         assert result is not None
-        for tensor in read:
+        for tensor in call.read:
             source, shape = self.labels(tensor), (1,) * (n_dims - tensor.dim()) + tensor.shape
             if isinstance(source, int) and any(a > 1 and b > 1 for a, b in zip(result.shape, shape, strict=True)):
                 self._meet(result, source, shape)
-        for tensor in made:
+        for tensor in call.made:
             self.label(tensor, result)
 
     def _meet(self, labels: Tensor, source: int, shape: Sequence[int]) -> None:
@@ -506,14 +531,6 @@ def _compact(labels: Tensor) -> Tensor:
         if n > 1 and (labels.stride(d) == 0 or bool((labels == labels.narrow(d, 0, 1)).all())):
             labels = labels.narrow(d, 0, 1)
     return labels.clone()
-
-
-def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
-    """What an operation is given by a name, or its default."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == name:
-            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
-    return None
 
 
 # From labels to groups.
