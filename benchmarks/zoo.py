@@ -257,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks to run anew; all that the folder lacks if left out")
     parser.add_argument("--folder", type=Path, default=Path("zoo"), help="where a JSON file a network is kept")
-    parser.add_argument("--limit", type=int, default=300, help="seconds a network may take")
+    parser.add_argument("--limit", type=int, default=600, help="seconds a network may take")
     parser.add_argument("--onnx", action="store_true", help="export each cut network")
     parser.add_argument("--criteria", action="store_true", help="try every criterion")
     parser.add_argument("--table", action="store_true", help=f"run nothing, write the table of {DOCS.name}")

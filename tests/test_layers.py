@@ -13,6 +13,7 @@ from torchvision.models import VisionTransformer
 
 from sukashi.core.errors import ModelError
 from sukashi.core.types import Mask
+from sukashi.criteria.drift import unit_parameters
 from sukashi.network import hooks, sites, surgery
 from sukashi.network.layers import Attention, AttentionCore, PadShortcut, explicit_attention
 from supported import randomised
@@ -157,6 +158,11 @@ def test_attention_that_is_not_written_out_loses_heads_whole(name):
     site = next(site for site in found if site.layer == layer)
     n_heads = model.get_submodule(layer.partition(".qkv")[0]).num_heads
     assert (site.kind, site.n_units) == ("head", n_heads)
+    everything = {site: torch.ones(site.n_units, dtype=torch.bool) for site in found}
+    less = copy.deepcopy(model)
+    surgery.cut(less, Mask({site: torch.arange(n_heads) > 0}))
+    before, after = (sum(p.numel() for p in network.parameters()) for network in (model, less))
+    assert unit_parameters(model, found, everything)[site] == before - after
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         keep = {site: torch.rand(site.n_units, generator=generator) < 0.5 for site in found}

@@ -1,6 +1,7 @@
 """Networks that join, split and move channels in odd ways: what is found, why not the rest, and cut = masked."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cases import noise
 from sukashi.core.types import Mask
+from sukashi.criteria.drift import unit_parameters
 from sukashi.network import hooks, sites, surgery
 from supported import randomised
 
@@ -38,6 +40,12 @@ def conv(n_in, n_out, k=1, **more):
 def between(layer, n_units=8, n_read=8):
     """A layer between two convolutions."""
     return Net(lambda n, x: n.b(n.mid(n.a(x))).tanh(), 6, a=conv(3, n_units, 3), mid=layer, b=conv(n_read, 6))
+
+
+def hooked(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have it parametrised
+        return nn.utils.weight_norm(layer)
 
 
 def chunked(net, x):
@@ -71,7 +79,6 @@ def halved(net, x):
     return net.c(torch.cat([net.b(wide[:, :4]), wide[:, 4:]], 1)).tanh()
 
 
-CONVS = {"a": conv(3, 16, 3), "b": conv(16, 6)}
 FOUND = {
     "glu": (lambda: between(nn.GLU(1), 16), {"a": 8, "b": 6}),
     "chained chunk and concat": (
@@ -103,6 +110,7 @@ FOUND = {
     "depthwise, two each": (lambda: between(conv(8, 16, 3, groups=8), 8, 16), {"a": 8, "b": 6}),
     "weight norm": (lambda: between(parametrizations.weight_norm(conv(8, 8, 3))), {"a": 8, "mid": 8, "b": 6}),
     "spectral norm": (lambda: between(parametrizations.spectral_norm(conv(8, 8, 3))), {"a": 8, "mid": 8, "b": 6}),
+    "weight norm by a hook": (lambda: between(hooked(conv(8, 8, 3))), {"b": 6}),
     "standardised": (lambda: between(StdConv2d(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
     "scaled and standardised": (lambda: between(ScaledStdConv2d(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
     "local response": (lambda: between(nn.LocalResponseNorm(3)), {"b": 6}),
@@ -148,12 +156,32 @@ def test_cut_and_zeroed_give_the_masked_logits_of_odd_networks(name, mode, odd):
         assert (model(x) - masked).abs().max() > 1e-3 * masked.abs().max()
 
 
+PLAIN = [name for name in FOUND if "norm" not in name and "standardised" not in name]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_a_unit_of_an_odd_network_is_worth_is_what_its_cut_saves(name, odd):
+    found = sites.find(odd[name], noise(2, 3, 8, 8, dtype=torch.float32)).sites
+    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in found}
+    worth = unit_parameters(odd[name], found, keep)
+    for site in found:
+        small = copy.deepcopy(odd[name])
+        surgery.cut(small, Mask({site: torch.arange(site.n_units) > 0}))
+        before, after = (sum(p.numel() for p in model.parameters()) for model in (odd[name], small))
+        assert worth[site] == before - after
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "words"),
     [
         ("one-channel gate", "gate", "one unit"),
         ("mean and maximum of channels", "a", "each depends on all"),
         ("local response", "a", "layer 'mid': a LocalResponseNorm normalises over units"),
+        (
+            "weight norm by a hook",
+            "mid",
+            "layer 'mid': a Conv2d whose weight a hook computes cannot be cut: call prune.rem",
+        ),
         ("transposed", "a", "layer 'mid': a ConvTranspose2d cannot be cut"),
         ("a fixed slice", "a", "only some of its units reach layer 'b'"),
         ("glu", "head", "its units are the model's output"),

@@ -165,6 +165,12 @@ def sizes(module: nn.Module) -> dict[str, int]:
 
     Raises ModelError for a layer that cannot lose any.
     """
+    weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    if weighted and "weight" not in module._parameters and not parametrize.is_parametrized(module):
+        raise ModelError(
+            f"a {type(module).__name__} whose weight a hook computes cannot be cut: call prune.remove, "
+            "remove_weight_norm or remove_spectral_norm of torch.nn.utils first"
+        )
     match module:
         case nn.Linear():
             return {"in": module.in_features, "out": module.out_features}
@@ -194,6 +200,11 @@ def sizes(module: nn.Module) -> dict[str, int]:
             raise ModelError(f"a {type(module).__name__} normalises over units: fewer of them would change the rest")
         case _ if heads(module):
             return {"out": heads(module)}
+        case _ if type(module) is nn.Module:
+            raise ModelError(
+                "heads of attention that is not written out cannot be cut in a canonical form: use a criterion that "
+                "needs none, such as taylor"
+            )
     raise ModelError(f"a {type(module).__name__} cannot be cut: only convolution, linear, BatchNorm and our own layers")
 
 
