@@ -1,7 +1,6 @@
 """Networks that join, split and move channels in odd ways: what is found, why not the rest, and cut = masked."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cases import noise
+from sukashi.core.errors import ModelError, ResourceError
 from sukashi.core.types import Mask
 from sukashi.criteria.drift import unit_parameters
 from sukashi.network import hooks, sites, surgery
@@ -40,12 +40,6 @@ def conv(n_in, n_out, k=1, **more):
 def between(layer, n_units=8, n_read=8):
     """A layer between two convolutions."""
     return Net(lambda n, x: n.b(n.mid(n.a(x))).tanh(), 6, a=conv(3, n_units, 3), mid=layer, b=conv(n_read, 6))
-
-
-def hooked(layer):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch would have it parametrised
-        return nn.utils.weight_norm(layer)
 
 
 def chunked(net, x):
@@ -110,7 +104,6 @@ FOUND = {
     "depthwise, two each": (lambda: between(conv(8, 16, 3, groups=8), 8, 16), {"a": 8, "b": 6}),
     "weight norm": (lambda: between(parametrizations.weight_norm(conv(8, 8, 3))), {"a": 8, "mid": 8, "b": 6}),
     "spectral norm": (lambda: between(parametrizations.spectral_norm(conv(8, 8, 3))), {"a": 8, "mid": 8, "b": 6}),
-    "weight norm by a hook": (lambda: between(hooked(conv(8, 8, 3))), {"b": 6}),
     "standardised": (lambda: between(StdConv2d(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
     "scaled and standardised": (lambda: between(ScaledStdConv2d(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
     "local response": (lambda: between(nn.LocalResponseNorm(3)), {"b": 6}),
@@ -177,11 +170,6 @@ def test_what_a_unit_of_an_odd_network_is_worth_is_what_its_cut_saves(name, odd)
         ("one-channel gate", "gate", "one unit"),
         ("mean and maximum of channels", "a", "each depends on all"),
         ("local response", "a", "layer 'mid': a LocalResponseNorm normalises over units"),
-        (
-            "weight norm by a hook",
-            "mid",
-            "layer 'mid': a Conv2d whose weight a hook computes cannot be cut: call prune.rem",
-        ),
         ("transposed", "a", "layer 'mid': a ConvTranspose2d cannot be cut"),
         ("a fixed slice", "a", "only some of its units reach layer 'b'"),
         ("glu", "head", "its units are the model's output"),
@@ -189,3 +177,36 @@ def test_what_a_unit_of_an_odd_network_is_worth_is_what_its_cut_saves(name, odd)
 )
 def test_a_layer_without_a_site_has_the_true_reason(name, layer, words, odd):
     assert words in sites.find(odd[name], noise(2, 3, 8, 8, dtype=torch.float32)).refused[layer]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_refused_with_the_remedy(norm):
+    found = sites.find(between(norm(conv(8, 8, 3))).eval(), noise(2, 3, 8, 8, dtype=torch.float32))
+    assert [site.layer for site in found.sites] == ["b"]
+    assert "call prune.remove, remove_weight_norm or remove_spectral_norm" in found.refused["mid"]
+
+
+def test_results_that_a_network_keeps_are_no_hindrance():
+    class Keeping(Net):
+        def forward(self, x):
+            self.kept = {"scale": self.a.weight * 2}
+            return super().forward(x)
+
+    net = Keeping(lambda n, x: n.b(n.a(x).relu()).tanh(), 6, a=conv(3, 8), b=conv(8, 6)).eval()
+    net(noise(2, 3, 8, 8, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(net)
+    assert len(sites.find(net, noise(2, 3, 8, 8, dtype=torch.float32)).sites) == 2
+
+
+def test_the_first_reason_is_the_one_that_says_most():
+    net = Net(lambda n, x: n.mid(n.a(x)), 8, a=conv(3, 8), mid=nn.LocalResponseNorm(3)).eval()
+    with pytest.raises(ModelError, match="first, at 'a': layer 'mid': a LocalResponseNorm normalises over units"):
+        sites.find(net, noise(2, 3, 8, 8, dtype=torch.float32))
+
+
+def test_a_search_that_takes_too_long_says_so(monkeypatch):
+    monkeypatch.setattr(sites, "PATIENCE", -1.0)
+    with pytest.raises(ResourceError, match="given up after -1 seconds of processor time: give smaller images"):
+        sites.find(between(nn.ReLU()).eval(), noise(2, 3, 8, 8, dtype=torch.float32))
