@@ -544,7 +544,7 @@ def _groups(pass_: _Pass) -> list[Group]:
     first: dict[int, str] = {}
     order = {name: n for n, name in reversed(list(enumerate(pass_.calls)))}
     roots: dict[str, list[int]] = defaultdict(list)
-    for (name, side), units in sorted(places.items(), key=lambda item: order[item[0][0]]):
+    for (name, side), units in sorted(places.items(), key=lambda item: order.get(item[0][0], -1)):
         if side == "out" and isinstance(pass_.model.get_submodule(name), MAKERS):
             for unit in dict.fromkeys(units.tolist()):
                 if unit not in first:

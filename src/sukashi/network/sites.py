@@ -307,7 +307,10 @@ def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> l
     for group in trace.groups:
         reason = group.reason
         for name, _ in group.places:
-            if n_calls[name] != 1:
+            unseen = n_calls[name] == 0 and surgery.heads(
+                layers[name]
+            )  # a table of biases that is asked by another name
+            if n_calls[name] != 1 and not unseen:
                 reason = reason or f"layer {name!r} is called {n_calls[name]} times in one pass, not once"
             elif name in shared:
                 reason = reason or f"layer {name!r} shares its weights with another layer"
@@ -315,7 +318,7 @@ def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> l
             _refuse(group.places, reason, layers, refused)
             continue
         site = _site(group, layers, first)
-        sites.append((first[site.producers[-1].module], site))
+        sites.append((max(first.get(member.module, -1) for member in site.producers), site))
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
 
