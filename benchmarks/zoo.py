@@ -234,10 +234,10 @@ def grouped(reasons: dict[str, str]) -> str:
     """The reasons why layers are not cut, most frequent first, without the names in them."""
     count: dict[str, int] = {}
     for reason in reasons.values():
-        kind = re.sub(r"'[^']*'", "...", reason.partition(": cut")[0])
+        kind = re.sub(r"'[^']*'", "...", reason.partition(" (")[0])
         count[kind] = count.get(kind, 0) + 1
     ranked = sorted(count.items(), key=lambda pair: -pair[1])
-    return "; ".join(f"{n} layers: {kind}" for kind, n in ranked[:3])
+    return "; ".join(f"{n} layer{'s' * (n > 1)}: {kind}" for kind, n in ranked[:3])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
