@@ -161,12 +161,14 @@ class Found:
 def find(model: nn.Module, example: Tensor) -> Found:
     """The sites of a model whose attention is explicit, seen through one forward pass of `example` (B, C, H, W).
 
-    Coupled layers are those of DepGraph (Fang et al. 2023), with option-A shortcuts and attention followed by
-    ourselves. DepGraph is not trusted: the sites are cut at random in a copy whose normalisation is made random, and
-    those whose cut does not give the masked logits are refused. What is inserted has no sites, and those it would not
-    fit after a cut are refused. Works on a copy on the CPU: the model is left alone.
+    What is coupled is read off labels that move with values (see `coupling`), which is not trusted: the sites are cut
+    at random in a copy whose normalisation is made random, on two images and noise that reaches further, and those
+    whose cut does not give the masked logits are refused. What is inserted has no sites, and those it would not fit
+    after a cut are refused. Every other convolution and linear layer is refused with its reason. Works on a copy on the
+    CPU: the model is left alone.
 
-    Raises ModelError where the model cannot be copied, run or traced, gives no finite tensor, or nothing can be cut.
+    Raises ModelError where the model cannot be copied or run, gives no finite tensor, or nothing can be cut;
+    ResourceError where the search takes more than PATIENCE seconds of processor time.
     """
     stop = time.process_time() + PATIENCE
     try:
