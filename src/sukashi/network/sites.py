@@ -178,7 +178,6 @@ def find(model: nn.Module, example: Tensor) -> Found:
             dense = twin(x)
             whole = copy.deepcopy(twin) if any(isinstance(m, insert.Inserted) for m in twin.modules()) else twin
             inserted = insert.remove(twin)
-            trace = coupling.traced(twin, x)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on an example of shape {tuple(example.shape)} in a copy on the CPU "
@@ -199,7 +198,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
                 f"layer {name!r} keeps no running statistics: the answer for an image depends on the rest of its "
                 "batch, so no effect can be measured; use BatchNorm with track_running_stats=True"
             )
-    layers = dict(twin.named_modules())
+    layers, trace = dict(twin.named_modules()), coupling.traced(twin, x)
     candidates = _whole(_sites(twin, trace, refused), layers, refused)
     trial = _Trial(twin, torch.cat([x, _noise(x)]), refused, stop)
     sites = trial.right(candidates)
