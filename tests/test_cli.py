@@ -301,7 +301,6 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
         (2, ["--scope", "row", "--round-to", "1"], ["round_to is for units, and scope row removes single weights"]),
         (2, ["--scope", "row", "--sequential"], ["random looks at no image", "leave sequential out"]),
         (2, ["--criterion", "wanda", "--scope", "global", "--sequential"], ["scope global compares all layers"]),
-        (2, ["--exclude", "fc2"], ["exclude is for single weights: give a scope too"]),
         (2, ["--sequential"], ["sequential is for single weights: give a scope too"]),
         (5, ["--out", f"{__file__}/out"], [f"cannot write {__file__}/out", "another place"]),
     ],

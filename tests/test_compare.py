@@ -259,6 +259,17 @@ def test_one_seed_has_an_interval_over_images(cnn_weights, tmp_path):
     json.dumps(result.to_json(), allow_nan=False)
 
 
+def test_a_layer_that_is_excluded_is_in_no_plan(cnn_weights, tmp_path):
+    result = compare(["magnitude"], tmp_path / "out", cnn_weights, seeds=1, exclude=["conv1"])
+    (record,) = trials(result).values()
+    assert record.about["exclude"] == ["conv1"]
+    sites = sukashi.open(
+        SPEC, "digits", weights=cnn_weights, **{k: v for k, v in SETTINGS.items() if k == "width"}
+    ).sites
+    left = [site for site in sites if site.layer != "conv1"]
+    assert sum(site.n_units for site in left) == len(plan_of(record.arrays("plan"), left).unit)
+
+
 def test_zeroed_units_are_counted_as_units_and_cost_nothing_less(cnn_weights, tmp_path):
     cut = compare(["taylor"], tmp_path / "cut", cnn_weights, **FEW)
     zero = compare(["taylor"], tmp_path / "zero", cnn_weights, mode="zero", **FEW)

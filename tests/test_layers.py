@@ -1,6 +1,7 @@
 """Our layers against plain re-implementations, and attention written out against the original."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -11,7 +12,11 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from sukashi.core.errors import ModelError
+from sukashi.core.types import Mask
+from sukashi.criteria.drift import unit_parameters
+from sukashi.network import hooks, sites, surgery
 from sukashi.network.layers import Attention, AttentionCore, PadShortcut, explicit_attention
+from supported import randomised
 
 
 @pytest.fixture
@@ -101,29 +106,76 @@ def test_names_of_written_out_parameters():
 
 
 @pytest.mark.parametrize("option", ["qk_norm", "scale_attn_norm", "attn_drop_rate", "proj_drop_rate"])
-def test_variants_of_timm_are_refused_by_name_before_anything_changes(option):
+def test_variants_of_timm_stay_as_they_are(option):
     model = timm_vit(**{option: 0.1 if option.endswith("rate") else True})
-    with pytest.raises(ModelError, match=r"blocks\.0\.attn"):
-        explicit_attention(model)
+    explicit_attention(model)
     assert not any(isinstance(module, Attention) for module in model.modules())
 
 
-def test_gated_and_derived_attention_is_refused():
+def test_gated_and_derived_attention_stays_as_it_is():
     class Other(TimmAttention):
         pass
 
-    for odd, word in ((TimmAttention(8, 2, gated=True), "gated"), (Other(8, 2), "Other")):
-        with pytest.raises(ModelError, match=word):
-            explicit_attention(nn.Sequential(TimmAttention(8, 2), odd))
+    model = nn.Sequential(TimmAttention(8, 2), TimmAttention(8, 2, gated=True), Other(8, 2))
+    explicit_attention(model)
+    assert [isinstance(module, Attention) for module in model] == [True, False, False]
 
 
-def test_variants_of_torch_are_refused_by_name():
+def test_variants_of_torch_stay_as_they_are():
     for options in ({"add_zero_attn": True}, {"batch_first": False}, {"dropout": 0.1}, {"kdim": 3}):
         model = torchvision_vit()
         block = model.encoder.layers[1]
         block.self_attention = nn.MultiheadAttention(12, 2, **({"batch_first": True} | options))
-        with pytest.raises(ModelError, match=r"encoder_layer_1\.self_attention"):
-            explicit_attention(model)
+        explicit_attention(model)
+        assert type(block.self_attention) is nn.MultiheadAttention
+
+
+def small_swin():
+    return timm.create_model("swin_tiny_patch4_window7_224", img_size=28, depths=(1, 1), embed_dim=24, num_classes=3)
+
+
+def small_levit():
+    return timm.create_model("levit_128s", img_size=64, depth=(1, 1, 1), num_classes=3)
+
+
+WHOLE = {
+    "norms of queries and keys": (lambda: timm_vit(qk_norm=True), "blocks.0.attn.qkv"),
+    "dropout": (lambda: timm_vit(attn_drop_rate=0.1), "blocks.0.attn.qkv"),
+    "windows with a bias": (small_swin, "layers.0.blocks.0.attn.qkv"),
+    "unequal values, a bias in a table": (small_levit, "stages.0.blocks.0.attn.qkv.linear"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_attention_that_is_not_written_out_loses_heads_whole(name):
+    torch.manual_seed(0)
+    make, layer = WHOLE[name]
+    model = randomised(make().eval()).double()
+    explicit_attention(model)
+    size = {"windows with a bias": 28, "unequal values, a bias in a table": 64}.get(name, 32)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    found = sites.find(model, x).sites
+    site = next(site for site in found if site.layer == layer)
+    n_heads = model.get_submodule(layer.partition(".qkv")[0]).num_heads
+    assert (site.kind, site.n_units) == ("head", n_heads)
+    everything = {site: torch.ones(site.n_units, dtype=torch.bool) for site in found}
+    less = copy.deepcopy(model)
+    surgery.cut(less, Mask({site: torch.arange(n_heads) > 0}))
+    before, after = (sum(p.numel() for p in network.parameters()) for network in (model, less))
+    assert unit_parameters(model, found, everything)[site] == before - after
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        keep = {site: torch.rand(site.n_units, generator=generator) < 0.5 for site in found}
+        for kept in keep.values():
+            kept[seed % len(kept)] = True
+        small = copy.deepcopy(model)
+        table = surgery.cut(small, Mask(keep))
+        again = copy.deepcopy(model)
+        surgery.replay(again, json.loads(json.dumps(table)))
+        with torch.no_grad(), hooks.ablated(model, Mask(keep)):
+            masked = model(x)
+        for cut in (small, again):
+            torch.testing.assert_close(cut(x), masked, rtol=1e-10, atol=1e-10)
 
 
 def test_explicit_attention_is_for_unmasked_self_attention():

@@ -231,6 +231,14 @@ def test_a_rewound_network_has_the_weights_it_started_with(tmp_path, monkeypatch
     assert torch.equal(weights_of(early), weights_of(dense))
 
 
+def test_a_layer_that_is_excluded_keeps_its_units_at_every_level(weights, tmp_path):
+    chosen = course(True, schedule="iterative", scope=None, round_to=1, exclude=["conv1"])
+    result = ran(chosen, tmp_path / "out", width=8, weights=str(weights))
+    cut = [models.load(str(tmp_path / "out/magnitude/0" / ratio)).model for ratio in ("0.30", "0.60")]
+    assert [model.conv1.out_channels for model in cut] == [8, 8]
+    assert [row["units_removed"] for row in result.levels] == pytest.approx([0.3, 0.6], abs=0.04)
+
+
 @pytest.mark.parametrize("schedule", ["oneshot", "iterative"])
 def test_channels_go_for_real(schedule, weights, tmp_path):
     chosen = course(
@@ -467,7 +475,6 @@ def test_what_is_not_finished_is_not_summed_up(lottery, tmp_path):
         ({"schedule": "lotery"}, "did you mean 'lottery'"),
         ({"scope": "2:4"}, "give ratio 0.5"),
         ({"scope": None, "enforce_mask": [False]}, "enforce_mask = false is for single weights"),
-        ({"scope": None, "exclude": ["fc2"]}, "exclude is for single weights"),
         ({"rewind": 2}, "rewind must be an epoch below 2"),
         ({"schedule": "oneshot", "rewind": 1}, "of a schedule that rewinds"),
         ({"seeds": 0}, "seeds must be at least 1"),
@@ -490,6 +497,7 @@ def test_a_course_without_meaning_is_refused_before_anything_is_loaded(tmp_path,
     ("changes", "reading", "message"),
     [
         ({"exclude": ["fc9"]}, {}, "no convolution or linear layer 'fc9' to exclude"),
+        ({"scope": None, "criteria": ["magnitude"], "exclude": ["fc9"]}, {}, "no site has a layer 'fc9' to exclude"),
         ({"scope": "2:4", "ratios": [0.5]}, {}, r"layer 'conv1' reads 9 inputs, which scope 2:4 cannot group"),
         ({}, {"calibration": 1000}, "a calibration set needs 1000 of every class"),
         ({"schedule": "oneshot", "finetuning": {"epochs": 2, "warmup": 2}}, {}, "warmup must be below epochs"),

@@ -255,6 +255,14 @@ def test_a_layer_without_weights_is_said(cnn_weights, tmp_path):
     assert any(line.startswith("warning: layer ") for line in result.text().splitlines())
 
 
+def test_a_layer_that_is_excluded_keeps_its_units(cnn_weights, tmp_path):
+    result = prune("random", 0.5, tmp_path / "out", cnn_weights, exclude=["conv1"], round_to=1)
+    model = sukashi.load(tmp_path / "out").model
+    assert model.conv1.out_channels == sukashi.load(SPEC, weights=cnn_weights, width=8).model.conv1.out_channels == 8
+    assert model.fc1.out_features < 32
+    assert result.units_removed == pytest.approx(0.5, abs=0.01)  # of the units of the other layers
+
+
 def test_rounding_that_gives_much_back_is_said(cnn_weights, tmp_path):
     result = prune("random", 0.5, tmp_path / "o", cnn_weights)
     assert any("50.0% were asked for: widths are rounded up to multiples of 8" in note for note in result.notes)
@@ -264,7 +272,9 @@ def test_rounding_that_gives_much_back_is_said(cnn_weights, tmp_path):
     ("change", "message"),
     [
         ({"mode": "zero", "round_to": 8}, "round_to is for widths, and mode zero changes none, got 8"),
-        ({"exclude": ["conv1"]}, "exclude is for single weights: give a scope too"),
+        ({"exclude": ["conv9"]}, "no site has a layer 'conv9' to exclude: did you mean"),
+        ({"exclude": ["fc2"]}, "nothing of layer 'fc2' would be cut"),
+        ({"exclude": ["conv1", "conv2", "conv3", "fc1"]}, "no site is left: exclude fewer layers"),
         ({"sequential": True}, "sequential is for single weights: give a scope too"),
         ({"scope": "row", "mode": "zero"}, "mode zero is for units, and scope row removes single weights"),
         ({"scope": "row", "round_to": 4}, "round_to is for units, and scope row removes single weights"),

@@ -15,6 +15,7 @@ from sukashi.core.types import Batch, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.engine import DEFAULT_BUDGET, Budget, Engine
 from sukashi.criteria.progressive import Divergence, Journal, Row, Verdict, plan_of, sweep
+from sukashi.network import surgery
 
 
 @criteria.register("drift", source="ours: growing budget of drift, per parameter", progressive=True, visits=4.0)
@@ -121,7 +122,11 @@ def unit_parameters(model: nn.Module, sites: Sequence[Site], keep: Mapping[Site,
             module = model.get_submodule(member.module)
             rows = len(member.index[0])
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 1:
+                if surgery.heads(module):
+                    own = surgery.head_axis(module, parameter) is not None
+                    total += rows * own * parameter.numel() // surgery.heads(module)
+                    continue
+                if name != "weight" or parameter.ndim == 1:
                     # A bias, or BatchNorm's scale: it belongs to what a layer writes.
                     total += rows * (member.side == "out")
                     continue
@@ -129,7 +134,6 @@ def unit_parameters(model: nn.Module, sites: Sequence[Site], keep: Mapping[Site,
                 width = parameter.shape[1 - axis] - gone[member.module, other]
                 if member.side == "in":  # of a layer that also writes the unit, its row has gone already
                     width -= written.get(member.module, 0)
-                assert name == "weight"
                 total += rows * width * math.prod(parameter.shape[2:])
         worth[site] = total
     return worth

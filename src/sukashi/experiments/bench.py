@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -92,15 +92,16 @@ class Source(Reading):
         """Whether the model is known to have random weights."""
         return self.weights is None and not self.pretrained and models.takes_classes(self.model)
 
-    def open(self, *, units: bool = True) -> Bench:
+    def open(self, *, units: bool = True, exclude: Collection[str] = ()) -> Bench:
         """The model and the data, loaded; whatever does not fit is refused before anything is computed.
 
-        Without `units` nobody looks for what could be cut, and nothing need be found.
+        Without `units` nobody looks for what could be cut, and nothing need be found. Sites of layers to `exclude` are
+        left out.
         """
         images = self.read()
         images.train.calibration(self.calibration, 0)
         setting = self.beside(images)
-        return replace(setting, found=sites.find(setting.loaded.model, setting.example)) if units else setting
+        return replace(setting, found=setting.sites_of(setting.loaded.model, exclude)) if units else setting
 
     def beside(self, images: Data) -> Bench:
         """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
@@ -184,6 +185,14 @@ class Bench:
         two = self.data.train.subset(range(min(2, len(self.data.train)))).whole(self.loaded.preprocess, 0)
         return two.x.to(self.device)
 
+    def sites_of(self, model: nn.Module, exclude: Collection[str] = ()) -> Found:
+        """What can be cut of a network for these images, but the sites of some layers; tried on an image and noise."""
+        own = self.loaded.preprocess
+        noise = torch.rand(self.example[:1].shape, generator=torch.Generator().manual_seed(0))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (own.mean, own.std))
+        example = torch.cat([self.example[:1].cpu(), (noise - mean) / std])
+        return sites.without(sites.find(model, example), exclude)
+
     @cached_property
     def view(self) -> View:
         """What the dense model makes of the training split."""
@@ -250,7 +259,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", own)
 
 
-PACKAGES = ("sukashi", "torch", "torchvision", "timm", "torch-pruning", "numpy")
+PACKAGES = ("sukashi", "torch", "torchvision", "timm", "numpy")
 
 
 def plan_for(

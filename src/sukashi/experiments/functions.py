@@ -202,8 +202,9 @@ def prune(
     the cut network, size and speed those of the dense one, and nothing is rounded. `sukashi.load(out)` rebuilds the
     model; with `onnx` the folder holds `onnx/model.onnx` too, checked in onnxruntime.
 
-    With a `scope` (see `sparsity.mask_of`) single weights are set to zero instead, those of convolutions and linear
-    layers but `exclude`; with `sequential` layer by layer (see `pruning.weight_mask`). The mask is saved too, and the
+    Layers to `exclude` keep all their units, as does the whole site that they make units of. With a `scope` (see
+    `sparsity.mask_of`) single weights are set to zero instead, those of convolutions and linear layers but `exclude`;
+    with `sequential` layer by layer (see `pruning.weight_mask`). The mask is saved too, and the
     network is as large and as slow as before.
 
     Raises UsageError for settings that contradict each other and a folder of another experiment, and whatever loading,
@@ -261,7 +262,7 @@ def schedule(
     `how` is "oneshot" (each ratio from the dense network: prune, fine-tune), "iterative" (each from the one before) or
     "lottery" (each from the one before, rewound to the weights before training, or after `rewind` epochs, and trained
     anew). Ratios ascend, and are fractions removed of the dense network's units or, with a `scope` ("global", "layer",
-    "row" or N:M), of its weights without the layers `exclude`. `options` holds options by criterion.
+    "row" or N:M), of its weights; layers to `exclude` are left alone. `options` holds options by criterion.
 
     Settings of training hold for the dense network, where none was given, and for every level; where levels are
     fine-tuned (oneshot, iterative) it is with a tenth of the learning rate that is usual, unless `lr` is given. With

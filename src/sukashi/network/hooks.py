@@ -285,6 +285,28 @@ def calls(model: nn.Module, x: Tensor) -> list[str]:
 
 
 @contextmanager
+def followed(
+    model: nn.Module,
+    enter: Callable[[str, nn.Module], None],
+    leave: Callable[[str, nn.Module, Any, Any], None],
+) -> Iterator[None]:
+    """Calls enter(name, layer) before each layer runs and leave(name, layer, what it reads, what it gives) after."""
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
+        enter(name, module)
+
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], more: dict[str, Any], output: Any) -> None:
+        leave(name, module, args[0] if args else more.get("input"), output)
+
+    with _removed() as handles:
+        for name, module in model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+                handles.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
+        yield
+
+
+@contextmanager
 def _removed() -> Iterator[list[RemovableHandle]]:
     """A list of hooks, removed in the end whatever happens."""
     handles: list[RemovableHandle] = []

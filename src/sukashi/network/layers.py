@@ -134,24 +134,33 @@ class PairedAttention(Attention):
         return super().forward(query), None
 
 
+class _Uncached:
+    """What timm's attention with a cache of its biases is mixed with: what is kept in eval mode can't be copied."""
+
+    def get_attention_biases(self, device: torch.device) -> Tensor:
+        return cast(Tensor, self.attention_biases[:, self.attention_bias_idxs])  # type: ignore[attr-defined]
+
+
 def explicit_attention(model: nn.Module) -> None:
     """Write out, in place, timm's Attention and the MultiheadAttention of torchvision's EncoderBlock as Attention.
 
     Outputs stay equal and parameters are the same objects. timm's names stay; torchvision's `in_proj_weight` becomes
-    `qkv.weight` and `out_proj` becomes `proj`. Other attention is left alone, and `sites.find` says so.
-
-    Raises ModelError, before anything is changed, for a variant that the written-out form does not compute.
+    `qkv.weight` and `out_proj` becomes `proj`. Other attention is left alone, as are variants that the written-out form
+    does not compute (norms of q and k, gates, dropout): there heads can be cut whole, or nothing can, and `sites.find`
+    says so. That which caches its biases in eval mode computes them anew.
     """
-    written: list[tuple[nn.Module, str, nn.Module]] = []
-    for prefix, parent in model.named_modules():
-        for name, child in parent.named_children():
-            layer = f"{prefix}.{name}".lstrip(".")
-            if isinstance(child, TimmAttention):
-                written.append((parent, name, _from_timm(layer, child)))
-            elif isinstance(child, nn.MultiheadAttention) and isinstance(parent, EncoderBlock):
-                written.append((parent, name, _from_torch(layer, child)))
+    written = [
+        (parent, name, _written_out(child))
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if _plain_timm(child) or (_plain_torch(child) and isinstance(parent, EncoderBlock))
+    ]
     for parent, name, attention in written:
         setattr(parent, name, attention)
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache") and not isinstance(module, _Uncached):
+            plain = type(module)
+            module.__class__ = type(plain.__name__, (_Uncached, plain), {"__module__": plain.__module__})
 
 
 def fused_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,40 +174,38 @@ def fused_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def _from_timm(layer: str, old: TimmAttention) -> Attention:
-    _refuse(
-        layer,
-        {
-            f"of the variant {type(old).__name__}": type(old) is not TimmAttention,
-            "with qk_norm": not isinstance(old.q_norm, nn.Identity) or not isinstance(old.k_norm, nn.Identity),
-            "with scale_norm": not isinstance(getattr(old, "norm", None), nn.Identity | None),
-            "gated": getattr(old, "gate", None) is not None,
-            "with dropout": old.attn_drop.p > 0 or old.proj_drop.p > 0,
-        },
+def _plain_timm(old: nn.Module) -> bool:
+    """Whether an attention of timm's is what the written-out form computes."""
+    plain = type(old) is TimmAttention and getattr(old, "gate", None) is None
+    norms = ("q_norm", "k_norm", "norm")
+    return (
+        plain
+        and all(isinstance(getattr(old, norm, None), nn.Identity | None) for norm in norms)
+        and not any(cast(nn.Dropout, drop).p for drop in (old.attn_drop, old.proj_drop))
     )
-    return Attention(old.qkv, old.proj, old.num_heads, old.scale).train(old.training)
 
 
-def _from_torch(layer: str, old: nn.MultiheadAttention) -> Attention:
-    _refuse(
-        layer,
-        {
-            "with keys or values of another width": old.in_proj_weight is None,
-            "with bias_kv or zero_attn": old.bias_k is not None or old.add_zero_attn,
-            "with the batch not first": not old.batch_first,
-            "with dropout": old.dropout > 0,
-        },
+def _written_out(old: nn.Module) -> Attention:
+    if isinstance(old, TimmAttention):
+        return Attention(old.qkv, old.proj, old.num_heads, old.scale).train(old.training)
+    return _from_torch(cast(nn.MultiheadAttention, old))
+
+
+def _plain_torch(old: nn.Module) -> bool:
+    """Whether an attention of torch's is what the written-out form computes."""
+    return (
+        isinstance(old, nn.MultiheadAttention)
+        and old.in_proj_weight is not None
+        and old.bias_k is None
+        and not old.add_zero_attn
+        and old.batch_first
+        and old.dropout == 0
     )
+
+
+def _from_torch(old: nn.MultiheadAttention) -> Attention:
     qkv = nn.Linear(old.embed_dim, 3 * old.embed_dim, bias=old.in_proj_bias is not None, device="meta")
     qkv.weight = old.in_proj_weight
     if old.in_proj_bias is not None:
         qkv.bias = old.in_proj_bias
     return PairedAttention(qkv, old.out_proj, old.num_heads, old.head_dim**-0.5).train(old.training)
-
-
-def _refuse(layer: str, faults: dict[str, bool]) -> None:
-    for fault, present in faults.items():
-        if present:
-            raise ModelError(
-                f"attention {layer!r} is {fault}: only plain self-attention can be written out; choose a model without"
-            )

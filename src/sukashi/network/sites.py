@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, cast
 
 import torch
-import torch_pruning as tp
-from timm.layers.norm import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError, UsageError, nearest
+from sukashi.core.errors import ModelError, ResourceError, UsageError, nearest
 from sukashi.core.types import Kind, Mask, Member, Site
-from sukashi.network import hooks, insert, surgery
-from sukashi.network.canonical import answer, evaluating, is_compound, performs
-from sukashi.network.layers import Attention, AttentionCore, PadShortcut
+from sukashi.network import coupling, hooks, insert, surgery
+from sukashi.network.canonical import answer, evaluating, is_compound
+from sukashi.network.layers import AttentionCore
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
 TOLERANCE = 1e-4
+# Seconds of processor time that the search may take.
+PATIENCE = 300.0
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -62,7 +62,7 @@ def place(
     """
     module = hooks.layer(model, layer)
     shape = _shape(model, layer, example, side)
-    own = axis_of(module) if layer else 1
+    own = surgery.axis_of(module) if layer else 1
     if axis is None and own is None:
         raise UsageError(
             f"layer {layer!r} is a {type(module).__name__}, whose class does not say where its units lie in what it "
@@ -103,7 +103,7 @@ def _kind(module: nn.Module | None, side: str, axis: int, n_axes: int) -> Kind:
         return "pixel" if side == "in" else "hidden"
     if isinstance(module, AttentionCore) and side == "in" and axis == 2:
         return "head"
-    own = axis_of(module)
+    own = surgery.axis_of(module)
     if n_axes == 3 and axis == 1 and (own is None or own % n_axes != 1):
         return "token"
     return "channel" if axis == 1 and n_axes > 2 else "hidden"
@@ -118,19 +118,6 @@ def _indexed(axis: int, index: Sequence[tuple[int, ...]], size: int) -> str:
             return f"{':, ' * axis}{what}" if axis > 0 else f"..., {what}{', :' * (-1 - axis)}"
     digest = hashlib.sha256(repr(index).encode()).hexdigest()[:8]
     return f"{len(index)} units on axis {axis}, {digest}"
-
-
-def axis_of(module: nn.Module) -> int | None:
-    """The axis of the features that a layer's class fixes; None where what it is given decides."""
-    match module:
-        case nn.Linear() | AttentionCore():
-            return -1
-        case nn.modules.conv._ConvNd() | nn.modules.batchnorm._BatchNorm() | nn.GroupNorm() | PadShortcut():
-            return 1
-        case nn.LayerNorm() if len(module.normalized_shape) == 1:
-            # LayerNorm2d of timm and torchvision are LayerNorms too, and have their channels elsewhere.
-            return -1 if performs(module, nn.LayerNorm) or performs(module, TimmLayerNorm) else None
-    return None
 
 
 def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]:
@@ -175,13 +162,16 @@ class Found:
 def find(model: nn.Module, example: Tensor) -> Found:
     """The sites of a model whose attention is explicit, seen through one forward pass of `example` (B, C, H, W).
 
-    Coupled layers are those of DepGraph (Fang et al. 2023), with option-A shortcuts and attention followed by
-    ourselves. DepGraph is not trusted: the sites are cut at random in a copy whose normalisation is made random, and
-    those whose cut does not give the masked logits are refused. What is inserted has no sites, and those it would not
-    fit after a cut are refused. Works on a copy on the CPU: the model is left alone.
+    What is coupled is read off labels that move with values (see `coupling`), which is not trusted: the sites are cut
+    at random in a copy whose normalisation is made random, on two images and noise that reaches further, and those
+    whose cut does not give the masked logits are refused. What is inserted has no sites, and those it would not fit
+    after a cut are refused. Every other convolution and linear layer is refused with its reason. Works on a copy on the
+    CPU: the model is left alone.
 
-    Raises ModelError where the model cannot be copied, run or traced, gives no finite tensor, or nothing can be cut.
+    Raises ModelError where the model cannot be copied or run, gives no finite tensor, or nothing can be cut;
+    ResourceError where the search takes more than PATIENCE seconds of processor time.
     """
+    stop = time.process_time() + PATIENCE
     try:
         twin = _twin(model)
         x = example[:2].detach().cpu().float()
@@ -189,7 +179,6 @@ def find(model: nn.Module, example: Tensor) -> Found:
             dense = twin(x)
             whole = copy.deepcopy(twin) if any(isinstance(m, insert.Inserted) for m in twin.modules()) else twin
             inserted = insert.remove(twin)
-            order = hooks.calls(twin, x)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on an example of shape {tuple(example.shape)} in a copy on the CPU "
@@ -200,7 +189,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
     if not dense.isfinite().all():
         raise ModelError("the model gives NaN or Inf on the example: check its weights and the preprocessing")
     refused = {
-        name: _unfit(module, name, "out")
+        name: surgery.unfit(module, name)
         for name, module in twin.named_modules()
         if isinstance(module, nn.MultiheadAttention)
     }
@@ -210,18 +199,53 @@ def find(model: nn.Module, example: Tensor) -> Found:
                 f"layer {name!r} keeps no running statistics: the answer for an image depends on the rest of its "
                 "batch, so no effect can be measured; use BatchNorm with track_running_stats=True"
             )
-    graph = _graph(twin, x)
-    candidates = _distinct(_sites(twin, graph, order, refused), refused)
-    sites = _verified(twin, x, candidates, refused, "a trial cut did not give the logits of the masked model")
+    layers, trace = dict(twin.named_modules()), coupling.traced(twin, x)
+    candidates = _whole(_sites(twin, trace, refused), layers, refused)
+    trial = _Trial(twin, torch.cat([x, _noise(x)]), refused, stop)
+    sites = trial.right(candidates)
     if inserted:
         reason = (
             f"after a trial cut of its units what is inserted after {' or '.join(map(repr, inserted))} does not fit"
         )
-        sites = _verified(whole, x, sites, refused, reason)
+        sites = replace(trial, twin=whole).right(sites, reason)
+    _name_the_rest(twin, sites, trace, refused)
     if not sites:
-        layer, reason = next(iter(refused.items()), ("", "it has no convolution or linear layer"))
+        layer, reason = _telling(refused)
         raise ModelError(f"nothing in this {type(model).__name__} can be cut safely; first, at {layer!r}: {reason}")
     return Found(tuple(sites), refused)
+
+
+def without(found: Found, exclude: Collection[str]) -> Found:
+    """The same without the sites of some layers, each named by any layer that makes the site's units.
+
+    Raises UsageError for a layer that makes units of no site, and where none is left.
+    """
+    makers = {member.module: site for site in found.sites for member in site.producers}
+    for name in exclude:
+        if name in found.refused:
+            raise UsageError(f"nothing of layer {name!r} would be cut ({found.refused[name]}): take it out of exclude")
+        if name not in makers:
+            raise UsageError(f"no site has a layer {name!r} to exclude{nearest(name, makers)}")
+    gone = {makers[name] for name in exclude}
+    if len(gone) == len(found.sites):
+        raise UsageError("no site is left: exclude fewer layers")
+    left = {member.module: "it is excluded" for site in gone for member in site.producers}
+    return Found(tuple(site for site in found.sites if site not in gone), {**found.refused, **left})
+
+
+def _name_the_rest(twin: nn.Module, sites: list[Site], trace: coupling.Trace, refused: dict[str, str]) -> None:
+    """Leave no convolution or linear layer without a site or a reason."""
+    owned = {member.module for site in sites for member in site.producers}
+    for name, module in twin.named_modules():
+        if isinstance(module, coupling.MAKERS) and name not in owned and name not in refused:
+            refused[name] = trace.others.get(name, "no pass calls it where hooks can see it")
+
+
+def _telling(refused: Mapping[str, str]) -> tuple[str, str]:
+    """The first layer and reason that say more than that a network has an end."""
+    ends = "its units are the model's output"
+    told = [pair for pair in refused.items() if pair[1] != ends]
+    return next(iter(told or refused.items()), ("", "it has no convolution or linear layer"))
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -235,6 +259,9 @@ def _twin(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_plain(parameter), requires_grad=True)
     for buffer in model.buffers():
         memo[id(buffer)] = _plain(buffer)
+    for module in model.modules():
+        for tensor in _tensors(vars(module)):
+            memo.setdefault(id(tensor), _plain(tensor))
     twin = copy.deepcopy(model, memo).eval()
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -249,6 +276,21 @@ def _twin(model: nn.Module) -> nn.Module:
     return twin
 
 
+def _noise(x: Tensor) -> Tensor:
+    """(1, C, H, W) noise of three times what images x reach: dull ones would hide what couples units by a little."""
+    drawn = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(2))
+    return 3 * drawn * x.abs().max().clamp(min=1)
+
+
+def _tensors(kept: object) -> Iterator[Tensor]:
+    """The tensors that a module keeps aside, which are often results that can't be copied by themselves."""
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, Mapping | list | tuple):
+        for part in kept.values() if isinstance(kept, Mapping) else kept:
+            yield from _tensors(part)
+
+
 def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().to("cpu", copy=True)
     return tensor.float() if tensor.is_floating_point() else tensor
@@ -258,164 +300,61 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-class _Apart(tp.pruner.BasePruningFunc):  # type: ignore[misc]
-    """Tells DepGraph that a layer's input and output units are independent."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
-        return layer
-
-    def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
-        return layer
-
-    def get_out_channels(self, layer: PadShortcut | AttentionCore) -> int:
-        return sum(layer.widths) if isinstance(layer, AttentionCore) else layer.out_channels
-
-    def get_in_channels(self, layer: PadShortcut | AttentionCore) -> int:
-        return surgery.sizes(layer)["in"]
-
-
-class _Opaque(torch.autograd.Function):
-    """One node of the autograd graph where a layer would leave many, which DepGraph would try to read."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, out: Tensor) -> Tensor:
-        return out.clone()
-
-
-def _opaque(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: cast(Tensor, _Opaque.apply(x, forward(x.detach())))
-
-
-def _graph(twin: nn.Module, x: Tensor) -> tp.DependencyGraph:
-    graph = tp.DependencyGraph()
-    opaque = [module for module in twin.modules() if isinstance(module, PadShortcut | AttentionCore)]
-    try:
-        for module in opaque:
-            module.forward = _opaque(module.forward)  # type: ignore[method-assign, assignment]
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            return graph.build_dependency(
-                twin,
-                x,
-                # Without it DepGraph first tries model(*x), and what ran before that failed counts as called twice.
-                forward_fn=lambda model, batch: model(batch),
-                customized_pruners={PadShortcut: _Apart(), AttentionCore: _Apart()},
-                verbose=False,
-            )
-    except Exception as error:
-        raise ModelError(
-            f"{type(twin).__name__} cannot be traced ({_brief(error)}), so nothing in it can be cut safely: "
-            "use another architecture"
-        ) from error
-    finally:
-        for module in opaque:
-            del module.forward
-
-
-def _sites(twin: nn.Module, graph: tp.DependencyGraph, order: list[str], refused: dict[str, str]) -> list[Site]:
-    """What DepGraph and we take for sites, by last producer; adds to `refused` what is plainly none."""
+def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> list[Site]:
+    """What the trace takes for sites, by last producer; adds to `refused` what is plainly none."""
     layers = dict(twin.named_modules())
-    names = {module: name for name, module in layers.items()}
-    n_calls = Counter(order)
-    shared = _shared(twin)
-    first: dict[str, int] = {}
-    for position, name in enumerate(order):
-        first.setdefault(name, position)
-
-    groups: list[tuple[list[Member], str]] = []
-    done: set[str] = set()
-    for name, module in layers.items():
-        if isinstance(module, Attention) and f"{name}.core" in first:
-            groups.append((_attention(name, module), ""))
-            done.add(f"{name}.qkv")
-    for name in first:
-        module = layers[name]
-        if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or name in done:
-            continue
-        members, reason = _group(graph, names, name, module)
-        done.update(member.module for member in members if member.side == "out")
-        groups.append((members, reason))
-
+    n_calls, shared = Counter(trace.calls), _shared(twin)
+    first = {name: position for position, name in reversed(list(enumerate(trace.calls)))}
     sites: list[tuple[int, Site]] = []
-    for members, reason in groups:
-        for name in (member.module for member in members):
-            if n_calls[name] != 1:
+    for group in trace.groups:
+        reason = group.reason
+        for name, _ in group.places:
+            unseen = n_calls[name] == 0 and surgery.heads(
+                layers[name]
+            )  # a table of biases that is asked by another name
+            if n_calls[name] != 1 and not unseen:
                 reason = reason or f"layer {name!r} is called {n_calls[name]} times in one pass, not once"
             elif name in shared:
                 reason = reason or f"layer {name!r} shares its weights with another layer"
         if reason:
-            refused[members[0].module] = reason
+            _refuse(group.places, reason, layers, refused)
             continue
-        members.sort(key=lambda member: first[member.module])
-        producers = [member.module for member in members if member.side == "out"]
-        layer = layers[producers[0]]
-        kind: Kind = "channel"
-        if isinstance(layer, nn.Linear):
-            kind = "head" if any(isinstance(layers[m.module], AttentionCore) for m in members) else "hidden"
-        site = Site(producers[0], kind, len(members[0].index), cast(int, axis_of(layer)), tuple(members))
-        sites.append((first[producers[-1]], site))
+        site = _site(group, layers, first)
+        sites.append((max(first.get(member.module, -1) for member in site.producers), site))
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
 
-def _attention(name: str, module: Attention) -> list[Member]:
-    """Inner dimension c of q, k and v together: rows c, D + c and 2D + c of qkv, column c of proj."""
-    inner = sum(module.core.widths)
-    thrice = tuple((c, inner + c, 2 * inner + c) for c in range(inner))
-    once = tuple((c,) for c in range(inner))
-    return [
-        Member(f"{name}.qkv", "out", thrice, -1),
-        Member(f"{name}.core", "in", thrice, -1),
-        Member(f"{name}.proj", "in", once, -1),
+def _site(group: coupling.Group, layers: Mapping[str, nn.Module], first: Mapping[str, int]) -> Site:
+    members = [
+        Member(name, side, tuple(map(tuple, index)), surgery.axis_of(layers[name]) or -1)
+        for (name, side), index in group.places.items()
     ]
+    # An attention is called before the layers inside that make its heads.
+    begin = first[group.root]
+    late = {member.module: surgery.heads(layers[member.module]) > 0 for member in members}
+    members.sort(key=lambda member: (begin, 1) if late[member.module] else (first[member.module], 0))
+    producers = [member.module for member in members if member.side == "out"]
+    layer = layers[producers[0]]
+    kind: Kind = "channel"
+    if isinstance(layer, nn.Linear):
+        attended = any(isinstance(layers[m.module], AttentionCore) or surgery.heads(layers[m.module]) for m in members)
+        kind = "head" if attended else "hidden"
+    return Site(producers[0], kind, group.n_units, cast(int, surgery.axis_of(layer)), tuple(members))
 
 
-def _group(
-    graph: tp.DependencyGraph, names: Mapping[nn.Module, str], root: str, module: nn.Module
-) -> tuple[list[Member], str]:
-    """The members of the DepGraph group of a layer's outputs, and why it is no site ("" where it may be one)."""
-    n_units = module.out_features if isinstance(module, nn.Linear) else cast(int, module.out_channels)
-    alone = Member(root, "out", tuple((u,) for u in range(n_units)), cast(int, axis_of(module)))
-    try:
-        pruner = graph.get_pruner_of_module(module)
-        group = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(n_units)))
-    except Exception as error:
-        return [alone], f"the layers coupled to it cannot be traced ({_brief(error)})"
-    members: list[Member] = []
-    reason = ""
-    for item in group:
-        target = item.dep.target.module
-        if isinstance(target, nn.Parameter):
-            reason = reason or (
-                f"its units meet the bare parameter {graph._param_to_name[target]!r} (in a transformer: the residual "
-                "stream, whose token width is fixed)"
-            )
-        elif isinstance(target, tp.ops._OutputOp):
-            reason = reason or "its units are the model's output"
-        elif target in names:
-            name = names[target]
-            side: Literal["in", "out"] = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            owned: dict[int, list[int]] = defaultdict(list)
-            for position, unit in zip(item.idxs, item.root_idxs, strict=True):
-                owned[unit].append(position)
-            reason = reason or _unfit(target, name, side)
-            if sorted(owned) != list(range(n_units)):
-                reason = reason or f"only some of its units reach layer {name!r}"
-            axis = axis_of(target)
-            if axis is not None:  # those without one are unfit
-                members.append(Member(name, side, tuple(tuple(sorted(owned[u])) for u in range(n_units)), axis))
-    if not any(member.side == "in" for member in members):
-        reason = reason or "its units are the model's output"
-    return members, reason
+def _refuse(
+    places: Iterable[tuple[str, str]], reason: str, layers: Mapping[str, nn.Module], refused: dict[str, str]
+) -> None:
+    """Give every convolution and linear layer that makes the units the reason."""
+    for name, side in places:
+        if side == "out" and isinstance(layers[name], coupling.MAKERS):
+            refused.setdefault(name, reason)
 
 
-def _unfit(module: nn.Module, name: str, side: str) -> str:
-    """Why a layer cannot lose units on a side, or ""."""
-    try:
-        if side in surgery.sizes(module):
-            return ""
-    except ModelError as error:
-        return f"layer {name!r}: {error}"
-    return f"layer {name!r} cannot lose units on side {side!r}"
+def _at(site: Site, layer: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a site has members at a layer, or heads in the same kind of attention."""
+    alike = type(layers[layer]) if layer and surgery.heads(layers[layer]) else ()
+    return any(member.module == layer or isinstance(layers[member.module], alike) for member in site.members)
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -427,54 +366,88 @@ def _shared(model: nn.Module) -> set[str]:
     return set(chain.from_iterable(who for who in owners.values() if len(who) > 1))
 
 
-def _distinct(sites: list[Site], refused: dict[str, str]) -> list[Site]:
-    """The sites that share no position of any layer with another."""
-    owner: dict[tuple[str, str, int], Site] = {}
-    clash: dict[Site, str] = {}
-    for site in sites:
-        for member in site.members:
-            for position in chain.from_iterable(member.index):
-                other = owner.setdefault((member.module, member.side, position), site)
-                if other is not site:
-                    clash[site] = clash[other] = member.module
-    for site, module in clash.items():
-        refused[site.layer] = f"another site owns the same positions of layer {module!r}"
-    return [site for site in sites if site not in clash]
-
-
-def _verified(twin: nn.Module, x: Tensor, sites: list[Site], refused: dict[str, str], reason: str) -> list[Site]:
-    """The sites whose random cut gives the masked logits: all at once, and one by one only where that fails."""
-    if not sites or _agrees(twin, x, sites):
-        return sites
+def _whole(sites: list[Site], layers: Mapping[str, nn.Module], refused: dict[str, str]) -> list[Site]:
+    """The sites whose layers' outputs are theirs alone, or shared out among them."""
+    owned = Counter(
+        (member.module) for site in sites for member in site.producers for _ in chain.from_iterable(member.index)
+    )
+    partly = {name for name, n in owned.items() if n < surgery.sizes(layers[name])["out"]}
+    partly = {name for name in partly if isinstance(layers[name], coupling.MAKERS)}
     good = []
     for site in sites:
-        if _agrees(twin, x, [site]):
+        part = next((member.module for member in site.producers if member.module in partly), None)
+        if part is None:
             good.append(site)
         else:
-            refused[site.layer] = reason
-    if good and not _agrees(twin, x, good):
-        raise ModelError(f"cutting {good[0].layer!r} and other sites together does not give the masked logits")
-    return good
+            reason = f"it has only some of the units of layer {part!r}, whose others cannot be cut"
+            _refuse(((m.module, m.side) for m in site.members), reason, layers, refused)
+    return good if len(good) == len(sites) else _whole(good, layers, refused)
 
 
-def _agrees(twin: nn.Module, x: Tensor, sites: list[Site]) -> bool:
-    """Whether two trial cuts give the masked logits; every unit goes in one of them, where a wrong member shows."""
-    generator = torch.Generator().manual_seed(1)
-    keep = {site: torch.rand(site.n_units, generator=generator) < 0.6 for site in sites}
-    for kept in keep.values():
-        kept[-1], kept[0] = False, True
-    rest = {site: ~kept if site.n_units > 1 else kept for site, kept in keep.items()}
-    return _cut_equals_masked(twin, x, Mask(keep)) and _cut_equals_masked(twin, x, Mask(rest))
+@dataclass(frozen=True)
+class _Trial:
+    """Trial cuts in a copy of the model; they stop where the search has taken too long."""
 
+    twin: nn.Module
+    x: Tensor
+    refused: dict[str, str]
+    stop: float
 
-def _cut_equals_masked(twin: nn.Module, x: Tensor, mask: Mask) -> bool:
-    small = copy.deepcopy(twin)
-    with torch.no_grad(), hooks.ablated(twin, mask):
-        masked = twin(x)
-    try:
-        surgery.cut(small, mask)
-        with torch.no_grad():
-            cut = small(x)
-    except Exception:  # whatever it is, the cut layers no longer fit each other
-        return False
-    return cut.shape == masked.shape and bool((cut - masked).abs().max() <= TOLERANCE * masked.abs().max())
+    def right(self, sites: list[Site], reason: str = "") -> list[Site]:
+        """The sites whose random cuts give the masked logits, all together; the others are refused.
+
+        Where a cut fails, those at layers like the one that did not fit are tried after the others, or else halves one
+        after the other, each together with what has been found right before.
+        """
+        layers = dict(self.twin.named_modules())
+        good: list[Site] = []
+        blocks = [sites] if sites else []
+        while blocks:
+            block = blocks.pop()
+            fault, layer = self.fault([*good, *block])
+            suspects = [site for site in block if _at(site, layer, layers)]
+            if not fault:
+                good += block
+            elif 0 < len(suspects) < len(block):
+                blocks += [suspects, [site for site in block if site not in suspects]]
+            elif len(block) > 1:
+                middle = len(block) // 2
+                blocks += [block[middle:], block[:middle]]
+            else:
+                places = [(member.module, member.side) for member in block[0].members]
+                why = reason or f"its trial cut does not give the logits of the masked model ({fault})"
+                _refuse(places, why, layers, self.refused)
+        return [site for site in sites if site in good]
+
+    def fault(self, sites: list[Site]) -> tuple[str, str]:
+        """What is wrong with two trial cuts and at which layer, or "": every unit goes in one of them."""
+        if time.process_time() > self.stop:
+            raise ResourceError(
+                f"the search for what can be cut was given up after {PATIENCE:.0f} seconds of processor time: give "
+                "smaller images, or a smaller network of the family"
+            )
+        generator = torch.Generator().manual_seed(1)
+        keep = {site: torch.rand(site.n_units, generator=generator) < 0.6 for site in sites}
+        for kept in keep.values():
+            kept[-1], kept[0] = False, True
+        rest = {site: ~kept for site, kept in keep.items()}
+        first = self._off(Mask(keep))
+        return first if first[0] else self._off(Mask(rest))
+
+    def _off(self, mask: Mask) -> tuple[str, str]:
+        """How the cut network differs from the masked one, or "", and the layer at which it broke, or ""."""
+        path: list[str] = []
+        try:
+            small = copy.deepcopy(self.twin)
+            with torch.no_grad(), hooks.ablated(self.twin, mask):
+                masked = self.twin(self.x)
+            surgery.cut(small, mask)
+            enter = lambda name, module: path.append(name)  # noqa: E731
+            with torch.no_grad(), hooks.followed(small, enter, lambda name, *_: path.remove(name)):
+                cut = small(self.x)
+        except Exception as error:  # whatever it is, the cut layers no longer fit each other
+            return _brief(error), path[-1] if path else ""
+        if cut.shape != masked.shape:
+            return f"logits of shape {tuple(cut.shape)}", ""
+        off = (cut - masked).abs().max()
+        return "" if off <= TOLERANCE * masked.abs().max() else f"logits are {float(off):.1e} apart", ""

@@ -34,7 +34,7 @@ def prepare(settings: Compare) -> Prepared:
     Raises UsageError for settings that contradict each other, and whatever loading raises.
     """
     _check(settings)
-    setting = Source.of(settings).open()
+    setting = Source.of(settings).open(exclude=settings.exclude)
     ratios = sorted({0.0, *map(float, settings.ratios)})
     options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
     trials = [
@@ -48,6 +48,7 @@ def prepare(settings: Compare) -> Prepared:
                 "options": options[name],
                 "ratios": ratios,
                 "mode": settings.mode,
+                "exclude": settings.exclude,
             },
             partial(_run, setting, settings),
             label=f"{name_of(name, sampling)}, seed {seed}",

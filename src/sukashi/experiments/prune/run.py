@@ -33,7 +33,7 @@ LATENCY_BATCH = 32
 def prepare(settings: Prune) -> Prepared:
     """Raises UsageError for settings that contradict each other, and whatever loading and criteria raise."""
     _check(settings)
-    setting = Source.of(settings).open(units=settings.scope is None)
+    setting = Source.of(settings).open(units=settings.scope is None, exclude=settings.exclude)
     if settings.scope is not None:
         weights = sites.weights(setting.loaded.model, settings.exclude)
         shapes = {site.layer: sparsity.weight_of(setting.loaded.model, site).shape for site in weights}
@@ -67,9 +67,10 @@ def _check(settings: Prune) -> None:
     registry[settings.criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(settings.sampling)
     if scope is None:
-        if settings.exclude or settings.sequential:
-            name = "exclude" if settings.exclude else "sequential"
-            raise UsageError(f"{name} is for single weights: give a scope too ({', '.join(sparsity.SCOPES)} or N:M)")
+        if settings.sequential:
+            raise UsageError(
+                f"sequential is for single weights: give a scope too ({', '.join(sparsity.SCOPES)} or N:M)"
+            )
         if settings.mode == "zero" and settings.round_to not in (None, 1):
             raise UsageError(
                 f"round_to is for widths, and mode zero changes none, got {settings.round_to}: leave it out"

@@ -59,7 +59,7 @@ class Seed:
         setting = Bench(self.source, loaded, images, Found((), {}), device)
         models.probe(loaded, setting.example)
         if self.course.scope is None:
-            return replace(setting, found=sites.find(loaded.model, setting.example))
+            return replace(setting, found=setting.sites_of(loaded.model, self.course.exclude))
         return replace(setting, found=Found(sites.weights(loaded.model, self.course.exclude), {}))
 
     @property
@@ -115,7 +115,7 @@ class Seed:
                 options=options,
             )
             return pruning.sparse(network, mask)
-        now = sites.find(network.model, setting.example)
+        now = setting.sites_of(network.model, course.exclude)
         n_now = sum(site.n_units for site in now.sites)
         plan = plan_for(replace(setting, found=now), criterion, self.seed, options=options)
         further = max(0.0, 1 - (1 - ratio) * self.n_units / n_now)
@@ -176,5 +176,5 @@ class Seed:
         """The fraction of the dense network's units, or of the weights in scope, that was removed."""
         if self.course.scope is not None:
             return 0.0 if mask is None else mask.n_removed / mask.n_units
-        now = sum(site.n_units for site in sites.find(network.model, self.setting.example).sites)
+        now = sum(site.n_units for site in self.setting.sites_of(network.model, self.course.exclude).sites)
         return 1 - now / self.n_units

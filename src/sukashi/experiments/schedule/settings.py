@@ -35,7 +35,7 @@ class Levels(Settings):
         help="Remove single weights, the lowest of all (global), of a layer, of a row, or N of M such as 2:4. Without "
         "it units are cut.",
     )
-    exclude: list[str] = option([], help="With a scope: a layer to leave alone, by name.")
+    exclude: list[str] = option([], help="A layer to leave alone: its weights, or the site that it makes the units of.")
     round_to: int = option(8, ge=1, help="Without a scope: each site keeps a multiple of this many units.")
     seeds: int = option(
         1, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0; each trains a dense network and all levels."
@@ -81,9 +81,10 @@ class Course(Levels):
                 raise UsageError(f"{name} must be different values, at least one, got {several}")
         if min(self.ratios) == 0 or list(self.ratios) != sorted(self.ratios):
             raise UsageError(f"ratios must ascend from above 0, got {self.ratios}: the dense network is level 0 anyway")
-        if self.scope is None and (self.exclude or False in self.enforce_mask):
-            what = "exclude" if self.exclude else "enforce_mask = false"
-            raise UsageError(f"{what} is for single weights, and there is no scope: give one, or leave it out")
+        if self.scope is None and False in self.enforce_mask:
+            raise UsageError(
+                "enforce_mask = false is for single weights, and there is no scope: give one, or leave it out"
+            )
         for name in self.options:
             if name not in self.criteria:
                 raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")
