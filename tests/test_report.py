@@ -321,8 +321,8 @@ def test_what_the_seeds_do_not_separate_does_not_lead(tmp_path: Path) -> None:
         seed = record.about["seed"]
         if record.about["criterion"] == "mine":
             curve = a_result("drift", seed)[0]
-            # In half of the seeds a hundred images better, in the others a few more worse.
-            curve.correct[1:, : 100 + 5 * (seed % 2)] = seed % 2 == 0
+            # Some images are never wrong in half of the seeds, and about as many always in the others.
+            curve.correct[1:, : 75 if seed % 2 else 100] = seed % 2 == 0
             shutil.rmtree(record.folder)
             finish(space, a_trial("mine", seed), curve, a_result("mine", seed)[1])
     words = _Reader(paged(space)).words

@@ -135,10 +135,11 @@ def test_crossed_takes_columns_alike() -> None:
 def test_the_test_of_crossed_is_its_interval() -> None:
     """p < 0.05 where the interval of 95 % leaves 0 out; with one seed it is the t test over images."""
     generator = rng(6)
-    for n_seeds, shift in itertools.product((1, 2, 3, 5), (0.0, 0.1, 0.3)):
-        values = generator.normal(shift, 0.2, (n_seeds, 1)) + generator.normal(0, 0.5, (n_seeds, 40))
-        found = crossed(values)
-        assert (crossed_test(values) < 0.05) == (not found.low <= 0 <= found.high)
+    for n_seeds, n_images, shift in itertools.product((1, 2, 3, 5), (10, 500, 5000), (0.0, 0.1, 0.3, 2.0)):
+        values = generator.normal(shift, 0.2, (n_seeds, 1)) + generator.normal(0, 0.5, (n_seeds, n_images))
+        p = crossed_test(values)
+        edge = crossed(values, level=min(1 - p, 1 - 1e-9))
+        assert min(abs(edge.low), abs(edge.high)) < 1e-6 * abs(edge.mean) or p < 1e-9, "it ends at 0"
     assert crossed_test(values[:1]) == pytest.approx(scipy_stats.ttest_1samp(values[0], 0).pvalue)
     assert (crossed_test(np.ones((2, 3))), crossed_test(np.zeros((2, 3)))) == (0.0, 1.0)
 
