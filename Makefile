@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/sukashi demo --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest -q -m "not realdata" -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not realdata" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-real: install
 	$(BIN)/python -m pytest -q -m realdata

@@ -1,0 +1,58 @@
+"""A small share of the scripts under tests/fuzz, which try thousands."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sukashi.measures import cost
+
+sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+import folders
+import options
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork of several would wait for those that it does not have
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(home):
+    made, draw = folders.prepare(home), random.Random(1)
+    for _ in range(30):
+        told, ended = folders.tried(draw, home, made)
+        assert not ended.fault, f"{told}: {ended.said}"
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_odd_options_are_refused_in_a_sentence_or_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "latency", lambda models, batch, **how: ([2.0, 2.1], [1.0, 1.1]))
+    options.prepare(tmp_path)
+    for kind, option, value in options.cases(random.Random(2), 20):
+        ended = options.run(kind, option, value, tmp_path)
+        assert not ended.fault, f"{kind} {option} {value[:80]!r}: {ended.said}"
+
+
+def test_what_no_call_may_do_is_told():
+    right = options.Ended(2, "sukashi: no", 0.1, 0.5)
+    assert not right.fault
+    faulty = [
+        options.Ended(1, "", 0.1, 0.5),
+        options.Ended(2, "Traceback (most recent call last):", 0.1, 0.5),
+        options.Ended(-9, "", 60.0, 0.5),
+        options.Ended(0, "", 1.0, 5.0),
+        options.Ended(2, "x" * 20_000, 0.1, 0.5),
+    ]
+    assert all(one.fault for one in faulty)
+    at_work = options.Ended(-9, "sukashi: training 1/5, about 5 min left", 60.0, 0.5)
+    assert not at_work.fault
