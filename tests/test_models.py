@@ -55,6 +55,8 @@ with_tuple = partial(Net, lambda net, logits: (logits, 3 * logits))
 noisy = partial(Net, lambda net, logits: logits + torch.randn(()))
 counting = partial(Net, _count)
 sociable = partial(Net, lambda net, logits: logits - logits.mean(0))
+# As if rounding, which is another in batches of another size, were multiplied.
+chaotic = partial(Net, lambda net, logits: logits * (1 + len(logits) * torch.finfo(logits.dtype).eps * 2**15))
 overflowing = partial(Net, lambda net, logits: logits / 0)
 mapping = partial(Net, lambda net, logits: logits[:, :, None])
 trained_on = partial(getattr, sys.modules[__name__], "shared")
@@ -485,6 +487,7 @@ def test_import_path():
         ("noisy", "other logits in a second pass"),
         ("counting", "changes its buffer 'calls'"),
         ("sociable", "other company"),
+        ("chaotic", "multiplies rounding until it rules the logits, in float64 they agree: give trained --weights"),
         ("overflowing", "NaN or Inf"),
         ("mapping", r"\(images, classes\)"),
         ("number", "must return a torch.nn.Module"),
