@@ -13,4 +13,4 @@ class Check(Reading):
 
     kind: ClassVar[str] = "check"
 
-    limit: float = option(60.0, ge=0, decides=False, help="Seconds for estimates, once images are read and sites found.")
+    limit: float = option(60.0, ge=0, decides=False, help="Seconds for estimates, once the sites are found.")
