@@ -108,6 +108,13 @@ def test_what_python_gives_wrong_is_one_sentence(name, value, said):
     assert "\n" not in str(found.value)
 
 
+def test_numbers_that_no_network_reckons_with_are_refused():
+    for value in (1e308, 3.5e38):
+        with pytest.raises(UsageError, match=r"^weight_decay must be at most 3\.4e\+38, .* got "):
+            keywords(Train, {**NEEDED[Train], "weight_decay": value})
+    assert keywords(Train, {**NEEDED[Train], "weight_decay": 3e38}).weight_decay == 3e38
+
+
 def test_what_is_missing_is_said():
     with pytest.raises(UsageError, match=r"^data must be given: data = \"digits\"$"):
         keywords(Compare, {name: value for name, value in COMPARED.items() if name != "data"})

@@ -15,9 +15,9 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -27,6 +27,7 @@ _Kind = TypeVar("_Kind", bound=BaseModel)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 MAX_SEED = 2**32 - 1  # NumPy and scikit-learn take no more
 MAX_SEEDS = 1000
+MAX_FLOAT = 3.4028234663852886e38  # of float32
 _TYPES = {
     "list_type": "a list",
     "string_type": "a string",
@@ -51,6 +52,14 @@ class Settings(BaseModel):
     """Whether it has several trials, which processes may share."""
     grows: ClassVar[frozenset[str]] = frozenset()
     """Fields of which more may be asked for in a folder that exists."""
+
+    @model_validator(mode="after")
+    def _numbers_of_networks(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, float) and abs(value) > MAX_FLOAT:
+                raise UsageError(f"{name} must be at most {MAX_FLOAT:.1e}, which networks reckon with, got {value}")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide results, as JSON has them."""
