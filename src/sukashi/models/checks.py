@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.errors import ModelError, SukashiError, brief
 from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Preprocess
 from sukashi.models.loaded import Loaded, takes_classes
@@ -200,7 +200,3 @@ def named_outputs(found: Any) -> Iterator[tuple[str, Any]]:
 def candidates(found: Mapping[str, Any]) -> str:
     shown = [f"{name!r} {tuple(value.shape)}" for name, value in found.items() if isinstance(value, Tensor)]
     return ", ".join(shown) or "there is none that is a tensor"
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
-from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.errors import ModelError, SukashiError, brief
 from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.network import functions, insert
@@ -69,9 +69,8 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
     except SukashiError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"torch.fx cannot trace this {name} ({type(error).__name__}: {reason}): rewrite branches on data in its "
+            f"torch.fx cannot trace this {name} ({brief(error)}): rewrite branches on data in its "
             "forward(), or use a method that needs no canonical form"
         ) from error
     insert.uncouple(root)
@@ -108,10 +107,9 @@ def answer(model: nn.Module, x: Tensor) -> Any:
     except (SukashiError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"this {type(model).__name__} fails on images of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
-            f"{reason}): give images of the size and channels it was made for"
+            f"this {type(model).__name__} fails on images of shape {tuple(x.shape[1:])} ({brief(error)}): give "
+            "images of the size and channels it was made for"
         ) from error
 
 
