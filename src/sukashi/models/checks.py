@@ -20,6 +20,7 @@ from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Preprocess
 from sukashi.models.loaded import Loaded, takes_classes
 from sukashi.network import hooks
+from sukashi.network.canonical import evaluating
 
 # Of fp32 logits; a batch of one may take another kernel, an image that sees its neighbours is off by far more.
 _ALONE = 1e-3
@@ -102,14 +103,13 @@ def checked_logits(
     `whole` refuses patches that leave pixels over. A library's architecture may do so at the size it was made for:
     SigLIP so400m reads 384 x 384 pixels in patches of 14 x 14.
     """
-    modes = [module.training for module in model.modules()]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
     try:
-        with hooks.visited(model, _patches(model, example, spec) if whole else {}):
-            first = model(example)
-        second, alone = model(example), model(example[:1])
-        normalised = _normalised(first) and _normalised(model(_louder(example)))
+        with evaluating(model):
+            with hooks.visited(model, _patches(model, example, spec) if whole else {}):
+                first = model(example)
+            second, alone = model(example), model(example[:1])
+            normalised = _normalised(first) and _normalised(model(_louder(example)))
     except SukashiError:
         raise
     except Exception as error:
@@ -122,8 +122,6 @@ def checked_logits(
         changed = [name for name, buffer in model.named_buffers() if not _same(buffer, before[name])]
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
     if not isinstance(first, Tensor):
         found = dict(named_outputs(first))
         raise ModelError(f"{spec} gives a {type(first).__name__}, not logits: select an output: {candidates(found)}")

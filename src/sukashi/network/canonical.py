@@ -21,7 +21,7 @@ from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.network import functions, insert
 from sukashi.network.functions import active, has, put
-from sukashi.network.layers import AttentionCore, PadShortcut
+from sukashi.network.layers import MAKERS, AttentionCore, PadShortcut
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -137,13 +137,7 @@ def share(module: Layer) -> Layer:
 
 
 # Subclasses too, wherever they are defined: their weights are what a cut edits.
-LEAVES = (
-    AttentionCore,
-    PadShortcut,
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    _BatchNorm,
-)
+LEAVES = (AttentionCore, PadShortcut, *MAKERS, _BatchNorm)
 
 
 class Tracer(fx.Tracer):
@@ -285,7 +279,7 @@ def is_compound(module: nn.Module) -> bool:
 
 def _within(module: nn.Module) -> nn.Module | None:
     """The one plain layer, of its own kind, in a layer of a class of its own; its weights may be computed."""
-    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)):
+    if not isinstance(module, (*MAKERS, _BatchNorm)):
         return None
     if type(module).forward.__module__.startswith("torch."):
         return None

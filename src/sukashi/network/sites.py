@@ -18,7 +18,7 @@ from sukashi.core.errors import ModelError, ResourceError, UsageError, brief, ne
 from sukashi.core.types import Kind, Mask, Member, Site
 from sukashi.network import coupling, hooks, insert, surgery
 from sukashi.network.canonical import answer, evaluating, is_compound
-from sukashi.network.layers import AttentionCore
+from sukashi.network.layers import MAKERS, AttentionCore
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
 TOLERANCE = 1e-4
@@ -129,8 +129,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
     weight with another, computes it, or does not put it to its plain use (a transposed convolution, one that
     standardises its weight): there a zero would not be what a mask takes it for.
     """
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, kinds)}
+    layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, MAKERS)}
     for name in exclude:
         if name not in layers:
             raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
@@ -237,7 +236,7 @@ def _name_the_rest(twin: nn.Module, sites: list[Site], trace: coupling.Trace, re
     """Leave no convolution or linear layer without a site or a reason."""
     owned = {member.module for site in sites for member in site.producers}
     for name, module in twin.named_modules():
-        if isinstance(module, coupling.MAKERS) and name not in owned and name not in refused:
+        if isinstance(module, MAKERS) and name not in owned and name not in refused:
             refused[name] = trace.others.get(name, "no pass calls it where hooks can see it")
 
 
@@ -342,7 +341,7 @@ def _refuse(
 ) -> None:
     """Give every convolution and linear layer that makes the units the reason."""
     for name, side in places:
-        if side == "out" and isinstance(layers[name], coupling.MAKERS):
+        if side == "out" and isinstance(layers[name], MAKERS):
             refused.setdefault(name, reason)
 
 
@@ -367,7 +366,7 @@ def _whole(sites: list[Site], layers: Mapping[str, nn.Module], refused: dict[str
         member.module for site in sites for member in site.producers for _ in chain.from_iterable(member.index)
     )
     partly = {name for name, n in owned.items() if n < surgery.sizes(layers[name])["out"]}
-    partly = {name for name in partly if isinstance(layers[name], coupling.MAKERS)}
+    partly = {name for name in partly if isinstance(layers[name], MAKERS)}
     good = []
     for site in sites:
         part = next((member.module for member in site.producers if member.module in partly), None)

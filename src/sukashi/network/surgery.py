@@ -22,7 +22,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Mask, Site
 from sukashi.network.canonical import performs
-from sukashi.network.layers import AttentionCore, PadShortcut
+from sukashi.network.layers import MAKERS, AttentionCore, PadShortcut
 
 # How a convolution looks that uses its weight as it is.
 _PLAIN = (nn.Conv2d.forward, Conv2dSame.forward)
@@ -151,7 +151,7 @@ def _gone(mask: Mask) -> dict[tuple[str, str], set[int]]:
 
 # Layers whose units are known; what is in none of these is looked into.
 LAYERS = (
-    *(nn.Linear, nn.modules.conv._ConvNd, PadShortcut, AttentionCore, nn.PReLU, nn.MultiheadAttention, nn.RNNBase),
+    *(*MAKERS, PadShortcut, AttentionCore, nn.PReLU, nn.MultiheadAttention, nn.RNNBase),
     *(nn.modules.batchnorm._NormBase, FrozenBatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm),
     *(nn.CrossMapLRN2d, LayerScale, LayerScale2d),
 )
@@ -165,8 +165,7 @@ def sizes(module: nn.Module) -> dict[str, int]:
 
     Raises ModelError for a layer that cannot lose any.
     """
-    weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    if weighted and "weight" not in module._parameters and not parametrize.is_parametrized(module):
+    if isinstance(module, MAKERS) and "weight" not in module._parameters and not parametrize.is_parametrized(module):
         raise ModelError(
             f"a {type(module).__name__} whose weight a hook computes cannot be cut: call prune.remove, "
             "remove_weight_norm or remove_spectral_norm of torch.nn.utils first"
