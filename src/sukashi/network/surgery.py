@@ -21,11 +21,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Mask, Site
-from sukashi.network.canonical import performs
+from sukashi.network.canonical import is_compound, performs
 from sukashi.network.layers import MAKERS, AttentionCore, PadShortcut
-
-# How a convolution looks that uses its weight as it is.
-_PLAIN = (nn.Conv2d.forward, Conv2dSame.forward)
 
 # {layer: {side: positions}}: those that stay on side "in" or "out", those silenced on "zero in" or "zero out".
 Table = dict[str, dict[str, list[int]]]
@@ -315,7 +312,7 @@ def _fix_weight(module: nn.Module, side: str) -> None:
         module.__class__ = type(module).__bases__[0]
         for name, value in computed.items():
             module.register_parameter(name, nn.Parameter(value.detach().clone()))
-    if side == "in" and isinstance(module, nn.Conv2d) and type(module).forward not in _PLAIN:
+    if side == "in" and isinstance(module, nn.Conv2d) and not (performs(module, nn.Conv2d) or is_compound(module)):
         with _Weight() as used:
             size = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
             module(module.weight.new_zeros(1, module.in_channels, *size))
