@@ -873,6 +873,10 @@ def test_weights_are_for_specs_alone(folders, tmp_path):
             weights="c.pt",
             **READING,
         )
+    with pytest.raises(UsageError, match="the models bring their own weights"):
+        sukashi.audit(
+            [folders[0], "sukashi:digits_cnn=a.pt"], "digits", out=tmp_path / "out", weights="c.pt", **READING
+        )
     for model in ("=a.pt", "sukashi:digits_cnn="):
         with pytest.raises(UsageError, match="SPEC=FOLDER or SPEC=FILE, got"):
             sukashi.audit([NET, model], "digits", out=tmp_path / "out", **READING)

@@ -189,6 +189,19 @@ def test_norms_of_timm_with_an_activation_are_folded(name):
             torch.testing.assert_close(suffix.without(1), model(x), rtol=1e-5, atol=1e-5 * scale)
 
 
+def test_heads_that_have_no_layer_in_the_form_are_refused_before_any_unit_goes():
+    model = timm.models.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=5, qk_norm=True
+    ).eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = finder.find(model, x)
+    data = Batch(x, torch.zeros(2, dtype=torch.long), torch.arange(2))
+    with pytest.raises(ModelError, match=r"not written out cannot be cut .* taylor, or exclude 'blocks.0.attn.qkv'"):
+        Engine(model, found.sites, data)
+    left = finder.without(found, ["blocks.0.attn.qkv"]).sites
+    assert [site.layer for site in Engine(model, left, data).sites] == ["blocks.0.mlp.fc1"]
+
+
 class Frozen(torch.nn.Module):
     """A norm that is frozen, slopes of PReLU, a norm behind a linear layer, a difference."""
 

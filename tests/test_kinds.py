@@ -26,7 +26,6 @@ from sukashi.experiments.reading import Images
 from sukashi.experiments.schedule.settings import Course, Schedule
 from sukashi.experiments.study.settings import ComparisonFile
 from sukashi.experiments.train.settings import Finetune, Train
-from sukashi.measures import curves
 from sukashi.training import loop
 
 KINDS = list(kinds().values())
@@ -241,7 +240,6 @@ def test_defaults_are_those_of_the_functions_below():
     assert Images.model_fields["max_pixels"].default == data.MAX_PIXELS
     assert Schedule.model_fields["round_to"].default == pruning.ROUND_TO
     assert option_of(Prune.model_fields["round_to"]).default == str(pruning.ROUND_TO)
-    assert Compare.model_fields["margin"].default == curves.MARGIN
     assert Train.model_fields["memory"].default * 2**30 == loop.MEMORY
 
 

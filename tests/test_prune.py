@@ -243,7 +243,7 @@ def test_an_export_that_fails_leaves_the_network(cnn_weights, tmp_path, monkeypa
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    with pytest.raises(ModelError, match=r"torch cannot export sukashi:digits_cnn to ONNX \(no such operator\)"):
+    with pytest.raises(ModelError, match=r"torch cannot export sukashi:digits_cnn to ONNX \(\w+: no such operator\)"):
         prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
     assert models.load(str(tmp_path / "o")).cuts
     assert not list(tmp_path.glob("o/onnx/*"))

@@ -33,6 +33,13 @@ class Net(nn.Module):
         return self.head(self.body(self, x).mean((2, 3)))
 
 
+class Rectified(nn.Conv2d):
+    """A convolution of one's own that does more than its kind."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, self.bias).relu()
+
+
 def conv(n_in, n_out, k=1, **more):
     return nn.Conv2d(n_in, n_out, k, padding=k // 2, **more)
 
@@ -106,6 +113,7 @@ FOUND = {
     "spectral norm": (lambda: between(parametrizations.spectral_norm(conv(8, 8, 3))), {"a": 8, "mid": 8, "b": 6}),
     "standardised": (lambda: between(StdConv2d(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
     "scaled and standardised": (lambda: between(ScaledStdConv2d(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
+    "more than its kind": (lambda: between(Rectified(8, 8, 3)), {"a": 8, "mid": 8, "b": 6}),
     "local response": (lambda: between(nn.LocalResponseNorm(3)), {"b": 6}),
     "transposed": (lambda: between(nn.ConvTranspose2d(8, 8, 2)), {"b": 6}),
     "a fixed slice": (lambda: Net(halved, 6, a=conv(3, 10), b=conv(4, 5), c=conv(11, 6)), {"b": 5, "c": 6}),

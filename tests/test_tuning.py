@@ -231,6 +231,8 @@ def test_what_a_folder_is_given_with_and_folders_that_are_not_there(trained, tmp
         sukashi.finetune(trained.out, weights="x.safetensors", **out)
     with pytest.raises(UsageError, match=r"brings its own classes: leave --classes out$"):
         sukashi.finetune(trained.out, n_classes=10, **out)
+    with pytest.raises(UsageError, match=r"brings its own weights-key: leave --weights-key out$"):
+        sukashi.finetune(trained.out, weights_key="ema", **out)
     with pytest.raises(UsageError, match=r"^no such folder 'runs/nope': "):
         sukashi.finetune("runs/nope", **out)
 

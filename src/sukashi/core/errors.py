@@ -59,6 +59,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def brief(error: Exception) -> str:
+    """The kind and first line of somebody else's error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -53,6 +53,7 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def write_new(path: Path, content: bytes) -> None:
+    """A file of this content, on the disk when this returns."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -131,19 +132,12 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(temporary, content)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else the name may be lost with the power though the bytes are not
-        finally:
-            os.close(folder)
+        sync(path.parent)  # else the name may be lost with the power though the bytes are not
 
 
 def remove_drafts(folder: Path, name: str = "") -> None:

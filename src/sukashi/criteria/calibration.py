@@ -21,6 +21,7 @@ from sukashi.core.types import pass_size
 from sukashi.data import Split
 from sukashi.models import Loaded
 from sukashi.network import hooks
+from sukashi.network.layers import MAKERS
 
 SAMPLINGS = ("random", "confidence", "clustering")
 
@@ -47,8 +48,7 @@ def view(loaded: Loaded, split: Split, workers: int = 0) -> View:
     model = loaded.model
     device = next(model.parameters()).device
     two = split.subset(range(min(2, len(split)))).whole(loaded.preprocess)
-    weighted = nn.Linear | nn.modules.conv._ConvNd
-    layers = [name for name in hooks.calls(model, two.x.to(device)) if isinstance(model.get_submodule(name), weighted)]
+    layers = [name for name in hooks.calls(model, two.x.to(device)) if isinstance(model.get_submodule(name), MAKERS)]
     if not layers:
         raise ModelError("the model calls no linear layer or convolution, so it has no features to cluster: use random")
     axis = -1 if isinstance(model.get_submodule(layers[-1]), nn.Linear) else 1

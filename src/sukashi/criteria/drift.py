@@ -44,7 +44,7 @@ def drift(
     used.
 
     Single effects do not add, which is why a ranking of them fails early; greedy removal would ask about every unit
-    before each removal. Rounds ask 2 to 6 times a unit in all, where C-SWAP asks once: what they asked is counted in
+    before each removal. Rounds ask 2 to 8 times a unit in all, where C-SWAP asks once: what they asked is counted in
     the plan's `n_evaluations`.
     """
     scouted = data[slice(0, None, scout)]

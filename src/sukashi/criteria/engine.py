@@ -71,6 +71,7 @@ class Engine:
         self.sites = tuple(
             replace(site, members=tuple(m for m in site.members if m.module not in folded)) for site in sites
         )
+        self._check_fit()
         self.keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in self.sites}
         self.budget = budget
         layout = torch.channels_last if data.x.ndim == 4 else torch.contiguous_format
@@ -84,6 +85,14 @@ class Engine:
             raise ModelError(
                 "the model's logits hold NaN or Inf on calibration images: check weights and preprocessing"
             )
+
+    def _check_fit(self) -> None:
+        """Refuse, before any unit goes, a site that can be cut in the model and not in its form."""
+        for site in self.sites:
+            for member in site.members:
+                reason = surgery.unfit(self.root.get_submodule(member.module), member.module)
+                if reason:
+                    raise ModelError(f"{reason}, or exclude {site.layer!r}")
 
     @contextmanager
     def open(self, site: Site) -> Iterator[Suffix]:

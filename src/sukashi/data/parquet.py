@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sukashi.core import bounded
+from sukashi.core.bounded import from_json
 from sukashi.core.errors import DataError, nearest
 from sukashi.data.folders import numbering
 from sukashi.data.images import Encoded, Found, Source, numbered
@@ -117,14 +117,14 @@ def _metadata(schema: pa.Schema, path: Path) -> tuple[dict[str, tuple[str, ...]]
     """Class names of each label column, and those of the mask, as far as the schema's metadata tells."""
     metadata = schema.metadata or {}
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        features = from_json(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         labels = {
             name: _names(feature["names"])
             for name, feature in features.items()
             if feature.get("_type") == "ClassLabel" and "names" in feature
         }
-        return labels, _names(json.loads(metadata.get(b"classes", b"[]")))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        return labels, _names(from_json(metadata.get(b"classes", b"[]")))
+    except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"the metadata of {path} is not as Hugging Face writes it ({error}): write it again") from None
 
 

@@ -20,7 +20,6 @@ from sukashi.network import surgery
 
 # Fractions removed at which Sankarapu et al. 2025 (sec. 4.2) measure.
 THRESHOLDS = (0.15, 0.3, 0.5, 0.7)
-MARGIN = 0.01
 # A ratio becomes a whole number of units, so the point asked for as 0.7 may lie at 0.699: still measured at 0.7.
 REACH = 0.005
 

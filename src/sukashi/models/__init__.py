@@ -1,7 +1,7 @@
 """Models: loaded from a name, an import path or a saved folder, checked, saved, exported; never unpickled."""
 
 from sukashi.models.adapted import resized, with_new_head
-from sukashi.models.checks import brief, noise, probe
+from sukashi.models.checks import noise, probe
 from sukashi.models.loaded import Loaded, given_loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.memory import hold
@@ -18,7 +18,6 @@ __all__ = [
     "WEIGHTS",
     "Loaded",
     "Recipe",
-    "brief",
     "check_onnx_installed",
     "contents",
     "digest",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.errors import ModelError, SukashiError, brief
 from sukashi.core.types import Mask, Preprocess
-from sukashi.models.checks import brief, checked_logits, noise
+from sukashi.models.checks import checked_logits, noise
 from sukashi.models.loaded import Loaded
 from sukashi.models.specs import build, prepare
 from sukashi.models.weights import digest, fill

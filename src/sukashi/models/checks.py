@@ -15,11 +15,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.errors import ModelError, SukashiError, brief
 from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Preprocess
 from sukashi.models.loaded import Loaded, takes_classes
 from sukashi.network import hooks
+from sukashi.network.canonical import evaluating
 
 # Of fp32 logits; a batch of one may take another kernel, an image that sees its neighbours is off by far more.
 _ALONE = 1e-3
@@ -102,14 +103,13 @@ def checked_logits(
     `whole` refuses patches that leave pixels over. A library's architecture may do so at the size it was made for:
     SigLIP so400m reads 384 x 384 pixels in patches of 14 x 14.
     """
-    modes = [module.training for module in model.modules()]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
     try:
-        with hooks.visited(model, _patches(model, example, spec) if whole else {}):
-            first = model(example)
-        second, alone = model(example), model(example[:1])
-        normalised = _normalised(first) and _normalised(model(_louder(example)))
+        with evaluating(model):
+            with hooks.visited(model, _patches(model, example, spec) if whole else {}):
+                first = model(example)
+            second, alone = model(example), model(example[:1])
+            normalised = _normalised(first) and _normalised(model(_louder(example)))
     except SukashiError:
         raise
     except Exception as error:
@@ -122,8 +122,6 @@ def checked_logits(
         changed = [name for name, buffer in model.named_buffers() if not _same(buffer, before[name])]
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
     if not isinstance(first, Tensor):
         found = dict(named_outputs(first))
         raise ModelError(f"{spec} gives a {type(first).__name__}, not logits: select an output: {candidates(found)}")
@@ -217,7 +215,3 @@ def named_outputs(found: Any) -> Iterator[tuple[str, Any]]:
 def candidates(found: Mapping[str, Any]) -> str:
     shown = [f"{name!r} {tuple(value.shape)}" for name, value in found.items() if isinstance(value, Tensor)]
     return ", ".join(shown) or "there is none that is a tensor"
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

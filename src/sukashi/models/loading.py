@@ -137,7 +137,7 @@ def _mask(model: nn.Module, found: Fit) -> Mask | None:
 
 def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loaded | None:
     """A network that is whole already, in memory or in a saved folder, and takes no options of its `own`; or None."""
-    wrong = next(iter(own), "weights").removeprefix("n_")
+    wrong = next(iter(own), "weights").removeprefix("n_").replace("_", "-")
     given = given_loaded(spec)
     if given is not None:
         if own or (weights is not None and not _is_folder(weights)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sukashi.core.errors import ModelError, UsageError, writing
+from sukashi.core.errors import ModelError, UsageError, brief, writing
 from sukashi.core.files import beside, check_free, sync
 from sukashi.models.loaded import Loaded
 
@@ -63,9 +63,8 @@ def export_onnx(loaded: Loaded, path: str | Path) -> None:
             except OSError:
                 raise
             except Exception as error:
-                reason = (str(error).splitlines() or [""])[0]
                 raise ModelError(
-                    f"torch cannot export {loaded.spec} to ONNX ({reason}): save it as a folder"
+                    f"torch cannot export {loaded.spec} to ONNX ({brief(error)}): save it as a folder"
                 ) from error
             _check_onnx(model, draft, images)
             sync(draft)

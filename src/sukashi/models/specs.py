@@ -17,10 +17,10 @@ from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError, UsageError, nearest
+from sukashi.core.errors import ModelError, UsageError, brief, nearest
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
-from sukashi.models.checks import brief, candidates, copied, named_outputs
+from sukashi.models.checks import candidates, copied, named_outputs
 from sukashi.models.loaded import held
 from sukashi.models.recipe import RECIPE
 from sukashi.models.weights import fill

@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
-from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.errors import ModelError, SukashiError, brief
 from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.network import functions, insert
 from sukashi.network.functions import active, has, put
-from sukashi.network.layers import AttentionCore, PadShortcut
+from sukashi.network.layers import MAKERS, AttentionCore, PadShortcut
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -69,9 +69,8 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
     except SukashiError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"torch.fx cannot trace this {name} ({type(error).__name__}: {reason}): rewrite branches on data in its "
+            f"torch.fx cannot trace this {name} ({brief(error)}): rewrite branches on data in its "
             "forward(), or use a method that needs no canonical form"
         ) from error
     insert.uncouple(root)
@@ -108,10 +107,9 @@ def answer(model: nn.Module, x: Tensor) -> Any:
     except (SukashiError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"this {type(model).__name__} fails on images of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
-            f"{reason}): give images of the size and channels it was made for"
+            f"this {type(model).__name__} fails on images of shape {tuple(x.shape[1:])} ({brief(error)}): give "
+            "images of the size and channels it was made for"
         ) from error
 
 
@@ -139,13 +137,7 @@ def share(module: Layer) -> Layer:
 
 
 # Subclasses too, wherever they are defined: their weights are what a cut edits.
-LEAVES = (
-    AttentionCore,
-    PadShortcut,
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    _BatchNorm,
-)
+LEAVES = (AttentionCore, PadShortcut, *MAKERS, _BatchNorm)
 
 
 class Tracer(fx.Tracer):
@@ -287,7 +279,7 @@ def is_compound(module: nn.Module) -> bool:
 
 def _within(module: nn.Module) -> nn.Module | None:
     """The one plain layer, of its own kind, in a layer of a class of its own; its weights may be computed."""
-    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)):
+    if not isinstance(module, (*MAKERS, _BatchNorm)):
         return None
     if type(module).forward.__module__.startswith("torch."):
         return None

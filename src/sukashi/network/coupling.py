@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sukashi.network import hooks, surgery
-from sukashi.network.layers import AttentionCore
+from sukashi.network.layers import MAKERS, AttentionCore
 
 Side = Literal["in", "out"]
 # A tensor that broadcasts to what it speaks of: > 0 a label, 0 padding, < 0 a source that no cut changes; or such a
@@ -33,18 +33,8 @@ Labels = Tensor | int
 _SAME = {"clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "to", "dropout", "native_dropout"}
 _SPLIT = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk"}
 _MOVED = {
-    *(
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "permute",
-        "transpose",
-        "t",
-        "numpy_T",
-        "movedim",
-        "flatten",
-    ),
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"),
+    *("permute", "transpose", "t", "numpy_T", "movedim"),
     *("expand", "slice", "select", "unsqueeze", "squeeze", "cat", "stack", "roll", "flip", "index_select", "narrow"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "constant_pad_nd"),
     *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "im2col", "unfold", "pad"),
@@ -74,10 +64,6 @@ _PRODUCTS = {
     *("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"),
     *("_scaled_dot_product_attention_math", "_fused_sdp_choice"),
 }
-
-
-# What makes units: a group starts at one of these.
-MAKERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 @dataclass
@@ -349,12 +335,7 @@ class _Pass(TorchDispatchMode):
             rule = self._join
         try:
             rule(call)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            IndexError,
-        ):  # an operation called in a way that its rule does not know
+        except (RuntimeError, TypeError, ValueError, IndexError):  # called in a way that its rule does not know
             self._unknown(call)
 
     def _rules(self) -> Iterator[tuple[Collection[str], Callable[[_Call], None]]]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sukashi.core.errors import ModelError
+from sukashi.network.layers import MAKERS
 
 
 class Add(nn.Module):
@@ -410,7 +411,7 @@ def _computed(node: fx.Node, root: nn.Module, caller: str) -> Any:
     """
     if node.op == "get_attr":
         holder = root.get_submodule(str(node.target).rpartition(".")[0])
-        layers = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+        layers = (*MAKERS, nn.modules.batchnorm._BatchNorm)
         if isinstance(holder, layers) and holder is not root.get_submodule(caller):
             raise LookupError
         return operator.attrgetter(str(node.target))(root)

@@ -13,6 +13,9 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from sukashi.core.errors import ModelError
 
+# Layers that make units, each by a slice of its weight.
+MAKERS = (nn.Linear, nn.modules.conv._ConvNd)
+
 
 class PadShortcut(nn.Module):
     """Option-A shortcut (He et al. 2016, sec. 4.2): subsample, then place the input channels among zero channels.

@@ -14,11 +14,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError, ResourceError, UsageError, nearest
+from sukashi.core.errors import ModelError, ResourceError, UsageError, brief, nearest
 from sukashi.core.types import Kind, Mask, Member, Site
 from sukashi.network import coupling, hooks, insert, surgery
 from sukashi.network.canonical import answer, evaluating, is_compound
-from sukashi.network.layers import AttentionCore
+from sukashi.network.layers import MAKERS, AttentionCore
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
 TOLERANCE = 1e-4
@@ -129,8 +129,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
     weight with another, computes it, or does not put it to its plain use (a transposed convolution, one that
     standardises its weight): there a zero would not be what a mask takes it for.
     """
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, kinds)}
+    layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, MAKERS)}
     for name in exclude:
         if name not in layers:
             raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
@@ -182,7 +181,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on an example of shape {tuple(example.shape)} in a copy on the CPU "
-            f"({_brief(error)}): give the shape it expects"
+            f"({brief(error)}): give the shape it expects"
         ) from error
     if not isinstance(dense, Tensor):
         raise ModelError(f"the model gives a {type(dense).__name__}: it must give one tensor of logits; wrap it")
@@ -237,7 +236,7 @@ def _name_the_rest(twin: nn.Module, sites: list[Site], trace: coupling.Trace, re
     """Leave no convolution or linear layer without a site or a reason."""
     owned = {member.module for site in sites for member in site.producers}
     for name, module in twin.named_modules():
-        if isinstance(module, coupling.MAKERS) and name not in owned and name not in refused:
+        if isinstance(module, MAKERS) and name not in owned and name not in refused:
             refused[name] = trace.others.get(name, "no pass calls it where hooks can see it")
 
 
@@ -296,10 +295,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> list[Site]:
     """What the trace takes for sites, by last producer; adds to `refused` what is plainly none."""
     layers = dict(twin.named_modules())
@@ -309,9 +304,8 @@ def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> l
     for group in trace.groups:
         reason = group.reason
         for name, _ in group.places:
-            unseen = n_calls[name] == 0 and surgery.heads(
-                layers[name]
-            )  # a table of biases that is asked by another name
+            # A table of biases is asked by another name than forward.
+            unseen = n_calls[name] == 0 and surgery.heads(layers[name])
             if n_calls[name] != 1 and not unseen:
                 reason = reason or f"layer {name!r} is called {n_calls[name]} times in one pass, not once"
             elif name in shared:
@@ -347,7 +341,7 @@ def _refuse(
 ) -> None:
     """Give every convolution and linear layer that makes the units the reason."""
     for name, side in places:
-        if side == "out" and isinstance(layers[name], coupling.MAKERS):
+        if side == "out" and isinstance(layers[name], MAKERS):
             refused.setdefault(name, reason)
 
 
@@ -369,10 +363,10 @@ def _shared(model: nn.Module) -> set[str]:
 def _whole(sites: list[Site], layers: Mapping[str, nn.Module], refused: dict[str, str]) -> list[Site]:
     """The sites whose layers' outputs are theirs alone, or shared out among them."""
     owned = Counter(
-        (member.module) for site in sites for member in site.producers for _ in chain.from_iterable(member.index)
+        member.module for site in sites for member in site.producers for _ in chain.from_iterable(member.index)
     )
     partly = {name for name, n in owned.items() if n < surgery.sizes(layers[name])["out"]}
-    partly = {name for name in partly if isinstance(layers[name], coupling.MAKERS)}
+    partly = {name for name in partly if isinstance(layers[name], MAKERS)}
     good = []
     for site in sites:
         part = next((member.module for member in site.producers if member.module in partly), None)
@@ -446,7 +440,7 @@ class _Trial:
             with torch.no_grad(), hooks.followed(small, enter, lambda name, *_: path.remove(name)):
                 cut = small(self.x)
         except Exception as error:  # whatever it is, the cut layers no longer fit each other
-            return _brief(error), path[-1] if path else ""
+            return brief(error), path[-1] if path else ""
         if cut.shape != masked.shape:
             return f"logits of shape {tuple(cut.shape)}", ""
         off = (cut - masked).abs().max()

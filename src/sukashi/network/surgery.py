@@ -21,11 +21,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Mask, Site
-from sukashi.network.canonical import performs
-from sukashi.network.layers import AttentionCore, PadShortcut
-
-# How a convolution looks that uses its weight as it is.
-_PLAIN = (nn.Conv2d.forward, Conv2dSame.forward)
+from sukashi.network.canonical import is_compound, performs
+from sukashi.network.layers import MAKERS, AttentionCore, PadShortcut
 
 # {layer: {side: positions}}: those that stay on side "in" or "out", those silenced on "zero in" or "zero out".
 Table = dict[str, dict[str, list[int]]]
@@ -151,7 +148,7 @@ def _gone(mask: Mask) -> dict[tuple[str, str], set[int]]:
 
 # Layers whose units are known; what is in none of these is looked into.
 LAYERS = (
-    *(nn.Linear, nn.modules.conv._ConvNd, PadShortcut, AttentionCore, nn.PReLU, nn.MultiheadAttention, nn.RNNBase),
+    *(*MAKERS, PadShortcut, AttentionCore, nn.PReLU, nn.MultiheadAttention, nn.RNNBase),
     *(nn.modules.batchnorm._NormBase, FrozenBatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm),
     *(nn.CrossMapLRN2d, LayerScale, LayerScale2d),
 )
@@ -165,8 +162,7 @@ def sizes(module: nn.Module) -> dict[str, int]:
 
     Raises ModelError for a layer that cannot lose any.
     """
-    weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    if weighted and "weight" not in module._parameters and not parametrize.is_parametrized(module):
+    if isinstance(module, MAKERS) and "weight" not in module._parameters and not parametrize.is_parametrized(module):
         raise ModelError(
             f"a {type(module).__name__} whose weight a hook computes cannot be cut: call prune.remove, "
             "remove_weight_norm or remove_spectral_norm of torch.nn.utils first"
@@ -316,7 +312,7 @@ def _fix_weight(module: nn.Module, side: str) -> None:
         module.__class__ = type(module).__bases__[0]
         for name, value in computed.items():
             module.register_parameter(name, nn.Parameter(value.detach().clone()))
-    if side == "in" and isinstance(module, nn.Conv2d) and type(module).forward not in _PLAIN:
+    if side == "in" and isinstance(module, nn.Conv2d) and not (performs(module, nn.Conv2d) or is_compound(module)):
         with _Weight() as used:
             size = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
             module(module.weight.new_zeros(1, module.in_channels, *size))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sukashi import models
 from sukashi.core import files
-from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.errors import DataError, ModelError, UsageError, brief
 from sukashi.data import Data, Split
 from sukashi.models import Loaded
 from sukashi.network import sparsity
@@ -85,7 +85,7 @@ def _check_step(loaded: Loaded, train: Split, training: Training) -> tuple[str, 
         remedy = "larger ones by --size, or mend it" if len(x) > 1 else "another --batch-size, which leaves none alone"
         raise ModelError(
             f"{loaded.spec} cannot be trained on {len(x)} image{'s' if len(x) > 1 else ''} of "
-            f"{loaded.preprocess.height} x {loaded.preprocess.width} pixels ({models.brief(error)}): give {remedy}"
+            f"{loaded.preprocess.height} x {loaded.preprocess.width} pixels ({brief(error)}): give {remedy}"
         ) from error
     if not isinstance(output, Tensor) or output.shape != wanted:
         found = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"

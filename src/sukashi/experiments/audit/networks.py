@@ -184,7 +184,8 @@ def _sources(asked: Audit) -> list[Source]:
     parts = [parted(model) for model in asked.models]
     whole = [Path(own or spec).is_dir() or models.given_loaded(spec) is not None for spec, own in parts]
     given = [name for name in Architecture.model_fields if getattr(asked, name)]
-    idle = given if all(whole) else [name for name in given if name == "weights" and all(own for _, own in parts)]
+    bring = all(own or is_whole for (_, own), is_whole in zip(parts, whole, strict=True))
+    idle = given if all(whole) else [name for name in given if name == "weights" and bring]
     if idle:
         raise UsageError(f"the models bring their own {idle[0]}, as saved folders do: leave it out")
     without = asked.model_copy(update=dict(Architecture()))
