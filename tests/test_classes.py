@@ -125,7 +125,7 @@ def test_a_class_map_names_outputs_and_decides_the_hash():
         three.answered_by(10, None)
     with pytest.raises(
         ModelError,
-        match=r"2 classes and the data 3: .*, train this one on with --new-head$",
+        match=r"2 classes and the data 3: .*, train this one on by sukashi finetune --new-head$",
     ):
         three.answered_by(2, None)
     named = three.answered_by(10, list("0123456789"))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import oracles  # noqa: F401
 import sukashi
+import sukashi.experiments.bench
 
 SOURCE = Path(sukashi.__file__).parent
 
@@ -97,6 +99,20 @@ def test_imports_point_upwards(name):
 
 def test_imports_have_no_circle():
     graphlib.TopologicalSorter(dict(arrows())).prepare()
+
+
+def test_every_file_that_registers_is_imported():
+    registering = [
+        name for name, path in FILES.items() if room(name) in REGISTRIES and ".register(" in path.read_text()
+    ]
+    left_out = {name for name in registering if f"sukashi.{name}" not in sys.modules}
+    assert not left_out, "name it in the imports of its package's __init__.py"
+
+
+def test_every_file_of_oracles_is_imported():
+    files = {path.stem for path in (Path(__file__).parent / "oracles").glob("*.py") if "@oracle(" in path.read_text()}
+    left_out = {name for name in files - {"__init__"} if f"oracles.{name}" not in sys.modules}
+    assert not left_out, "name it in the imports of oracles/__init__.py"
 
 
 @pytest.mark.parametrize(

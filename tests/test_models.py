@@ -685,3 +685,9 @@ def test_another_size_is_taken_or_refused_in_our_words():
         r"\(RuntimeError: .*\): leave --size out, its own is 8 x 8$",
     ):
         models.resized(vit, 12)
+
+
+def test_a_file_of_weights_is_no_model(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"is a file of weights and not a model.* --weights"):
+        models.load(str(tmp_path / "w.pt"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sukashi
 from sukashi import data as datasets
@@ -306,3 +307,15 @@ def test_a_network_that_breaks_on_the_test_images_leaves_nothing(cnn_weights, tm
     with pytest.raises(ModelError, match="NaN or Inf"):
         prune("magnitude", 0.5, tmp_path / "out", cnn_weights)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_may_be_guessing_is_told_what_was_assumed_of_it(cnn_weights, tmp_path):
+    right = prune("magnitude", 0.5, tmp_path / "right", cnn_weights)
+    assert not [note for note in right.notes if "guessing" in note]
+    tensors = load_file(cnn_weights)
+    last = max((name for name in tensors if tensors[name].ndim == 2), key=list(tensors).index)
+    save_file({**tensors, last: tensors[last].roll(1, 0)}, tmp_path / "shifted.safetensors")
+    wrong = prune("magnitude", 0.5, tmp_path / "wrong", tmp_path / "shifted.safetensors")
+    [note] = [note for note in wrong.notes if "guessing" in note]
+    assert "images of 8 x 8 pixels" in note
+    assert "numbered as 0, 1, 2, 3, ..." in note

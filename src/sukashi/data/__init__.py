@@ -336,6 +336,8 @@ def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Te
         raise UsageError(
             f"{name} has masks, whose pixels are class numbers already: a class_map is for one class an image"
         )
+    for alien in (name for name in class_map if name not in found.class_names):
+        raise DataError(f"class_map has {alien!r}, which is no class of the data{nearest(alien, found.class_names)}")
     numbers = sorted(class_map.values())
     if set(class_map) != set(found.class_names) or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
         raise DataError(

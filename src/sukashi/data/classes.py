@@ -16,10 +16,11 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
     `class_map` is in the model's order already: pass None.
     """
     if n_classes != len(data_names):
-        mapped = ", or give a class_map from every class name to the model's number"
+        unnamed = "" if model_names else " (the model knows no names to find them by)"
+        mapped = f", or give a class_map from every class name to the model's number{unnamed}"
         raise ModelError(
             f"the model has {n_classes} classes and the data {len(data_names)}: "
-            f"use a model of {len(data_names)} classes, train this one on with --new-head"
+            f"use a model of {len(data_names)} classes, train this one on by sukashi finetune --new-head"
             f"{mapped if n_classes > len(data_names) else ''}"
         )
     for number, of_model in enumerate(_numbers(model_names or (), data_names)):

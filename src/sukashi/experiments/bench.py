@@ -19,6 +19,7 @@ from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
 from sukashi.core.schema import Settings
+from sukashi.core.stats import share
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import calibration, pruning
 from sukashi.criteria import criteria as registry
@@ -210,6 +211,26 @@ class Bench:
                 calibration.check_sampling(how)
                 chosen = train.calibration(n_per_class, seed)
         return chosen.whole(self.loaded.preprocess, self.source.workers).by_class()
+
+    @property
+    def reads(self) -> str:
+        """What the network is given of an image."""
+        own = self.loaded.preprocess
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (own.mean, own.std))
+        return f"images of {own.height} x {own.width} pixels, less a mean of {mean}, over a deviation of {std}"
+
+    def doubts(self, n_right: int, test: Batch) -> list[str]:
+        """A sentence where the network is not shown to know the classes of the test images at all."""
+        chance = test.objective.chance(self.loaded.n_classes)
+        if self.source.untrained or share(n_right, len(test)).low > chance:
+            return []
+        return [
+            f"before the cut {n_right / len(test):.1%} of {len(test)} test images are right, which is not shown to be "
+            f"more than guessing ({chance:.1%}), so that no figure here means much: was the network trained on "
+            f"{self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
+            f"{', ...' if self.data.n_classes > 4 else ''}? A model of your own says in its preprocess what it reads, "
+            "a class_map which number each class has."
+        ]
 
     def test(self) -> Batch:
         """At most `source.test_images` of the test split, the same whatever the seed."""

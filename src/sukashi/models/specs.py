@@ -189,6 +189,11 @@ _SOURCES: dict[str, Builder] = {
 
 
 def _unknown(spec: str) -> UsageError:
+    if ":" not in spec and os.path.isfile(spec):
+        return UsageError(
+            f"{spec} is a file of weights and not a model: name its architecture and give the file with --weights, or "
+            f"to an audit as NAME={spec} (with NAME as in {names()[0]})"
+        )
     if os.sep in spec and ":" not in spec:
         return UsageError(f"no such folder {spec!r}: give a saved model's, with {RECIPE} in it, or a model's name")
     return UsageError(f"unknown model {spec!r}, and no such folder{nearest(spec, names())}; or package.module:callable")

@@ -24,13 +24,15 @@ class CheckResult(Result):
     """A model and data before anything is done with them.
 
     `estimated_seconds` of each criterion; `cannot` names those that refuse the model, with the reason, `unmeasured`
-    those that could not be estimated within `limit` seconds. `refused` are layers that can't be cut and why.
+    those that could not be estimated within `limit` seconds. `refused` are layers that can't be cut and why, `reads`
+    what the model is given of an image.
     """
 
     kind: ClassVar[str] = "check"
 
     model: str
     parameters: int
+    reads: str
     sites: list[dict[str, Any]]
     units: int
     refused: dict[str, str]
@@ -46,6 +48,7 @@ class CheckResult(Result):
         rows = [[site["layer"], site["kind"], str(site["units"])] for site in self.sites]
         said = [words.table(["site", "kind", "units"], rows), ""]
         said.append(f"{len(self.sites)} sites, {self.units} units, {self.parameters:,} parameters")
+        said.append(f"reads {self.reads}")
         said += [f"not cut: {layer}: {reason}" for layer, reason in self.refused.items()]
         few = ", ".join(self.class_names[:SHOWN]) + (", ..." if len(self.class_names) > SHOWN else "")
         said.append(f"{len(self.class_names)} classes: {few}")
@@ -106,6 +109,7 @@ def check(asked: Check) -> CheckResult:
     return CheckResult(
         model=asked.model,
         parameters=sum(p.numel() for p in setting.loaded.model.parameters()),
+        reads=setting.reads,
         sites=[{"layer": site.layer, "kind": site.kind, "units": site.n_units} for site in found.sites],
         units=n_units,
         refused=dict(found.refused),

@@ -122,6 +122,7 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
     save_curve(desk, curve)
     n_classes, objective = setting.data.n_classes, test.objective
+    dense = curve.correct[int(np.argmin(curve.n_removed))]
     chance = objective.chance(setting.loaded.n_classes)
     desk.finish(
         {
@@ -136,7 +137,7 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "n_evaluations": plan.n_evaluations,
-            "notes": list(setting.data.notes),
+            "notes": [*setting.data.notes, *setting.doubts(int(dense.sum()), test)],
         }
     )
 

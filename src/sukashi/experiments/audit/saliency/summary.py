@@ -216,10 +216,11 @@ def _of_changes(told: Sequence[Mapping[str, Any]], labels: Sequence[str], refere
     if not told:
         return f"No measure with a value for each model was compared with {reference}'s on {FEW} images or more."
     if not changed:
-        measures = words.listed(list(dict.fromkeys(row["measure"] for row in told)))
+        measures = list(dict.fromkeys(row["measure"] for row in told))
+        do_not = f"{words.listed(measures)} {'does' if len(measures) == 1 else 'do'} not"
         return (
-            f"No detectable change in {_range([row['n'] for row in told])} images: on average {measures} do not tell "
-            f"the maps of {words.listed(labels)} from {reference}'s, which does not show that they are the same."
+            f"No detectable change in {_range([row['n'] for row in told])} images: on average {do_not} tell the maps "
+            f"of {words.listed(labels)} from {reference}'s, which does not show that they are the same."
         )
     most = _most(changes)
     whose, which = most["model"], ""
