@@ -777,9 +777,17 @@ def test_class_map_renumbers_targets_and_names_together(tmp_path):
     assert after.train.targets.tolist() == [2] * 4 + [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("class_map", [{"cat": 0}, {"cat": 0, "dog": 0}, {"cat": 0, "dog": -1}, {"cat": 0, "cow": 1}])
-def test_class_map_must_be_one_to_one(tmp_path, class_map):
-    with pytest.raises(DataError, match="its own number"):
+@pytest.mark.parametrize(
+    ("class_map", "words"),
+    [
+        ({"cat": 0}, "its own number"),
+        ({"cat": 0, "dog": 0}, "its own number"),
+        ({"cat": 0, "dog": -1}, "its own number"),
+        ({"cat": 0, "cow": 1}, "has 'cow', which is no class of the data"),
+    ],
+)
+def test_class_map_must_be_one_to_one(tmp_path, class_map, words):
+    with pytest.raises(DataError, match=words):
         data.load(folder(tmp_path), class_map=class_map)
 
 

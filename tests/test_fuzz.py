@@ -29,7 +29,7 @@ def home(tmp_path_factory):
 
 def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(home):
     made, draw = folders.prepare(home), random.Random(1)
-    for _ in range(30):
+    for _ in range(20):
         told, ended = folders.tried(draw, home, made)
         assert not ended.fault, f"{told}: {ended.said}"
 
@@ -38,7 +38,7 @@ def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(home):
 def test_odd_options_are_refused_in_a_sentence_or_work(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "latency", lambda models, batch, **how: ([2.0, 2.1], [1.0, 1.1]))
     options.prepare(tmp_path)
-    for kind, option, value in options.cases(random.Random(2), 20):
+    for kind, option, value in options.cases(random.Random(2), 14):
         ended = options.run(kind, option, value, tmp_path)
         assert not ended.fault, f"{kind} {option} {value[:80]!r}: {ended.said}"
 
