@@ -44,7 +44,8 @@ def test_engine_gives_the_masked_networks_logits(small64, net, budget):
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in ZOO if not name.endswith(("vgg16", "_16", "_224", "32", "44", "56"))],
+    # A small DenseNet is among those of test_drift.
+    [name for name in ZOO if not name.endswith(("vgg16", "_16", "_224", "32", "44", "56", "densenet121"))],
 )
 def test_engine_gives_the_masked_logits_of_every_architecture(name):
     """Whatever is computed in place, folded or cached: units of sites near the input, in the middle and at the end."""
