@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from sukashi.core.types import Site
+from sukashi.core.types import Mask, Site
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])
@@ -12,6 +12,15 @@ TARGET = torch.tensor([0, 2, 1])
 def noise(*shape, seed=0, dtype=torch.float64):
     """Gaussian noise that depends on the seed alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def half_of(sites, seed):
+    """A mask that keeps about half of the units, drawn by the seed, and one of each site at least."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {site: torch.rand(site.n_units, generator=generator) < 0.5 for site in sites}
+    for kept in keep.values():
+        kept[seed % len(kept)] = True
+    return Mask(keep)
 
 
 def logit(model, x, target):

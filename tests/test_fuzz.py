@@ -22,25 +22,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("fuzz")
-
-
-def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(home):
-    made, draw = folders.prepare(home), random.Random(1)
-    for _ in range(20):
-        told, ended = folders.tried(draw, home, made)
+def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(tmp_path):
+    for told, ended in folders.tries(random.Random(1), 20, tmp_path):
         assert not ended.fault, f"{told}: {ended.said}"
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")
 def test_odd_options_are_refused_in_a_sentence_or_work(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "latency", lambda models, batch, **how: ([2.0, 2.1], [1.0, 1.1]))
-    options.prepare(tmp_path)
-    for kind, option, value in options.cases(random.Random(2), 14):
-        ended = options.run(kind, option, value, tmp_path)
-        assert not ended.fault, f"{kind} {option} {value[:80]!r}: {ended.said}"
+    for told, ended in options.tries(random.Random(2), 14, tmp_path):
+        assert not ended.fault, f"{told}: {ended.said}"
 
 
 def test_what_no_call_may_do_is_told():
@@ -52,6 +43,7 @@ def test_what_no_call_may_do_is_told():
         options.Ended(-9, "", 60.0, 0.5),
         options.Ended(0, "", 1.0, 5.0),
         options.Ended(2, "x" * 20_000, 0.1, 0.5),
+        options.Ended(2, "sukashi: no", 0.1, 0.5, ("draft.tmp",)),
     ]
     assert all(one.fault for one in faulty)
     at_work = options.Ended(-9, "sukashi: training 1/5, about 5 min left", 60.0, 0.5)

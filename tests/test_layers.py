@@ -11,6 +11,7 @@ from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 from torchvision.models import VisionTransformer
 
+from cases import half_of
 from sukashi.core.errors import ModelError
 from sukashi.core.types import Mask
 from sukashi.criteria.drift import unit_parameters
@@ -164,15 +165,12 @@ def test_attention_that_is_not_written_out_loses_heads_whole(name):
     before, after = (sum(p.numel() for p in network.parameters()) for network in (model, less))
     assert unit_parameters(model, found, everything)[site] == before - after
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        keep = {site: torch.rand(site.n_units, generator=generator) < 0.5 for site in found}
-        for kept in keep.values():
-            kept[seed % len(kept)] = True
+        mask = half_of(found, seed)
         small = copy.deepcopy(model)
-        table = surgery.cut(small, Mask(keep))
+        table = surgery.cut(small, mask)
         again = copy.deepcopy(model)
         surgery.replay(again, json.loads(json.dumps(table)))
-        with torch.no_grad(), hooks.ablated(model, Mask(keep)):
+        with torch.no_grad(), hooks.ablated(model, mask):
             masked = model(x)
         for cut in (small, again):
             torch.testing.assert_close(cut(x), masked, rtol=1e-10, atol=1e-10)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from cases import noise
+from cases import half_of, noise
 from sukashi.core.errors import ModelError, ResourceError
 from sukashi.core.types import Mask
 from sukashi.criteria.drift import unit_parameters
@@ -145,13 +145,10 @@ def test_cut_and_zeroed_give_the_masked_logits_of_odd_networks(name, mode, odd):
     model = copy.deepcopy(odd[name]).double()
     found = sites.find(model, x).sites
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        keep = {site: torch.rand(site.n_units, generator=generator) < 0.5 for site in found}
-        for kept in keep.values():
-            kept[seed % len(kept)] = True
+        mask = half_of(found, seed)
         small = copy.deepcopy(model)
-        surgery.MODES[mode](small, Mask(keep))
-        with torch.no_grad(), hooks.ablated(model, Mask(keep)):
+        surgery.MODES[mode](small, mask)
+        with torch.no_grad(), hooks.ablated(model, mask):
             masked = model(x)
         assert (small(x) - masked).abs().max() <= 1e-12 * masked.abs().max()
         assert (model(x) - masked).abs().max() > 1e-3 * masked.abs().max()

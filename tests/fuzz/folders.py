@@ -9,21 +9,17 @@ stand in its recipe.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
 import random
 import shutil
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from forked import Ended, watched
+from forked import Ended, fuzz, watched
 
 from sukashi import models
 from sukashi.core.errors import SukashiError
@@ -173,25 +169,11 @@ def tried(draw: random.Random, home: Path, folders: list[Path]) -> tuple[str, En
         shutil.rmtree(folder)
 
 
-def fuzz() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("n", type=int, help="folders in all")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    draw, codes, faults = random.Random(asked.seed), Counter[int](), []
-    with tempfile.TemporaryDirectory() as name:
-        home = Path(name)
-        folders = prepare(home)
-        for _ in range(asked.n):
-            told, ended = tried(draw, home, folders)
-            codes[ended.code] += 1
-            if ended.fault:
-                faults.append(f"{told}: {ended.fault}: {' '.join(ended.said.strip().splitlines()[-1:])[:200]}")
-                print(faults[-1], file=sys.stderr, flush=True)
-    print(f"{asked.n} folders, exit codes {dict(sorted(codes.items()))}, {len(faults)} not right")
-    return 1 if faults else 0
+def tries(draw: random.Random, n: int, home: Path) -> Iterator[tuple[str, Ended]]:
+    folders = prepare(home)
+    for _ in range(n):
+        yield tried(draw, home, folders)
 
 
 if __name__ == "__main__":
-    sys.exit(fuzz())
+    sys.exit(fuzz(__doc__, tries))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import random
 import re
 import resource
 import signal
@@ -10,9 +12,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 SECONDS, GIB = 60, 4
 
@@ -25,6 +30,8 @@ class Ended:
     said: str
     seconds: float
     gib: float
+    left: tuple[str, ...] = ()
+    """Files that it left where none should be."""
 
     @property
     def fault(self) -> str:
@@ -38,6 +45,8 @@ class Ended:
             return f"exit code {self.code}"
         if self.gib > GIB:
             return f"{self.gib:.1f} GiB"
+        if self.left:
+            return f"left {', '.join(self.left)}"
         return "" if len(self.said) < 20_000 else f"{len(self.said)} characters"
 
 
@@ -81,3 +90,22 @@ def _waited(pid: int, end: float) -> tuple[int, resource.struct_rusage]:
             _, status, usage = os.wait4(pid, 0)
             return -signal.SIGKILL, usage
         time.sleep(0.005)
+
+
+def fuzz(doc: str, tries: Callable[[random.Random, int, Path], Iterator[tuple[str, Ended]]]) -> int:
+    """A script of N tries: each is what was tried and how it ended; what was not right is said. The exit code."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n", type=int, help="tries in all")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)  # a fork of several would wait for those that it does not have
+    codes, n_faults = Counter[int](), 0
+    with tempfile.TemporaryDirectory() as name:
+        for told, ended in tries(random.Random(asked.seed), asked.n, Path(name)):
+            codes[ended.code] += 1
+            if ended.fault:
+                n_faults += 1
+                last = " ".join(ended.said.strip().splitlines()[-1:])
+                print(f"{told}: {ended.fault}: {last[:200]}", file=sys.stderr, flush=True)
+    print(f"{asked.n} tries, exit codes {dict(sorted(codes.items()))}, {n_faults} not right")
+    return 1 if n_faults else 0

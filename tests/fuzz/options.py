@@ -9,17 +9,15 @@ may accept it and work, or refuse it by one sentence.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import sys
-import tempfile
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from forked import Ended, watched
+from forked import Ended, fuzz, watched
 
 from sukashi.cli import main
 from sukashi.core.schema import option_of
@@ -100,10 +98,13 @@ def run(kind: str, option: str, value: str, home: Path) -> Ended:
         sys.argv = ["sukashi", *given, *out]
         main.main()
 
-    try:
-        return watched(call, home)
-    finally:
-        shutil.rmtree(home / "out", ignore_errors=True)
+    before = set(home.iterdir())
+    ended = watched(call, home)
+    left = sorted(set(home.iterdir()) - before - {home / "out"})
+    for path in (*left, home / "out"):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    return replace(ended, left=tuple(path.name for path in left))
 
 
 def prepare(home: Path) -> None:
@@ -112,33 +113,13 @@ def prepare(home: Path) -> None:
     functions.train("sukashi:digits_cnn", "digits", width=8, epochs=1, test_images=20, out=home / "made")
 
 
-def fuzz() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("n", type=int, help="commands in all")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
+def tries(draw: random.Random, n: int, home: Path) -> Iterator[tuple[str, Ended]]:
     cost.latency = lambda models, batch, **how: ([2.0, 2.1], [1.0, 1.1])  # seconds each time
-    codes, faults = Counter[int](), []
-    with tempfile.TemporaryDirectory() as name:
-        home = Path(name)
-        prepare(home)
-        before = sorted(path.name for path in home.iterdir())
-        for kind, option, value in cases(random.Random(asked.seed), asked.n):
-            ended = run(kind, option, value, home)
-            codes[ended.code] += 1
-            left = sorted(path.name for path in home.iterdir() if path.name not in before)
-            fault = ended.fault or (f"left {', '.join(left)}" if left else "")
-            for path in left:
-                shutil.rmtree(home / path, ignore_errors=True)
-            if fault:
-                shown = value if len(value) < 80 else f"{value[:40]}... ({len(value)} characters)"
-                last = ended.said.strip().splitlines()[-1:]
-                faults.append(f"{kind} {option} {shown!r}: {fault}: {' '.join(last)[:200]}")
-                print(faults[-1], file=sys.stderr, flush=True)
-    print(f"{asked.n} commands, exit codes {dict(sorted(codes.items()))}, {len(faults)} not right")
-    return 1 if faults else 0
+    prepare(home)
+    for kind, option, value in cases(draw, n):
+        shown = value if len(value) < 80 else f"{value[:40]}... ({len(value)} characters)"
+        yield f"{kind} {option} {shown!r}", run(kind, option, value, home)
 
 
 if __name__ == "__main__":
-    sys.exit(fuzz())
+    sys.exit(fuzz(__doc__, tries))
