@@ -160,7 +160,7 @@ def bootstraps(rng: np.random.Generator, n: int) -> Iterator[Row]:
 
 def times(rng: np.random.Generator, n: int) -> Iterator[Row]:
     """Two networks timed in turns on a machine that slows down for both, and for one of them now and then."""
-    for turns in (3, 20):
+    for turns in (6, 20):
         for name, spikes in (("noise of 5 %", 0.0), ("and every tenth pass three times as long", 0.1)):
             covered = []
             for _ in range(n):

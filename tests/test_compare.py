@@ -244,7 +244,7 @@ def test_what_is_printed(compared):
     assert text.endswith(f"Report: {compared.report}")
     assert "381 images or a larger --margin" in text
     clocked = compared.model_copy(
-        update={"latency": {"random": timed([{"dense_ms": [2.0, 2.0], "cut_ms": [3.0, 3.0]}])}, "finished": True}
+        update={"latency": {"random": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])}, "finished": True}
     )
     assert "note: random: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in clocked.text()
     assert f"{compared.out} was finished already: nothing was done" in clocked.text()

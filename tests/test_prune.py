@@ -184,7 +184,7 @@ def test_a_sparse_model_has_the_figures_of_its_zeros(small, cnn_weights, tmp_pat
 
 def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, tmp_path / "cut", cnn_weights)
-    result = result.model_copy(update={"latency": timed([{"dense_ms": [2.0, 2.0], "cut_ms": [3.0, 3.0]}])})
+    result = result.model_copy(update={"latency": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])})
     text = result.text()
     for noun, values in {
         "accuracy": (f"{100 * result.dense['accuracy']:.1f}%", f"{100 * result.pruned['accuracy']:.1f}%"),

@@ -115,7 +115,7 @@ def fill(folder: Path, criteria: Iterable[str], seeds: int, **changes: Any) -> W
     for trial in trials:
         criterion, seed = trial.about["criterion"], trial.about["seed"]
         finish(space, trial, *a_result(criterion, seed, **changes))
-        space.log("latency", contender=criterion, seed=seed, dense_ms=[5.2, 5.2], cut_ms=[2.9 + 0.1 * seed] * 2)
+        space.log("latency", contender=criterion, seed=seed, dense_ms=[5.2] * 6, cut_ms=[2.9 + 0.1 * seed] * 6)
     return space
 
 
@@ -350,7 +350,7 @@ def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
 def test_warnings_are_shown_once(tmp_path: Path) -> None:
     space = fill(tmp_path / "compared", ["drift", "random"], 2, notes=["3 bad images were left out: a.png, b.png"])
     for seed in range(2):
-        space.log("latency", contender="random", seed=seed, dense_ms=[5.2, 5.2], cut_ms=[9.9, 9.9])
+        space.log("latency", contender="random", seed=seed, dense_ms=[5.2] * 6, cut_ms=[9.9] * 6)
     before = Path(sukashi.results(space.folder).out, "results.json").read_bytes()
     assert b"3 bad images" in before
     assert b"times as long" not in before, "a clock decides it"
@@ -391,7 +391,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
         "notes": ["class one has no image"],
     }
     about = {"criterion": "cswap", "mode": "cut", "round_to": 8}
-    space = pruned(tmp_path, about, result, {"dense_ms": [2.0, 2.0], "cut_ms": [3.0, 3.0]})
+    space = pruned(tmp_path, about, result, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6})
     page = paged(space)
     words = _Reader(page).words
     assert "Accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, FLOPs -75%, latency +50%." in words
@@ -431,7 +431,7 @@ def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
         "class_counts": [700, 534],
     }
     space = pruned(
-        tmp_path, {"criterion": "wanda", "scope": "row"}, result, {"dense_ms": [2.0, 2.0], "cut_ms": [3.0, 3.0]}
+        tmp_path, {"criterion": "wanda", "scope": "row"}, result, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}
     )
     page = paged(space)
     words = _Reader(page).words

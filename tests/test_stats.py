@@ -149,13 +149,21 @@ def test_pairing_takes_out_what_the_pairs_share() -> None:
     assert crossed(shared + 1 + rng(9).normal(0, 0.1, size=(3, 50)) - shared).low > 0.5
 
 
-def test_a_ratio_is_geometric_and_paired() -> None:
-    assert ratio([1.0, 2.0], [2.0, 16.0]).mean == pytest.approx(4.0)
+def test_a_ratio_is_the_median_of_pairs() -> None:
+    assert ratio([1.0, 2.0, 4.0], [2.0, 16.0, 12.0]).mean == 3.0
+    assert (ratio([1.0] * 5, [2.0] * 5).low, ratio([1.0] * 5, [2.0] * 5).high) == (0.0, math.inf), "five show nothing"
+    six = ratio([1.0] * 6, [2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert (six.low, six.high) == (2.0, 7.0), "P(all on one side) = 2 / 64 = 3 %"
+    twenty = ratio(np.ones(20), np.arange(1.0, 21.0))
+    assert (twenty.low, twenty.high) == (6.0, 15.0), "as in tables of the sign test"
     disturbed = np.exp(rng(2).normal(0, 1, 30))  # of both alike
     found = ratio(3 * disturbed, 3.6 * disturbed * np.exp(rng(3).normal(0, 0.01, 30)))
     assert found.low < 1.2 < found.high < found.low * 1.02
-    there, back = ratio([1.0, 2.0, 4.0], [1.5, 2.5, 6.0]), ratio([1.5, 2.5, 6.0], [1.0, 2.0, 4.0])
-    assert (1 / back.high, 1 / back.low) == pytest.approx((there.low, there.high))
+    spiked = 3.6 * disturbed
+    spiked[:3] *= 100
+    assert ratio(3 * disturbed, spiked).mean == pytest.approx(1.2), "some passes that took long move nothing"
+    forth, back = ratio(disturbed, disturbed[::-1]), ratio(disturbed[::-1], disturbed)
+    assert (1 / back.high, 1 / back.low) == pytest.approx((forth.low, forth.high))
     with pytest.raises(UsageError, match="positive values on both sides"):
         ratio([1.0, 0.0], [1.0, 1.0])
 

@@ -90,13 +90,13 @@ def latency(
     """Milliseconds of each timed pass over `example`, one list a network, measured in turns.
 
     Turns (dense, cut, dense, ...) let both meet the same disturbances; the order flips from turn to turn. After
-    `warmup` turns, `repeats` are timed, fewer (at least 3) where `seconds` have gone by. Report medians.
+    `warmup` turns, `repeats` are timed, fewer (at least 6, see `stats.ratio`) where `seconds` have gone by.
     """
     times: list[list[float]] = [[] for _ in networks]
     with exact():
         start = time.perf_counter()
         for turn in range(warmup + repeats):
-            if turn >= warmup + 3 and time.perf_counter() - start > seconds:
+            if turn >= warmup + 6 and time.perf_counter() - start > seconds:
                 break
             for position in range(len(networks))[:: 1 if turn % 2 else -1]:
                 taken = _timed(networks[position], example)
