@@ -61,6 +61,7 @@ from oracles import (  # noqa: E402, F401
     lrp,
     magnitude,
     maps,
+    regions,
     taylor,
     wanda,
 )

@@ -32,6 +32,27 @@ def localisation(maps, masks):
     return found
 
 
+@oracle("measures", "rank_accuracy")
+def rank_accuracy(maps, masks):
+    """Of as many highest pixels as the mask has, the share inside."""
+    found = []
+    for image_map, mask in zip(maps, masks, strict=True):
+        values, inside = image_map.flatten().tolist(), mask.flatten().tolist()
+        highest = sorted(range(len(values)), key=lambda p, v=values: (-v[p], p))[: sum(inside)]
+        found.append(sum(inside[p] for p in highest) / sum(inside))
+    return found
+
+
+@oracle("measures", "pointing_game")
+def pointing_game(maps, masks):
+    """Whether the first of the highest pixels is inside."""
+    found = []
+    for image_map, mask in zip(maps, masks, strict=True):
+        values = image_map.flatten().tolist()
+        found.append(float(mask.flatten().tolist()[values.index(max(values))]))
+    return found
+
+
 @oracle("measures", "rank_correlation")
 def rank_correlation(maps, reference_maps):
     pairs = zip(maps.flatten(1).numpy(), reference_maps.flatten(1).numpy(), strict=True)

@@ -1,8 +1,9 @@
 """Datasets with image ids that never change, checked before anything is computed from them.
 
 `images` turns one file into numbers, `splits` samples and batches, `folders`, `listed` (CSV), `parquet`, `shapes` and
-`downloads` know where images come from. Everything random (held-out, calibration, limit) ranks images by a hash of
-their id, so a choice does not depend on their order, on other images or on a generator's state.
+`downloads` know where images come from, `masks` where in them the evidence is. Everything random (held-out,
+calibration, limit) ranks images by a hash of their id, so a choice does not depend on their order, on other images or
+on a generator's state.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from sukashi.core.objective import Among, Classification
 from sukashi.core.types import Preprocess
 from sukashi.data import downloads, folders, listed, memory, parquet
 from sukashi.data.classes import check_classes, outputs_by_name
-from sukashi.data.images import GREY, Found, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
+from sukashi.data.images import GREY, Found, Masks, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
+from sukashi.data.masks import masks_beside, masks_drawn, masks_given
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
 from sukashi.data.splits import Batches, Split
@@ -67,7 +69,7 @@ class Data:
     ignore_index: int | None
     preprocess: Preprocess | None
     outputs: tuple[int, ...] | None
-    _ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(repr=False)
+    _masks: Masks | None = field(repr=False)
     _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
 
     @property
@@ -146,14 +148,23 @@ class Data:
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether it is known where the concepts are."""
-        return self._ground_truth is not None
+        """Whether there are masks that say where the evidence is."""
+        return self._masks is not None
 
-    def ground_truth(self, image_ids: Sequence[str]) -> dict[str, Tensor]:
-        """Where each concept is: bool masks (B, H, W) of these images by concept; UsageError where nobody knows."""
-        if self._ground_truth is None:
-            raise UsageError(f"{self.name} has no ground truth of its concepts: only generated data (shapes) has")
-        return self._ground_truth(image_ids)
+    def ground_truth(self, image_ids: Sequence[str], preprocess: Preprocess) -> dict[str, Tensor]:
+        """Where each concept is: bool masks (B, H, W) of these images by concept, as a model reads them.
+
+        Nowhere in an image without a mask. Raises UsageError where there are no masks at all, DataError for masks that
+        can't be used.
+        """
+        if self._masks is None:
+            raise UsageError(
+                f"{self.name} has no masks that say where the evidence is: put them into a folder masks beside the "
+                "class folders, under the images' names, into a column mask or boxes of Parquet, or give --masks FOLDER"
+            )
+        splits = [split for split in (self.train, self.test, self.val) if split is not None]
+        sources = {image_id: place for split in splits for image_id, place in split.places()}
+        return masks_drawn(self._masks, image_ids, sources, preprocess)
 
     def facts(self, image_ids: Sequence[str]) -> list[dict[str, Any]]:
         """What each of these images was drawn from (position, colour, texture, ...); UsageError where nobody knows."""
@@ -171,6 +182,7 @@ def load(
     only: Sequence[str] | None = None,
     label: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    masks: Sequence[str] = (),
 ) -> Data:
     """A dataset by name or folder, every image checked.
 
@@ -179,12 +191,14 @@ def load(
     and labels, or a folder of Parquet files with columns `image` and `label` or `mask`. `label` names the column of
     labels where it is called otherwise or there are several. `seed` draws the held-out test split of a dataset without
     one. `skip_bad` leaves unreadable images out and lists them in `bad`; otherwise they are fatal. `class_map` gives
-    each class the model's number, `only` leaves all classes out but these, see `Data.only`.
+    each class the model's number, `only` leaves all classes out but these, see `Data.only`. `masks` are folders that
+    say where the evidence is, as folders called masks do: each holds images named as those of the data, not 0 inside.
 
     Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
     """
     _check_asked(class_map, only, max_pixels)
     name, found = _found(spec, label, max_pixels)
+    found = masks_given(masks, found, max_pixels)
     _check_names(name, found)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
@@ -218,7 +232,7 @@ def load(
         found.ignore_index,
         found.preprocess,
         None if class_map is None else tuple(sorted(class_map.values())),
-        found.ground_truth,
+        found.masks,
         found.facts,
     )
     return whole if only is None else whole.only(only)
@@ -299,8 +313,8 @@ def _in_folder(root: Path, label: str | None, max_pixels: int) -> Found:
     if label is not None and not tables:
         raise UsageError(f"{root} has neither Parquet nor CSV, label {label!r} is a column of these: leave it out")
     if tables and (label is not None or not folders.has_classes(root)):
-        return listed.listed_images(root, tables, label, max_pixels)
-    found = folders.image_folder(root, max_pixels)
+        return masks_beside(root, listed.listed_images(root, tables, label, max_pixels), max_pixels)
+    found = masks_beside(root, folders.image_folder(root, max_pixels), max_pixels)
     if not tables:
         return found
     unread = f"{tables[0].relative_to(root)} is not read: classes are the folders; --label COLUMN takes it instead"

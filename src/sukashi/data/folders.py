@@ -13,7 +13,16 @@ from torch import Tensor
 from sukashi.core import bounded
 from sukashi.core.errors import DataError
 from sukashi.data.images import SUFFIXES, Encoded, Found, Source, TooLarge, Unreadable
-from sukashi.data.tree import files_in, folders_in, is_hidden, is_plain_split, leads_nowhere, split_of, suffixes
+from sukashi.data.tree import (
+    files_in,
+    folders_in,
+    is_hidden,
+    is_masks,
+    is_plain_split,
+    leads_nowhere,
+    split_of,
+    suffixes,
+)
 
 _BYTES_A_PIXEL, _HEADER = 8, 2**26  # an encoded image of so many pixels has no more bytes, whatever its format
 
@@ -132,7 +141,7 @@ def is_image(path: Path) -> bool:
 
 def _ignored(folder: Path, others: set[Path], class_names: Sequence[str]) -> list[str]:
     """A note of `others`, which class folders hold, and of what is beside these."""
-    beside = [path for path in folder.iterdir() if path.name not in class_names]
+    beside = [path for path in folder.iterdir() if path.name not in class_names and not is_masks(path)]
     for path in beside:
         others |= {*files_in(path)} if path.is_dir() else {path}
     if not others:

@@ -128,6 +128,30 @@ def _plain(image: Image.Image) -> Image.Image:
     return image if image.mode in ("RGB", "F") else image.convert("RGB")
 
 
+def placed(image: Image.Image, preprocess: Preprocess, how: Image.Resampling) -> Image.Image:
+    """What of an image a model sees, as large as it reads it: images and masks of them go through here alike."""
+    size = preprocess.width, preprocess.height
+    return image if image.size == size else image.resize(size, how)
+
+
+def mask_of(encoded: bytes, max_pixels: int) -> Image.Image:
+    """A mask as L, 255 inside: where any colour is above 0, and of a JPEG, which blurs, above half of its highest.
+
+    Transparency plays no part. Raises Unreadable and TooLarge.
+    """
+    with _reading():
+        image = _open(encoded, max_pixels)
+        if _is_turned(image):
+            raise Unreadable("it has an EXIF orientation, and nothing says which way up it is meant: save it upright")
+        if image.mode not in ("1", "L", "LA", "RGB", "RGBA") and not image.mode.startswith("I"):
+            image = image.convert("RGB")
+        values = np.asarray(image)
+    if image.mode in ("LA", "RGBA"):
+        values = values[..., :-1]
+    values = values.max(2) if values.ndim == 3 else values
+    return Image.fromarray(np.uint8(255) * (values > (values.max() / 2 if image.format == "JPEG" else 0)))
+
+
 def sized(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """The plain image as uint8 (C, H, W), or as float32 in [0, 1] where it is deeper than 8 bits.
 
@@ -139,9 +163,7 @@ def sized(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray
         return image
     if preprocess.channels == 1 and image.mode == "RGB":
         image = image.convert("L")
-    if image.size != (preprocess.width, preprocess.height):
-        image = image.resize((preprocess.width, preprocess.height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
+    pixels = np.asarray(placed(image, preprocess, Image.Resampling.BILINEAR))
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (preprocess.channels, *pixels.shape))
     return pixels.transpose(2, 0, 1)
@@ -151,6 +173,9 @@ def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarra
     """What `sized` gives as float32 (C, H, W) in [0, 1]."""
     pixels = sized(image, preprocess)
     return pixels if pixels.dtype == np.float32 else pixels.astype(np.float32) / np.float32(255)
+
+
+Masks = Callable[[str], Mapping[str, Image.Image | None]]
 
 
 class Source(Protocol):
@@ -164,6 +189,9 @@ class Source(Protocol):
 
     def image(self, row: int) -> Image.Image | np.ndarray:
         """The decoded image, plain; or its planes (C, H, W) as a network takes them."""
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Width and height; raises Unreadable where a turn makes it unclear which is which."""
 
     def name(self, row: int) -> str:
         """What a message calls the image."""
@@ -185,6 +213,9 @@ class Pixels:
 
     def image(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])
+
+    def size(self, row: int) -> tuple[int, int]:
+        return self.pixels.shape[2], self.pixels.shape[1]
 
     def name(self, row: int) -> str:
         return self.ids[row]
@@ -217,6 +248,13 @@ class Encoded:
         with _reading():
             return _plain(_open(self.read(row), self.max_pixels))
 
+    def size(self, row: int) -> tuple[int, int]:
+        with _reading():
+            image = _open(self.read(row), self.max_pixels)
+            if _is_turned(image):
+                raise Unreadable("it has an EXIF orientation, and nothing says which way up its mask is")
+            return image.size
+
     def mask(self, row: int) -> Image.Image:
         """The map of class numbers, checked to hold nothing else."""
         assert self.read_mask is not None
@@ -242,15 +280,16 @@ class Found:
     """A dataset as a reader finds it, before any image was looked at.
 
     `splits` maps train, test and val, or "" for images that were never split, to their source and targets (N,), None
-    where each image has a map of classes instead. `preprocess` is there for images that are tensors as a network takes
-    them: nothing is left to be done.
+    where each image has a map of classes instead. `masks` gives of an image's id where the evidence is (`mask_of`), by
+    concept, None where nobody drew it. `preprocess` is there for images that are tensors as a network takes them:
+    nothing is left to be done.
     """
 
     splits: Mapping[str, tuple[Source, Tensor | None]]
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     ignore_index: int | None = None
-    ground_truth: Callable[[Sequence[str]], dict[str, Tensor]] | None = None
+    masks: Masks | None = None
     facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = None
     preprocess: Preprocess | None = None
 

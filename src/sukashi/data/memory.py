@@ -38,6 +38,9 @@ class Tensors:
     def image(self, row: int) -> np.ndarray:
         return np.asarray(self.x[row])
 
+    def size(self, row: int) -> tuple[int, int]:
+        return self.x.shape[3], self.x.shape[2]
+
     def name(self, row: int) -> str:
         return self.ids[row]
 

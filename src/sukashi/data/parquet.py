@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sukashi.core import bounded
 from sukashi.core.bounded import from_json
 from sukashi.core.errors import DataError, nearest
 from sukashi.data.folders import numbering
-from sukashi.data.images import Encoded, Found, Source, numbered
+from sukashi.data.images import Encoded, Found, Source, mask_of, numbered
+from sukashi.data.masks import boxed, with_masks
 from sukashi.data.tree import files_in, is_hidden, split_in
 
 _VOID = ("void", "unlabeled", "unlabelled", "ignore")
@@ -28,16 +30,21 @@ _MAX_BYTES = 2**40
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns of a file are read, and what its metadata calls the classes (nothing where it calls them so)."""
+    """Which columns of a file are read, and what its metadata calls the classes (nothing where it calls them so).
+
+    `places` are those that say where the evidence is, beside labels.
+    """
 
     image: str
     target: str
     is_mask: bool
     class_names: tuple[str, ...]
+    places: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         named = f"the classes {', '.join(self.class_names)}" if self.class_names else "no class names"
-        return f"the columns {self.image} and {self.target} and {named}"
+        words = ", ".join((self.image, self.target, *self.places))
+        return f"the columns {words} and {named}"
 
 
 def shards(root: Path) -> list[Path]:
@@ -52,9 +59,10 @@ def shards(root: Path) -> list[Path]:
 def parquet(root: Path, paths: Sequence[Path], label: str | None, max_pixels: int) -> Found:
     """Columns `image` (bytes, or a struct of bytes and path) and `label` (number or name) or `mask` (encoded map).
 
-    `label` names another column of labels. Class names are in the Hugging Face metadata (label) or under `classes`
-    (mask); labels that are text are classes in their sorted order. A row's id is its split and number, with the files
-    of a split joined in the order of their names.
+    `label` names another column of labels. Beside labels a `mask` (encoded image, other than 0 inside) or `box` or
+    `boxes` (x0, y0, x1, y1 in pixels, or a list of such) says where the evidence is. Class names are in
+    the Hugging Face metadata (label) or under `classes` (mask); labels that are text are classes in their sorted order.
+    A row's id is its split and number, with the files of a split joined in the order of their names.
     """
     tables: dict[str, list[pa.Table]] = {}
     columns: dict[_Columns, Path] = {}
@@ -74,7 +82,30 @@ def parquet(root: Path, paths: Sequence[Path], label: str | None, max_pixels: in
     splits: dict[str, tuple[Source, Tensor | None]] = {
         split: (_encoded(split, table, max_pixels), targets[split]) for split, table in whole.items()
     }
-    return Found(splits, class_names, notes)
+    found = Found(splits, class_names, notes)
+    located = {concept: _located(whole, concept, max_pixels) for concept in chosen.places}
+    return with_masks(found, located) if located else found
+
+
+def _located(whole: Mapping[str, pa.Table], column: str, max_pixels: int) -> Callable[[str], Image.Image | None]:
+    """The mask of an image, by its id, out of a column of masks or of boxes."""
+    rows = {
+        image_id: (table, row)
+        for split, table in whole.items()
+        for row, image_id in enumerate(numbered(split, len(table)))
+    }
+
+    def of(image_id: str) -> Image.Image | None:
+        table, row = rows[image_id]
+        if (said := table[column][row].as_py()) is None or not len(said):
+            return None
+        if column == "mask":
+            return mask_of(said, max_pixels)
+        boxes = said if isinstance(said[0], list) else [said]
+        image = table["image"]
+        return boxed(boxes, Encoded((image_id,), (image_id,), lambda _: image[row].as_py() or b"", max_pixels).size(0))
+
+    return of
 
 
 def _masked(whole: Mapping[str, pa.Table], class_names: tuple[str, ...], max_pixels: int) -> Found:
@@ -147,7 +178,7 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
         raise DataError(f"{path} has no column {label!r}{nearest(label, columns)}")
     named = [name for name in columns if name in label_names]
     labels = [label] if label else named or [name for name in ("label", "labels") if name in columns]
-    has_mask = "mask" in columns and label is None
+    has_mask = "mask" in columns and label is None and not labels
     if len(images) != 1 or len(labels) + has_mask != 1:
         remedy = "drop or rename the others"
         if len(images) == 1 and not has_mask:
@@ -157,7 +188,8 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
             f"{remedy}"
         )
     if not has_mask:
-        return _Columns(images[0], labels[0], False, label_names.get(labels[0], ()))
+        places = tuple(name for name in ("mask", "box", "boxes") if name in columns and name != labels[0])
+        return _Columns(images[0], labels[0], False, label_names.get(labels[0], ()), places)
     if not mask_names:
         raise DataError(f"{path} has masks and no class names: put a JSON list `classes` into the schema's metadata")
     return _Columns(images[0], "mask", True, mask_names)
@@ -166,7 +198,7 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
 def _table(file: pq.ParquetFile, columns: _Columns, path: Path) -> pa.Table:
     """The columns `image`, `path` (what an image was called) and `target`, the same whatever way they are written."""
     try:
-        table = file.read(columns=[columns.image, columns.target])
+        table = file.read(columns=[columns.image, columns.target, *columns.places])
         image, target = _plain(table[columns.image]), _plain(table[columns.target])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is no readable Parquet ({error}): write it again") from None
@@ -175,7 +207,22 @@ def _table(file: pq.ParquetFile, columns: _Columns, path: Path) -> pa.Table:
         called = pc.struct_field(image, "path").cast(pa.string())
     if columns.is_mask:
         target = _bytes(target, columns.target, path)
-    return pa.table({"image": _bytes(image, columns.image, path), "path": called, "target": target})
+    places = {name: _place(_plain(table[name]), name, path) for name in columns.places}
+    return pa.table({"image": _bytes(image, columns.image, path), "path": called, "target": target, **places})
+
+
+def _place(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
+    """A column of encoded masks, or of boxes as numbers in lists."""
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), pa.large_binary())])
+    if name == "mask":
+        return _bytes(column, name, path)
+    kind, depth = column.type, 0
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if depth not in (1, 2) or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise DataError(f"{name} of {path} is {column.type}: give x0, y0, x1, y1 in pixels, or a list of such boxes")
+    return column.cast(pa.list_(pa.list_(pa.float64()) if depth == 2 else pa.float64()))
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sukashi.core.errors import UsageError, nearest
@@ -88,15 +89,15 @@ class Shapes:
             ids = numbered(split, n * len(SHAPES))
             pixels = np.stack([self._drawn(self._fact(image_id))[0] for image_id in ids])
             splits[split] = (Pixels(ids, pixels), torch.arange(len(ids)) % len(SHAPES))
-        return Found(splits, SHAPES, ground_truth=self.ground_truth, facts=self.facts)
+        return Found(splits, SHAPES, masks=self.masks, facts=self.facts)
 
-    def ground_truth(self, image_ids: Sequence[str]) -> dict[str, Tensor]:
-        """Masks (B, H, W) bool of each concept.
+    def masks(self, image_id: str) -> dict[str, Image.Image | None]:
+        """The mask of each concept.
 
         Shape, background and watermark share out the pixels between them; texture is the dark part of the shape.
         """
-        masks = [self._drawn(self._fact(image_id))[1] for image_id in image_ids]
-        return {concept: torch.from_numpy(np.stack([m[concept] for m in masks])) for concept in CONCEPTS}
+        _, masks = self._drawn(self._fact(image_id))
+        return {concept: Image.fromarray(np.uint8(255) * masks[concept]) for concept in CONCEPTS}
 
     def facts(self, image_ids: Sequence[str]) -> list[dict[str, Any]]:
         """What each image shows: shape, x, y, radius (pixels), angle (radians), colour, texture, watermark."""

@@ -167,6 +167,11 @@ class Split:
             seen[target[row]] += 1
         return rank
 
+    def places(self) -> Iterator[tuple[str, tuple[Source, int]]]:
+        """Each image's id, and where it is read: a source and a row of it."""
+        for image_id, row in zip(self.image_ids, self._rows.tolist(), strict=True):
+            yield image_id, (self._source, row)
+
     def batches(self, preprocess: Preprocess, batch_size: int, workers: int = 0) -> Batches:
         """Batches in the split's order, to be iterated as often as wanted; `workers` threads decode ahead."""
         return Batches(self, preprocess, batch_size, workers)

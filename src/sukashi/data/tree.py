@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sukashi.core.errors import DataError
+from sukashi.data.images import SUFFIXES
 
 _SPLITS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
@@ -17,6 +18,7 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "val"),
 }
 _FILLERS = frozenset({"set", "data", "dataset", "split", "image", "images", "img", "imgs"})
+MASKS, IMAGES = "masks", "images"
 _LEFT_BEHIND = frozenset({"__MACOSX", "__pycache__", "@eaDir"})  # by archivers, interpreters and file servers
 
 
@@ -56,12 +58,34 @@ def is_hidden(path: Path) -> bool:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder that are not hidden, sorted. Raises DataError for a link that leads nowhere."""
+    """The folders in a folder that are not hidden and hold no masks, sorted.
+
+    Raises DataError for a link that leads nowhere.
+    """
     inside = sorted(path for path in folder.iterdir() if not is_hidden(Path(path.name)))
     for path in inside:
         if leads_nowhere(path) and not path.suffix:
             raise DataError(f"{path} is a link that leads nowhere: mend it or remove it")
-    return [path for path in inside if path.is_dir()]
+    return [path for path in inside if path.is_dir() and not is_masks(path)]
+
+
+def is_masks(folder: Path) -> bool:
+    """Whether a folder is called masks and holds what is beside it again: folders or images of the same names.
+
+    Beside it is also what is in a folder images there. Of a class that is called so neither is true.
+    """
+    if folder.name.casefold() != MASKS:
+        return False
+    here, images = folder.parent, folder.parent / IMAGES
+    beside = _named(here) | (_named(images) if images.is_dir() else set())
+    return bool(_named(folder) & beside)
+
+
+def _named(folder: Path) -> set[tuple[bool, str]]:
+    """The names of the folders and, without suffix, of the images in a folder."""
+    inside = [path for path in folder.iterdir() if not is_hidden(Path(path.name))]
+    files = {(False, path.stem) for path in inside if path.suffix.lower() in SUFFIXES and not path.is_dir()}
+    return files | {(True, path.name) for path in inside if path.is_dir()}
 
 
 def leads_nowhere(path: Path) -> bool:
@@ -69,8 +93,8 @@ def leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
-def files_in(folder: Path) -> list[Path]:
-    """All that is under a folder and no folder, sorted, also behind links.
+def files_in(folder: Path, masks: bool = False) -> list[Path]:
+    """All that is under a folder and no folder, sorted, also behind links; with `masks` those in folders of masks too.
 
     Each folder is looked into once, at its own place rather than behind a link; a link back to where it is reached from
     is not followed. Such a link stands for itself.
@@ -87,6 +111,8 @@ def files_in(folder: Path) -> list[Path]:
                 folders.clear()
                 continue
             met.add(_inode(here))
+            if not masks:
+                folders[:] = [name for name in folders if not is_masks(here / name)]
             found += [here / name for name in files]
             links += [here / name for name in folders if (here / name).is_symlink()]
         ahead += sorted(links)

@@ -18,7 +18,7 @@ from torch import nn
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
-from sukashi.core.schema import Settings
+from sukashi.core.schema import Settings, option
 from sukashi.core.stats import share
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import calibration, pruning
@@ -41,6 +41,8 @@ class Source(Reading):
     `models.load` and `data.load`.
     """
 
+    masks: list[str] | None = option(None, path=True, decides=False, help="Folders of masks, of an audit.")
+
     @classmethod
     def of(cls, settings: Opening, **more: Any) -> Source:
         """That of an experiment's settings; `more` says what these do not."""
@@ -56,6 +58,7 @@ class Source(Reading):
             only=self.only,
             label=self.label,
             max_pixels=self.max_pixels,
+            masks=self.masks or (),
         )
         if images.train.has_masks:
             raise DataError(f"{self.data} has a map of classes an image: give data with one class an image")

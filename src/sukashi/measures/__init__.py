@@ -10,4 +10,4 @@ from sukashi.core.registry import Registry
 
 measures = Registry("measure", "measures", better="higher")
 
-from sukashi.measures import accuracy, faithfulness, maps  # noqa: E402, F401
+from sukashi.measures import accuracy, faithfulness, maps, regions  # noqa: E402, F401

@@ -66,18 +66,51 @@ def localisation(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement
 
     Raises UsageError for masks that are not boolean, of another shape or of other images.
     """
-    for mask in masks.values():
-        _check(maps, mask)
-        if mask.values.dtype != torch.bool:
-            raise UsageError(f"masks are of dtype {mask.values.dtype}: give booleans, True where the evidence is")
     positive = maps.values.double().flatten(1).clamp(min=0)
     finite = maps.values.flatten(1).isfinite().all(1)
     found = {}
-    for concept, mask in masks.items():
-        inside = mask.values.flatten(1)
+    for concept, inside in _inside(maps, masks).items():
         share = (positive * inside).sum(1) / positive.sum(1)
         share = share.where(finite & inside.any(1), torch.nan)
         found[concept] = Measurement(share, maps.image_id, "share of positive relevance")
+    return found
+
+
+@measures.register("rank_accuracy", source="Arras et al. 2022 (CLEVR-XAI), relevance rank accuracy")
+def rank_accuracy(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement]:
+    """Share of a map's highest pixels, as many as a concept has, that lie inside its mask; (B,) float64, in [0, 1].
+
+    |highest k and mask| / k with k the pixels of the mask; of equal pixels those that come first, row by row. A map
+    that points nowhere in particular has the mask's share of the image. NaN where a map is constant or not finite, or
+    the mask is empty.
+
+    Raises UsageError for masks that are not boolean, of another shape or of other images.
+    """
+    order = maps.values.flatten(1).argsort(dim=1, descending=True, stable=True)
+    found = {}
+    for concept, inside in _inside(maps, masks).items():
+        k = inside.sum(1)
+        hits = inside.gather(1, order).cumsum(1).gather(1, (k - 1).clamp(min=0)[:, None])[:, 0]
+        share = _told(hits.double() / k, maps.values)
+        found[concept] = Measurement(share, maps.image_id, "share of the highest pixels")
+    return found
+
+
+@measures.register("pointing_game", source="Zhang et al. 2018, sec. 4.1, without a tolerance")
+def pointing_game(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement]:
+    """Whether a map's highest pixel lies inside each concept's mask; (B,) float64, 1 or 0.
+
+    Of equal pixels the first, row by row. Zhang et al. also count hits within 15 pixels of an object, which is most of
+    a small image: we don't. A map that points nowhere in particular hits in the mask's share of the image. NaN where a
+    map is constant or not finite, or the mask is empty.
+
+    Raises UsageError for masks that are not boolean, of another shape or of other images.
+    """
+    highest = maps.values.flatten(1).argmax(1, keepdim=True)
+    found = {}
+    for concept, inside in _inside(maps, masks).items():
+        hit = inside.gather(1, highest)[:, 0].double().where(inside.any(1), torch.nan)
+        found[concept] = Measurement(_told(hit, maps.values), maps.image_id, "hits")
     return found
 
 
@@ -138,6 +171,15 @@ def top_overlap(
 def _pair(maps: Maps, beside: Maps) -> tuple[Tensor, Tensor]:
     _check(maps, beside)
     return maps.values, beside.values
+
+
+def _inside(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Tensor]:
+    """(B, P) whether a pixel is inside, by concept."""
+    for mask in masks.values():
+        _check(maps, mask)
+        if mask.values.dtype != torch.bool:
+            raise UsageError(f"masks are of dtype {mask.values.dtype}: give booleans, True where the evidence is")
+    return {concept: mask.values.flatten(1) for concept, mask in masks.items()}
 
 
 def _check(maps: Maps, beside: Maps) -> None:

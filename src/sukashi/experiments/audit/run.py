@@ -30,8 +30,8 @@ SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 def subject(name: str, file: str) -> Any:
     """A file of what an audit looks at.
 
-    run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), the area of each
-             concept in each image (`areas`), what its settings come to (`identity`), and its `trials(answers)`
+    run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), `notes`, the area
+             of each concept in each image (`areas`), what its settings come to (`identity`), and its `trials(answers)`
     summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
     page     `panel(result, found, space)`, `settings(space)`
     """
@@ -55,7 +55,10 @@ def prepare(settings: Audit) -> Prepared:
         **{name: value for one in looking.values() for name, value in one.identity.items()},
     )
     facts = {
-        "notes": [*dict.fromkeys(note for n in networks for note in n.setting.data.notes)],
+        "notes": [
+            *dict.fromkeys(note for n in networks for note in n.setting.data.notes),
+            *(note for one in looking.values() for note in one.notes),
+        ],
         **{name: one.facts for name, one in looking.items()},
     }
     first, *others = (network.answers for network in networks)

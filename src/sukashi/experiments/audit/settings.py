@@ -35,9 +35,21 @@ class Audit(Opening):
         "data know where the evidence is localisation too",
         help="Names, see `sukashi list measures`.",
     )
+    masks: list[str] | None = option(
+        None,
+        path=True,
+        decides=False,
+        help="Folder of masks that say where the evidence is, under the images' names; not 0 is inside. Folders called "
+        "masks beside the images are found without it.",
+    )
     population: str = option(
         "both", help="Images looked at: both (reference and model get them right), reference (it does) or all."
     )
     test_images: int = option(500, help="Test images at most, evenly over the classes.")
+    sanity: bool = option(
+        False,
+        help="Ask of each attribution whether its maps depend on what the network learned: lay those of the reference "
+        "beside those it has when its layers are drawn anew, from the logits downward.",
+    )
     seed: int = option(0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding and the bootstrap.")
     options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)

@@ -227,6 +227,8 @@ class _Places:
         """A setting with its paths filled in: files and folders, data, and models that are folders."""
         if isinstance(value, list) and key == "models":
             return [self._model(part, fields) for part in value]
+        if isinstance(value, list):
+            return [self.value(key, part, fields) for part in value]
         if not isinstance(value, str) or OUT.match(value):
             return value
         if key in ("model", "data"):

@@ -1,4 +1,4 @@
-"""Measuring the maps of an audit: networks on the same images, by each attribution, every number of every image."""
+"""Measuring an audit: networks on the same images, their maps by each attribution, every number of every image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sukashi.attributions import attributions as explainers
 from sukashi.attributions.maps import Channels, saliency_map
@@ -20,10 +19,11 @@ from sukashi.core import progress
 from sukashi.core.errors import ModelError
 from sukashi.core.experiment import Trial
 from sukashi.core.types import Batch, Maps, pass_size
-from sukashi.experiments.audit.networks import Network, size_of
+from sukashi.experiments.audit.networks import Network
+from sukashi.experiments.audit.saliency import places
+from sukashi.experiments.audit.saliency.sanity import randomised
 from sukashi.experiments.audit.saliency.summary import moved
 from sukashi.experiments.audit.saliency.values import OF_CURVES, ORDERS, OUTCOMES, Array, Cell
-from sukashi.experiments.bench import Bench
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import measures as registry
 from sukashi.measures.inputs import Inputs, measured
@@ -71,14 +71,9 @@ def _attends(network: Network) -> bool:
     return any(isinstance(module, AttentionCore) for module in network.loaded.model.modules())
 
 
-def measuring(networks: Sequence[Network], asked: Sequence[str] | None) -> list[str]:
-    located = networks[0].setting.data.has_ground_truth
-    if asked is not None:
-        if "localisation" in asked and not located:
-            networks[0].setting.data.ground_truth(())  # says why not
-        return list(asked)
-    names = [*BASICS, *(OF_TRANSFORMERS if all(map(_attends, networks)) else ())]
-    return [*names, "localisation"] if located else names
+def usual(networks: Sequence[Network]) -> list[str]:
+    """The measures of maps that an audit has where nobody says which."""
+    return [*BASICS, *(OF_TRANSFORMERS if all(map(_attends, networks)) else ())]
 
 
 def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any]) -> Tensor:
@@ -103,6 +98,10 @@ def rounded(network: Network, seed: int) -> Network:
         for weight in model.parameters():
             sign = torch.randn(weight.shape, generator=generator).sign().to(weight)
             weight.mul_(1 + torch.finfo(weight.dtype).eps * sign)
+    return _with(network, model)
+
+
+def _with(network: Network, model: nn.Module) -> Network:
     return replace(network, setting=replace(network.setting, loaded=replace(network.loaded, model=model)))
 
 
@@ -119,34 +118,38 @@ class Auditor:
     """Measures maps, network by network and attribution by attribution, or reads what was measured before."""
 
     def __init__(
-        self, networks: Sequence[Network], measures: Sequence[str], options: Mapping[str, Any], seed: int
+        self,
+        networks: Sequence[Network],
+        measures: Sequence[str],
+        truth: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        seed: int,
+        sanity: bool,
     ) -> None:
-        self.networks, self.measures, self.options, self.seed = networks, measures, options, seed
+        self.networks, self.truth, self.options, self.seed, self.sanity = networks, truth, options, seed, sanity
+        self.regional = [name for name in measures if places.is_regional(name)]
+        self.measures = [name for name in measures if name not in self.regional]
+        self.similar = [name for name in self.measures if "reference_maps" in registry[name].inputs]
         self._kept: dict[str, Tensor] = {}
         self.reference = networks[0]
-        self.compares = any("reference_maps" in registry[name].inputs for name in measures)
         # Of all images: which of them are audited may differ from model to model.
         self.rows = np.unique(np.concatenate([network.rows for network in networks]))
-        self.truth: dict[str, Tensor] = {}
-        if "localisation" in measures:
-            ids = self.reference.batch.image_id
-            size = size_of(self.reference.loaded.preprocess)
-            self.truth = masks(self.reference.setting, ids, size)
-
-    @property
-    def areas(self) -> dict[str, Array]:
-        """(N,) for each concept the share of an image's pixels it has."""
-        return {concept: mask.double().mean((1, 2)).numpy() for concept, mask in self.truth.items()}
 
     def try_out(self, name: str) -> None:
         """Measure two images, so that a measure that can't have such maps says so before the work."""
         rows = self.rows[:2]
         maps = self._maps(self.reference, name, rows)
         self._measure(self.reference, rows, maps, maps)
+        self._regions_of(self.reference, rows)
 
     def trials(self, names: Sequence[str], answers: Trial) -> list[Trial]:
-        """A trial for each cell, attribution by attribution, and after those of an attribution its gallery."""
-        found = []
+        """A trial for the regions of each network, then one for each cell, attribution by attribution; after those of
+        an attribution that of its sanity and its gallery."""
+        found = [
+            Trial(self._about_regions(network), partial(self._run_regions, network), label=f"regions, {network.label}")
+            for network in self.networks
+            if self.regional
+        ]
         for name in names:
             cells = {network.label: self._about(network, name) for network in self.networks}
             of_name = [
@@ -155,6 +158,9 @@ class Auditor:
             ]
             keys = {network.label: trial.key for network, trial in zip(self.networks, of_name, strict=True)}
             found += of_name
+            if self.sanity:
+                about = self._about_sanity(name)
+                found.append(Trial(about, partial(self._run_sanity, name), label=f"{name}, randomised"))
             found.append(
                 Trial(
                     {"gallery": name, "answers": answers.key, "cells": keys},
@@ -176,10 +182,68 @@ class Auditor:
             "reference": "itself, rounded" if network is self.reference else self.reference.identity,
             "attribution": [name, channels(name), explainers[name].deciding(self.options.get(name, {}))],
             "measures": {name: registry[name].deciding(self.options.get(name, {})) for name in self.measures},
+            **self._about_images(network),
+        }
+
+    def _about_images(self, network: Network) -> dict[str, Any]:
+        images = {
             "data": self.reference.setting.data.sha256,
             "images": [network.batch.image_id[row] for row in self.rows_of(network)],
             "seed": self.seed,
         }
+        return images | ({"masks": places.digest(self.truth)} if self.truth else {})
+
+    def _about_regions(self, network: Network) -> dict[str, Any]:
+        asked = {name: registry[name].deciding(self.options.get(name, {})) for name in self.regional}
+        return {"regions": asked, "network": network.identity, **self._about_images(network)}
+
+    def _run_regions(self, network: Network, desk: Desk) -> None:
+        """What a network loses with regions of the images: a cell without maps."""
+        rows = self.rows_of(network)
+        found: dict[str, list[Tensor]] = {}
+        with progress.task("images", len(rows)) as shown:
+            for part in parts(network, rows):
+                for column, values in self._regions_of(network, part).items():
+                    found.setdefault(column, []).append(values.cpu())
+                shown.advance(len(part), note=f"regions, {network.label}")
+        columns = {column: torch.cat(values).numpy() for column, values in found.items()}
+        desk.save("cell", self._ids(network, rows) | {"silent": np.zeros(len(rows), dtype=bool)} | columns)
+        desk.finish({})
+
+    def _regions_of(self, network: Network, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        found = measured(self.regional, self._inputs(network, rows), self._options(self.regional))
+        return {column: each.values.double() for column, each in found.items()}
+
+    def _about_sanity(self, name: str) -> dict[str, Any]:
+        about = self._about(self.reference, name)
+        of = about.pop("attribution")
+        measures = {measure: about["measures"][measure] for measure in self.similar}
+        return {**about, "reference": "itself, randomised", "sanity": of, "measures": measures}
+
+    def _run_sanity(self, name: str, desk: Desk) -> None:
+        """How like the reference's maps are those it has when layers are drawn anew, from the logits downward."""
+        found: dict[str, Any] = {}
+        stages: list[dict[str, Any]] = []
+        dense, example = self.reference.loaded.model, self.reference.setting.example
+        for n_layers, label, model in randomised(dense, example, self.seed):
+            other = _with(self.reference, model)
+            values: dict[str, list[Tensor]] = {}
+            for part in parts(self.reference, self.rows):
+                maps = self._of_reference(name)[np.searchsorted(self.rows, part)]
+                maps = maps.to(self.reference.setting.device)
+                inputs = self._inputs(self.reference, part, self._maps(other, name, part), maps)
+                for column, each in measured(self.similar, inputs, self._options(self.similar)).items():
+                    values.setdefault(column, []).append(each.values.double().cpu())
+            found |= {f"{len(stages)} {column}": torch.cat(each).numpy() for column, each in values.items()}
+            stages.append({"layers": n_layers, "down_to": label})
+        desk.save("sanity", found)
+        desk.finish({"attribution": name, "stages": stages})
+
+    def _ids(self, network: Network, rows: NDArray[np.int64]) -> dict[str, Any]:
+        return {"image_ids": np.array([network.batch.image_id[row] for row in rows], dtype=np.str_)}
+
+    def _options(self, measures: Sequence[str]) -> dict[str, Any]:
+        return {name: self.options.get(name, {}) for name in measures}
 
     def _run(self, network: Network, name: str, desk: Desk) -> None:
         with progress.task("images", len(self.rows_of(network))) as shown:
@@ -209,33 +273,30 @@ class Auditor:
             maps, beside = known, known
             if network is not self.reference:
                 maps = self._maps(network, name, part)
-            elif self.compares:
+            elif self.similar:
                 beside = self._maps(self._rounded, name, part)
             for column, found in self._measure(network, part, maps, beside).items():
                 values.setdefault(column, []).append(found.cpu())
             shown.advance(len(part), note=f"{name}, {network.label}")
-        ids = np.array([network.batch.image_id[row] for row in rows], dtype=np.str_)
-        return {"image_ids": ids} | {column: torch.cat(parts).numpy() for column, parts in values.items()}
+        return self._ids(network, rows) | {column: torch.cat(parts).numpy() for column, parts in values.items()}
 
     def _measure(self, network: Network, rows: NDArray[np.int64], maps: Tensor, beside: Tensor) -> dict[str, Tensor]:
         """Columns (B, ...) of a cell: `silent`, one for each measure, and one for each curve of ROAD."""
-        part = network.batch[torch.from_numpy(rows)].to(maps.device)
-        truth = {concept: Maps(mask[rows].to(maps.device), part.image_id) for concept, mask in self.truth.items()}
-        inputs = Inputs(
-            {
-                "model": network.loaded.model,
-                "batch": part,
-                "maps": Maps(maps, part.image_id),
-                "reference_maps": Maps(beside, part.image_id),
-                "masks": truth,
-                "generator": torch.Generator().manual_seed(self.seed),
-            }
-        )
+        inputs = self._inputs(network, rows, maps, beside)
         flat = maps.flatten(1)
         silent = ~flat.isfinite().all(1) | (flat == flat[:, :1]).all(1)
-        found = measured(self.measures, inputs, {name: self.options.get(name, {}) for name in self.measures})
+        found = measured(self.measures, inputs, self._options(self.measures))
         values = {column: each.values.double().masked_fill(silent, torch.nan) for column, each in found.items()}
         return {"silent": silent, **self._curves(inputs), **values}
+
+    def _inputs(self, network: Network, rows: NDArray[np.int64], *both: Tensor) -> Inputs:
+        """What measures may ask for of some images: with two maps of each those of the network and of the reference."""
+        device = network.setting.device
+        part = network.batch[torch.from_numpy(rows)].to(device)
+        truth = {concept: Maps(mask[rows].to(device), part.image_id) for concept, mask in self.truth.items()}
+        maps = {name: Maps(m, part.image_id) for name, m in zip(("maps", "reference_maps"), both, strict=False)}
+        generator = torch.Generator().manual_seed(self.seed)
+        return Inputs({"model": network.loaded.model, "batch": part, "masks": truth, "generator": generator, **maps})
 
     def _curves(self, inputs: Inputs) -> dict[str, Tensor]:
         """ROAD's curves, those that aopc is made of where it is measured."""
@@ -270,14 +331,6 @@ class Auditor:
             for row, marked in chosen
         ]
         desk.finish({"attribution": name, "labels": labels, "pictures": pictures})
-
-
-def masks(setting: Bench, image_ids: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Where the evidence is, (B, H, W) bool for each concept, at the size the models see."""
-    return {
-        concept: F.interpolate(mask[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
-        for concept, mask in setting.data.ground_truth(image_ids).items()
-    }
 
 
 def _pixels(network: Network, row: int) -> Array:

@@ -9,7 +9,8 @@ from sukashi.attributions import attributions as explainers
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
 from sukashi.experiments.audit.networks import Network
-from sukashi.experiments.audit.saliency.cells import Auditor, explaining, measuring
+from sukashi.experiments.audit.saliency import places
+from sukashi.experiments.audit.saliency.cells import Auditor, explaining, usual
 from sukashi.experiments.audit.settings import Audit
 from sukashi.measures import measures as registry
 
@@ -19,19 +20,26 @@ class Subject:
 
     def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
         names, refused = explaining(networks, settings.attributions, settings.options)
-        measures = measuring(networks, settings.measures)
+        truth, said = places.truth(networks[0], settings)
+        measures = places.chosen(settings.measures, usual(networks), truth)
         for name in settings.options:
             if name not in (*names, *refused, *measures):
                 raise UsageError(f"options were given for {name!r}, which is not part of this audit: leave them out")
         self.names = names
-        self.auditor = Auditor(networks, measures, settings.options, settings.seed)
+        self.auditor = Auditor(networks, measures, truth, settings.options, settings.seed, settings.sanity)
+        if settings.sanity and not self.auditor.similar:
+            raise UsageError(
+                "sanity asks how alike maps are: add rank_correlation to --measures, or leave --sanity out"
+            )
         self.auditor.try_out(names[0])
-        self.areas = self.auditor.areas
+        self.areas = {concept: share.numpy() for concept, share in places.shares(truth).items()}
+        self.notes = [said] if said else []
         self.facts: dict[str, Any] = {"attributions": names, "refused": refused, "seed": settings.seed}
         self.identity = {
             "attributions": {name: explainers[name].deciding(settings.options.get(name, {})) for name in names},
             "measures": {name: registry[name].deciding(settings.options.get(name, {})) for name in measures},
             "options": {},  # with their methods
+            **({"masks": places.digest(truth)} if truth else {}),
         }
 
     def trials(self, answers: Trial) -> list[Trial]:
@@ -43,8 +51,8 @@ def check(settings: Audit) -> None:
     for name in settings.attributions or ():
         explainers[name]
     for name in settings.measures or ():
-        if "maps" not in registry[name].inputs:
-            known = [method.name for method in registry if "maps" in method.inputs]
-            raise UsageError(f"{name} measures no saliency maps: choose from {', '.join(known)}")
+        if not registry[name].inputs & {"maps", "masks"}:
+            known = [method.name for method in registry if method.inputs & {"maps", "masks"}]
+            raise UsageError(f"{name} measures no saliency maps and no regions: choose from {', '.join(known)}")
     for name, chosen in settings.options.items():
         (explainers if name in explainers else registry)[name].check_options(chosen)

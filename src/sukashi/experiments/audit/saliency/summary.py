@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sukashi.core import stats
+from sukashi.core.files import canonical
 from sukashi.experiments.audit.networks import FEW, Answers
+from sukashi.experiments.audit.saliency import places, sanity
 from sukashi.experiments.audit.saliency.values import Array, Cell, Cells, curves_table, values_table
 from sukashi.experiments.workspace import Record
 from sukashi.measures import measures as registry
@@ -29,7 +31,13 @@ WORDS = {
     "deletion": ("quicker to take probability", "slower to take probability"),
     "insertion": ("quicker to bring probability", "slower to bring probability"),
     "localisation": ("more on the {}", "less on the {}"),
+    "rank_accuracy": ("more on the {}", "less on the {}"),
+    "pointing_game": ("more often highest on the {}", "less often highest on the {}"),
+    "region_drop": ("more in need of the {}", "less in need of the {}"),
+    "complement_drop": ("more in need of what is not {}", "less in need of what is not {}"),
 }
+POINTING = ("localisation", "rank_accuracy", "pointing_game")  # whose chance level is a concept's share of the pixels
+NO_MAP = ""  # in place of an attribution where a measure reads no map
 NAMED = 3  # models at most of which a sentence gives the names
 # Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
 SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
@@ -42,20 +50,23 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     not guess, and of FEW images at least.
     """
     names, seed = facts["attributions"], facts["seed"]
-    cells = cells_of(records)
-    comparisons = compare(answers, cells, names, seed)
-    measures = [measure for measure in dict.fromkeys(row["measure"] for row in comparisons) if _is_told(measure)]
+    cells, regions = cells_of(records), regions_of(records)
+    comparisons = compare(answers, cells | regions, [*names, *([NO_MAP] if regions else [])], seed)
     similarities = alike(answers, cells, names, seed)
     points = pointing(answers, cells, names, seed)
     left_out = {one.label for one in answers[1:] if one.guesses or one.few}
-    told, likenesses = (
+    spoken, likenesses = (
         [row for row in rows if row["model"] not in left_out and row["n"] >= FEW and _is_told(row["measure"])]
         for rows in (comparisons, similarities)
     )
+    told = [row for row in spoken if row["attribution"] != NO_MAP]
+    measures = [row["measure"] for row in comparisons if row["attribution"] != NO_MAP and _is_told(row["measure"])]
+    about, values = sanity.values(records, names)
+    sane = [row | bounds for row, bounds in zip(about, _means(values, seed), strict=True)]
     said_of_each = lines(told, names, len(answers) - 1 - len(left_out))
     return {
         "attributions": list(names),
-        "measures": measures,
+        "measures": list(dict.fromkeys(measures)),
         "refused": facts["refused"],
         "models": [
             {
@@ -72,17 +83,25 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
             for one in answers
         ],
         "verdict": verdict(told, answers),
-        "lines": [*said_of_each, *nearness(likenesses, names, answers[0].label), *aims(told, points)],
+        "lines": [
+            *said_of_each,
+            *nearness(likenesses, names, answers[0].label),
+            *aims(told, points),
+            *places.needs([row for row in spoken if row["attribution"] == NO_MAP], answers[0].label),
+            *sanity.doubts(sane),
+        ],
         "comparisons": comparisons,
         "similarities": similarities,
         "pointing": points,
+        "regions": [row for row in comparisons if row["attribution"] == NO_MAP],
+        "sanity": sane,
         "moved": moved(answers, cells, names),
     }
 
 
 def tables(records: Sequence[Record]) -> dict[str, bytes]:
     """values.parquet and curves.parquet."""
-    cells = cells_of(records)
+    cells = cells_of(records) | regions_of(records)
     return {"values.parquet": values_table(cells), "curves.parquet": curves_table(cells)}
 
 
@@ -95,6 +114,13 @@ def cells_of(records: Sequence[Record]) -> Cells:
         if "gallery" in gallery.about
         for label in gallery.result["labels"]
     }
+
+
+def regions_of(records: Sequence[Record]) -> Cells:
+    """{(NO_MAP, label): what the network loses with regions of the images}."""
+    found = {canonical(r.about["network"]): Cell.read(r) for r in records if "regions" in r.about}
+    models = records[0].result["models"] if found else []
+    return {(NO_MAP, model["label"]): found[canonical(model["identity"])] for model in models}
 
 
 def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
@@ -163,11 +189,10 @@ def said(row: Mapping[str, Any]) -> str:
 
 
 def _is_told(measure: str) -> bool:
-    """Whether a measure may be spoken of.
-
-    Variants are not: those of road and aopc in probability move with the confidence of the network, whatever the map.
+    """Whether a measure may be spoken of: what is in probability moves with the confidence of the network, whatever the
+    map.
     """
-    return "/" not in measure or measure.startswith("localisation/")
+    return not measure.endswith("/probability")
 
 
 def _weight(size: float | None) -> str:
@@ -305,7 +330,7 @@ def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str,
 
     Grew by a change in the sense of `compare`, and is above the concept's share of the pixels.
     """
-    area = {(row["model"], row["attribution"], f"localisation/{row['concept']}"): row["area"] for row in points}
+    area = {(row["model"], row["attribution"], f"{row['measure']}/{row['concept']}"): row["area"] for row in points}
     grown: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in comparisons:
         key = row["model"], row["attribution"]
@@ -346,25 +371,27 @@ def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: 
 
 
 def pointing(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Where maps point: {"model", "attribution", "concept", "n", "mean", "low", "high", "area"}.
+    """Where maps point: {"model", "attribution", "measure", "concept", "n", "mean", "low", "high", "area"}.
 
-    `mean` is the share of positive relevance on a concept, `area` that of the pixels, in the images that show it.
+    `mean` is that of a measure of a concept, such as the share of positive relevance on it; `area` is the concept's
+    share of the pixels in the images that show it, which is what a map has by chance.
     """
     found: list[dict[str, Any]] = []
     every = cells[names[0], answers[0].label]
-    columns = [column for column in every.values if column.startswith("localisation/")]
+    columns = [column for column in every.values if column.partition("/")[0] in POINTING]
     shares = []
     for name in names:
         for network in answers:
             cell = cells[name, network.label]
             at = _places(answers[0].image_ids, cell.image_ids)
             for column in columns:
-                values, concept = cell.values[column], column.partition("/")[2]
+                values, (measure, _, concept) = cell.values[column], column.partition("/")
                 some = np.isfinite(values)
                 if some.any():
                     area = float(answers[0].areas[concept][at][some].mean())
                     shares.append(values[some])
-                    found.append({"model": network.label, "attribution": name, "concept": concept, "area": area})
+                    about = {"model": network.label, "attribution": name, "measure": measure, "concept": concept}
+                    found.append({**about, "area": area})
     return [row | bounds for row, bounds in zip(found, _means(shares, seed), strict=True)]
 
 
@@ -383,7 +410,9 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
             if network.guesses:
                 continue
             cell = cells[name, network.label]
-            measure = next(filter(_is_similarity, cell.values), next(iter(cell.values)))
+            measure = next(filter(_is_similarity, cell.values), next(iter(cell.values), None))
+            if measure is None:
+                continue
             values, change = cell.values[measure], -cell.values[measure]
             if not _is_similarity(measure):
                 values = values - of_reference.values[measure][_places(of_reference.image_ids, cell.image_ids)]
@@ -438,7 +467,7 @@ def text(found: Mapping[str, Any], reference: str) -> str:
             row["said"] + (f", {row['weight']}" if row["changed"] else ""),
         ]
         for row in found["comparisons"]
-        if row["measure"] in found["measures"]
+        if _is_told(row["measure"])
     ]
     refused = [f"left out: {name}: {reason}" for name, reason in found["refused"].items()]
     return "\n".join([words.table(["model", "attribution", "measure", reference, "model", "so"], rows), *refused])
