@@ -29,7 +29,9 @@ def masks_beside(root: Path, found: Found, max_pixels: int) -> Found:
     files = [path for path in sorted({*everything} - {*files_in(root)}) if is_image(path)]
     if not files:
         return found
-    note = f"{len(files)} image(s) in folders called masks are masks of others, and no images of a class"
+    note = (
+        f"{len(files)} image{'s' if len(files) > 1 else ''} in folders called masks taken for masks, and for no class"
+    )
     return replace(with_files(found, "mask", root, files, max_pixels), notes=(*found.notes, note))
 
 

@@ -61,6 +61,18 @@ class Answers:
         return bool(stats.share(int(self.right.sum()), len(self.right)).low <= self.chance)
 
     @property
+    def images_of_class(self) -> dict[str, int]:
+        """How many of the images on which it is audited each class has."""
+        counts = np.bincount(self.target[self.rows], minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def right_of_class(self) -> dict[str, float]:
+        """Which share of the test images of each class it gets right."""
+        shares = (self.right[self.target == number] for number in range(len(self.class_names)))
+        return {name: float(share.mean()) for name, share in zip(self.class_names, shares, strict=True)}
+
+    @property
     def few(self) -> bool:
         """Whether the images it is audited on are too few to say anything of it."""
         return len(self.rows) < FEW

@@ -6,7 +6,7 @@ from typing import Any
 
 from sukashi.experiments.audit.networks import FEW, POPULATIONS
 from sukashi.experiments.audit.run import subject
-from sukashi.experiments.audit.summary import AuditResult, answers_of
+from sukashi.experiments.audit.summary import CLASSES, AuditResult, answers_of
 from sukashi.experiments.workspace import Workspace
 from sukashi.report.page import Page
 from sukashi.report.words import flat, listed
@@ -36,6 +36,7 @@ def page(result: AuditResult, space: Workspace) -> Page:
                 *(line for of in panels.values() for line in of["warnings"]),
             ],
             "panels": panels,
+            "classes": len(answers[0].class_names) <= CLASSES,
             "guessing": [model["label"] for model in result.models if model["guesses"]],
             "least": FEW,
             "population": POPULATIONS[space.identity["population"]],

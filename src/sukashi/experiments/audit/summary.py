@@ -14,13 +14,18 @@ from sukashi.experiments.audit.run import subject
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import words
 
+CLASSES = 12  # of which each is counted in words
+NAMED = 5  # classes at most that a warning names
+
 
 class AuditResult(Result):
     """Networks beside the first of them.
 
     models     of each: label, series and ratio (what pruned it and how far, where its recipe says so), accuracy,
                guesses (not shown to get more images right than guessing would), few (too few images to say anything),
-               n_images
+               n_images, images_of_class (how many of each class it is audited on), right_of_class (the share of the
+               test images of each class that it gets right)
+    audited    the same in words
     saliency   what its maps are like, see `audit.saliency.summary`; and so for each subject that was looked at
 
     `verdict` and `lines` are the sentences the page begins with.
@@ -33,6 +38,7 @@ class AuditResult(Result):
     models: list[dict[str, Any]]
     verdict: str
     lines: list[str]
+    audited: list[str]
     notes: list[str]
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -44,7 +50,7 @@ class AuditResult(Result):
 
     def text(self) -> str:
         parts = [subject(name, "summary").text(found, self.reference) for name, found in self.subjects.items()]
-        said = [*parts, "", self.verdict, *self.lines, *(f"note: {note}" for note in self.notes)]
+        said = [*parts, "", self.verdict, *self.lines, *self.audited, *(f"note: {note}" for note in self.notes)]
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
@@ -83,12 +89,15 @@ def summary(space: Workspace) -> AuditResult:
                 "guesses": one.guesses,
                 "few": one.few,
                 "n_images": len(one.rows),
+                "images_of_class": one.images_of_class,
+                "right_of_class": one.right_of_class,
             }
             for one in answers
         ],
         verdict=" ".join(of["verdict"] for of in found.values()),
         lines=[line for of in found.values() for line in of["lines"]],
-        notes=[*facts["notes"], *_trained(answers)],
+        audited=_audited(answers),
+        notes=[*_gone(answers), *facts["notes"], *_trained(answers)],
         **found,
     )
 
@@ -103,6 +112,39 @@ def tables(space: Workspace) -> dict[str, bytes]:
         if name != "notes"
         for file, content in subject(name, "summary").tables(records).items()
     }
+
+
+def _audited(answers: Sequence[Answers]) -> list[str]:
+    """On how many images of each class models are audited, a sentence for those of whom it is the same."""
+    found: dict[str, list[str]] = {}
+    for one in answers[1:] if len(answers) > 1 else answers:
+        counts = one.images_of_class
+        some = [f"{n} {name}" for name, n in counts.items() if n]
+        none = [name for name, n in counts.items() if not n]
+        if len(counts) > CLASSES:
+            most, least = max(counts.values()), min(n for n in counts.values() if n)
+            some = [f"{least if least == most else f'{least} to {most}'} of each of {len(some)} classes"]
+            none = [f"{len(none)} classes"] if none else []
+        images = f"{len(one.rows)} image{'s' if len(one.rows) > 1 else ''}"
+        said = f"{images}: {', '.join(some)}{f', none of {words.listed(none)}' if none else ''}"
+        found.setdefault(said, []).append(one.label)
+    return [f"audited ({', '.join(labels)}): {said}" for said, labels in found.items()]
+
+
+def _gone(answers: Sequence[Answers]) -> list[str]:
+    """Of which classes no image is audited, and how much of them the reference and the model get right."""
+    first, found = answers[0], []
+    for one in answers[1:]:
+        gone = [name for name, n in one.images_of_class.items() if not n]
+        right = {name: (first.right_of_class[name], one.right_of_class[name]) for name in gone[:NAMED]}
+        told = [f"{name} ({first.label}: {a:.0%} right, {one.label}: {b:.0%})" for name, (a, b) in right.items()]
+        if gone:
+            more = [f"{len(gone) - NAMED} more classes"] if len(gone) > NAMED else []
+            found.append(
+                f"{one.label} is audited on no image of {words.listed([*told, *more])}: no figure here tells of "
+                f"{'that class' if len(gone) == 1 else 'those classes'}"
+            )
+    return found
 
 
 def _trained(answers: Sequence[Answers]) -> list[str]:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from sukashi.experiments.audit.saliency.summary import cells_of
+from sukashi.experiments.audit.saliency.summary import cells_of, is_told
 from sukashi.experiments.audit.saliency.values import ORDERS, Array
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.report import figures
 
 PANEL = (3.7, 2.9)
-# Pixels of a gallery: of a picture with what is around it, the gap, what stands above and at the left; a page's figures
-# have 160 to the inch.
-SIDE, GAP, TOP, LEFT, DPI = 150, 3, 75, 110, 160
+# Pixels of a gallery: of a picture with what is around it, the gap, a line above, what stands below and at the left; a
+# page's figures have 160 to the inch.
+SIDE, GAP, LINE, BOTTOM, LEFT, DPI = 150, 3, 19, 64, 110, 160
+# Colours of what speaks for a class, against it, or matters at all, told apart with any colour vision and in print.
+FOR, AGAINST, MATTERS = (np.array(to_rgb(name)) for name in ("#B2182B", "#2166AC", "#762A83"))
+OPAQUE = 0.9
+MODEL = "model"  # at the left is which
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,25 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     figures = {"changes": draw_changes(told, drawn)} if drawn else {}
     if any("morf accuracy" in of_cell for of_cell in curves.values()):
         figures["morf"] = draw_curves(told, curves, ORDERS["morf"])
-    figures |= {f"gallery-{name}": draw_gallery(of_name) for name, of_name in pictures.items()}
+    alts: dict[str, str] = {}
+    for name, of_name in pictures.items():
+        signed = any((found < 0).any() for picture in of_name for found in picture.maps.values())
+        for part, some in (
+            ("gallery", [picture for picture in of_name if not picture.marked]),
+            ("changed", changed(of_name, result.reference)),
+        ):
+            if some:
+                figures[f"{part}-{name}"] = draw_gallery(some, signed)
+        wrong = [f"{p.title}, wrong: {', '.join(p.wrong)}" if p.wrong else p.title for p in of_name if not p.marked]
+        alts[f"gallery-{name}"] = (
+            f"{name} maps of {', '.join(p for p in of_name[0].maps)} over images of {'; '.join(wrong)}"
+        )
+        alts[f"changed-{name}"] = "; ".join(
+            f"{row['image_id']}, {row['target']}: {row['measure']} of the {name} maps of {result.reference} and "
+            f"{row['model']} is {row['value']:.3f}"
+            for row in found["moved"]
+            if row["attribution"] == name
+        )
     n_images = {model["label"]: model["n_images"] for model in result.models}
     silent = [
         f"{n} of {n_images[label]} {name} maps of {label} are constant or not finite, and left out"
@@ -70,9 +92,16 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
         "warnings": [*(f"{name} is left out: {reason}" for name, reason in found["refused"].items()), *silent],
         "similar": {(row["model"], row["attribution"], row["measure"]): row for row in found["similarities"]},
         "similarities": list(dict.fromkeys(row["measure"] for row in found["similarities"])),
-        "pointing": {(row["model"], row["attribution"], row["concept"]): row for row in found["pointing"]},
-        "concepts": list(dict.fromkeys(row["concept"] for row in found["pointing"])),
+        "pointing": {
+            (row["model"], row["attribution"], f"{row['measure']}/{row['concept']}"): row for row in found["pointing"]
+        },
+        "places": list(dict.fromkeys(f"{row['measure']}/{row['concept']}" for row in found["pointing"])),
+        "regions": {(row["model"], row["measure"]): row for row in found["regions"]},
+        "lost": list(dict.fromkeys(row["measure"] for row in found["regions"] if is_told(row["measure"]))),
+        "sane": {(row["attribution"], row["measure"], row["layers"]): row for row in found["sanity"]},
+        "depths": list(dict.fromkeys((row["layers"], row["down_to"]) for row in found["sanity"])),
         "galleries": list(pictures),
+        "alts": alts,
     }
     return figures, shown
 
@@ -204,14 +233,34 @@ def draw_curves(
     return figures.png(figure)
 
 
-def draw_gallery(pictures: Sequence[Picture]) -> bytes:
-    """Images and, beside each, the map of every model: shares of a map's total, on one scale of colours a row."""
+def changed(pictures: Sequence[Picture], reference: str) -> list[Picture]:
+    """Those shown for the sake of a model, with its map beside the reference's and no other."""
+    return [
+        replace(
+            picture,
+            title=f"{picture.title} {picture.marked}",
+            maps={reference: picture.maps[reference], MODEL: picture.maps[picture.marked]},
+            wrong=tuple(MODEL if label == picture.marked else label for label in picture.wrong),
+        )
+        for picture in pictures
+        if picture.marked
+    ]
+
+
+def draw_gallery(pictures: Sequence[Picture], signed: bool) -> bytes:
+    """Images and, beside each, every map laid over it: shares of a map's total, on one scale of colours a row.
+
+    The colours are those of the legend below, where a map is 0 the grey image is seen. `signed` is said of all maps of
+    an attribution: what speaks against the class has a colour of its own.
+    """
     labels = list(pictures[0].maps)
     height, width = len(pictures) * SIDE, (1 + len(labels)) * SIDE
     # One axes for all: matplotlib takes a tenth of a second for each that it has.
-    whole = np.ones((height, width, 3))
-    figure = Figure(figsize=((width + LEFT) / DPI, (height + TOP) / DPI))
-    axes = figure.add_axes((LEFT / (width + LEFT), 0, width / (width + LEFT), height / (height + TOP)))
+    whole = np.ones((height + BOTTOM, width, 3))
+    above = LINE * (1 + max(_broken(label).count("\n") + 1 for label in labels))
+    figure = Figure(figsize=((width + LEFT) / DPI, (height + BOTTOM + above) / DPI))
+    right, top = width / (width + LEFT), (height + BOTTOM) / (height + BOTTOM + above)
+    axes = figure.add_axes((1 - right, 0, right, top))
     axes.set_axis_off()
 
     def write(x: float, y: float, said: str, **how: Any) -> None:
@@ -223,29 +272,32 @@ def draw_gallery(pictures: Sequence[Picture]) -> bytes:
         write(-8, (line + 0.5) * SIDE, _broken(picture.title), ha="right")
         shares = {label: _share(found) for label, found in picture.maps.items()}
         known = [found for found in shares.values() if found is not None]
-        top = (np.quantile(np.abs(known), 0.99) or np.max(np.abs(known))) if known else 1.0
-        signed = any((found < 0).any() for found in known)
-        _place(whole, line, 0, np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], 3)))
+        most = (np.quantile(np.abs(known), 0.99) or np.max(np.abs(known))) if known else 1.0
+        pixels = np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], 3))
+        _place(whole, line, 0, pixels)
         for column, (label, found) in enumerate(shares.items(), start=1):
             if found is None:
                 write((column + 0.5) * SIDE, (line + 0.5) * SIDE, "says\nnothing")
             else:
-                level = (found / top + 1) / 2 if signed else found / top
-                _place(whole, line, column, colormaps["RdBu_r" if signed else "magma"](level)[..., :3])
+                _place(whole, line, column, _laid_over(pixels.mean(2), found / most, signed))
             if label in picture.wrong:
-                write(
-                    (column + 1) * SIDE - 8,
-                    (line + 1) * SIDE - 10,
-                    "wrong",
-                    ha="right",
-                    fontweight="bold",
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
-                )
-            if label == picture.marked:
-                corner = (column * SIDE + 2, line * SIDE + 2)
-                axes.add_patch(Rectangle(corner, SIDE - 4, SIDE - 4, fill=False, edgecolor="#FF8C1A", linewidth=2.5))
-    axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+                x, y = (column + 1) * SIDE - 8, (line + 1) * SIDE - 10
+                write(x, y, "wrong", ha="right", fontweight="bold", bbox=box)
+    middle, half = height + BOTTOM // 2, BOTTOM // 8
+    levels = np.linspace(-1 if signed else 0, 1, SIDE)
+    whole[middle - half : middle + half, SIDE : 2 * SIDE] = _laid_over(np.ones((1, SIDE)), levels[None], signed)
+    write(SIDE - 6, middle, "against\nthe class" if signed else "does not\nmatter", ha="right")
+    write(2 * SIDE + 6, middle, "for\nthe class" if signed else "matters\nmost", ha="left")
+    axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height + BOTTOM, 0))
     return figures.png(figure)
+
+
+def _laid_over(grey: Array, level: Array, signed: bool) -> Array:
+    """(H, W, 3) of a grey image, lightened to be printed, under colours as strong as the levels, 1 the strongest."""
+    colours = np.where((level < 0)[..., None], AGAINST, FOR if signed else MATTERS)
+    strength = OPAQUE * np.minimum(np.abs(level), 1)[..., None]
+    return (1 - strength) * (0.4 + 0.6 * grey[..., None]) + strength * colours
 
 
 def _place(whole: Array, line: int, column: int, colours: Array) -> None:

@@ -80,9 +80,9 @@ def needs(regions: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
     for row in regions:
         measure, _, concept = row["measure"].partition("/")
         if row["changed"]:
-            gone = f"the {concept}" if measure == "region_drop" else f"all but the {concept}"
+            gone = "Without the {} (imputed)" if measure == "region_drop" else "With the {} alone (all else imputed)"
             found.append(
-                f"without {gone} (imputed) {row['model']} loses {row['mean']:.1%} of its right answers, {reference} "
+                f"{gone.format(concept)} {row['model']} loses {row['mean']:.1%} of its right answers, {reference} "
                 f"{row['reference']:.1%}."
             )
     return found

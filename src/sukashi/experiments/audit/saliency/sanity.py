@@ -16,7 +16,8 @@ from sukashi.experiments.audit.saliency.values import Array
 from sukashi.experiments.workspace import Record
 from sukashi.network import hooks
 
-ALIKE = 0.5  # from here on maps of a network that learned nothing are told to be like those of the one that did
+# Correlations from which on most, or part, of a map is told to be there whatever a network learned.
+MOST, PART = 0.5, 0.1
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the layers with weights; one layer at least
 
 
@@ -92,6 +93,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _so(row: Mapping[str, Any]) -> str:
-    if (row["mean"] if row["low"] is None else row["low"]) >= ALIKE:
-        return "such maps hardly depend on what a network learned, and say little of its reasons"
-    return "such maps depend on what a network learned"
+    least = row["mean"] if row["low"] is None else row["low"]
+    if least < PART:
+        return "such maps depend on what the network learned"
+    return f"{'most' if least >= MOST else 'part'} of such a map does not depend on what the network learned"

@@ -34,7 +34,7 @@ WORDS = {
     "rank_accuracy": ("more on the {}", "less on the {}"),
     "pointing_game": ("more often highest on the {}", "less often highest on the {}"),
     "region_drop": ("more in need of the {}", "less in need of the {}"),
-    "complement_drop": ("more in need of what is not {}", "less in need of what is not {}"),
+    "complement_drop": ("more in need of all but the {}", "less in need of all but the {}"),
 }
 POINTING = ("localisation", "rank_accuracy", "pointing_game")  # whose chance level is a concept's share of the pixels
 NO_MAP = ""  # in place of an attribution where a measure reads no map
@@ -56,11 +56,11 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     points = pointing(answers, cells, names, seed)
     left_out = {one.label for one in answers[1:] if one.guesses or one.few}
     spoken, likenesses = (
-        [row for row in rows if row["model"] not in left_out and row["n"] >= FEW and _is_told(row["measure"])]
+        [row for row in rows if row["model"] not in left_out and row["n"] >= FEW and is_told(row["measure"])]
         for rows in (comparisons, similarities)
     )
     told = [row for row in spoken if row["attribution"] != NO_MAP]
-    measures = [row["measure"] for row in comparisons if row["attribution"] != NO_MAP and _is_told(row["measure"])]
+    measures = [row["measure"] for row in comparisons if row["attribution"] != NO_MAP and is_told(row["measure"])]
     about, values = sanity.values(records, names)
     sane = [row | bounds for row, bounds in zip(about, _means(values, seed), strict=True)]
     said_of_each = lines(told, names, len(answers) - 1 - len(left_out))
@@ -184,11 +184,11 @@ def said(row: Mapping[str, Any]) -> str:
     rise = row["difference"] > 0
     word = words[rise != (method.facts["better"] == "higher")].format(part)
     low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
-    of_confidence = "" if _is_told(row["measure"]) else ", which moves with confidence"
+    of_confidence = "" if is_told(row["measure"]) else ", which moves with confidence"
     return f"{word} by {_short(abs(row['difference']))} [{_short(low)}, {_short(high)}]{of_confidence}"
 
 
-def _is_told(measure: str) -> bool:
+def is_told(measure: str) -> bool:
     """Whether a measure may be spoken of: what is in probability moves with the confidence of the network, whatever the
     map.
     """
@@ -467,7 +467,7 @@ def text(found: Mapping[str, Any], reference: str) -> str:
             row["said"] + (f", {row['weight']}" if row["changed"] else ""),
         ]
         for row in found["comparisons"]
-        if _is_told(row["measure"])
+        if is_told(row["measure"])
     ]
     refused = [f"left out: {name}: {reason}" for name, reason in found["refused"].items()]
     return "\n".join([words.table(["model", "attribution", "measure", reference, "model", "so"], rows), *refused])
