@@ -54,6 +54,7 @@ from oracles import (  # noqa: E402, F401
     backtrace,
     causal,
     chefer,
+    covering,
     deeplift,
     drift,
     faithfulness,

@@ -2,7 +2,8 @@
 
 import torch
 
-from oracles import ORACLES, backtrace, deeplift, gradient, lrp, oracle  # noqa: F401 - their oracles are read here
+from oracles import ORACLES, backtrace, covering, deeplift, gradient, lrp, oracle  # noqa: F401 - their oracles are read here
+from sukashi.attributions import attributions
 from sukashi.core.types import Scores
 
 REDUCED = {
@@ -36,5 +37,5 @@ def criterion(name, attribution):
 
 
 for (_registry, _name), _attribution in list(ORACLES.items()):
-    if _registry == "attributions" and _name != "chefer":  # which explains pixels alone
+    if _registry == "attributions" and "kinds" not in attributions[_name].facts:  # of pixels alone
         oracle("criteria", _name)(criterion(_name, _attribution))

@@ -11,4 +11,13 @@ from sukashi.core.registry import Registry
 
 attributions = Registry("attribution", "attributions")
 
-from sukashi.attributions import backtrace, chefer, deeplift, gradient, lrp  # noqa: E402, F401
+from sukashi.attributions import (  # noqa: E402, F401
+    backtrace,
+    chefer,
+    deeplift,
+    gradcam,
+    gradient,
+    lrp,
+    occlusion,
+    smoothgrad,
+)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sukashi.attributions import attributions
-from sukashi.attributions.gradient import check, in_parts
+from sukashi.attributions.gradient import check, check_pixels, in_parts
 from sukashi.attributions.rules import (
     AVERAGES,
     MOVES,
@@ -25,7 +25,7 @@ from sukashi.attributions.rules import (
     ruled,
     stable,
 )
-from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.errors import ModelError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.precision import exact
 from sukashi.core.registry import BatchSize
@@ -86,12 +86,7 @@ def chefer(
     not the patches of one convolution row by row behind any class tokens, through attention layer by layer, or with an
     operation that has no rule; DataError for a target that is no class number an image.
     """
-    for site in sites:
-        if site.kind != "pixel" or site.layer:
-            raise UsageError(
-                f"chefer explains the pixels alone, not site {site.layer!r} of kind {site.kind!r}: give "
-                "sites.input_site(x), or use lrp"
-            )
+    check_pixels("chefer", sites)
     check(model, x, target, objective)
     form = canonical(model, x).double()
     tokens = _tokens(form, x[:1].double())

@@ -47,7 +47,7 @@ def saliency(
     check(model, x, target, objective)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        _, slopes = _slopes(model, x[rows], target[rows], sites, objective)
+        _, slopes = slopes_at(model, x[rows], target[rows], sites, objective)
         return {site: hooks.gather(site, slopes.pop(site)).abs() for site in sites}
 
     return in_parts(explain, len(x), batch_size)
@@ -74,7 +74,7 @@ def gradient_x_activation(
     check(model, x, target, objective)
 
     def explain(rows: slice) -> dict[Site, Tensor]:
-        held, slopes = _slopes(model, x[rows], target[rows], sites, objective)
+        held, slopes = slopes_at(model, x[rows], target[rows], sites, objective)
         return {site: _gathered(site, held, slopes) for site in sites}
 
     return in_parts(explain, len(x), batch_size)
@@ -221,6 +221,16 @@ def check(model: nn.Module, x: Tensor, target: Tensor, objective: Objective) -> 
             )
 
 
+def check_pixels(name: str, sites: Sequence[Site]) -> None:
+    """Refuse sites that an attribution of the input alone has nothing to say of."""
+    for site in sites:
+        if site.kind != "pixel" or site.layer:
+            raise UsageError(
+                f"{name} explains the pixels alone, not site {site.layer!r} of kind {site.kind!r}: give "
+                "sites.input_site(x), or use lrp"
+            )
+
+
 _RANDOM = (nn.modules.dropout._DropoutNd, StochasticDepth, DropPath)
 
 
@@ -249,7 +259,7 @@ def in_parts(explain: Callable[[slice], dict[Site, Tensor]], n_images: int, size
     return {site: torch.cat([part.pop(site) for part in parts]) for site in list(parts[0])}
 
 
-def _slopes(
+def slopes_at(
     model: nn.Module, x: Tensor, target: Tensor, sites: Sequence[Site], objective: Objective
 ) -> tuple[Held, Held]:
     """What sites hold, and the slope there of what is explained, as `hooks.recorded` shapes them; detached."""
@@ -276,7 +286,7 @@ def _along(
     s = points.to(x).view(-1, *[1] * x.dim())
     path = start + s * (x - start)
     split = (len(points), len(x))
-    found = _slopes(model, path.flatten(0, 1), target.repeat(len(points)), sites, objective)
+    found = slopes_at(model, path.flatten(0, 1), target.repeat(len(points)), sites, objective)
     held, slopes = ({site: [t.unflatten(0, split) for t in tensors[site]] for site in sites} for tensors in found)
     return held, slopes
 

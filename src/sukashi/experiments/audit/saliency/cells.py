@@ -37,6 +37,7 @@ USUAL = 3  # images of a gallery that were not chosen for their maps
 # absolute values of slopes and integrated gradients; relevance (LRP, Chefer) keeps its sign and what it sums to.
 CHANNELS: dict[str, Channels] = {
     "saliency": "sum_abs",
+    "smoothgrad": "sum_abs",
     "internal_influence": "sum_abs",
     "integrated_gradients": "sum_abs",
 }
