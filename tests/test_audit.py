@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import sukashi
@@ -610,7 +609,7 @@ def test_a_map_of_one_pixel_is_drawn_in_its_colour():
     about = {"pixels": np.zeros((20, 20, 3)), "title": "x", "wrong": (), "marked": ""}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bright, dark = (page.draw_gallery([page.Picture(maps={"a": m}, **about)]) for m in (spot, 0 * spot))
+        bright, dark = (page.draw_gallery([page.Picture(maps={"a": m}, **about)], False) for m in (spot, 0 * spot))
     assert bright != dark
 
 
@@ -633,9 +632,9 @@ def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     for row in result.saliency["pointing"]:
         about = row["model"], f"localisation/{row['concept']}"
         ids = [each["image_id"] for each in kept if (each["model"], each["measure"]) == about]
-        truth = data.load(spec).ground_truth(ids)[row["concept"]]
+        truth = data.load(spec).ground_truth(ids, PREPROCESS)[row["concept"]]
         assert row["n"] == len(ids)
-        assert row["area"] == pytest.approx(float(F.interpolate(truth[:, None].float(), (32, 32)).mean()), rel=1e-6)
+        assert row["area"] == pytest.approx(float(truth.double().mean()))
     (line,) = (line for line in result.lines if " points at " in line)
     assert line.startswith("marked points at the watermark: there lies ")
     page = (tmp_path / "out" / "report.html").read_text()
@@ -833,8 +832,16 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
         (["plain", "plain"], {"attributions": ["salency"]}, UsageError, "did you mean 'saliency'"),
         (["plain", "plain"], {"attributions": []}, UsageError, "attributions must be different names, at least one"),
         (["plain", "plain"], {"measures": ["gni"]}, UsageError, "did you mean 'gini'"),
-        (["plain", "plain"], {"measures": ["accuracy"]}, UsageError, "accuracy measures no saliency maps"),
-        (["plain", "plain"], {"measures": ["localisation"]}, UsageError, "digits has no ground truth"),
+        (
+            ["plain", "plain"],
+            {"measures": ["accuracy"]},
+            UsageError,
+            "accuracy measures no saliency maps and no regions",
+        ),
+        (["plain", "plain"], {"measures": ["localisation"]}, UsageError, "digits has no masks that say where"),
+        (["plain", "plain"], {"masks": ["nowhere"]}, UsageError, "masks 'nowhere' is no folder: give one that holds"),
+        (["plain", "plain"], {"masks": ["."], "measures": ["gini"]}, UsageError, "none of gini reads them"),
+        (["plain", "plain"], {"sanity": True, "measures": ["gini"]}, UsageError, "sanity lays maps beside maps: add"),
         (["plain", "plain"], {"population": "bth"}, UsageError, "did you mean 'both'"),
         (["plain", "plain"], {"options": {"road": {"nose": 0.0}}}, UsageError, "did you mean 'noise'"),
         (["plain", "plain"], {"options": {"road": {"percentages": []}}}, UsageError, "percentages of road must have"),

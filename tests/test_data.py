@@ -660,7 +660,7 @@ def test_shapes_truth_is_where_the_picture_is():
     """Shape, background and watermark share out the pixels; colour is seen on the shape and nowhere else."""
     found = data.load("shapes:watermark=0.5,n=20")
     batch = found.train.whole(plain(32))
-    truth = found.ground_truth(batch.image_id)
+    truth = found.ground_truth(batch.image_id, plain(32))
     assert tuple(truth) == CONCEPTS
     assert truth["shape"].shape == (120, 32, 32)
     assert torch.all(truth["shape"].int() + truth["background"].int() + truth["watermark"].int() == 1)
@@ -676,7 +676,7 @@ def test_shapes_truth_is_where_the_picture_is():
 
 def test_shapes_facts_match_the_masks():
     found = data.load("shapes:n=20")
-    truth = found.ground_truth(found.test.image_ids)
+    truth = found.ground_truth(found.test.image_ids, plain(32))
     for fact, shape, target in zip(found.facts(found.test.image_ids), truth["shape"], found.test.targets, strict=True):
         assert fact["shape"] == SHAPES[int(target)]
         down, right = shape.nonzero().double().T + 0.5
@@ -692,7 +692,7 @@ def test_shapes_watermark_goes_with_one_class_and_changes_nothing_else():
     assert share[0] == pytest.approx(0.9, abs=0.06)
     assert np.mean(share[1:]) == pytest.approx(0.1, abs=0.03)
     ids = marked.train.image_ids[:60]
-    truth = marked.ground_truth(ids)["watermark"]
+    truth = marked.ground_truth(ids, plain(32))["watermark"]
     a, b = (d.train.subset(range(60)).whole(plain(32)).x for d in (marked, bare))
     assert torch.equal((a != b).any(1) & ~truth, torch.zeros_like(truth))
     assert truth.any()
@@ -734,13 +734,13 @@ def test_shapes_refuses_bad_options(spec, message):
         data.load(spec)
 
 
-def test_only_generated_data_has_ground_truth(digit_data):
-    with pytest.raises(UsageError, match="no ground truth"):
-        digit_data.ground_truth(digit_data.test.image_ids[:1])
+def test_data_without_masks_say_how_to_give_some(digit_data):
+    with pytest.raises(UsageError, match=r"digits has no masks .* folder masks .*, into a column .* --masks FOLDER"):
+        digit_data.ground_truth(digit_data.test.image_ids[:1], plain(8))
     with pytest.raises(UsageError, match="no facts"):
         digit_data.facts(digit_data.test.image_ids[:1])
     with pytest.raises(UsageError, match="has no image 'digits/00001'"):
-        data.load("shapes:n=4").ground_truth(["digits/00001"])
+        data.load("shapes:n=4").facts(["digits/00001"])
 
 
 # --- specs, classes -------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def test_an_attribution_is_its_oracle(sequence64, small64, name):
     sites = [s for s in (*case.sites, finder.input_site(data.x)) if kinds is None or s.kind in kinds]
     found = method(case.model, data.x, data.target, sites, **expected.given)
     for site in sites:
-        literals = [expected(case.model, image, target, site) for image, target in zip(data.x, data.target, strict=True)]
+        literals = [
+            expected(case.model, image, target, site) for image, target in zip(data.x, data.target, strict=True)
+        ]
         assert torch.stack(literals).abs().max() > 1e-4, "the case must say something"
         for row, literal in zip(found[site], literals, strict=True):
             values = row.reshape(site.n_units, -1)

@@ -39,7 +39,9 @@ def scene():
     with torch.no_grad():
         right = [model(images.x).argmax(1) == images.target for model in (marked, clean)]
     images = images[(images.target == 0) & right[0] & right[1]]
-    return SimpleNamespace(marked=marked, clean=clean, images=images, truth=found.ground_truth(images.image_id))
+    return SimpleNamespace(
+        marked=marked, clean=clean, images=images, truth=found.ground_truth(images.image_id, PREPROCESS)
+    )
 
 
 def maps(model, scene, name):
