@@ -313,4 +313,4 @@ def hardware(device: torch.device) -> str:
     """The processor or GPU figures were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {sys.platform}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} {sys.platform}, {words.several(torch.get_num_threads(), 'thread')}"

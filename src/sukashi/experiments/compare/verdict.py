@@ -135,18 +135,18 @@ def speed_of(space: Workspace, best: Contender, ratio: float) -> dict[str, dict[
 
 def faster(speed: Mapping[str, Mapping[str, Any]]) -> str:
     """How much faster the advised network is, on one image and on many, in one sentence; empty where none was timed."""
-    said = []
+    if not speed:
+        return ""
+    shown, open_ = [], []
     for n_images, of in speed.items():
         on = "one image" if n_images == "1" else f"{n_images} images at once"
         low, high = 1 / of["high"], 1 / of["low"] if of["low"] else math.inf
-        span = f"95% interval {low:.2f} to {high:.2f}"
         if low <= 1 <= high:
-            said.append(f"not shown to be faster or slower on {on} ({span})")
+            open_.append(f"on {on} ({low:.2f} to {high:.2f} times as fast)")
         else:
-            said.append(f"{1 / of['factor']:.2f} times as fast on {on} ({span})")
-    if not said:
-        return ""
-    return f"That network is {words.listed(said)}, on {next(iter(speed.values()))['hardware']}."
+            shown.append(f"{1 / of['factor']:.2f} times as fast on {on} ({low:.2f} to {high:.2f})")
+    said = [*shown, *([f"not shown to be faster or slower {words.listed(open_)}"] if open_ else [])]
+    return f"That network is {words.listed(said)}; 95% intervals, {next(iter(speed.values()))['hardware']}."
 
 
 def who_leads(found: Sequence[Contender], pairs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
