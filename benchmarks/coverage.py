@@ -20,7 +20,7 @@ from scipy.stats import norm
 from sukashi.core import stats
 from sukashi.core.types import Curve
 from sukashi.experiments.schedule.summary import Outcome, of_outcomes
-from sukashi.measures import curves
+from sukashi.measures import classwise, curves
 
 Row = tuple[str, str, str, float]  # function, what was drawn, "covers" or "false", share of the studies
 
@@ -58,11 +58,18 @@ def over_seeds_and_images(rng: np.random.Generator, n: int) -> Iterator[Row]:
             if seeds == 1 and of_seeds > 0.1:
                 continue
             spread = 0.0 if seeds == 1 else of_seeds
-            covered = np.mean(
-                [held(stats.crossed(answers(rng, seeds, images, right, spread)), right) for _ in range(n)]
-            )
             told = f"{seeds} seed{'s' * (seeds > 1)}, {images} images, {right:.0%} right"
-            yield "crossed", told + (", new images alone" if seeds == 1 else ""), "covers", covered
+            for bounds in (None, (0.0, 1.0)):
+                drawn = (answers(rng, seeds, images, right, spread) for _ in range(n))
+                covered = np.mean([held(stats.crossed(of, bounds=bounds), right) for of in drawn])
+                name = "crossed" if bounds is None else "crossed, within bounds"
+                yield name, told + (", new images alone" if seeds == 1 else ""), "covers", covered
+    for seeds in (1, 3):
+        for images in (20, 225):
+            drawn = (answers(rng, seeds, images, 0.99, 0.0) for _ in range(n))
+            covered = np.mean([held(stats.crossed(of, bounds=(0, 1)), 0.99) for of in drawn])
+            told = f"{seeds} seed{'s' * (seeds > 1)}, {images} images, 99% right"
+            yield "crossed, within bounds", told, "covers", covered
     for seeds in (2, 3, 5):
         found = [
             stats.crossed_test(answers(rng, seeds, 500, 0.8, 0.2) - answers(rng, seeds, 500, 0.8, 0.2)) < 0.05
@@ -78,7 +85,17 @@ def a_curve(rng: np.random.Generator, losses: np.ndarray, images: int, right: fl
     gained = 0.1 * losses / (1 - right)
     rows = [np.where(dense, fall >= 1.1 * loss / right, luck < more) for loss, more in zip(losses, gained, strict=True)]
     place = np.arange(len(losses))
-    return Curve(0.05 * place, place, 0.05 * place, np.stack(rows), tuple(map(str, range(images))))
+    correct = np.stack(rows)
+    return Curve(
+        ratio=0.05 * place,
+        n_removed=place,
+        fraction=0.05 * place,
+        flops=place[::-1],
+        answer=correct.astype(int),
+        correct=correct,
+        target=np.ones(images, dtype=int),
+        image_ids=tuple(map(str, range(images))),
+    )
 
 
 def areas(rng: np.random.Generator, n: int) -> Iterator[Row]:
@@ -88,7 +105,8 @@ def areas(rng: np.random.Generator, n: int) -> Iterator[Row]:
             accuracy = 0.95 - losses
             truth = curves.sauce(0.05 * np.arange(5), accuracy, 0.1, relative=relative)
             found = [curves.areas(a_curve(rng, losses, images), 0.1, relative=relative) for _ in range(n)]
-            covered = np.mean([held(stats.crossed([of]), truth) for of in found])
+            bounds = None if relative else (0, 100)
+            covered = np.mean([held(stats.crossed([of], bounds=bounds), truth) for of in found])
             yield "areas", f"{'relative ' * relative}SAUCE, 1 seed, {images} images", "covers", covered
 
 
@@ -96,7 +114,7 @@ def lossless(rng: np.random.Generator, n: int) -> Iterator[Row]:
     """The cut named is beyond the largest that loses no more than the margin."""
     for images, margin in ((225, 0.05), (500, 0.01), (500, 0.05), (2000, 0.05)):
         losses = margin * np.arange(12) / 5.5  # the sixth cut is the first that loses more
-        beyond = [curves.lossless([a_curve(rng, losses, images)], margin)[0, 1] > 5 for _ in range(n)]
+        beyond = [curves.lossless([a_curve(rng, losses, images)], margin) > 0.251 for _ in range(n)]
         yield "lossless", f"{images} images, margin {margin:.0%}, cuts that lose ever more", "false", np.mean(beyond)
 
 
@@ -143,6 +161,27 @@ def shares(rng: np.random.Generator, n: int) -> Iterator[Row]:
             yield "share", f"{images} images, {right:.0%} right", "covers", np.mean(covered)
 
 
+def by_class(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """Balanced accuracy and areas under the ROC curve of three classes of unequal size, and classes that are said to
+    have fallen where none did."""
+    sizes, right = (25, 100, 100), (0.8, 0.9, 0.95)
+    target = np.repeat(np.arange(3), sizes)
+    found: dict[str, list[bool]] = {"balanced_accuracy": [], "auc": [], "changes": []}
+    for _ in range(n):
+        correct = rng.random(len(target)) < np.repeat(right, sizes)
+        table = classwise.confusion(np.where(correct, target, (target + 1) % 3), target, 3)
+        found["balanced_accuracy"].append(held(classwise.balanced_accuracy(table), float(np.mean(right))))
+        for shift, truth in ((1.0, norm.cdf(1 / np.sqrt(2))), (3.0, norm.cdf(3 / np.sqrt(2)))):
+            scores = rng.normal(0, 1, (len(target), 3)) + shift * (target[:, None] == 0)
+            (area, *_) = classwise.auc(scores, target, 3)
+            found["auc"].append(area is not None and held(area, float(truth)))
+        both = [answers(rng, 1, len(target), 0.8, 0.0) for _ in range(2)]
+        found["changes"].append(any(change.fell for change in classwise.changes(*both, target, 3)))
+    yield "balanced_accuracy", "25, 100, 100 images; 80, 90, 95% right", "covers", np.mean(found["balanced_accuracy"])
+    yield "auc", "25 images against 200; areas of .76 and .98", "covers", np.mean(found["auc"])
+    yield "changes", "three classes, none fell", "false", np.mean(found["changes"])
+
+
 def bootstraps(rng: np.random.Generator, n: int) -> Iterator[Row]:
     """Differences of an audit, image by image."""
     draws: dict[str, tuple[Callable[[int], np.ndarray], float]] = {
@@ -172,7 +211,7 @@ def times(rng: np.random.Generator, n: int) -> Iterator[Row]:
             yield "ratio", f"{turns} turns, {name}", "covers", np.mean(covered)
 
 
-STUDIES = (over_seeds, over_seeds_and_images, areas, lossless, levels, not_lower, shares, bootstraps, times)
+STUDIES = (over_seeds, over_seeds_and_images, areas, lossless, levels, not_lower, shares, by_class, bootstraps, times)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """What many tests make: noise, the logits explained, networks that have learned something."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sukashi.core.types import Mask, Site
+from sukashi.core.types import Curve, Mask, Site
 
 PIXELS = Site("", "pixel", 3)
 TARGET = torch.tensor([0, 2, 1])
@@ -21,6 +22,24 @@ def half_of(sites, seed):
     for kept in keep.values():
         kept[seed % len(kept)] = True
     return Mask(keep)
+
+
+def a_curve(correct, fraction=None, *, ratio=None, n_removed=None, target=None, image_ids=None):
+    """A curve over rows of answers, dense first; what is not given is a unit a row, ten in all, and one class."""
+    correct = np.asarray(correct, dtype=bool)
+    n_removed = np.arange(len(correct)) if n_removed is None else np.asarray(n_removed)
+    fraction = n_removed / 10 if fraction is None else np.asarray(fraction, dtype=float)
+    target = np.zeros(correct.shape[1], dtype=np.int32) if target is None else np.asarray(target, dtype=np.int32)
+    return Curve(
+        ratio=n_removed / 10 if ratio is None else np.asarray(ratio, dtype=float),
+        n_removed=n_removed,
+        fraction=fraction,
+        flops=np.round(1000 * (1 - fraction)).astype(int),
+        answer=np.where(correct, target, target + 1).astype(np.int32),
+        correct=correct,
+        target=target,
+        image_ids=tuple(map(str, range(correct.shape[1]))) if image_ids is None else tuple(image_ids),
+    )
 
 
 def logit(model, x, target):

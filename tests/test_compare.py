@@ -1,6 +1,7 @@
 """Comparisons: what they find is what was measured, who competes, how they grow, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 import sukashi
+from cases import a_curve
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.stats import interval
-from sukashi.core.types import Curve
+from sukashi.core.stats import crossed
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.compare.contenders import contenders, curve_of, name_of, sampling_of
 from sukashi.experiments.compare.summary import CompareResult
@@ -94,8 +95,6 @@ def test_what_a_comparison_returns_is_what_was_measured(compared, small):
         assert list(told[part]) == compared.contenders
     assert compared.notes == [
         "digits has no test split: 20% of each class held out by seed 0, 359 images",
-        "100 test images cannot show that accuracy is at most 1 points lower, not even with equal answers: that takes "
-        "381 images or a larger --margin",
     ]
     case = small["cnn"]
     test = _test_images(case)
@@ -161,13 +160,12 @@ def test_what_is_kept_of_a_trial(compared, digits_split):
     for record in trials(compared).values():
         found = record.result
         assert found["class_names"] == list("0123456789")
-        assert found["class_counts"] == digits_split.test.limit(100).counts.tolist()
         assert found["chance"] == 0.1
         assert found["notes"] == list(digits_split.read_in(1).notes)
         curve = curve_of(record)
-        assert np.shape(found["class_accuracy"]) == (len(curve.ratio), 10)
-        weighted = np.array(found["class_accuracy"]) @ found["class_counts"] / 100
-        np.testing.assert_allclose(weighted, curve.accuracy)
+        assert np.bincount(curve.target).tolist() == digits_split.test.limit(100).counts.tolist()
+        np.testing.assert_array_equal(curve.answer == curve.target, curve.correct)
+        assert curve.flops[0] == found["cost"]["dense"]["flops"]
         assert found["cost"]["cut"]["parameters"] < found["cost"]["dense"]["parameters"]
         assert not (record.folder / "under_way").exists()
 
@@ -177,12 +175,13 @@ def test_a_curve_comes_back_as_it_was_kept(compared, tmp_path):
     from sukashi.experiments.compare.contenders import save_curve
 
     rng = np.random.default_rng(0)
-    curve = Curve(
-        ratio=np.array([0.0, np.nan, 0.5]),
-        n_removed=np.array([0, 2, 4]),
-        fraction=np.array([0.0, 0.2, 0.6]),
-        correct=rng.random((3, 13)) > 0.4,  # no whole number of bytes
-        image_ids=tuple(f"test/{i}é" for i in range(13)),
+    curve = a_curve(
+        rng.random((3, 13)) > 0.4,  # no whole number of bytes
+        [0.0, 0.2, 0.6],
+        ratio=[0.0, np.nan, 0.5],
+        n_removed=[0, 2, 4],
+        target=rng.integers(3, size=13),
+        image_ids=[f"test/{i}é" for i in range(13)],
     )
     space, trial = Workspace(tmp_path / "out"), Trial({"seed": 0}, run=lambda desk: None)
     space.claim("compare", {}, [trial])
@@ -191,7 +190,7 @@ def test_a_curve_comes_back_as_it_was_kept(compared, tmp_path):
         desk.finish({})
     (record,) = space.records()
     back = curve_of(record)
-    for name in ("ratio", "n_removed", "fraction", "correct"):
+    for name in ("ratio", "n_removed", "fraction", "flops", "answer", "target", "correct"):
         np.testing.assert_array_equal(getattr(back, name), getattr(curve, name))
     assert back.image_ids == curve.image_ids
     assert back.correct.dtype == bool
@@ -223,6 +222,7 @@ def test_the_table_has_a_row_for_each_measured_point_and_pass(compared):
         "ratio_asked": None,
         "units_removed": point["units_removed"],
         "parameters_removed": point["parameters_removed"],
+        "flops_removed": point["flops_removed"],
         "accuracy": point["accuracy"],
         "n_images": 100,
         "sauce": compared.sauces["cswap"][0],
@@ -236,13 +236,14 @@ def test_what_is_printed(compared):
     for name in COMPARED:
         sauce = compared.sauce[name]
         assert rows[name][1:5] == [f"{sauce['mean']:.1f}", f"{sauce['low']:.1f}", "to", f"{sauce['high']:.1f}"]
-    assert "lossless (1 points) up to at least" in text
+    assert "1 point lower at most, up to" in text
     for name in ("cswap", "random"):
         (asked,) = {record.result["n_evaluations"] for key, record in trials(compared).items() if key == (name, 0)}
         assert f"  {asked:,}" in next(line for line in text.splitlines() if line.startswith(name))
-    assert f"dense accuracy {compared.dense_accuracy:.3f}" in text
+    assert f"dense accuracy {compared.dense_accuracy:.1%} on 100 test images" in text
     assert text.endswith(f"Report: {compared.report}")
-    assert "381 images or a larger --margin" in text
+    assert "can't be said with 100 test images" in text
+    assert re.search(r"Give --margin 0\.\d+, the least that 100 images can show", text)
     clocked = compared.model_copy(
         update={"latency": {"random": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])}, "finished": True}
     )
@@ -252,7 +253,7 @@ def test_what_is_printed(compared):
 
 def test_one_seed_has_an_interval_over_images(cnn_weights, tmp_path):
     result = compare(["magnitude"], tmp_path / "one", cnn_weights, **{**FEW, "ratios": [0.5]})
-    found = interval(contenders(Workspace(result.out))[0].areas()[0])
+    found = crossed([contenders(Workspace(result.out))[0].areas()[0]], bounds=(0, 100))
     sauce = result.sauce["magnitude"]
     assert (sauce["mean"], sauce["low"], sauce["high"]) == pytest.approx((found.mean, found.low, found.high))
     assert found.low < found.mean

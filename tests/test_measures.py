@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from cases import a_curve
 from sukashi import models
 from sukashi.core import stats
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.objective import CLASSIFICATION
-from sukashi.core.types import Batch, Curve, Mask, Plan, Scores, rank
+from sukashi.core.types import Batch, Mask, Plan, Scores, rank
 from sukashi.criteria import pruning
 from sukashi.measures import accuracy, cost, measures
 from sukashi.measures import curves as of_cuts
@@ -133,33 +134,32 @@ def test_a_curve_of_zeroed_units_has_the_accuracy_of_the_cut_over_the_share_of_u
 # What may go without loss.
 
 
-def _curve(correct, fraction=None):
-    """A curve over rows of answers, dense first."""
-    correct = np.asarray(correct, dtype=bool)
-    n_removed = np.arange(len(correct))
-    fraction = n_removed / 10 if fraction is None else np.array(fraction)
-    return Curve(n_removed / 10, n_removed, fraction, correct, tuple(map(str, range(correct.shape[1]))))
-
-
 def _answers(n, *n_lost):
     """Rows of n answers, all right but for the last `n_lost`."""
     return [np.arange(n) < n - lost for lost in (0, *n_lost)]
 
 
 def test_lossless_is_the_last_cut_before_the_first_that_is_not_shown():
-    found = of_cuts.lossless([_curve(_answers(1000, 0, 5, 200, 0))], 0.02)
-    assert found.tolist() == [[0.2, 2.0]], "the fourth cut passes again, after one that failed"
-    shown = [of_cuts.lossless([_curve(_answers(n, lost))], margin)[0, 0] for n, lost, margin in [(1000, 15, 0.02)]]
-    assert shown == [0.0], "15 of 1,000 lost is not shown to be under 20"
-    assert of_cuts.lossless([_curve(_answers(100, 0))], 0.01)[0, 0] == 0.0, "100 images can't show a margin of 1 %"
-    assert of_cuts.lossless([_curve(_answers(100))], 0.5).tolist() == [[0.0, 0.0]], "nothing but the dense network"
-    assert "100 test images" in of_cuts.cautions(100, 0.01)[0]
-    assert of_cuts.cautions(381, 0.01) == []
+    found = of_cuts.lossless([a_curve(_answers(1000, 0, 5, 200, 0))], 0.02)
+    assert found == 0.2, "the fourth cut passes again, after one that failed"
+    assert of_cuts.lossless([a_curve(_answers(1000, 15))], 0.02) == 0, "15 of 1,000 lost is not shown to be under 20"
+    assert of_cuts.lossless([a_curve(_answers(100, 0))], 0.01) == 0.0, "100 images can't show a margin of 1 %"
+    assert of_cuts.lossless([a_curve(_answers(100))], 0.5) == 0.0, "nothing but the dense network"
+    passes = a_curve(_answers(1000, 0, 200, 0), ratio=[0, 0.1, np.nan, 0.3])
+    assert of_cuts.lossless([passes], 0.02) == 0.3, "what a pass left is no ratio that was asked for"
 
 
-def test_lossless_is_found_for_each_seed():
-    one, two = _curve(_answers(1000, 0, 200)), _curve(_answers(1000, 0, 0, 0, 200), [0, 0.2, 0.4, 0.6, 0.8])
-    np.testing.assert_allclose(of_cuts.lossless([one, two], 0.02), [[0.1, 1], [0.6, 3]])
+def test_lossless_holds_for_every_seed():
+    one, two = a_curve(_answers(1000, 0, 0, 200)), a_curve(_answers(1000, 0, 200, 200))
+    assert of_cuts.lossless([one], 0.02) == 0.2
+    assert of_cuts.lossless([one, two], 0.02) == of_cuts.lossless([two, one], 0.02) == 0.1
+    with pytest.raises(UsageError, match="different ratios"):
+        of_cuts.lossless([one, a_curve(_answers(1000, 0))], 0.02)
+
+
+def test_a_stricter_level_names_less():
+    curve = [a_curve(_answers(1000, 8))]
+    assert (of_cuts.lossless(curve, 0.02), of_cuts.lossless(curve, 0.02, level=0.999)) == (0.1, 0.0)
 
 
 def test_lossless_does_not_name_a_cut_that_loses_more_than_the_margin():
@@ -175,13 +175,13 @@ def test_lossless_does_not_name_a_cut_that_loses_more_than_the_margin():
         for loss in 0.01 * np.arange(1, 9):
             p_lost = (loss + 0.01) / 0.9  # another point is won back where the dense network errs
             rows.append(np.where(dense, rng.random(400) >= p_lost, rng.random(400) < 0.1))
-        beyond.append(of_cuts.lossless([_curve(rows)], 0.05)[0, 0] >= 0.5)
+        beyond.append(of_cuts.lossless([a_curve(rows)], 0.05) >= 0.5)
     assert np.mean(beyond) <= 0.025 + 0.023
 
 
 def test_areas_are_the_sauce_of_each_image():
     rng = np.random.default_rng(4)
-    curve = _curve([rng.random(60) < right for right in (0.95, 0.8, 0.5, 0.2)], [0, 0.2, 0.5, 0.9])
+    curve = a_curve([rng.random(60) < right for right in (0.95, 0.8, 0.5, 0.2)], [0, 0.2, 0.5, 0.9])
     for relative in (False, True):
         whole = of_cuts.sauce(curve.fraction, curve.accuracy, 0.1, relative=relative)
         assert of_cuts.areas(curve, 0.1, relative=relative).mean() == pytest.approx(whole, rel=1e-12)
@@ -197,40 +197,25 @@ def test_the_interval_of_a_relative_area_covers():
     for _ in range(600):
         hard = rng.random(150)  # what one cut gets wrong a deeper one gets wrong too
         found = stats.crossed(
-            [of_cuts.areas(_curve([hard < right for right in rights], fractions), 0.1, relative=True)]
+            [of_cuts.areas(a_curve([hard < right for right in rights], fractions), 0.1, relative=True)]
         )
         covered += found.low <= truth <= found.high
     assert abs(covered / 600 - 0.95) < 0.027
 
 
 def test_accuracy_at_fractions_lies_on_lines_and_never_beyond_what_was_measured():
-    curves = [_curve(_answers(100, 40), [0, 0.4]), _curve(_answers(100, 20), [0, 0.6])]
+    curves = [a_curve(_answers(100, 40), [0, 0.4]), a_curve(_answers(100, 20), [0, 0.6])]
     found = of_cuts.at(curves, [0.5, 0.2, 0.4])
     assert found[0] is None, "one seed ends at 0.4"
     assert [cell.mean for cell in found[1:]] == pytest.approx([(0.8 + 1 - 0.2 / 3) / 2, (0.6 + 1 - 0.4 / 3) / 2])
     assert all(cell.low < cell.mean < cell.high for cell in found[1:])
     assert of_cuts.at(curves, [0.9]) == [None]
-    (edge,) = of_cuts.at([_curve(_answers(30, 1), [0, 0.4])], [0.4])
-    assert 0.8 < edge.low < edge.mean < edge.high == 1.0, "no accuracy is above 1"
+    (edge,) = of_cuts.at([a_curve(_answers(30, 1), [0, 0.4])], [0.4])
+    assert 0.8 < edge.low < edge.mean < edge.high < 1.0, "an interval of what is bounded is within the bounds"
+    (certain,) = of_cuts.at([a_curve(_answers(30, 0), [0, 0.4])], [0.4])
+    assert 0.85 < certain.low < 0.9 < certain.high == 1.0, "30 right answers leave room for wrong ones"
     (almost,) = of_cuts.at(curves, [0.404])
     assert almost.mean == pytest.approx((0.6 + 1 - 0.404 / 3) / 2), "a ratio becomes a whole number of units"
-
-
-def test_a_difference_is_paired_by_seed_and_image():
-    """The second answers as the first but for 20 of 200 images that it loses at 0.4: 0.05 at 0.2, 0.1 at 0.4."""
-    rng = np.random.default_rng(5)
-    first, second = [], []
-    for _ in range(2):
-        dense, cut = rng.random(200) < 0.9, rng.random(200) < 0.5
-        worse = cut.copy()
-        worse[np.flatnonzero(cut)[:20]] = False
-        first.append(_curve([dense, cut], [0, 0.4]))
-        second.append(_curve([dense, worse], [0, 0.4]))
-    found = of_cuts.difference(first, second, [0.2, 0.4])
-    assert found.mean == pytest.approx((0.05 + 0.1) / 2)
-    assert 0.03 < found.low < found.high < 0.12, "what pairs share is no noise: unpaired it would reach below 0"
-    assert of_cuts.difference(first, second, [0.2, 0.5]) is None
-    assert of_cuts.difference([], [], [0.2]) is None
 
 
 def test_curve_refuses_images_that_change(scene):

@@ -1,6 +1,7 @@
 """Settings as options of a command: lists of numbers and of ratios, and what `list` prints of a method."""
 
 import os
+import shlex
 from typing import ClassVar
 
 import pytest
@@ -8,8 +9,11 @@ import pytest
 from sukashi.cli import main
 from sukashi.cli.options import parameters, values
 from sukashi.core.errors import UsageError
-from sukashi.core.schema import Ratio, Settings, keywords, option
+from sukashi.core.schema import Ratio, Settings, command_of, keywords, option
+from sukashi.experiments import functions
 from sukashi.experiments.check.settings import Check
+from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.prune.settings import Prune
 
 
 class Timed(Settings):
@@ -83,3 +87,48 @@ def test_list_prints_brackets(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main.main()
     assert "|W_m[u, j]|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Prune(
+            model="my net:make",
+            data="some images",
+            weights="a b.pth",
+            criterion="cswap",
+            ratio=0.45,
+            out="runs/x",
+            round_to=1,
+            exclude=["a", "b c"],
+            only=["cat, grey", "dog"],
+            skip_bad=True,
+            n_classes=3,
+            options={"alpha": 0.01, "order": "size"},
+            seed=3,
+            onnx=False,
+        ),
+        Compare(
+            model="sukashi:digits_cnn",
+            data="digits",
+            criteria=["taylor", "cswap"],
+            ratios=[0.1, 0.35],
+            out="o",
+            options={"cswap": {"alpha": 0.5}},
+            margin=0.05,
+        ),
+    ],
+)
+def test_the_command_of_settings_has_these_settings(monkeypatch, settings):
+    taken = []
+
+    def execute(settings, **more):
+        taken.append(settings)
+        raise UsageError("taken")
+
+    monkeypatch.setattr(functions, "execute", execute)
+    monkeypatch.setattr("sys.argv", shlex.split(command_of(settings)))
+    with pytest.raises(SystemExit):
+        main.main()
+    fields = type(settings).model_fields
+    assert {name: getattr(taken[0], name) for name in fields} == {name: getattr(settings, name) for name in fields}

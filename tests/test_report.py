@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import sukashi
+from cases import a_curve
 from sukashi.core import files
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT
-from sukashi.core.stats import crossed
+from sukashi.core.stats import crossed, least_images
 from sukashi.core.types import Curve, Plan, Site
 from sukashi.criteria.plans import plan_arrays
 from sukashi.experiments.compare.contenders import save_curve
@@ -30,6 +32,7 @@ from sukashi.report import figures, networks
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
 SITES = tuple(Site(f"layer{1 + i // 4}.{i % 4}.conv1", "channel", 16 * 2 ** (i // 4)) for i in range(12))
 N_CLASSES, N_IMAGES = 10, 500
+READING = {"model": "sukashi:cifar_resnet20", "data": "my cifar10", "weights": "w.safetensors"}
 COMMAND = "sukashi compare sukashi:cifar_resnet20 --data cifar10 --criteria random,drift --seeds 5 --out runs/cifar10"
 
 
@@ -58,19 +61,18 @@ def a_result(criterion: str, seed: int, **changes: Any) -> tuple[Curve, dict[str
     fraction = 1 - (1 - n_removed / 448) ** 1.3
     accuracy = 0.1 + 0.82 / (1 + np.exp((fraction - middle) / 0.06)) * (1 + np.exp(-middle / 0.06))
     correct = rng.permuted(np.arange(N_IMAGES) / N_IMAGES)[None] < accuracy[:, None]
-    curve = Curve(ratio, n_removed, fraction, correct, tuple(f"test/{i}" for i in range(N_IMAGES)))
+    ids = [f"test/{i}" for i in range(N_IMAGES)]
+    target = np.arange(N_IMAGES) % N_CLASSES
+    curve = a_curve(correct, fraction, ratio=ratio, n_removed=n_removed, target=target, image_ids=ids)
     measured = curve.accuracy[: 20 if len(ratio) == 20 else None]
     order = np.argsort(fraction, kind="stable")
     area = np.trapezoid(measured[order], fraction[order]) + (1 - fraction.max()) * (measured[order][-1] + 0.1) / 2
-    by_class = curve.accuracy[:, None] * np.linspace(1, 0.8, N_CLASSES)
     result = {
         "sauce": 100 * area,
         "relative_sauce": 100 * area / curve.accuracy[0],
         "dense_accuracy": curve.accuracy[0],
         "chance": 0.1,
         "class_names": [f"class {k}" for k in range(N_CLASSES)],
-        "class_counts": [N_IMAGES // N_CLASSES] * N_CLASSES,
-        "class_accuracy": by_class.tolist(),
         "notes": [],
         "n_evaluations": 12_345,
         "cost": {
@@ -105,11 +107,13 @@ def fill(folder: Path, criteria: Iterable[str], seeds: int, **changes: Any) -> W
         "data": {"spec": "cifar10"},
         "criteria": list(criteria),
         "seeds": seeds,
-        "ratios": [0, 0.5],
+        "ratios": [0.0, 0.05, 0.1, 0.5],
         "mode": "cut",
+        "exclude": [],
+        "options": {criterion: {} for criterion in criteria},
     }
     space, trials = Workspace(folder), [a_trial(criterion, seed) for criterion in criteria for seed in range(seeds)]
-    space.claim("compare", identity, trials, shown={"margin": 0.01})
+    space.claim("compare", identity, trials, shown={"margin": 0.05, "reading": READING})
     versions = {"sukashi": "0.1.0", "torch": "2.15.0"}
     space.log("run", command=COMMAND, versions=versions, hardware="2 cores of an x86-64 machine")
     for trial in trials:
@@ -204,14 +208,14 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
 
 def test_every_figure_is_also_a_file(compared: Path, page: str) -> None:
     files = {path.name: path for path in (compared / "figures").iterdir()}
-    assert set(files) == {"curves.png", "categories.png"}
-    assert page.count("data:image/png") == 2
+    assert set(files) == {"curves.png", "units.png", "categories.png"}
+    assert page.count("data:image/png") == 3
     for path in files.values():
         with Image.open(path) as image:
             assert "Software" not in image.info
             seen = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
-        wanted = figures.COLOURS if path.name == "curves.png" else networks.CATEGORY_COLOURS
-        shown = CRITERIA if path.name == "curves.png" else ("critical", "neutral", "detrimental")
+        wanted = networks.CATEGORY_COLOURS if path.name == "categories.png" else figures.COLOURS
+        shown = ("critical", "neutral", "detrimental") if path.name == "categories.png" else CRITERIA
         assert {tuple(bytes.fromhex(wanted[name][1:])) for name in shown} <= seen
 
 
@@ -226,32 +230,110 @@ def test_the_verdict_names_the_leader_its_lead_and_the_rule(page: str) -> None:
     gaps = crossed(areas("drift") - areas("amp"))
     assert (
         f"drift leads: SAUCE {areas('drift').mean():.1f}, {gaps.mean:.1f} above amp, the next best (95% interval "
-        f"{gaps.low:.1f} to {gaps.high:.1f}, paired over 5 seeds)." in words
+        f"{gaps.low:.1f} to {gaps.high:.1f}, 5 seeds)." in words
     )
     assert "p < 0.05 after Holm's correction over all 21 pairs" in words
 
 
-def test_the_sauce_table(page: str) -> None:
+def shown_up_to(criterion: str, margin: float = 0.05) -> float:
+    return curves.lossless([a_result(criterion, seed)[0] for seed in range(5)], margin, level=1 - 0.025 / len(CRITERIA))
+
+
+def test_the_first_table_says_how_far_each_criterion_goes(page: str) -> None:
     table = cells(page, "")
-    assert list(table) == ["criterion", "drift", "amp", "cswap", "taylor", "magnitude", "cbp", "random"]
-    found, relative = crossed(areas("cswap")), areas("cswap", relative=True).mean()
-    reach = a_result("cswap", 0)[0].fraction.max()
-    told = [f"{found.mean:.1f}", f"{found.low:.1f} – {found.high:.1f}", f"{relative:.1f}"]
-    assert table["cswap"] == [*told, "5", f"{100 * reach:.1f}%"]
-    assert cells(page, "Accuracy by what is gone")["cswap"][-1] == "12,345"
+    assert list(table)[2:] == ["drift", "amp", "cswap", "taylor", "magnitude", "cbp", "random"]
+    found = crossed(areas("cswap"), bounds=(0, 100))
+    ratio, rows = shown_up_to("cswap"), [a_result("cswap", seed)[0] for seed in range(5)]
+    (place,) = np.flatnonzero(rows[0].ratio == ratio)
+    gone, right = rows[0].fraction[place], crossed([curve.correct[place] for curve in rows], bounds=(0, 1))
+    assert table["cswap"] == [
+        f"{found.mean:.1f} {found.low:.1f} – {found.high:.1f}",
+        "5",
+        f"{ratio:g}",
+        f"{100 * gone:.1f}",
+        f"{100 * (1 - rows[0].flops[place] / rows[0].flops[0]):.1f}",
+        f"{100 * right.mean:.1f} {100 * right.low:.1f} – {100 * right.high:.1f}",
+    ]
+    last = cells(page, "Accuracy by what is gone")["cswap"]
+    assert last[-3:] == [
+        f"{areas('cswap', relative=True).mean():.1f}",
+        f"{100 * rows[0].fraction.max():.1f}%",
+        "12,345",
+    ]
+
+
+def test_the_heading_says_how_far_to_cut_with_the_command(page: str) -> None:
+    """With the criterion whose cut goes furthest in parameters while every seed's is shown to lose at most 5 points."""
+    ratio, rows = shown_up_to("drift"), [a_result("drift", seed)[0] for seed in range(5)]
+    assert ratio == max(map(shown_up_to, CRITERIA)) > 0
+    (place,) = np.flatnonzero(rows[0].ratio == ratio)
+    curve, accuracy = rows[0], np.mean([curve.accuracy[place] for curve in rows])
+    words = _Reader(page).words
+    assert (
+        f"Cut {curve.n_removed[place] / 448:.1%} of the units with drift ({curve.fraction[place]:.1%} of the "
+        f"parameters, {1 - curve.flops[place] / 1000:.1%} of the FLOPs): accuracy {accuracy:.1%} instead of "
+        f"{curve.accuracy[0]:.1%}, shown to be at most 5 points lower." in words
+    )
+    command = next(line for line in words.split("sukashi prune ")[1:])
+    assert f"--data 'my cifar10' --criterion drift --ratio {ratio:g} --out runs/drift-{100 * ratio:g}" in command
+    assert "--weights w.safetensors" in command
+    assert "--round-to 1" in command
+
+
+def test_a_class_that_is_lost_is_the_heading(tmp_path: Path) -> None:
+    """Of 500 images 20 are of the last class, and what is cut loses those alone: 4 points of accuracy, and a class."""
+    space = fill(tmp_path / "compared", ["drift"], 2)
+    for record in space.records():
+        target = np.minimum(np.arange(N_IMAGES) * N_CLASSES // 480, N_CLASSES - 1)
+        target[480:], target[432:480] = 9, 8
+        correct = np.ones((4, N_IMAGES), dtype=bool)
+        correct[2:, 481:] = False
+        ids = [f"test/{i}" for i in range(N_IMAGES)]
+        units = np.array([0, 22, 45, 224])
+        about = {"ratio": [0, 0.05, 0.1, 0.5], "n_removed": units, "target": target, "image_ids": ids}
+        shutil.rmtree(record.folder)
+        finish(
+            space,
+            a_trial("drift", record.about["seed"]),
+            a_curve(correct, units / 448, **about),
+            record.result | {"dense_accuracy": 1.0},
+        )
+    page = paged(space, margin=0.08)
+    heading = re.search("<h1>(.*?)</h1>", page, re.DOTALL)
+    assert heading is not None
+    assert heading.group(1).startswith("class 9 falls from 100 to 5% where 50.0% of the units with drift (")
+    assert "though accuracy as a whole, 96.2% instead of 100.0%, is shown to be at most 8 points lower" in page
+    assert cells(page, "Class by class")["class 9"][0] == "20"
+    assert "<strong>class 9</strong>" in page
+
+
+def test_too_few_images_are_said_with_what_they_can_show(tmp_path: Path) -> None:
+    words = _Reader(paged(fill(tmp_path / "compared", ["drift", "amp"], 2), margin=0.001)).words
+    assert "How far one may cut can't be said with 500 test images: 5,019 could show" in words
+    able = float(re.search(r"Give --margin (0\.\d+), the least that 500 images can show", words).group(1))
+    assert least_images(able, level=1 - 0.025 / 2) <= 500 < least_images(able - 0.001, level=1 - 0.025 / 2)
+
+
+def test_equal_criteria_are_said_to_hide_each_other(tmp_path: Path) -> None:
+    space = fill(tmp_path / "compared", ["drift", "amp", "cbp"], 1)
+    record = next(record for record in space.records() if record.about["criterion"] == "amp")
+    shutil.rmtree(record.folder)
+    finish(space, a_trial("amp", 0), a_result("drift", 0)[0], record.result)
+    assert re.search("(amp and drift|drift and amp) are equal on every seed", paged(space))
 
 
 def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: Path) -> None:
     """One criterion whose two points are known: 90 % dense, 50 % at 40 % removed, so 75 % at 15 %."""
     correct = np.zeros((2, 100), dtype=bool)
     correct[0, :90] = correct[1, :50] = True
-    curve = Curve(np.array([0, 0.5]), np.array([0, 9]), np.array([0, 0.4]), correct, tuple(map(str, range(100))))
+    curve = a_curve(correct, [0, 0.4], ratio=[0, 0.5], n_removed=[0, 9])
     space, trial = Workspace(tmp_path), a_trial("cswap", 0)
-    space.claim("compare", {**trial.about, "mode": "cut"}, [trial], shown={"margin": 0.01})
-    finish(space, trial, curve, a_result("cswap", 0)[1] | {"class_accuracy": [[0.9] * 10] * 2})
+    identity = {**trial.about, "mode": "cut", "ratios": [0, 0.5], "options": {"cswap": {}}, "exclude": []}
+    space.claim("compare", identity, [trial], shown={"margin": 0.01, "reading": READING})
+    finish(space, trial, curve, a_result("cswap", 0)[1])
     page = paged(space)
     row = cells(page, "Accuracy by what is gone")["cswap"]
-    assert [cell.split()[0] for cell in row[:-1]] == ["75.0", "60.0", "–", "–", "0.0"]
+    assert [cell.split()[0] for cell in row[:4]] == ["75.0", "60.0", "–", "–"]
     low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
     spread = np.array([1.0] * 50 + [0.625] * 40 + [0.0] * 10).std() / 10  # of an image's mean at 15 of 40 %
     assert (high - low) / (2 * 1.96) == pytest.approx(100 * spread, rel=0.15)
@@ -260,24 +342,22 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
 
 def test_the_margin_is_that_of_the_run_unless_another_is_given(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "compared")
-    asked = tmp_path / "compared" / "experiment.json"
-    asked.write_text(asked.read_text().replace('"margin": 0.01', '"margin": 0.05'))
     rows = {}
     for margin in (None, 0.3):
         page = paged(tmp_path / "compared", **({} if margin is None else {"margin": margin}))
         assert f"at most {100 * (margin or 0.05):g} points" in _Reader(page).words
-        rows[margin] = float(cells(page, "Accuracy by what is gone")["drift"][-2].split()[0])
+        rows[margin] = float(cells(page, "")["drift"][2])
     assert 0 < rows[None] < rows[0.3]
 
 
 def test_passes_are_listed_in_order(page: str) -> None:
-    rows = [row for row in _Reader(page).tables["After each progressive pass"] if row[2].startswith("60 ")]
+    rows = [row for row in _Reader(page).tables["After each progressive pass"] if row[2].startswith("13.4")]
     assert len(rows) == 3
     assert rows[0][:2] == ["drift", "1"]
     accuracy = np.mean([a_result("drift", seed)[0].accuracy[-2] for seed in range(5)])
     fraction = 1 - (1 - 60 / 448) ** 1.3
-    assert rows[0][2] == "60 same on all 5"
-    assert rows[0][3] == f"{100 * fraction:.1f} same on all 5"
+    assert rows[0][2] == "13.4", "the same on all seeds"
+    assert rows[0][3] == f"{100 * fraction:.1f}"
     assert rows[0][4].startswith(f"{100 * accuracy:.1f} ")
 
 
@@ -292,12 +372,15 @@ def test_costs_stand_beside_the_dense_network(page: str) -> None:
 
 
 def test_the_worst_classes_come_first(page: str) -> None:
-    table = cells(page, "Worst-hit classes")
-    assert list(table) == ["class", "class 0", "class 1", "class 2", "class 3", "class 4"]
-    results = [a_result("drift", seed) for seed in range(5)]
-    dense = 100 * np.mean([curve.accuracy[0] for curve, _ in results])
-    cut = 100 * np.mean([curve.accuracy[10] for curve, _ in results])
-    assert table["class 0"] == ["50", f"{dense:.1f}", f"{cut:.1f}", f"{cut - dense:+.1f}"]
+    table = _Reader(page).tables["Class by class"][1:]
+    lost = [float(row[-1]) for row in table]
+    assert lost == sorted(lost)
+    assert sorted(row[0] for row in table) == [f"class {k}" for k in range(10)]
+    ratio, found = shown_up_to("drift"), [a_result("drift", seed)[0] for seed in range(5)]
+    own, (place,) = found[0].target == int(table[0][0][-1]), np.flatnonzero(found[0].ratio == ratio)
+    dense, cut = (100 * np.mean([curve.correct[row, own].mean() for curve in found]) for row in (0, place))
+    assert table[0][1] == "50"
+    assert [cell.split()[0] for cell in table[0][2:]] == [f"{dense:.1f}", f"{cut:.1f}", f"{cut - dense:+.1f}"]
 
 
 def test_it_says_how_to_see_it_again(page: str) -> None:
@@ -313,7 +396,8 @@ def test_one_seed_gives_no_verdict(tmp_path: Path) -> None:
     words = _Reader(paged(fill(tmp_path / "compared", ["drift", "random"], 1))).words
     assert "drift leads" not in words
     assert "drift has the highest SAUCE" in words
-    assert "with one seed nothing says whether another seed would agree" in words
+    assert "one seed can't tell whether another would agree" in words
+    assert "--seeds 5 adds seeds to this folder" in words
 
 
 def test_what_the_seeds_do_not_separate_does_not_lead(tmp_path: Path) -> None:
@@ -327,8 +411,9 @@ def test_what_the_seeds_do_not_separate_does_not_lead(tmp_path: Path) -> None:
             shutil.rmtree(record.folder)
             finish(space, a_trial("mine", seed), curve, a_result("mine", seed)[1])
     words = _Reader(paged(space)).words
-    assert re.search("No criterion leads: (drift|mine) has the highest mean SAUCE", words)
-    assert re.search(r"do not separate it from (mine|drift) \((mine|drift): \d+\.\d lower, 95% interval -", words)
+    assert re.search("no criterion leads: (drift|mine) has the highest SAUCE", words)
+    assert re.search(r"is not separated from (mine|drift) \((mine|drift): \d+\.\d lower, 95% interval -", words)
+    assert "4 seeds can't tell; --seeds 5 adds to this folder" in words
 
 
 def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
@@ -498,7 +583,7 @@ def test_trials_on_different_images_are_not_compared(tmp_path: Path) -> None:
     space.claim("compare", space.identity, [a_trial("drift", 0), a_trial("random", 0), other])
     curve, result = a_result("random", 0)
     ids = tuple(f"train/{i}" for i in range(N_IMAGES))
-    finish(space, other, Curve(curve.ratio, curve.n_removed, curve.fraction, curve.correct, ids), result)
+    finish(space, other, replace(curve, image_ids=ids), result)
     with pytest.raises(DataError, match="different images"):
         paged(space)
 

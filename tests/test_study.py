@@ -14,6 +14,7 @@ import safetensors.torch
 
 import sukashi
 from sukashi.core.errors import ModelError, SukashiError, UsageError
+from sukashi.core.stats import holm
 from sukashi.criteria import criteria
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.compare import run as comparing
@@ -112,17 +113,23 @@ def test_each_model_is_compared_as_by_compare(home, done, tmp_path):
             assert (home / "results" / "cnn" / path.relative_to(tmp_path / "alone")).read_bytes() == path.read_bytes()
 
 
-def test_a_pair_is_the_difference_of_mean_accuracies(done):
+def test_a_pair_is_the_difference_of_sauce(done):
     pairs = [(pair["model"], pair["first"], pair["second"]) for pair in done.pairs]
     assert pairs == [
         (model, *pair)
         for model in ("cnn", "vit")
         for pair in (("taylor", "magnitude"), ("taylor/confidence", "taylor"))
     ]
-    found = done.experiments["cnn"]["accuracy_at"]
-    mean = {name: sum(cell["mean"] for cell in cells.values()) / 4 for name, cells in found.items()}
-    assert done.pairs[0]["mean"] == pytest.approx(mean["taylor"] - mean["magnitude"])
+    found = done.experiments["cnn"]["sauce"]
+    assert done.pairs[0]["mean"] == pytest.approx(found["taylor"]["mean"] - found["magnitude"]["mean"])
     assert all(pair["low"] <= pair["mean"] <= pair["high"] for pair in done.pairs)
+    assert [pair["p_holm"] for pair in done.pairs] == holm([pair["p"] for pair in done.pairs]).tolist()
+    (own,) = [
+        pair
+        for pair in done.experiments["cnn"]["differences"]
+        if {pair["first"], pair["second"]} == {"taylor", "magnitude"}
+    ]
+    assert done.pairs[0]["p"] == own["p"], "a comparison's own page tests the same"
 
 
 def test_the_page_shows_every_model_and_leads_to_its_own(home, done):
@@ -145,10 +152,7 @@ def test_what_is_printed_and_the_table(home, done):
     for name in ("cnn", "vit"):
         assert f"\n{name}\n\n{sukashi.results(home / 'results' / name).text()}" in "\n" + text
     first = done.pairs[0]
-    assert (
-        f"cnn: taylor minus magnitude: {100 * first['mean']:+.1f} points, 95 % interval {100 * first['low']:.1f} to"
-        in text
-    )
+    assert f"cnn: taylor minus magnitude: {first['mean']:+.1f} of SAUCE, 95 % interval {first['low']:.1f} to" in text
     assert text.endswith(f"Report: {done.report}")
     rows = [{"name": name, "kind": "compare", "verdict": done.experiments[name]["verdict"]} for name in ("cnn", "vit")]
     assert done.table() == rows == pq.read_table(home / "results" / "results.parquet").to_pylist()
@@ -203,7 +207,7 @@ def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_
         reason = "GELU is not handled: choose another"
         assert model["refused"] == {"taylor": reason, "taylor/confidence": reason}
     assert all(pair["mean"] is None for pair in found.pairs)
-    assert "cnn: taylor minus magnitude: not measured that far" in found.text()
+    assert "cnn: taylor minus magnitude: no seed in common" in found.text()
     assert "refused: GELU is not handled" in (tmp_path / "out" / "report.html").read_text()
     page = (tmp_path / "out" / "cnn" / "report.html").read_text()
     assert "taylor is left out, it refused the model: GELU" in page

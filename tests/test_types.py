@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import a_curve
 from sukashi.core.errors import UsageError
 from sukashi.core.objective import Classification
 from sukashi.core.schema import check_ratio
-from sukashi.core.types import Batch, Curve, Mask, Member, Plan, Scores, Site, pass_size, rank
+from sukashi.core.types import Batch, Mask, Member, Plan, Scores, Site, pass_size, rank
 
 
 @st.composite
@@ -231,7 +232,7 @@ def test_a_mask_counts():
 
 
 def test_accuracy_of_a_curve_is_the_share_of_right_images():
-    curve = Curve(np.zeros(2), np.zeros(2), np.zeros(2), np.array([[1, 0, 1, 1], [0, 0, 0, 1]]), ("a", "b", "c", "d"))
+    curve = a_curve([[1, 0, 1, 1], [0, 0, 0, 1]])
     assert curve.accuracy.tolist() == [0.75, 0.25]
 
 

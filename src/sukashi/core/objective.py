@@ -74,9 +74,19 @@ class Classification:
         answers, place = self.answers(output), self.place(target)
         return F.cross_entropy(answers, place, label_smoothing=label_smoothing, reduction="sum")
 
+    def answer(self, output: Tensor) -> Tensor:
+        """The class (B,) int64 whose logit is the largest, the first of equals, as the data numbers it; -1 for a class
+        of the model that the data does not have."""
+        largest = self.answers(output).argmax(1)
+        if self.outputs is None or self.among == "data":
+            return largest
+        own = torch.full((output.shape[1],), -1, device=output.device)
+        own[torch.tensor(self.outputs, device=output.device)] = torch.arange(len(self.outputs), device=output.device)
+        return own[largest]
+
     def outcome(self, output: Tensor, target: Tensor) -> Tensor:
         """How right each image is, in [0, 1]: 1 where the target's logit is the largest, the first of equals; uint8."""
-        return (self.answers(output).argmax(1) == self.place(target)).to(torch.uint8)
+        return (self.answer(output) == target).to(torch.uint8)
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
         """How much speaks for each image's target: its probability (B,), in float64 so that a tiny one is not zero."""
@@ -95,9 +105,10 @@ class Classification:
         """How many images have each class (K,)."""
         return torch.bincount(self.classes(target)[1], minlength=n_classes)
 
-    def chance(self, n_outputs: int) -> float:
-        """The mean outcome of guessing, of a network with so many outputs."""
-        return 1 / (n_outputs if self.among == "model" else self.n_classes(n_outputs))
+    def chance(self, target: Tensor) -> float:
+        """The mean outcome of guessing on images with these targets: what one answer for all gets right at best, the
+        share of the largest class."""
+        return int(torch.bincount(target).max()) / len(target)
 
 
 Objective = Classification  # or another, once there is one: annotations name this

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -126,6 +127,44 @@ def check_ratio(ratio: float) -> float:
 
 
 Ratio = Annotated[float, AfterValidator(check_ratio)]
+
+
+# As a command.
+
+
+def command_of(settings: Settings) -> str:
+    """The command that has these settings, but for a class map, which it reads from a file."""
+    arguments, options = [], []
+    for name in sorted(settings.model_fields_set, key=list(type(settings).model_fields).index):
+        field, value = type(settings).model_fields[name], getattr(settings, name)
+        about = option_of(field)
+        if value is None or (not field.is_required() and value == default_of(field)):
+            continue
+        flag = about.flag or f"--{name.replace('_', '-')}"
+        if about.argument:
+            arguments += value if isinstance(value, list) else [value]
+        elif name == "options":
+            options += [part for said in _set(value) for part in ("--set", said)]
+        elif isinstance(value, bool):
+            options.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, dict):
+            options += [flag, "FILE"]
+        elif isinstance(value, list) and not (about.joined or all(isinstance(part, int | float) for part in value)):
+            options += [word for part in value for word in (flag, str(part))]
+        elif isinstance(value, list):
+            options += [flag, ",".join(str(part).replace(",", "\\,") for part in value)]
+        else:
+            options += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(["sukashi", settings.kind, *arguments, *options])
+
+
+def _set(options: Mapping[str, Any], method: str = "") -> Iterator[str]:
+    """What `--set` is given: options of one method, or by method."""
+    for name, value in options.items():
+        if isinstance(value, Mapping) and not method:
+            yield from _set(value, f"{name}.")
+        else:
+            yield f"{method}{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 # From Python.

@@ -80,29 +80,64 @@ def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
     if not 0 <= n_right <= n or n == 0:
         raise UsageError(f"a share needs 0 <= n_right <= n and n > 0, got {n_right} of {n}")
     _checked([n_right], level)
-    z = stats.norm.ppf((1 + level) / 2)
-    middle = (n_right + z**2 / 2) / (n + z**2)
-    half = z / (n + z**2) * math.sqrt(n_right * (n - n_right) / n + z**2 / 4)
-    return Interval(n_right / n, float(middle - half), float(middle + half), n)
+    low, high = _wilson(n_right / n, n, stats.norm.ppf((1 + level) / 2))
+    return Interval(n_right / n, float(low), float(high), n)
 
 
-def crossed(values: ArrayLike, *, level: float = 0.95) -> Interval:
+def score(share: float, variance: float, n: float, *, level: float = 0.95) -> Interval:
+    """A share in [0, 1] that was found with a squared standard error, and bounds that stay in [0, 1]: Wilson's, with
+    the number of images that would be as sure, n = share (1 - share) / variance, as Dean and Pagano (2015) recommend
+    for samples in clusters. `n` is that number where the variance is 0, as of a share of 0 or 1.
+
+    Raises: UsageError for a share outside [0, 1] or a level outside (0, 1).
+    """
+    if not 0 <= share <= 1:
+        raise UsageError(f"a share lies in [0, 1], got {share}")
+    _checked([share], level)
+    low, high = _score(share, variance, n, stats.norm.ppf((1 + level) / 2), (0, 1))
+    return Interval(share, low, high, round(n))
+
+
+def _score(mean: Any, variance: Any, n: float, critical: Any, bounds: tuple[float, float]) -> tuple[Any, Any]:
+    """The bounds of `score` for means between `bounds`, in arrays."""
+    least, width = bounds[0], bounds[1] - bounds[0]
+    share, squared = np.clip((mean - least) / width, 0, 1), variance / width**2
+    as_many = np.where(squared > 0, share * (1 - share) / np.where(squared > 0, squared, 1), n)
+    low, high = _wilson(share, as_many, critical)
+    return _plain(least + width * low), _plain(least + width * high)
+
+
+def _wilson(share: Any, n: Any, critical: Any) -> tuple[Any, Any]:
+    """Those shares p that a score test leaves: (p - share)^2 <= critical^2 p (1 - p) / n."""
+    middle = (share * n + critical**2 / 2) / (n + critical**2)
+    half = critical / (n + critical**2) * np.sqrt(share * (1 - share) * n + critical**2 / 4)
+    return np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0)  # what rounding adds
+
+
+def crossed(values: ArrayLike, *, level: float = 0.95, bounds: tuple[float, float] | None = None) -> Interval:
     """Mean of `values` (S, B, ...) over seeds and images with a t interval for new seeds *and* new images; `n` is S.
 
-        m +- (a t_{S-1} + b t_{B-1}) / (a + b) sqrt(a + b),  a = var(means of seeds) / S,  b = var(means of images) / B
+        m +- c sqrt(a + b),  c = (a t_{S-1} + b t_{B-1}) / (a + b),
+        a = var(means of seeds) / S,  b = var(means of images) / B
 
     with t at (1 + level) / 2: Cochran's critical value for two variances (Cochran and Cox 1950, sec. 4.14), exact where
     one of them is 0. With one seed a = 0 and it speaks of new images alone. Noise of seed and image together is in both
     variances, so the interval is a little wide. Satterthwaite's degrees of freedom hold less at two or three seeds
     (benchmarks/coverage.py), and a percentile bootstrap of three seeds much less.
 
+    A mean of values within `bounds` has an interval within them: that of `score` with c in place of z.
+
     Raises: as `interval`, and UsageError for one image.
     """
     x = _checked(values, level)
     of_seeds, of_images = _variances(x)
-    half = _critical((1 - level) / 2, of_seeds, of_images, x.shape) * np.sqrt(of_seeds + of_images)
-    mean = x.mean(axis=(0, 1))
-    return Interval(_plain(mean), _plain(mean - half), _plain(mean + half), len(x))
+    mean, variance = x.mean(axis=(0, 1)), of_seeds + of_images
+    critical = _critical((1 - level) / 2, of_seeds, of_images, x.shape)
+    if bounds is None:
+        half = critical * np.sqrt(variance)
+        return Interval(_plain(mean), _plain(mean - half), _plain(mean + half), len(x))
+    low, high = _score(mean, variance, x.shape[1], critical, bounds)
+    return Interval(_plain(mean), low, high, len(x))
 
 
 def crossed_test(values: ArrayLike) -> float:
@@ -138,7 +173,7 @@ def _critical(tail: float, of_seeds: Any, of_images: Any, shape: tuple[int, ...]
     """Cochran's critical value with `tail` beyond it: the mean of Student's two, weighted by the variances."""
     by_seeds, by_images = (stats.t.isf(tail, max(n - 1, 1)) for n in shape[:2])
     both = of_seeds + of_images
-    return (of_seeds * by_seeds + of_images * by_images) / np.where(both > 0, both, 1)
+    return np.where(both > 0, (of_seeds * by_seeds + of_images * by_images) / np.where(both > 0, both, 1), by_images)
 
 
 def ratio(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interval:
@@ -207,10 +242,21 @@ def shown_up_to(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *
     return int(np.logical_and.accumulate(shown.reshape(len(shown), -1).all(axis=1)).sum())
 
 
+def level_of_each(n_families: int) -> float:
+    """The level of each of several families of one-sided tests, all of which together are wrong in 2.5 % at most."""
+    return 1 - 0.025 / n_families
+
+
 def least_images(margin: float, *, level: float = 0.975) -> int:
     """The number of images below which not even equal answers pass `not_lower`: z^2 (1 / margin - 1), rounded up."""
     check_margin(margin)
     return math.ceil(float(stats.norm.ppf(level)) ** 2 * (1 / margin - 1))
+
+
+def least_margin(n: int, *, level: float = 0.975) -> float:
+    """The smallest margin that equal answers on `n` images can show: z^2 / (n + z^2)."""
+    z = float(stats.norm.ppf(level))
+    return z**2 / (n + z**2)
 
 
 def check_margin(margin: float) -> None:

@@ -295,14 +295,18 @@ class Curve:
     """Which images a network still gets right as units go: one row (point) for each cut, dense first.
 
     `ratio` (P,) is the ratio asked for (NaN for a point after a progressive pass), `n_removed` (P,) the units gone,
-    `fraction` (P,) the measured fraction of parameters gone, `correct` (P, B) whether each image is right, `image_ids`
-    (B,) whose columns those are.
+    `fraction` (P,) the measured fraction of parameters gone, `flops` (P,) those of one image, `answer` (P, B) the class
+    each image is given, -1 for one that the data does not have, `correct` (P, B) whether that is right, `target` (B,)
+    the class it has, `image_ids` (B,) whose columns those are.
     """
 
     ratio: np.ndarray
     n_removed: np.ndarray
     fraction: np.ndarray
+    flops: np.ndarray
+    answer: np.ndarray
     correct: np.ndarray
+    target: np.ndarray
     image_ids: tuple[str, ...]
 
     @property

@@ -224,13 +224,13 @@ class Bench:
 
     def doubts(self, n_right: int, test: Batch) -> list[str]:
         """A sentence where the network is not shown to know the classes of the test images at all."""
-        chance = test.objective.chance(self.loaded.n_classes)
+        chance = test.objective.chance(test.target)
         if self.source.untrained or share(n_right, len(test)).low > chance:
             return []
         return [
             f"before the cut {n_right / len(test):.1%} of {len(test)} test images are right, which is not shown to be "
-            f"more than guessing ({chance:.1%}), so that no figure here means much: was the network trained on "
-            f"{self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
+            f"more than one answer for all gets right ({chance:.1%}), so that no figure here means much: was the "
+            f"network trained on {self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
             f"{', ...' if self.data.n_classes > 4 else ''}? A model of your own says in its preprocess what it reads, "
             "a class_map which number each class has."
         ]
@@ -316,4 +316,4 @@ def hardware(device: torch.device) -> str:
     """The processor or GPU figures were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {sys.platform}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} {sys.platform}, {words.several(torch.get_num_threads(), 'thread')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,23 +37,42 @@ def by_class(outcome: NDArray[Any], classes: tuple[Tensor, Tensor], n_classes: i
     return [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
 
 
-def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """(B,) 1 where an image is right, and the images' ids (B,); on the model's device, in passes of `types.pass_size`.
+class Tested(NamedTuple):
+    """What a network answers: of each image (B,) the class it is given, -1 for one that the data does not have, the
+    class it has, whether that is right, and its id."""
+
+    answer: NDArray[np.int32]
+    target: NDArray[np.int32]
+    correct: NDArray[np.uint8]
+    image_ids: tuple[str, ...]
+
+
+def tested(model: nn.Module, images: Batch | Iterable[Batch]) -> Tested:
+    """What a network answers to images; on the model's device, in passes of `types.pass_size`.
 
     Raises DataError where there are no images, and as `outputs` does.
     """
     device = next(model.parameters()).device
-    found: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     ids: list[str] = []
     for batch in [images] if isinstance(images, Batch) else images:
         for part in batch.in_passes():
             there = part.to(device)
             there = replace(there, x=there.x.to(memory_format=torch.channels_last))
-            found.append(outcome(model, there).cpu())
+            found = outputs(model, there)
+            objective = part.objective
+            parts.append((objective.answer(found), there.target, objective.outcome(found, there.target)))
             ids += part.image_id
     if not ids:
         raise DataError("there are no images to measure accuracy on: give a split that holds some")
-    return torch.cat(found).numpy(), tuple(ids)
+    answer, target, correct = (torch.cat(of).cpu().numpy() for of in zip(*parts, strict=True))
+    return Tested(answer.astype(np.int32), target.astype(np.int32), correct, tuple(ids))
+
+
+def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """(B,) 1 where an image is right, and the images' ids (B,). Raises as `tested` does."""
+    found = tested(model, images)
+    return found.correct, found.image_ids
 
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -14,8 +14,8 @@ from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.stats import Interval
 from sukashi.core.types import Batch, Curve, Mask, Plan, Site
-from sukashi.measures.accuracy import evaluate
-from sukashi.measures.cost import n_parameters
+from sukashi.measures.accuracy import Tested, tested
+from sukashi.measures.cost import flops, n_parameters
 from sukashi.network import surgery
 
 # Fractions removed at which Sankarapu et al. 2025 (sec. 4.2) measure.
@@ -51,26 +51,32 @@ def curve(
     counts = sorted({n_removed for n_removed, _ in points})
     device = next(model.parameters()).device if device is None else torch.device(device)
     n_dense = n_parameters(model)
-    ids: tuple[str, ...] = ()
-    measured: dict[int, tuple[float, NDArray[np.uint8]]] = {}
+    first = next(iter([images] if isinstance(images, Batch) else images), None)
+    if first is None:
+        raise DataError("there are no images to measure accuracy on: give a split that holds some")
+    example = first.x[:1].to(device)
+    measured: dict[int, tuple[float, int, Tested]] = {}
     with progress.task("curve", len(counts)) as task:
         for n_removed in counts:
             keep = plan.mask_of(n_removed).keep
             small = copy.deepcopy(model).to(device)
             surgery.MODES[mode](small, Mask({site: keep[site] for site in sites}))
-            correct, seen = evaluate(small, images)
-            if n_removed and seen != ids:
+            found = tested(small, images)
+            if n_removed and found.image_ids != measured[0][2].image_ids:
                 raise DataError("the images change from one pass to the next: give batches in a fixed order")
-            ids = seen
             gone = 1 - n_parameters(small) / n_dense if mode == "cut" else n_removed / plan.n_units
-            measured[n_removed] = (gone, correct)
-            task.advance(note=f"removed {n_removed}, accuracy {correct.mean():.3f}")
+            measured[n_removed] = gone, flops(small, example), found
+            task.advance(note=f"removed {n_removed}, accuracy {found.correct.mean():.3f}")
+    rows, dense = [measured[n_removed] for n_removed, _ in points], measured[0][2]
     return Curve(
         ratio=np.array([ratio for _, ratio in points]),
         n_removed=np.array([n_removed for n_removed, _ in points]),
-        fraction=np.array([measured[n_removed][0] for n_removed, _ in points]),
-        correct=np.stack([measured[n_removed][1] for n_removed, _ in points]),
-        image_ids=ids,
+        fraction=np.array([gone for gone, _, _ in rows]),
+        flops=np.array([of_image for _, of_image, _ in rows]),
+        answer=np.stack([of.answer for _, _, of in rows]),
+        correct=np.stack([of.correct for _, _, of in rows]),
+        target=dense.target,
+        image_ids=dense.image_ids,
     )
 
 
@@ -121,25 +127,13 @@ def at(curves: Sequence[Curve], fractions: Sequence[float]) -> list[Interval | N
     Between measured points an image counts by straight lines between its two answers, so accuracy lies on the straight
     line between theirs. Intervals are those of `stats.crossed`, for new seeds and new images, within [0, 1].
     """
-    found = stats.crossed([_answers(curve, fractions) for curve in curves])
-    low, high = np.maximum(found.low, 0.0), np.minimum(found.high, 1.0)
+    found = stats.crossed([_answers(curve, fractions) for curve in curves], bounds=(0, 1))
     return [
-        Interval(float(found.mean[i]), float(low[i]), float(high[i]), found.n) if fraction <= _reach(curves) else None
+        Interval(float(found.mean[i]), float(found.low[i]), float(found.high[i]), found.n)
+        if fraction <= _reach(curves)
+        else None
         for i, fraction in enumerate(fractions)
     ]
-
-
-def difference(first: Sequence[Curve], second: Sequence[Curve], fractions: Sequence[float]) -> Interval | None:
-    """Mean accuracy at these fractions, `first` minus `second`, paired by seed and image.
-
-    None where one was not measured that far. Between points as in `at`; both have curves of the same seeds, in the same
-    order, over the same images. The interval is `stats.crossed`: where it holds 0, new seeds and images might turn
-    the order round.
-    """
-    if not first or _reach((*first, *second)) < max(fractions):
-        return None
-    pairs = zip(first, second, strict=True)
-    return stats.crossed([(_answers(one, fractions) - _answers(other, fractions)).mean(axis=1) for one, other in pairs])
 
 
 def _reach(curves: Sequence[Curve]) -> float:
@@ -153,31 +147,27 @@ def _answers(curve: Curve, fractions: Sequence[float]) -> NDArray[np.float64]:
     return np.asarray(curve.correct[order].T @ np.array(weights))
 
 
-def lossless(curves: Sequence[Curve], margin: float) -> NDArray[np.float64]:
-    """(S, 2) for each seed's curve how far it is shown to go without loss: the fraction there, and the units removed.
+def lossless(curves: Sequence[Curve], margin: float, *, level: float = 0.975) -> float:
+    """The ratio asked for up to which the cut of every seed is shown to lose at most `margin`; 0.0 where the first is
+    not.
 
-    It is the last measured cut up to which every one passes `stats.not_lower` against the dense network, paired over
-    images, at 97.5 %, one-sided; 0 where the first fails. A bound and no estimate: the largest cut that loses no more
-    than `margin` is at least there in 97.5 % of test sets, and the more images, the nearer. Nothing is interpolated.
+    Cuts are tried from the smallest to the largest, each against the dense network on the same images, by
+    `stats.shown_up_to` at `level`, one-sided. A bound and no estimate: in a share of `level` of test sets a cut that
+    loses more than `margin` is not named, and the more images, the nearer the bound comes. Nothing is interpolated.
 
-    Raises UsageError for a margin outside (0, 1).
+    Raises UsageError for a margin outside (0, 1), or curves of other ratios.
     """
-    found = []
-    for curve in curves:
-        dense, *order = np.argsort(curve.n_removed, kind="stable")
-        change = curve.correct[order].astype(np.int8) - curve.correct[dense].astype(np.int8)
-        gained, lost = (change > 0).sum(axis=1), (change < 0).sum(axis=1)
-        last = [dense, *order][stats.shown_up_to(gained, lost, change.shape[1], margin) if len(order) else 0]
-        found.append([curve.fraction[last], curve.n_removed[last]])
-    return np.array(found, dtype=np.float64)
-
-
-def cautions(n_images: int, margin: float) -> list[str]:
-    """A sentence where so few test images can't show a margin, whatever the network answers."""
-    least = stats.least_images(margin)
-    if n_images >= least:
-        return []
-    return [
-        f"{n_images} test images cannot show that accuracy is at most {100 * margin:g} points lower, not even with "
-        f"equal answers: that takes {least} images or a larger --margin"
-    ]
+    asked = [np.flatnonzero(~np.isnan(curve.ratio)) for curve in curves]
+    ratios = curves[0].ratio[asked[0]]
+    if any(not np.array_equal(curve.ratio[rows], ratios) for curve, rows in zip(curves, asked, strict=True)):
+        raise UsageError("the seeds' curves were measured at different ratios: measure them again")
+    change = np.stack(
+        [
+            curve.correct[rows[1:]].astype(np.int8) - curve.correct[rows[0]].astype(np.int8)
+            for curve, rows in zip(curves, asked, strict=True)
+        ],
+        axis=1,
+    )  # (L, S, B)
+    gained, lost = (change > 0).sum(axis=2), (change < 0).sum(axis=2)
+    n_shown = stats.shown_up_to(gained, lost, change.shape[2], margin, level=level) if len(change) else 0
+    return float(ratios[n_shown])

@@ -35,9 +35,19 @@ def p_value(p: float | None) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
+def points(share: float) -> str:
+    """0.01 is 1 point, 0.025 is 2.5 points."""
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
+
+
+def several(n: int, noun: str, plural: str = "") -> str:
+    """1 seed, 2 seeds, 1,000 images, 3 criteria."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
 def seeds(n: int) -> str:
     """1 seed, 2 seeds."""
-    return f"{n} seed{'s' if n > 1 else ''}"
+    return several(n, "seed")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -173,7 +173,7 @@ def opened(asked: Audit) -> list[Network]:
                 series=series,
                 ratio=ratio,
                 trained=trained,
-                chance=batch.objective.chance(loaded.n_classes),
+                chance=batch.objective.chance(batch.target),
                 class_names=images.class_names,
                 identity={
                     "spec": loaded.spec,

@@ -39,12 +39,31 @@ class Contender:
     @cached_property
     def sauce(self) -> Interval:
         """For new seeds and new test images."""
-        return crossed(self.areas())
+        return crossed(self.areas(), bounds=(0, 100))
 
     @property
     def reach(self) -> float:
         """The largest fraction that every seed measured."""
         return float(min(curve.fraction.max() for curve in self.curves))
+
+    def rows(self, ratio: float) -> list[int]:
+        """The point of each seed's curve at a ratio asked for, the nearest."""
+        return [int(np.nanargmin(np.abs(curve.ratio - ratio))) for curve in self.curves]
+
+    def at(self, ratio: float) -> dict[str, Any]:
+        """What is gone and what is left at a ratio asked for, over the seeds: of units, parameters and FLOPs the mean,
+        of accuracy the mean with its interval for new seeds and new images."""
+        rows = self.rows(ratio)
+        pairs = list(zip(self.curves, rows, strict=True))
+        dense = self.curves[0].flops[0]
+        right = crossed([curve.correct[row] for curve, row in pairs], bounds=(0, 1))
+        return {
+            "ratio_asked": ratio,
+            "units_removed": float(np.mean([curve.n_removed[row] for curve, row in pairs])) / self.plans[0].n_units,
+            "removed": float(np.mean([curve.fraction[row] for curve, row in pairs])),
+            "flops_removed": float(1 - np.mean([curve.flops[row] for curve, row in pairs]) / dense) if dense else None,
+            "accuracy": right,
+        }
 
 
 def name_of(criterion: str, sampling: str) -> str:
@@ -107,6 +126,9 @@ def save_curve(desk: Desk, curve: Curve) -> None:
         "ratio": curve.ratio.astype(np.float64),
         "n_removed": curve.n_removed.astype(np.int64),
         "fraction": curve.fraction.astype(np.float64),
+        "flops": curve.flops.astype(np.int64),
+        "answer": curve.answer.astype(np.int32),
+        "target": curve.target.astype(np.int32),
         "correct": np.packbits(curve.correct.astype(bool), axis=1),
         "image_ids": np.array(curve.image_ids, dtype=np.str_),
     }
@@ -117,4 +139,5 @@ def curve_of(record: Record) -> Curve:
     arrays = record.arrays("curve")
     image_ids = tuple(arrays["image_ids"].tolist())
     correct = np.unpackbits(arrays["correct"], axis=1, count=len(image_ids)).astype(bool)
-    return Curve(arrays["ratio"], arrays["n_removed"], arrays["fraction"], correct, image_ids)
+    names = "ratio", "n_removed", "fraction", "flops", "answer", "target"
+    return Curve(**{name: arrays[name] for name in names}, correct=correct, image_ids=image_ids)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sukashi.core.types import Curve
+from sukashi.experiments.compare import verdict
 from sukashi.experiments.compare.contenders import Contender, contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.workspace import Workspace
@@ -30,7 +33,10 @@ def page(result: CompareResult, space: Workspace) -> Page:
     of_criterion = {name: COLOURS.get(name) or next(others) for name in sorted({one.criterion for one in found})}
     colours = {one.name: of_criterion[one.criterion] for one in found}
     with_categories = {one.name: one.plans for one in found if has_categories(one.plans)}
-    drawn = {"curves": _draw_curves(found, colours, REMOVED[result.mode])}
+    drawn = {
+        "curves": _draw_curves(found, colours, REMOVED[result.mode], units=False),
+        **({"units": _draw_curves(found, colours, "units removed", units=True)} if result.mode == "cut" else {}),
+    }
     if with_categories:
         drawn["categories"] = draw_categories(with_categories)
     leader = result.contenders[0]
@@ -45,20 +51,20 @@ def page(result: CompareResult, space: Workspace) -> Page:
             "removed": REMOVED[result.mode],
             "fractions": THRESHOLDS,
             "differences": [pair for pair in result.differences if pair["first"] == leader],
-            "n_pairs": len(result.differences),
-            "margin": f"{100 * next(iter(result.lossless.values()))['margin']:g}",
+            "pairs": verdict.pairs_of(len(result.differences)),
+            "lower": words.points(result.margin),
+            "faster": verdict.faster(result.speed),
             "costs": cost_table(
                 result.costs,
                 result.latency,
                 "The network cut for real beside the dense one, with half of the units removed.",
             ),
-            "worst": result.worst_classes,
             "settings": {
                 **dict(words.flat(space.identity)),
                 "seeds finished": ", ".join(map(str, sorted({seed for one in found for seed in one.seeds}))),
                 "test images": f"{result.n_images:,}",
                 "dense accuracy": words.percent(result.dense_accuracy),
-                "chance": words.percent(result.chance),
+                "the largest class alone": words.percent(result.chance),
             },
             "mode": MODES[result.mode],
             "run": (space.logged("run") or [{}])[-1],
@@ -66,15 +72,22 @@ def page(result: CompareResult, space: Workspace) -> Page:
     )
 
 
-def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed: str) -> bytes:
+def _by_units(curve: Curve, n_units: int) -> Curve:
+    """The same curve against the share of units."""
+    return replace(curve, fraction=curve.n_removed / n_units)
+
+
+def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed: str, *, units: bool) -> bytes:
+    """Accuracy against what is gone, of units or of what the curves count. Two seeds bound nothing: their points."""
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     axes = figure.subplots()
     result = found[0].results[0]
     figures.level(axes, result["dense_accuracy"], "dense", "--")
-    figures.level(axes, result["chance"], "chance", ":")
+    figures.level(axes, result["chance"], "one answer for all", ":")
     for one in reversed(found):  # the best is drawn last, on top
-        fractions = np.linspace(0, one.reach, 101)
-        line = [found for found in curves.at(one.curves, fractions.tolist()) if found is not None]
+        drawn = [_by_units(curve, one.plans[0].n_units) if units else curve for curve in one.curves]
+        fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
+        line = [found for found in curves.at(drawn, fractions.tolist()) if found is not None]
         mean = one.sauce.mean
         axes.plot(
             fractions,
@@ -84,10 +97,14 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
             linewidth=1.8,
             label=f"{one.name}  {mean:.1f}",
         )
-        low, high = ([getattr(point, name) for point in line] for name in ("low", "high"))
-        axes.fill_between(fractions, low, high, color=colours[one.name], alpha=0.15, linewidth=0)
-        for curve in one.curves:
+        if len(drawn) != 2:
+            low, high = ([getattr(point, name) for point in line] for name in ("low", "high"))
+            axes.fill_between(fractions, low, high, color=colours[one.name], alpha=0.15, linewidth=0)
+        for curve in drawn:
             after_pass = np.isnan(curve.ratio)
+            if len(drawn) == 2:
+                points = curve.fraction[~after_pass], curve.accuracy[~after_pass]
+                axes.plot(*points, linestyle="", marker=".", markersize=4, color=colours[one.name], alpha=0.6)
             axes.plot(
                 curve.fraction[after_pass],
                 curve.accuracy[after_pass],

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from sukashi.core import progress
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
@@ -18,13 +16,15 @@ from sukashi.criteria.calibration import SAMPLINGS, check_sampling
 from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
-from sukashi.experiments.compare.contenders import name_of, refused, save_curve
+from sukashi.experiments.compare import verdict
+from sukashi.experiments.compare.contenders import contenders, name_of, refused, save_curve
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.reading import Reading
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import cost, curves
-from sukashi.measures.accuracy import by_class
 
 LATENCY_BATCH = 32
+SPEED_BATCHES = 1, 32
 
 
 def prepare(settings: Compare) -> Prepared:
@@ -61,11 +61,16 @@ def prepare(settings: Compare) -> Prepared:
     return Prepared(
         setting.identity(settings, ratios=ratios, options=options),
         trials,
-        shown={"margin": settings.margin},
+        shown={"margin": settings.margin, "reading": _as_typed(settings)},
         log={"versions": versions(), "hardware": hardware(setting.device)},
         before=partial(_try_samplings, setting),
         after=partial(_conclude, setting, settings),
     )
+
+
+def _as_typed(settings: Compare) -> dict[str, Any]:
+    """How model and data were named, for the commands that a page recommends."""
+    return settings.model_dump(mode="json", exclude_unset=True, include=set(Reading.model_fields))
 
 
 def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
@@ -121,19 +126,15 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     test = setting.test()
     curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
     save_curve(desk, curve)
-    n_classes, objective = setting.data.n_classes, test.objective
-    dense = curve.correct[int(np.argmin(curve.n_removed))]
-    chance = objective.chance(setting.loaded.n_classes)
+    dense, chance = curve.correct[0], test.objective.chance(test.target)
     desk.finish(
         {
             "mode": mode,
             "sauce": curves.sauce(curve.fraction, curve.accuracy, chance),
             "relative_sauce": curves.sauce(curve.fraction, curve.accuracy, chance, relative=True),
-            "dense_accuracy": float(curve.accuracy[int(np.argmin(curve.n_removed))]),
+            "dense_accuracy": float(dense.mean()),
             "chance": chance,
             "class_names": list(setting.data.class_names),
-            "class_counts": objective.counts(test.target, n_classes).tolist(),
-            "class_accuracy": [by_class(row, objective.classes(test.target), n_classes) for row in curve.correct],
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "n_evaluations": plan.n_evaluations,
@@ -155,6 +156,7 @@ def _conclude(setting: Bench, settings: Compare, space: Workspace) -> None:
             )
     if settings.mode == "cut":
         _time(setting, space)
+        _time_advised(setting, settings, space)
 
 
 def _time(setting: Bench, space: Workspace) -> None:
@@ -176,3 +178,21 @@ def _time(setting: Bench, space: Workspace) -> None:
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
             space.log("latency", contender=name, seed=seed, dense_ms=dense, cut_ms=cut)
             shown.advance(note=name)
+
+
+def _time_advised(setting: Bench, settings: Compare, space: Workspace) -> None:
+    """Log the latency of the network that the verdict advises, of one image and of many, unless an earlier run did."""
+    found = contenders(space)
+    ratios = verdict.furthest(found, settings.margin)
+    best = verdict.advised(found, ratios)
+    if best is None or verdict.speed_of(space, best, ratios[best.name]):
+        return
+    plan = plan_of(plan_arrays(best.plans[0]), setting.found.sites)
+    small = pruning.cut(setting.loaded, plan.mask(ratios[best.name]))
+    with progress.task("latency of the advised cut", len(SPEED_BATCHES)) as shown:
+        for size in SPEED_BATCHES:
+            batch = setting.example[:1].repeat(size, 1, 1, 1)
+            dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
+            said = {"contender": best.name, "ratio": ratios[best.name], "batch_size": size}
+            space.log("speed", **said, dense_ms=dense, cut_ms=cut, hardware=hardware(setting.device))
+            shown.advance()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sukashi.core import stats
 from sukashi.core.experiment import Result
-from sukashi.core.stats import holm, interval
+from sukashi.core.stats import holm
+from sukashi.experiments.compare import verdict
 from sukashi.experiments.compare.contenders import Contender, contenders, refused
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import curves
 from sukashi.report import networks, words
+
+_GONE = ("units", "parameters", "FLOPs")
 
 Bounds = dict[str, Any]  # {"mean", "low", "high", "n"}, low and high None where one value bounds nothing
 
@@ -24,12 +28,16 @@ class CompareResult(Result):
 
     contenders      best mean SAUCE first; the dictionaries are by contender
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
+    chance          what one answer for all images gets right at best: the share of the largest class
     sauce, relative_sauce   100 times the area under accuracy; intervals are for new seeds and new test images
     evaluations     how often a criterion asked what one image comes to without one unit, mean over seeds; 0 for those
                     that do not ask
-    lossless        up to where every cut is shown to lose at most `margin`, a bound: {"margin", "parameters_removed"
-                    (None in mode zero), "units_removed"}, each {"mean", "least", "most", "n"} over the seeds, see
-                    `measures.curves.lossless`
+    lossless        up to where every seed's cut is shown to lose at most `margin`, a bound, see `curves.lossless`: a
+                    point as in `levels`
+    advice          the furthest of these, and `command`, which makes that network; None where none is shown
+    speed           what a clock decides of that network, {images at once: dense_ms, cut_ms, factor, low, high}
+    levels          of each ratio asked for, over seeds: units_removed, parameters_removed (None in mode zero),
+                    flops_removed, accuracy {"mean", "low", "high", "n"}
     accuracy_at     at 0.15, 0.3, 0.5 and 0.7 of what `removes` says; None where no trial went that far
     measured_up_to  the largest fraction that every seed measured
     differences     of SAUCE between pairs, the better first, paired by seed and image: mean, low, high, n, p, p_holm
@@ -38,13 +46,15 @@ class CompareResult(Result):
     costs           parameters, FLOPs, bytes of the dense network and with half of the units gone
     latency         what a clock decides, of the network with half of the units gone: the medians dense_ms and cut_ms
                     and the factor between them, low to high, both networks timed in turns
-    worst_classes   where the leader's cut of half of the units lost most
+    classes         of the advised cut, or else the leader's of half of the units: of each class with two test images or
+                    more its sensitivity before and after, the largest loss first, and whether it `fell`
 
-    `verdict` says who leads, `rule` what decided that.
+    `verdict` says how far one may cut and with what, `lines` what to do with that, how fast it is and who leads, `rule`
+    what decided that.
     """
 
     kind: ClassVar[str] = "compare"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "speed")
 
     model: str
     data: str
@@ -59,7 +69,11 @@ class CompareResult(Result):
     sauces: dict[str, list[float]]
     relative_sauce: dict[str, Bounds]
     evaluations: dict[str, float]
+    margin: float
     lossless: dict[str, dict[str, Any]]
+    advice: dict[str, Any] | None
+    speed: dict[str, dict[str, Any]]
+    levels: dict[str, list[dict[str, Any]]]
     accuracy_at: dict[str, dict[str, Bounds | None]]
     measured_up_to: dict[str, float]
     differences: list[dict[str, Any]]
@@ -68,36 +82,38 @@ class CompareResult(Result):
     pass_means: dict[str, list[dict[str, Any]]]
     costs: dict[str, dict[str, Any]]
     latency: dict[str, dict[str, float]]
-    worst_classes: dict[str, Any] | None
+    classes: dict[str, Any]
     refused: dict[str, str]
     verdict: str
+    lines: list[str]
     rule: str
     notes: list[str]
 
     def text(self) -> str:
-        margin = next(iter(self.lossless.values()))["margin"]
-        header = ["criterion", "SAUCE", "95 % interval", f"lossless ({100 * margin:g} points) up to at least"]
+        header = ["criterion", "SAUCE", "95 % interval", f"{words.points(self.margin)} lower at most, up to", *_GONE]
         found = []
         for name in self.contenders:
-            sauce, free = self.sauce[name], self.lossless[name]["removed"]
-            passes = self.pass_means.get(name, [])
-            said = ", ".join(f"{of['removed']['mean']:.2f} -> {of['accuracy']['mean']:.3f}" for of in passes[:4])
+            sauce, free = self.sauce[name], self.lossless[name]
+            gone = [free[key] for key in ("units_removed", "parameters_removed", "flops_removed")]
             found.append(
                 [
                     *(name, f"{sauce['mean']:.1f}", f"{sauce['low']:.1f} to {sauce['high']:.1f}"),
-                    f"{free['mean']:.1%}"
-                    + (f" ({free['least']:.1%} to {free['most']:.1%})" if free["least"] < free["most"] else ""),
+                    f"--ratio {free['ratio_asked']:g}" if free["ratio_asked"] else "nowhere",
+                    *(words.printed(share if free["ratio_asked"] else None, "percent") for share in gone),
                     f"{self.evaluations[name]:,.0f}",
-                    said + (", ..." if len(passes) > 4 else ""),
                 ]
             )
         return "\n".join(
             [
-                words.table([*header, "image evaluations", "after each pass: removed -> accuracy"], found),
+                words.table([*header, "image evaluations"], found),
                 "",
-                f"dense accuracy {self.dense_accuracy:.3f}",
+                f"dense accuracy {words.percent(self.dense_accuracy)} on {words.several(self.n_images, 'test image')}",
                 *(f"note: {note}" for note in [*self.notes, *networks.slower(self.latency)]),
                 *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
+                "",
+                self.verdict,
+                *([f"    {self.advice['command']}"] if self.advice else []),
+                *filter(None, [verdict.faster(self.speed), *self.lines, self.rule]),
                 *words.where(self),
             ]
         )
@@ -131,8 +147,12 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
     leader, identity = found[0], space.identity
     margin = space.shown["margin"] if margin is None else margin
     pairs = _pairs(found)
-    verdict, rule = _verdict(found, pairs)
     mode, n_images = identity["mode"], len(leader.curves[0].image_ids)
+    ratios = verdict.furthest(found, margin)
+    best = verdict.advised(found, ratios)
+    said, todo = verdict.headline(found, best, ratios[best.name] if best else 0.0, margin, mode)
+    leads, rule = verdict.who_leads(found, pairs)
+    levels = {one.name: [_level(one, ratio, mode) for ratio in identity["ratios"]] for one in found}
     return CompareResult(
         model=identity["model"]["spec"],
         data=identity["data"]["spec"],
@@ -147,7 +167,11 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         sauces={one.name: [float(result["sauce"]) for result in one.results] for one in found},
         relative_sauce={one.name: _bounds(stats.crossed(one.areas(relative=True))) for one in found},
         evaluations={one.name: float(np.mean([result["n_evaluations"] for result in one.results])) for one in found},
-        lossless={one.name: _lossless(one, margin, mode) for one in found},
+        margin=margin,
+        lossless={one.name: _level(one, ratios[one.name], mode) for one in found},
+        advice=_advice(space, best, ratios, mode),
+        speed=verdict.speed_of(space, best, ratios[best.name]) if best else {},
+        levels=levels,
         accuracy_at={
             one.name: {
                 f"{fraction:g}": None if at is None else _bounds(at)
@@ -162,11 +186,12 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         pass_means={one.name: means for one in found if (means := _pass_means(one))},
         costs=_costs(found),
         latency=_latency(space, found),
-        worst_classes=_worst(leader),
+        classes=_classes(best or leader, ratios[best.name] if best else 0.5),
         refused=refused(space),
-        verdict=verdict,
+        verdict=said,
+        lines=[*todo, leads],
         rule=rule,
-        notes=[*_notes(space, found), *curves.cautions(n_images, margin)],
+        notes=_notes(space, found),
     )
 
 
@@ -188,50 +213,6 @@ def _pairs(found: Sequence[Contender]) -> list[dict[str, Any]]:
     return [{**pair, "p_holm": p} for pair, p in zip(pairs, corrected, strict=True)]
 
 
-def _verdict(found: Sequence[Contender], pairs: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """What the study says, in one sentence, and the rule that decided it."""
-    leader, name, best = found[0], found[0].name, found[0].sauce
-    if len(found) == 1:
-        return (
-            f"{name} reaches a SAUCE of {best.mean:.1f} ({words.seeds(best.n)}).",
-            "There is no other criterion beside it.",
-        )
-    against = [pair for pair in pairs if pair["first"] == name]
-    if len(against) < len(found) - 1:
-        lone = next(one.name for one in found[1:] if one.name not in [pair["second"] for pair in against])
-        return (
-            f"Nothing can be said yet: {name} and {lone} have no seed in common.",
-            "Criteria are compared seed by seed; let the study finish.",
-        )
-    runner = min(against, key=lambda pair: float(pair["mean"]))
-    gap, second = runner["mean"], runner["second"]
-    if runner["n"] == 1 or leader.sauce.n == 1:
-        return (
-            f"{name} has the highest SAUCE, {best.mean:.1f}, {gap:.1f} above {second}; "
-            "with one seed nothing says whether another seed would agree.",
-            "Rule: a criterion leads when a test over seeds and images separates it from every other one. "
-            "Give --seeds 5 for a verdict.",
-        )
-    rule = (
-        "Rule: the criterion with the highest mean SAUCE leads when a t test paired by seed and image separates it "
-        f"from every other one (p < 0.05 after Holm's correction over all {len(pairs)} pairs)."
-    )
-    span = f"95% interval {runner['low']:.1f} to {runner['high']:.1f}, paired over {words.seeds(runner['n'])}"
-    open_ = [pair for pair in against if pair["p_holm"] >= 0.05]
-    if not open_:
-        worst = max(pair["p_holm"] for pair in against)
-        return (
-            f"{name} leads: SAUCE {best.mean:.1f}, {gap:.1f} above {second}, the next best ({span}).",
-            f"{rule} The largest of its p-values is {words.p_value(worst)}.",
-        )
-    rivals = words.listed([pair["second"] for pair in open_])
-    return (
-        f"No criterion leads: {name} has the highest mean SAUCE, {best.mean:.1f}, but seeds and images do not "
-        f"separate it from {rivals} ({second}: {gap:.1f} lower, {span}).",
-        rule,
-    )
-
-
 def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
     told = []
     n_finished = len(space.records())
@@ -248,17 +229,31 @@ def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
                 "there to chance."
             )
         told += [note for result in one.results for note in result["notes"]]
+    told += [f"{words.listed(names)} are equal on every seed, so that one hides the other" for names in _equal(found)]
     return list(dict.fromkeys(told))
 
 
-def _lossless(one: Contender, margin: float, mode: str) -> dict[str, Any]:
-    """What `curves.lossless` finds: of what is removed on the curves' axis, and of units."""
-    found = curves.lossless(one.curves, margin) / [1, one.plans[0].n_units]
-    removed, units = (
-        {"mean": float(of.mean()), "least": float(of.min()), "most": float(of.max()), "n": len(of)} for of in found.T
-    )
-    parameters = removed if mode == "cut" else None
-    return {"margin": margin, "removed": removed, "parameters_removed": parameters, "units_removed": units}
+def _equal(found: Sequence[Contender]) -> list[list[str]]:
+    """Contenders whose networks give equal answers everywhere, together."""
+    alike: dict[bytes, list[str]] = {}
+    for one in found:
+        same = b"".join(curve.answer[~np.isnan(curve.ratio)].tobytes() for curve in one.curves)
+        alike.setdefault(same, []).append(one.name)
+    return [names for names in alike.values() if len(names) > 1]
+
+
+def _level(one: Contender, ratio: float, mode: str) -> dict[str, Any]:
+    at = one.at(ratio)
+    parameters = at["removed"] if mode == "cut" else None
+    return at | {"parameters_removed": parameters, "accuracy": _bounds(at["accuracy"])}
+
+
+def _advice(space: Workspace, best: Contender | None, ratios: Mapping[str, float], mode: str) -> dict[str, Any] | None:
+    if best is None:
+        return None
+    ratio = ratios[best.name]
+    said = {"contender": best.name, "command": verdict.command(space, best, ratio)}
+    return said | _level(best, ratio, mode)
 
 
 def _points(one: Contender, mode: str, *, passes: bool) -> list[list[dict[str, Any]]]:
@@ -270,6 +265,7 @@ def _points(one: Contender, mode: str, *, passes: bool) -> list[list[dict[str, A
                 "removed": float(curve.fraction[row]),
                 "units_removed": int(curve.n_removed[row]) / plan.n_units,
                 "parameters_removed": float(curve.fraction[row]) if mode == "cut" else None,
+                "flops_removed": float(1 - curve.flops[row] / curve.flops[0]) if curve.flops[0] else None,
                 "accuracy": float(curve.accuracy[row]),
             }
             for row in np.flatnonzero(np.isnan(curve.ratio) == passes)
@@ -283,14 +279,29 @@ def _pass_means(one: Contender) -> list[dict[str, Any]]:
     by_seed = []
     for curve in one.curves:
         passed = np.flatnonzero(np.isnan(curve.ratio))
-        passed = passed[np.argsort(curve.n_removed[passed], kind="stable")]
-        by_seed.append([(curve.n_removed[row], curve.fraction[row], curve.accuracy[row]) for row in passed])
+        by_seed.append(passed[np.argsort(curve.n_removed[passed], kind="stable")])
     found = []
     for number in range(max(map(len, by_seed))):
-        points = np.array([points[number] for points in by_seed if len(points) > number], dtype=np.float64)
-        units, removed, right = (_bounds(interval(points[:, column])) for column in range(3))
-        found.append({"number": number + 1, "n_units_removed": units, "removed": removed, "accuracy": right})
+        points = [(curve, rows[number]) for curve, rows in zip(one.curves, by_seed, strict=True) if len(rows) > number]
+        units, removed = (
+            np.array([getattr(curve, name)[row] for curve, row in points], dtype=np.float64)
+            for name in ("n_removed", "fraction")
+        )
+        right = stats.crossed([curve.correct[row] for curve, row in points], bounds=(0, 1))
+        found.append(
+            {
+                "number": number + 1,
+                "n_units_removed": _span(units),
+                "units_removed": _span(units / one.plans[0].n_units),
+                "removed": _span(removed),
+                "accuracy": _bounds(right),
+            }
+        )
     return found
+
+
+def _span(values: NDArray[np.float64]) -> dict[str, Any]:
+    return {"mean": float(values.mean()), "least": float(values.min()), "most": float(values.max()), "n": len(values)}
 
 
 def _costs(found: Sequence[Contender]) -> dict[str, dict[str, Any]]:
@@ -313,14 +324,18 @@ def _latency(space: Workspace, found: Sequence[Contender]) -> dict[str, dict[str
     return {name: networks.timed(of) for name, of in turns.items() if of}
 
 
-def _worst(one: Contender) -> dict[str, Any] | None:
-    """The classes that lost most where half of the units are gone (the point nearest to it), mean over seeds."""
-    dense, cut = [], []
-    for curve, result in zip(one.curves, one.results, strict=True):
-        table = np.array(result["class_accuracy"], dtype=np.float64)  # None, a class without images, becomes NaN
-        dense.append(table[int(np.argmin(curve.n_removed))])
-        cut.append(table[int(np.nanargmin(np.abs(curve.ratio - 0.5)))])
-    point = int(np.nanargmin(np.abs(one.curves[0].ratio - 0.5)))
-    where = f"{one.name} with {words.percent(one.curves[0].ratio[point])} of the units removed"
-    lost = networks.worst_classes(one.results[0], np.mean(dense, axis=0), np.mean(cut, axis=0))
-    return {"where": where, "what": "cut", "rows": lost}
+def _classes(one: Contender, ratio: float) -> dict[str, Any]:
+    """What became of each class at a ratio, over the seeds."""
+    at = one.at(ratio)
+    names = one.results[0]["class_names"]
+    rows = [
+        {
+            "name": names[change.number],
+            "n": change.n_images,
+            "dense": _bounds(change.dense),
+            "cut": _bounds(change.cut),
+            "fell": change.fell,
+        }
+        for change in verdict.changes(one, ratio)
+    ]
+    return {"contender": one.name, "ratio_asked": ratio, "units_removed": at["units_removed"], "rows": rows}

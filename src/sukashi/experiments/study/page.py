@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sukashi.experiments.compare.page import REMOVED
-from sukashi.experiments.study.summary import StudyResult
+from sukashi.experiments.study.summary import StudyResult, so
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures.curves import THRESHOLDS
+from sukashi.report import words
 from sukashi.report.networks import MODES
 from sukashi.report.page import Page
 
@@ -13,17 +17,29 @@ from sukashi.report.page import Page
 def page(result: StudyResult, space: Workspace) -> Page:
     modes = {found["mode"] for found in result.experiments.values() if found["kind"] == "compare"}
     mode = modes.pop() if len(modes) == 1 else "cut"
+    drawn = {name: space.folder / name / "figures" / "curves.png" for name in result.experiments}
     return Page(
         "experiments/study/page.html.j2",
-        {},
+        {name: path.read_bytes() for name, path in drawn.items() if path.is_file()},
         {
             "result": result,
+            "so": so,
+            "points_of": words.points,
             "title": ", ".join(result.experiments),
             "warnings": [],
             "fractions": [f"{fraction:g}" for fraction in THRESHOLDS],
             "removed": REMOVED[mode],
             "mode": MODES[mode],
-            "settings": {name: found["kind"] for name, found in result.experiments.items()},
+            "settings": {name: _told(found) for name, found in result.experiments.items()},
             "run": (space.logged("run") or [{}])[-1],
         },
     )
+
+
+def _told(found: Mapping[str, Any]) -> str:
+    """What kind of experiment it is, of how many seeds and images."""
+    seeds = found.get("seeds")
+    n_seeds = max(map(len, seeds.values()), default=0) if isinstance(seeds, Mapping) else seeds
+    parts = [found["kind"], words.seeds(n_seeds) if isinstance(n_seeds, int) else ""]
+    parts.append(words.several(found["n_images"], "test image") if found.get("n_images") else "")
+    return ", ".join(filter(None, parts))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
+import numpy as np
+
+from sukashi.core import stats
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.experiments.compare.contenders import contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import summarised
 from sukashi.experiments.workspace import Workspace
-from sukashi.measures import curves
 from sukashi.report import words
 
 
@@ -18,8 +22,8 @@ class StudyResult(Result):
     """Several experiments: what each found, by name, as its results.json has it, with its `kind`.
 
     verdicts, texts   of each what its page and its command say, times included
-    pairs   differences of two contenders' mean accuracy over the fractions of `accuracy_at`, first minus second: of
-            each compared model mean, low and high, None where not both were measured that far
+    pairs   differences of two contenders' SAUCE, first minus second, in each compared model: mean, low, high, n, p and
+            p_holm, corrected over all of the study's pairs; None where they share no seed
     """
 
     kind: ClassVar[str] = "study"
@@ -35,10 +39,12 @@ class StudyResult(Result):
     def text(self) -> str:
         parts = [f"{name}\n\n{text}\n" for name, text in self.texts.items()]
         for pair in self.pairs:
-            said = "not measured that far"
+            said = "no seed in common"
             if pair["mean"] is not None:
-                low, high = 100 * pair["low"], 100 * pair["high"]
-                said = f"{100 * pair['mean']:+.1f} points, 95 % interval {low:.1f} to {high:.1f}"
+                said = (
+                    f"{pair['mean']:+.1f} of SAUCE, 95 % interval {pair['low']:.1f} to {pair['high']:.1f}, p "
+                    f"{words.p_value(pair['p_holm'])} (Holm): {so(pair)}"
+                )
             parts.append(f"{pair['model']}: {pair['first']} minus {pair['second']}: {said}")
         return "\n".join([*parts, *words.where(self)])
 
@@ -64,6 +70,9 @@ def summary(space: Workspace) -> StudyResult:
         if isinstance(result, CompareResult)
         for first, second in space.shown["pairs"]
     ]
+    tested = [pair for pair in pairs if pair["mean"] is not None]
+    for pair, corrected in zip(tested, stats.holm([pair["p"] for pair in tested]).tolist(), strict=True):
+        pair["p_holm"] = corrected
     return StudyResult(
         title=space.shown["title"],
         experiments={name: {"kind": result.kind, **_kept(result)} for name, result in found.items()},
@@ -78,16 +87,22 @@ def _kept(result: Result) -> dict[str, Any]:
     return {name: value for name, value in result.to_json().items() if name not in result.of_call}
 
 
+def so(pair: Mapping[str, Any]) -> str:
+    """What a pair's difference says of its first, by the rule of a comparison: p < 0.05 after Holm's correction."""
+    if pair["p_holm"] >= 0.05:
+        return "not separated"
+    return "better" if pair["mean"] > 0 else "worse"
+
+
 def _pair(model: str, space: Workspace, first: str, second: str) -> dict[str, Any]:
     by_name = {one.name: one for one in contenders(Workspace(space.folder / model))}
     about: dict[str, Any] = {"model": model, "first": first, "second": second}
-    by_seed = [
-        dict(zip(by_name[name].seeds, by_name[name].curves, strict=True)) if name in by_name else {}
+    areas = [
+        dict(zip(by_name[name].seeds, by_name[name].areas(), strict=True)) if name in by_name else {}
         for name in (first, second)
     ]
-    seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
-    one, other = ([of[seed] for seed in seeds] for of in by_seed)
-    found = curves.difference(one, other, curves.THRESHOLDS)
-    if found is None:
-        return {**about, "mean": None, "low": None, "high": None}
-    return {**about, "mean": found.mean, "low": found.low, "high": found.high}
+    seeds = sorted(set(areas[0]) & set(areas[1]))
+    if not seeds:
+        return about | dict.fromkeys(("mean", "low", "high", "n", "p", "p_holm"))
+    between = np.stack([areas[0][seed] - areas[1][seed] for seed in seeds])
+    return about | asdict(stats.crossed(between)) | {"p": stats.crossed_test(between), "p_holm": None}

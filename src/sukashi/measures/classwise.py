@@ -1,0 +1,129 @@
+"""What a classifier does class by class: whom it finds, whom it takes for another, how sure it is.
+
+Every figure comes from single images: `answer` (B,) is the class that each is given (-1 for one that the data does not
+have), `target` (B,) the class it has, both numbered in [0, n_classes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sukashi.core.stats import Interval, crossed, score, share
+
+Array = NDArray[np.float64]
+
+N_BINS = 15  # of confidence, as in Guo et al. 2017
+FALL = 0.1  # ten points: less of a class is no headline
+
+
+def confusion(answer: NDArray[Any], target: NDArray[Any], n_classes: int) -> NDArray[np.int64]:
+    """(K, K + 1) how many images of each class (row) are given each class (column); the last column counts those that
+    are given a class the data does not have."""
+    cells = np.zeros((n_classes, n_classes + 1), dtype=np.int64)
+    np.add.at(cells, (target, np.where(answer < 0, n_classes, answer)), 1)
+    return cells
+
+
+def sensitivity(table: NDArray[np.int64]) -> list[Interval | None]:
+    """Of each class the share of its images that are found (recall), by Wilson; None for a class without images."""
+    return [share(int(row[k]), int(row.sum())) if row.sum() else None for k, row in enumerate(table)]
+
+
+def specificity(table: NDArray[np.int64]) -> list[Interval | None]:
+    """Of each class the share of the others' images that are not taken for it, by Wilson; None where all have it."""
+    found = []
+    for k, row in enumerate(table):
+        n = int(table.sum() - row.sum())
+        found.append(share(n - int(table[:, k].sum() - row[k]), n) if n else None)
+    return found
+
+
+def balanced_accuracy(table: NDArray[np.int64]) -> Interval:
+    """The mean sensitivity of the classes that have images, for new images of each class: 1 / K for one answer for all.
+
+    Its standard error is that of a mean of independent shares, sqrt(sum_k p_k (1 - p_k) / n_k) / K, and its bounds are
+    those of `stats.score` (with n = K^2 / sum_k 1 / n_k where no class has an error to show).
+    """
+    n = table.sum(axis=1)
+    present = n > 0
+    right = np.diag(table)[present] / n[present]
+    variance = (right * (1 - right) / n[present]).sum() / present.sum() ** 2
+    return score(float(right.mean()), float(variance), present.sum() ** 2 / (1 / n[present]).sum())
+
+
+def auc(probability: Array, target: NDArray[Any], n_classes: int) -> list[Interval | None]:
+    """Of each class the area under the ROC curve of its probability (B, K) against all others: how often an image of
+    the class is given more than an image of another, ties by half (Mann and Whitney).
+
+    Its variance is DeLong's (1988): var(V_pos) / n_pos + var(V_neg) / n_neg for V the share of the other side's images
+    that each image is on the right side of; bounds by `stats.score`. None where the class, or all else, has fewer than
+    two images.
+    """
+    found: list[Interval | None] = []
+    for k in range(n_classes):
+        own = target == k
+        n_own, n_other = int(own.sum()), int((~own).sum())
+        if min(n_own, n_other) < 2:
+            found.append(None)
+            continue
+        positive, negative = probability[own, k], probability[~own, k]
+        above = _placed(positive, negative)  # (n_own,) the share of others below each
+        below = 1 - _placed(negative, positive)
+        variance = above.var(ddof=1) / n_own + below.var(ddof=1) / n_other
+        found.append(score(float(above.mean()), float(variance), min(n_own, n_other)))
+    return found
+
+
+def _placed(values: Array, among: Array) -> Array:
+    """The share of `among` below each value, equal ones by half."""
+    ordered = np.sort(among)
+    both = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    return np.asarray(both / (2 * len(among)))
+
+
+def calibration(confidence: Array, correct: NDArray[Any]) -> tuple[Interval, float]:
+    """How much surer a network is than right: the mean over images of confidence less outcome, with a 95 % interval for
+    new images, above 0 where it is too sure; and the expected calibration error over 15 bins of confidence of equal
+    width, sum_b |sum over the bin of (confidence - outcome)| / B (Guo et al. 2017, eq. 3).
+
+    `confidence` (B,) is the probability of the class that each image is given. The calibration error of a network that
+    is never off is above 0 too, by the noise of its bins, and so has no interval here: compare it on the same images.
+    """
+    over = confidence - correct
+    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
+    error = np.abs(np.bincount(bins, weights=over, minlength=N_BINS)).sum() / len(over)
+    return crossed([over], bounds=(-1, 1)), float(error)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A class's sensitivity before and after: each a mean over seeds, with its interval for new seeds and images."""
+
+    number: int
+    n_images: int
+    dense: Interval
+    cut: Interval
+
+    @property
+    def fell(self) -> bool:
+        """Whether it fell by ten points or more, and the two intervals leave nothing in common."""
+        return bool(self.dense.mean - self.cut.mean >= FALL and self.cut.high < self.dense.low)
+
+
+def changes(dense: NDArray[Any], cut: NDArray[Any], target: NDArray[Any], n_classes: int) -> list[Change]:
+    """What became of each class with two images or more, the largest loss first.
+
+    `dense` and `cut` (S, B) say which images each seed's network gets right. Bounds hold for all classes together
+    (Bonferroni).
+    """
+    level, found = 1 - 0.05 / n_classes, []
+    for k in range(n_classes):
+        own = target == k
+        if own.sum() >= 2:
+            pair = (crossed(of[:, own], level=level, bounds=(0, 1)) for of in (dense, cut))
+            found.append(Change(k, int(own.sum()), *pair))
+    return sorted(found, key=lambda one: one.cut.mean - one.dense.mean)
