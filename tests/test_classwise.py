@@ -33,14 +33,24 @@ def test_sensitivity_and_specificity_are_shares_of_the_class_and_of_the_others()
 
 
 def test_balanced_accuracy_is_the_mean_of_the_sensitivities():
-    found = classwise.balanced_accuracy(classwise.confusion(ANSWER, TARGET, 4))
+    found = classwise.balanced_accuracy(ANSWER == TARGET, TARGET, 4)
     by_class = [np.mean(ANSWER[k == TARGET] == k) for k in range(3)]
     assert found.mean == pytest.approx(np.mean(by_class)), "a class without images is left out"
     assert 0 < found.low < found.mean < found.high < 1
-    one_for_all = classwise.balanced_accuracy(classwise.confusion(np.full(100, 2), TARGET, 3))
+    one_for_all = classwise.balanced_accuracy(TARGET == 2, TARGET, 3)
     assert one_for_all.mean == pytest.approx(1 / 3)
-    certain = classwise.balanced_accuracy(classwise.confusion(TARGET, TARGET, 3))
+    certain = classwise.balanced_accuracy(TARGET >= 0, TARGET, 3)
     assert 0.6 < certain.low < 0.9 < certain.high == 1, "four images of a class leave room for errors"
+
+
+def test_one_answer_for_all_is_a_guess_whatever_the_classes():
+    target = np.repeat([0, 1, 2], [25, 100, 100])
+    assert classwise.guesses(target == 1, target, 3), "44 % of these, and no more than its share"
+    fair = np.zeros(225, dtype=bool)
+    fair[[*range(20), *range(25, 60), *range(125, 160)]] = True
+    assert fair.mean() < 100 / 225, "fewer right than one answer for all"
+    assert not classwise.guesses(fair, target, 3), "but more of each class than that"
+    assert not classwise.guesses(target >= 0, target, 3)
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():

@@ -13,13 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
 from sukashi.core.schema import Settings, option
-from sukashi.core.stats import share
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import calibration, pruning
 from sukashi.criteria import criteria as registry
@@ -27,7 +27,7 @@ from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
 from sukashi.experiments.reading import Architecture, Opening, Reading
-from sukashi.measures import accuracy
+from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
 from sukashi.network import sites
 from sukashi.network.sites import Found
@@ -222,13 +222,14 @@ class Bench:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (own.mean, own.std))
         return f"images of {own.height} x {own.width} pixels, less a mean of {mean}, over a deviation of {std}"
 
-    def doubts(self, n_right: int, test: Batch) -> list[str]:
-        """A sentence where the network is not shown to know the classes of the test images at all."""
-        chance = test.objective.chance(test.target)
-        if self.source.untrained or share(n_right, len(test)).low > chance:
+    def doubts(self, correct: NDArray[Any], test: Batch) -> list[str]:
+        """A sentence where the network is not shown to know the classes of the test images at all; `correct` (B,) are
+        those that it gets right."""
+        if self.source.untrained or not classwise.guesses(correct, test.target.numpy(), self.data.n_classes):
             return []
+        chance = test.objective.chance(test.target)
         return [
-            f"before the cut {n_right / len(test):.1%} of {len(test)} test images are right, which is not shown to be "
+            f"before the cut {correct.mean():.1%} of {len(test)} test images are right, which is not shown to be "
             f"more than one answer for all gets right ({chance:.1%}), so that no figure here means much: was the "
             f"network trained on {self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
             f"{', ...' if self.data.n_classes > 4 else ''}? A model of your own says in its preprocess what it reads, "

@@ -42,17 +42,28 @@ def specificity(table: NDArray[np.int64]) -> list[Interval | None]:
     return found
 
 
-def balanced_accuracy(table: NDArray[np.int64]) -> Interval:
+def balanced_accuracy(right: NDArray[Any], target: NDArray[Any], n_classes: int) -> Interval:
     """The mean sensitivity of the classes that have images, for new images of each class: 1 / K for one answer for all.
 
-    Its standard error is that of a mean of independent shares, sqrt(sum_k p_k (1 - p_k) / n_k) / K, and its bounds are
-    those of `stats.score` (with n = K^2 / sum_k 1 / n_k where no class has an error to show).
+    `right` (B,) says which images are right. The standard error is that of a mean of independent shares,
+    sqrt(sum_k p_k (1 - p_k) / n_k) / K, and the bounds are those of `stats.score` (with n = K^2 / sum_k 1 / n_k where
+    no class has an error to show).
     """
-    n = table.sum(axis=1)
+    own = np.arange(n_classes)[:, None] == target
+    n = own.sum(axis=1)
     present = n > 0
-    right = np.diag(table)[present] / n[present]
-    variance = (right * (1 - right) / n[present]).sum() / present.sum() ** 2
-    return score(float(right.mean()), float(variance), present.sum() ** 2 / (1 / n[present]).sum())
+    found, n = (own & (right > 0)).sum(axis=1)[present] / n[present], n[present]
+    variance = (found * (1 - found) / n).sum() / len(n) ** 2
+    return score(float(found.mean()), float(variance), len(n) ** 2 / (1 / n).sum())
+
+
+def guesses(right: NDArray[Any], target: NDArray[Any], n_classes: int) -> bool:
+    """Whether a network is not shown to know these classes: neither its accuracy is above the largest class's share,
+    which one answer for all images gets right, nor its balanced accuracy above that of one answer (95 % intervals)."""
+    n_present = len(np.unique(target))
+    largest = max((target == k).mean() for k in range(n_classes))
+    above = share(int((right > 0).sum()), len(right)).low > largest
+    return not above and balanced_accuracy(right, target, n_classes).low <= 1 / n_present
 
 
 def auc(probability: Array, target: NDArray[Any], n_classes: int) -> list[Interval | None]:

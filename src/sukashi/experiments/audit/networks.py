@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sukashi import models
-from sukashi.core import progress, stats
+from sukashi.core import progress
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.objective import Objective
 from sukashi.core.types import Batch, Preprocess
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import Bench, Source
 from sukashi.experiments.reading import Architecture
-from sukashi.measures import accuracy
+from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
 
 POPULATIONS = {
@@ -36,7 +36,7 @@ class Answers:
     """What a model of the audit answers.
 
     `label` is its column's name, `series` and `ratio` what pruned it and how far (or None), `trained` whether it was
-    trained after it was cut, as its recipe tells, `chance` what guessing would get right. `right` (N,) says which of
+    trained after it was cut, as its recipe tells. `right` (N,) says which of
     the test images it gets right, `rows` are those on which it is audited; `image_ids` (N,) and `target` (N,) are the
     same for all models. `identity` is what decides its answers, `areas` (N,) for each concept the share of an image's
     pixels it has, where the data know.
@@ -46,7 +46,6 @@ class Answers:
     series: str | None
     ratio: float | None
     trained: bool
-    chance: float
     class_names: tuple[str, ...]
     identity: Mapping[str, Any]
     image_ids: tuple[str, ...]
@@ -57,8 +56,8 @@ class Answers:
 
     @property
     def guesses(self) -> bool:
-        """Whether it is not shown to get more test images right than guessing would."""
-        return bool(stats.share(int(self.right.sum()), len(self.right)).low <= self.chance)
+        """Whether it is not shown to know the classes of the test images, see `classwise.guesses`."""
+        return classwise.guesses(self.right, self.target, len(self.class_names))
 
     @property
     def images_of_class(self) -> dict[str, int]:
@@ -80,9 +79,7 @@ class Answers:
 
 def packed(answers: Sequence[Answers]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Plain facts of each model and arrays, from which `unpacked` makes the answers again."""
-    facts = [
-        {name: getattr(one, name) for name in ("label", "series", "ratio", "trained", "chance")} for one in answers
-    ]
+    facts = [{name: getattr(one, name) for name in ("label", "series", "ratio", "trained")} for one in answers]
     for fact, one in zip(facts, answers, strict=True):
         fact |= {"identity": dict(one.identity), "class_names": list(one.class_names)}
     arrays: dict[str, Any] = {
@@ -98,7 +95,7 @@ def packed(answers: Sequence[Answers]) -> tuple[list[dict[str, Any]], dict[str, 
 def unpacked(facts: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]]) -> list[Answers]:
     return [
         Answers(
-            **{name: fact[name] for name in ("label", "series", "ratio", "trained", "chance", "identity")},
+            **{name: fact[name] for name in ("label", "series", "ratio", "trained", "identity")},
             class_names=tuple(fact["class_names"]),
             image_ids=tuple(arrays["image_ids"].tolist()),
             target=arrays["target"],
@@ -173,7 +170,6 @@ def opened(asked: Audit) -> list[Network]:
                 series=series,
                 ratio=ratio,
                 trained=trained,
-                chance=batch.objective.chance(batch.target),
                 class_names=images.class_names,
                 identity={
                     "spec": loaded.spec,

@@ -124,7 +124,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
             "layers": [] if units else _layers(mask),
             "notes": [
                 *setting.data.notes,
-                *setting.doubts(round(figures["dense"]["accuracy"] * len(test)), test),
+                *setting.doubts(_correct(setting, dense, test), test),
                 *_cautions(settings, mask),
             ],
         }

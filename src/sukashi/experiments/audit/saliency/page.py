@@ -13,8 +13,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from sukashi.experiments.audit.saliency.summary import cells_of, is_told
+from sukashi.experiments.audit.saliency.summary import cells_of
 from sukashi.experiments.audit.saliency.values import ORDERS, Array
+from sukashi.experiments.audit.saliency.verdict import is_told
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.report import figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,35 +11,16 @@ from numpy.typing import NDArray
 from sukashi.core import stats
 from sukashi.core.files import canonical
 from sukashi.experiments.audit.networks import FEW, Answers
-from sukashi.experiments.audit.saliency import places, sanity
+from sukashi.experiments.audit.saliency import places, sanity, verdict
 from sukashi.experiments.audit.saliency.values import Array, Cell, Cells, curves_table, values_table
+from sukashi.experiments.audit.saliency.verdict import CERTAIN, is_told, said, weight
 from sukashi.experiments.workspace import Record
 from sukashi.measures import measures as registry
 from sukashi.report import words
 
-CERTAIN = 0.05  # corrected p-values below are changes
 PAIRS = 5  # of maps that changed most, for each attribution
-# What it means that a measure is higher, or lower, in the sense of its fact `better`.
-WORDS = {
-    "gini": ("sparser", "less sparse"),
-    "road": ("more faithful", "less faithful"),
-    "road/probability": ("more faithful in probability", "less faithful in probability"),
-    # Of these a network that breaks sooner, whatever pixels go, has more by the same maps: ROAD takes that off.
-    "aopc": ("quicker to take accuracy", "slower to take accuracy"),
-    "aopc/probability": ("quicker to take probability", "slower to take probability"),
-    "deletion": ("quicker to take probability", "slower to take probability"),
-    "insertion": ("quicker to bring probability", "slower to bring probability"),
-    "localisation": ("more on the {}", "less on the {}"),
-    "rank_accuracy": ("more on the {}", "less on the {}"),
-    "pointing_game": ("more often highest on the {}", "less often highest on the {}"),
-    "region_drop": ("more in need of the {}", "less in need of the {}"),
-    "complement_drop": ("more in need of all but the {}", "less in need of all but the {}"),
-}
 POINTING = ("localisation", "rank_accuracy", "pointing_game")  # whose chance level is a concept's share of the pixels
 NO_MAP = ""  # in place of an attribution where a measure reads no map
-NAMED = 3  # models at most of which a sentence gives the names
-# Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
-SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
 
 
 def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +43,6 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     measures = [row["measure"] for row in comparisons if row["attribution"] != NO_MAP and is_told(row["measure"])]
     about, values = sanity.values(records, names)
     sane = [row | bounds for row, bounds in zip(about, _means(values, seed), strict=True)]
-    said_of_each = lines(told, names, len(answers) - 1 - len(left_out))
     return {
         "attributions": list(names),
         "measures": list(dict.fromkeys(measures)),
@@ -82,11 +61,12 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
             }
             for one in answers
         ],
-        "verdict": verdict(told, answers),
+        "verdict": verdict.verdict(told, likenesses, answers, _fraction(records)),
         "lines": [
-            *said_of_each,
-            *nearness(likenesses, names, answers[0].label),
-            *aims(told, points),
+            *verdict.nearness(likenesses, names, answers[0].label),
+            *verdict.lines(told, names, len(answers) - 1 - len(left_out)),
+            *verdict.confidence([row for row in comparisons if row["model"] not in left_out]),
+            *verdict.aims(told, points),
             *places.needs([row for row in spoken if row["attribution"] == NO_MAP], answers[0].label),
             *sanity.doubts(sane),
         ],
@@ -97,6 +77,12 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
         "sanity": sane,
         "moved": moved(answers, cells, names),
     }
+
+
+def _fraction(records: Sequence[Record]) -> float:
+    """Which fraction of the pixels `top_overlap` calls the highest."""
+    asked = (record.about.get("measures", {}).get("top_overlap") for record in records)
+    return float(next((options["fraction"] for options in asked if options), 0.1))
 
 
 def tables(records: Sequence[Record]) -> dict[str, bytes]:
@@ -165,189 +151,9 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
         row |= {"n": bounds["n"], "difference": bounds["mean"], "low": bounds["low"], "high": bounds["high"]}
         row |= {"p_holm": p_holm, "changed": p_holm < CERTAIN and row["n"] >= FEW}
         row["size"] = row["difference"] / spread if spread else None
-        row["weight"] = _weight(row["size"])
+        row["weight"] = weight(row["size"])
         row["said"] = said(row)
     return found
-
-
-def said(row: Mapping[str, Any]) -> str:
-    """A comparison in words: sparser by .021 [.018, .024], or no detectable change in 480 images [-.002, .003]."""
-    if row["n"] < FEW:
-        return f"too few images to say ({row['n']})"
-    if not row["changed"]:
-        low, high = row["low"], row["high"]
-        alone = " once corrected" if low > 0 or high < 0 else ""
-        return f"no detectable change{alone} in {row['n']} images [{_short(low)}, {_short(high)}]"
-    measure, _, part = row["measure"].partition("/")
-    method = registry[measure]
-    words = WORDS.get(row["measure"]) or WORDS.get(measure, (f"better by {measure}", f"worse by {measure}"))
-    rise = row["difference"] > 0
-    word = words[rise != (method.facts["better"] == "higher")].format(part)
-    low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
-    of_confidence = "" if is_told(row["measure"]) else ", which moves with confidence"
-    return f"{word} by {_short(abs(row['difference']))} [{_short(low)}, {_short(high)}]{of_confidence}"
-
-
-def is_told(measure: str) -> bool:
-    """Whether a measure may be spoken of: what is in probability moves with the confidence of the network, whatever the
-    map.
-    """
-    return not measure.endswith("/probability")
-
-
-def _weight(size: float | None) -> str:
-    # Beside values that are all the same any difference is large.
-    return next((word for least, word in SIZES.items() if size is not None and abs(size) < least), "large")
-
-
-def _most(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return max(rows, key=lambda row: math.inf if row["size"] is None else abs(row["size"]))
-
-
-def _sized(row: Mapping[str, Any]) -> str:
-    """How large a difference is in standard deviations of the reference's values: .12 SD."""
-    return "beside values all the same" if row["size"] is None else f"{_short(abs(row['size']), 2)} SD"
-
-
-def verdict(told: Sequence[Mapping[str, Any]], answers: Sequence[Answers]) -> str:
-    """What is said first: the maps of which models changed, on average over images, and whose most.
-
-    Of models that guess, or have too few images, no more than that is said: whatever their maps show, the first do not
-    know these classes and of the second it may be chance.
-    """
-    others = answers[1:]
-    guessing = [network for network in others if network.guesses]
-    few = [network for network in others if network.few and not network.guesses]
-    rest = [network.label for network in others if not (network.guesses or network.few)]
-    said = []
-    if answers[0].guesses:
-        said.append(f"{answers[0].label}, the reference, gets no more right than guessing would.")
-    if guessing:
-        verb = "gets" if len(guessing) == 1 else "get"
-        said.append(f"{_whose(guessing, others)} {verb} no more right than guessing would.")
-    if few:
-        verb = "has" if len(few) == 1 else "have"
-        n = _range([len(network.rows) for network in few])
-        said.append(f"{_whose(few, others)} {verb} too few images to say anything ({n}).")
-    if rest:
-        of_rest = f"Of the other {len(rest)}: " if said and len(rest) > 1 else ""
-        said.append(of_rest + _of_changes(told, rest, answers[0].label))
-    return " ".join(said)
-
-
-def _of_changes(told: Sequence[Mapping[str, Any]], labels: Sequence[str], reference: str) -> str:
-    changes = [row for row in told if row["changed"]]
-    changed = list(dict.fromkeys(row["model"] for row in changes))
-    if not told:
-        return f"No measure with a value for each model was compared with {reference}'s on {FEW} images or more."
-    if not changed:
-        measures = list(dict.fromkeys(row["measure"] for row in told))
-        do_not = f"{words.listed(measures)} {'does' if len(measures) == 1 else 'do'} not"
-        return (
-            f"No detectable change in {_range([row['n'] for row in told])} images: on average {do_not} tell the maps "
-            f"of {words.listed(labels)} from {reference}'s, which does not show that they are the same."
-        )
-    most = _most(changes)
-    whose, which = most["model"], ""
-    if len(labels) > 1:
-        whose = f"{len(changed)} of {len(labels)} models" + (f", {whose}," if len(changed) == 1 else "")
-        which = f", most (in standard deviations, SD) those of {most['model']}" if len(changed) > 1 else ""
-    return (
-        f"The maps of {whose} changed beside those of {reference}{which}: by {most['attribution']} they are "
-        f"{most['said']}, a {most['weight']} change ({_sized(most)})."
-    )
-
-
-def _whose(some: Sequence[Answers], others: Sequence[Answers]) -> str:
-    return words.listed([n.label for n in some]) if len(some) <= NAMED else f"{len(some)} of {len(others)} models"
-
-
-def _range(counts: Sequence[int]) -> str:
-    """480, or 480 to 492."""
-    low, high = min(counts), max(counts)
-    return f"{low}" if low == high else f"{low} to {high}"
-
-
-def lines(told: Sequence[Mapping[str, Any]], names: Sequence[str], n_models: int) -> list[str]:
-    """A sentence for each attribution: in how many models its maps became what, and where most."""
-    found = []
-    for name in names:
-        of_name = [row for row in told if row["attribution"] == name]
-        by_measure: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-        for row in of_name:
-            words = by_measure.setdefault(row["measure"], {})
-            if row["changed"]:
-                words.setdefault(row["said"].partition(" by ")[0], []).append(row)
-        phrases = [
-            ", but ".join(_in_models(word, rows, n_models) for word, rows in words.items())
-            for words in by_measure.values()
-            if words
-        ]
-        if of_name and not phrases:
-            phrases = [f"no detectable change on average in {_range([row['n'] for row in of_name])} images"]
-        found += [f"{name}: {'; '.join(phrases)}."] if phrases else []
-    return found
-
-
-def _in_models(word: str, rows: Sequence[Mapping[str, Any]], n_models: int) -> str:
-    """Sparser in 2 of 5 models, in SD most in a, by .021 [.018, .024] (gini, slight: .12 SD)."""
-    most = _most(rows)
-    where = ""
-    if n_models > 1:
-        where = f" in {len(rows)} of {n_models} models, "
-        where += f"in SD most in {most['model']}," if len(rows) > 1 else f"{most['model']},"
-    amount = most["said"].partition(" by ")[2]
-    return f"{word}{where} by {amount} ({most['measure']}, {most['weight']}: {_sized(most)})"
-
-
-def nearness(similarities: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> list[str]:
-    """A sentence for each attribution: how like the reference's the maps are that are least so, and what noise leaves.
-
-    By the first measure of similarity there is.
-    """
-    found = []
-    for name in names:
-        rows = [row for row in similarities if row["attribution"] == name]
-        rows = [row for row in rows if row["measure"] == rows[0]["measure"]]
-        others = [row for row in rows if row["model"] != reference]
-        if not others:
-            continue
-        least = min(others, key=lambda row: row["mean"])
-        said = f"{name}: {least['measure']} with the map of {reference} is {_bounded(least)} for {least['model']}"
-        said += f", the lowest of {len(others)}" if len(others) > 1 else ""
-        own = [f"; rounding alone leaves {_bounded(row)}" for row in rows if row["model"] == reference]
-        found.append("".join([said, *own, "."]))
-    return found
-
-
-def _bounded(row: Mapping[str, Any]) -> str:
-    bounds = "" if row["low"] is None else f" [{_short(row['low'])}, {_short(row['high'])}]"
-    return f"{_short(row['mean'])}{bounds}"
-
-
-def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each model and attribution that points at a concept more than the reference: that which grew most.
-
-    Grew by a change in the sense of `compare`, and is above the concept's share of the pixels.
-    """
-    area = {(row["model"], row["attribution"], f"{row['measure']}/{row['concept']}"): row["area"] for row in points}
-    grown: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in comparisons:
-        key = row["model"], row["attribution"]
-        if row["measure"].startswith("localisation/") and row["changed"] and row["difference"] > 0:
-            before = grown.get(key)
-            if row["mean"] > area[*key, row["measure"]] and (before is None or _growth(row) > _growth(before)):
-                grown[key] = row
-    return [
-        f"{label} points at the {row['measure'].partition('/')[2]}: there lies {row['mean']:.0%} of the positive "
-        f"relevance of its {name} maps, of the reference's {row['reference']:.0%}, on "
-        f"{area[label, name, row['measure']]:.1%} of the pixels."
-        for (label, name), row in grown.items()
-    ]
-
-
-def _growth(row: Mapping[str, Any]) -> float:
-    return float(row["mean"] / max(row["reference"], 1e-12))
 
 
 def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
@@ -451,12 +257,6 @@ def _means(rows: Sequence[Array], seed: int) -> list[dict[str, Any]]:
         for column, i in enumerate(at):
             found[i] = {"n": n} | {name: None if b is None else float(b[column]) for name, b in bounds.items()}
     return [found[i] for i in range(len(rows))]
-
-
-def _short(value: float, digits: int = 3) -> str:
-    """.021, -.004, 10.200."""
-    whole, _, part = f"{round(value, digits) + 0.0:.{digits}f}".partition(".")  # no -.000
-    return f"{whole.removesuffix('0') if abs(value) < 1 else whole}.{part}"
 
 
 def text(found: Mapping[str, Any], reference: str) -> str:
