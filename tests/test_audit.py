@@ -24,7 +24,7 @@ from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Maps, Mask, Preprocess
 from sukashi.criteria import pruning
 from sukashi.experiments.audit import networks
-from sukashi.experiments.audit.saliency import cells, page, summary
+from sukashi.experiments.audit.saliency import cells, page, verdict
 from sukashi.experiments.audit.saliency.values import ORDERS
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.audit.summary import AuditResult
@@ -424,7 +424,15 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
         assert line.endswith(" for noisy, the lowest of 2; rounding alone leaves 1.000 [1.000, 1.000].")
     changed = [row for row in result.saliency["comparisons"] if row["model"] == "noisy" and row["changed"]]
     assert changed
-    assert result.verdict.startswith("The maps of 1 of 2 models, noisy, changed beside those of dense: by ")
+    rows = [row for row in result.saliency["similarities"] if row["measure"] == "top_overlap"]
+    least = min((row for row in rows if row["model"] == "noisy"), key=lambda row: row["mean"])
+    assert result.verdict.startswith(
+        f"Of the most relevant tenth of the pixels {least['mean']:.0%} [{100 * least['low']:.0f}, "
+        f"{100 * least['high']:.0f}] are the same in noisy, the least alike of 2 models, as in dense by "
+        f"{least['attribution']} (of the attributions the least); rounding alone leaves 100%. "
+    )
+    assert "ROAD" in result.verdict
+    assert "aopc" not in result.verdict.lower(), "it moves with how soon a network breaks"
     assert {row["model"] for row in result.saliency["moved"]} == {"noisy"}
     page = html.unescape((out / "report.html").read_text())
     assert result.verdict in page
@@ -433,7 +441,7 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
 
 
 def test_a_change_is_said_in_the_sense_of_its_measure():
-    said = summary.said
+    said = verdict.said
     row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
     assert said({**row, "measure": "deletion"}) == "slower to take probability by .021 [.018, .024]"
@@ -453,7 +461,8 @@ def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_pa
     asked = {"attributions": ["saliency"], "measures": ["ssim"], **READING}
     result = sukashi.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
     assert result.saliency["comparisons"] == []
-    assert result.verdict == "No measure with a value for each model was compared with dense's on 20 images or more."
+    assert result.verdict.startswith("Maps of noisy have a ssim of .")
+    assert result.verdict.endswith(" with those of dense by saliency; rounding alone leaves 1.000.")
     (line,) = result.lines
     assert line.startswith("saliency: ssim with the map of dense is .")
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
@@ -464,16 +473,16 @@ def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_pa
 def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, tmp_path):
     asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
     result = sukashi.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
-    assert result.verdict == (
-        f"No detectable change in {result.models[1]['n_images']} images: on average gini and aopc do not tell the "
-        "maps of same from dense's, which does not show that they are the same."
+    n_images = result.models[1]["n_images"]
+    assert (
+        result.verdict == f"Gini is not shown to change in {n_images} images, which does not show that it is the same."
     )
     assert result.saliency["measures"] == ["gini", "aopc"]
     assert {row["measure"] for row in result.saliency["comparisons"]} == {"gini", "aopc", "aopc/probability"}
 
 
 def test_beside_values_without_spread_a_change_is_large_and_comes_first():
-    lines = summary.lines
+    lines = verdict.lines
     row = {"attribution": "lrp", "measure": "gini", "changed": True, "said": "sparser by .1 [.1, .2]", "n": 20}
     rows = [
         {**row, "model": "a", "size": 3.0, "weight": "large"},
@@ -491,7 +500,7 @@ def test_beside_values_without_spread_a_change_is_large_and_comes_first():
     same = [row | {"changed": False, "said": "no detectable change in 20 images [.0, .1]"} for row in rows]
     same[1]["n"] = 31
     assert lines(same, ["lrp", "saliency"], 2) == ["lrp: no detectable change on average in 20 to 31 images."]
-    assert [summary._weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
+    assert [verdict.weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
         *("large", "slight", "small", "moderate", "large")
     ]
 
@@ -513,7 +522,7 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
     result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)
-    first = "blind gets no more right than guessing would. Of the other 2: The maps of 1 of 2 models, "
+    first = "blind gets no more right than guessing would. Of the other 2: Maps of "
     assert result.models[1]["label"].endswith("blind")
     assert first in result.verdict
     assert not any("blind" in line for line in result.lines)
@@ -545,10 +554,12 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
     by_measure = {row["measure"]: row for row in result.saliency["comparisons"] if row["model"] == "noisy"}
     assert by_measure["aopc/probability"]["changed"]
     assert by_measure["aopc/probability"]["said"].endswith(", which moves with confidence")
-    told = " ".join([result.verdict, *result.lines])
-    assert "probability" not in told
+    assert "probability" not in result.verdict
+    (line,) = (line for line in result.lines if "probability" in line)
+    assert line.startswith("What moved most is aopc in probability: by saliency .")
+    assert "this tells of confidence as much as of maps" in line
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
-    table, rest = page.split("</table>", 1)
+    table, rest = page.partition("How faithful and how sparse")[2].split("</table>", 1)
     assert "<th>road</th><th>aopc</th></tr>" in table
     assert "aopc/probability" not in table
     assert "road/probability and aopc/probability: of the target's probability" in rest
@@ -639,7 +650,7 @@ def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     assert line.startswith("marked points at the watermark: there lies ")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "marked points at the watermark: " in page
-    assert "<th>on watermark</th>" in page.split("</table>")[0]
+    assert "<th>on watermark</th>" in page.partition("How faithful and how sparse")[2].split("</table>")[0]
 
 
 # Names and levels.

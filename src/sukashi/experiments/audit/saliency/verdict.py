@@ -144,12 +144,16 @@ def _percent(row: Mapping[str, Any]) -> str:
 def _of_faithfulness(told: Sequence[Mapping[str, Any]], labels: Sequence[str], reference: str) -> str:
     """What became of faithfulness by ROAD, or without it of the first measure that is not moved by confidence."""
     measures = sorted({row["measure"]: None for row in told}, key=_rank)
-    if not measures or measures[0] in LAST:
+    if not measures:
         return ""
+    if measures[0].partition("/")[0] in LAST:
+        return (
+            f"What {words.listed(measures)} say stands below: a network that breaks sooner has other values by any map."
+        )
     measure = measures[0]
     rows = [row for row in told if row["measure"] == measure]
     changes = [row for row in rows if row["changed"]]
-    name = "How faithful maps are (ROAD)" if measure == "road" else f"{measure.replace('_', ' ').capitalize()}"
+    name = "How faithful maps are (ROAD)" if measure == "road" else measure.replace("_", " ").capitalize()
     n = _range([row["n"] for row in rows])
     if not changes:
         return f"{name} is not shown to change in {n} images, which does not show that it is the same."
