@@ -33,6 +33,7 @@ from sukashi.core.files import FORMAT
 from sukashi.experiments import demo
 from sukashi.experiments.bench import Source
 from sukashi.experiments.functions import compare
+from sukashi.report import waiting
 
 NET = "sukashi:digits_cnn"
 DIGITS = [NET, "--width", "8", "--data", "digits", "--calibration", "4"]
@@ -98,7 +99,7 @@ class Bomb:
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch):
     """No line on stderr about work that takes long here: a slow machine is no fault."""
-    monkeypatch.setattr(console, "FIRST_LINE", math.inf)
+    monkeypatch.setattr(waiting, "FIRST_LINE", math.inf)
 
 
 @pytest.fixture
@@ -950,8 +951,8 @@ def test_random_weights_are_the_same_in_every_run():
 
 def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(console, "FIRST_LINE", 10.0)
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(waiting, "FIRST_LINE", 10.0)
     with console.working(), progress.task("trials", 4) as trials:
         trials.advance(0, "cswap, seed 0")
         with progress.task("cswap", 100) as units:
@@ -972,7 +973,7 @@ def test_a_log_file_shows_life_now_and_then(monkeypatch, capsys):
 
 def test_bars_on_a_terminal(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(waiting, "log", Console(file=shown, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with console.working(), progress.task("trials [/b]", 4) as trials, progress.task("cswap", 100) as units:
         units.advance(7, "removed 3")
@@ -985,12 +986,30 @@ def test_bars_on_a_terminal(monkeypatch):
 
 
 def test_a_comparison_says_which_trial_is_running(sukashi, tmp_path, monkeypatch):
-    monkeypatch.setattr(console, "FIRST_LINE", 0.0)
-    monkeypatch.setattr(console, "LINE", 0.0)
+    monkeypatch.setattr(waiting, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(waiting, "LINE", 0.0)
     found = sukashi("compare", *DIGITS, *SMALL, "--criteria", "random,amp", "--out", tmp_path / "out", "--json")
     assert strict(found.out)["sauce"]
     assert "sukashi: trials 0/2, random, seed 0\n" in found.err
     assert re.search(r"sukashi: trials 1/2, amp, seed 0, about \d+ s left; amp 1/32, removed ", found.err)
+
+
+def test_ls_lists_experiments_with_what_they_found(sukashi, tmp_path, refused):
+    args = ["compare", *DIGITS, *SMALL, "--criteria", "random"]
+    done = strict(sukashi(*args, "--out", tmp_path / "runs" / "a", "--json").out)
+    sukashi(*args, "--out", tmp_path / "runs" / "more" / "b")
+    (trial,) = (tmp_path / "runs" / "more" / "b").rglob("trial.json")
+    trial.unlink()
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "experiment.json").write_text("{}")
+    rows = strict(sukashi("ls", tmp_path / "runs", "--json").out)["experiments"]
+    assert [Path(row["folder"]).name for row in rows] == ["a", "broken", "b"]
+    assert (rows[0]["kind"], rows[0]["data"], rows[0]["found"]) == ("compare", "digits", done["verdict"])
+    assert "this version reads" in rows[1]["found"]
+    assert rows[2]["found"] == "0 of 1 trials: give its command again to go on"
+    assert done["verdict"].split()[0] in sukashi("ls", tmp_path / "runs").out
+    refused(2, ["is no folder: give one with experiments"], "ls", tmp_path / "nothere")
+    refused(2, ["holds no experiment"], "ls", tmp_path / "runs" / "a" / "figures")
 
 
 # --- train and finetune

@@ -1,10 +1,15 @@
 """Progress reaches whoever listens, and nobody else."""
 
+import io
+import sys
 from contextlib import contextmanager
 
 import pytest
+from rich.console import Console
 
+import sukashi
 from sukashi.core import progress
+from sukashi.report import waiting
 
 
 class Noted:
@@ -59,3 +64,29 @@ def test_the_listener_before_comes_back_even_after_an_error():
             pass
     assert second.heard == [("open", "breaks", 1), ("close", "breaks")]
     assert first.heard == [("open", "goes on", 1), ("close", "goes on")]
+
+
+def test_from_python_a_terminal_and_a_notebook_show_work_and_a_log_does_not(monkeypatch):
+    for terminal, notebook, wanted in [(False, False, False), (True, False, True), (False, True, True)]:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+        if notebook:
+            monkeypatch.setitem(sys.modules, "ipykernel", sys)
+        with waiting.shown():
+            assert progress.is_heard() == wanted
+        assert not progress.is_heard()
+    noted = Noted()
+    with progress.listening(noted), waiting.shown(), progress.task("work", 1):
+        pass
+    assert noted.heard == [("open", "work", 1), ("close", "work")], "whoever listens already is left to it"
+
+
+def test_a_comparison_from_python_is_heard(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(waiting, "log", Console(file=(shown := io.StringIO()), force_terminal=True))
+    with pytest.warns(UserWarning, match="random weights"):
+        sukashi.compare(
+            *("sukashi:digits_cnn", "digits", ["random"]),
+            **{"width": 8, "calibration": 2, "test_images": 20, "ratios": [0.5], "seeds": 1, "out": tmp_path / "out"},
+        )
+    assert "trials" in shown.getvalue()

@@ -164,6 +164,25 @@ def report(
     _show(result, as_json)
 
 
+@app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="A folder with experiments in it.")] = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """List the experiments in a folder: what each is, of which model and data, and what it found."""
+    with working():
+        from sukashi.experiments import catalogue
+
+        rows = catalogue.experiments(folder)
+    if as_json:
+        print_json({"experiments": rows})
+        return
+    table = Table("folder", "kind", "model", "data", "found", box=None, pad_edge=False, header_style="")
+    for row in rows:
+        table.add_row(*(Text(str(row[name] or "")) for name in ("folder", "kind", "model", "data", "found")))
+    to_stdout(table)
+
+
 def _show(result: Result | None, as_json: bool) -> None:
     if result is None:
         return  # another process speaks

@@ -45,6 +45,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def is_heard() -> bool:
+    """Whether anybody listens."""
+    return _listener.get() is not None
+
+
 def first() -> bool:
     """Whether this process is the one that speaks: the only one, or the first that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"

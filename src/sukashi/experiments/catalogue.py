@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 from sukashi import data, models
 from sukashi.attributions import attributions
-from sukashi.core.errors import UsageError, nearest
+from sukashi.core.errors import SukashiError, UsageError, nearest
 from sukashi.core.registry import Registry
 from sukashi.criteria import criteria
+from sukashi.experiments.executor import summarised
 from sukashi.experiments.schedule.schedules import SCHEDULES
+from sukashi.experiments.workspace import EXPERIMENT, Workspace
 from sukashi.measures import measures
 
 REGISTRIES: dict[str, Registry] = {
@@ -31,6 +34,38 @@ def rows(what: str) -> list[dict[str, str]]:
     if what not in names:
         raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, 'schedules', *names])}")
     return [{"name": name} for name in names[what]()]
+
+
+def experiments(folder: Path) -> list[dict[str, Any]]:
+    """A row for each experiment in a folder, and in those inside it: folder, kind, model, data (None where it has
+    several), finished, trials, and what it found, in its verdict's words, or how far it is.
+
+    Raises UsageError where there is no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: give one with experiments in it, as the runs of several commands")
+    found = [_experiment(path.parent) for path in sorted(folder.rglob(EXPERIMENT)) if "trials" not in path.parts]
+    if not found:
+        raise UsageError(f"{folder} holds no experiment: give the folder that the --out of commands lie in")
+    return found
+
+
+def _experiment(folder: Path) -> dict[str, Any]:
+    space = Workspace(folder)
+    row: dict[str, Any] = {"folder": str(folder), "kind": None, "model": None, "data": None}
+    try:
+        identity = space.identity
+        row |= {"kind": space.about["kind"], **{name: _spec(identity.get(name)) for name in ("model", "data")}}
+        row |= {"finished": len(space.records()), "trials": space.n_trials}
+        if row["finished"] < row["trials"]:
+            return row | {"found": f"{row['finished']} of {row['trials']} trials: give its command again to go on"}
+        return row | {"found": summarised(space).to_json()["verdict"]}
+    except SukashiError as error:
+        return {"finished": None, "trials": None, **row, "found": str(error)}
+
+
+def _spec(of: Any) -> str | None:
+    return of.get("spec") if isinstance(of, dict) else of if isinstance(of, str) else None
 
 
 def about(what: str, name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The functions of the face: keywords become settings, and settings are executed.
 
-Where `out` is not given results go into a new folder for temporary files, which `result.out` names.
+Where `out` is not given results go into a new folder for temporary files, which `result.out` names. How far long work
+is shows on a terminal and in a notebook; `sukashi.core.progress.listening` shows it elsewhere.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import Loaded
 from sukashi.network.sites import input_site
+from sukashi.report import waiting
 from sukashi.training.distributed import from_first
 
 # A name, a saved folder, a module, or a network as `load` and `Ranking.cut` give it.
@@ -82,8 +84,9 @@ def open(model: Network, data: Images, **settings: Any) -> Bench:
 
     Raises UsageError for settings that do not exist, and whatever loading raises.
     """
-    given = _given(model=model, data=data, **settings)
-    return Source.of(keywords(Reading, given)).open()
+    source = Source.of(keywords(Reading, _given(model=model, data=data, **settings)))
+    with waiting.shown():
+        return source.open()
 
 
 def attribute(
@@ -118,7 +121,9 @@ def check(model: Network, data: Images, **settings: Any) -> CheckResult:
     cannot be estimated within `limit` seconds is listed as unmeasured, a criterion that refuses the model under
     `cannot` with its reason. Nothing is written.
     """
-    return checking.check(keywords(Check, _given(model=model, data=data, **settings)))
+    asked = keywords(Check, _given(model=model, data=data, **settings))
+    with waiting.shown():
+        return checking.check(asked)
 
 
 @keyworded(Compare)
@@ -300,7 +305,8 @@ def study(
     """
     settings = read(file, out=out, data=data, device=device, workers=workers)
     said = command or f"sukashi study {file}"
-    return cast(StudyResult | ScheduleResult | None, execute(settings, command=said, jobs=jobs))
+    with waiting.shown():
+        return cast(StudyResult | ScheduleResult | None, execute(settings, command=said, jobs=jobs))
 
 
 def results(folder: str | Path, **options: Any) -> Result:
@@ -356,7 +362,8 @@ def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs:
     if given.get("out") is None:
         given["out"] = from_first(tempfile.mkdtemp(prefix="sukashi-") if progress.first() else None)
     settings = keywords(kind, given, known=("command", "jobs"))
-    return execute(settings, command=command or f"sukashi.{kind.kind}(...)", jobs=jobs)
+    with waiting.shown():
+        return execute(settings, command=command or f"sukashi.{kind.kind}(...)", jobs=jobs)
 
 
 def _given(**given: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sukashi.core import progress
 from sukashi.core.errors import DataError, ModelError
 from sukashi.core.precision import exact
 from sukashi.core.types import Batch, Measurement
@@ -55,14 +56,17 @@ def tested(model: nn.Module, images: Batch | Iterable[Batch]) -> Tested:
     device = next(model.parameters()).device
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     ids: list[str] = []
-    for batch in [images] if isinstance(images, Batch) else images:
-        for part in batch.in_passes():
-            there = part.to(device)
-            there = replace(there, x=there.x.to(memory_format=torch.channels_last))
-            found = outputs(model, there)
-            objective = part.objective
-            parts.append((objective.answer(found), there.target, objective.outcome(found, there.target)))
-            ids += part.image_id
+    batches = list(images.in_passes()) if isinstance(images, Batch) else images
+    with progress.task("batches", len(batches) if isinstance(batches, Sized) else 0) as shown:
+        for batch in batches:
+            for part in batch.in_passes():
+                there = part.to(device)
+                there = replace(there, x=there.x.to(memory_format=torch.channels_last))
+                found = outputs(model, there)
+                objective = part.objective
+                parts.append((objective.answer(found), there.target, objective.outcome(found, there.target)))
+                ids += part.image_id
+            shown.advance()
     if not ids:
         raise DataError("there are no images to measure accuracy on: give a split that holds some")
     answer, target, correct = (torch.cat(of).cpu().numpy() for of in zip(*parts, strict=True))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from sukashi.core import progress
 from sukashi.core.precision import exact
 from sukashi.core.types import Mask
 from sukashi.network import surgery
@@ -93,7 +94,7 @@ def latency(
     `warmup` turns, `repeats` are timed, fewer (at least 6, see `stats.ratio`) where `seconds` have gone by.
     """
     times: list[list[float]] = [[] for _ in networks]
-    with exact():
+    with exact(), progress.task("timing", warmup + repeats) as shown:
         start = time.perf_counter()
         for turn in range(warmup + repeats):
             if turn >= warmup + 6 and time.perf_counter() - start > seconds:
@@ -102,6 +103,7 @@ def latency(
                 taken = _timed(networks[position], example)
                 if turn >= warmup:
                     times[position].append(taken)
+            shown.advance()
     return times
 
 
