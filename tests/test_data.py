@@ -346,7 +346,7 @@ def test_skipped_images_are_counted_and_the_rest_keep_their_ids(tmp_path):
     assert sorted(name for name, _ in found.bad) == sorted(f"train/cat/{name}" for name in BAD)
     assert found.train.bad == found.bad
     assert found.test.bad == ()
-    assert any(f"{len(BAD)} unreadable image(s) of train left out" in note for note in found.notes)
+    assert any(f"{len(BAD)} unreadable image(s) of train left out" in said for said in found.warnings)
     assert found.train.image_ids == clean.train.image_ids
     assert torch.equal(found.train.whole(plain(8)).x, clean.train.whole(plain(8)).x)
 
@@ -404,8 +404,8 @@ def test_class_with_one_image_is_noted(tmp_path):
     root = folder(tmp_path, n=1)
     found = data.load(folder(root, n=3, splits=("train",)))
     assert found.test.counts.tolist() == [1, 1]
-    assert "one image only in test, left out of per-class statistics: cat, dog" in found.notes
-    assert not any("one image only in train" in note for note in found.notes)
+    assert "one image only in test, left out of per-class statistics: cat, dog" in found.warnings
+    assert not any("one image only in train" in said for said in found.warnings)
 
 
 def test_same_image_in_two_splits_warns(tmp_path):
@@ -415,7 +415,7 @@ def test_same_image_in_two_splits_warns(tmp_path):
         UserWarning, match=r"1 image\(s\) of test are also in train.*test/dog/copy.png = train/cat/02.png"
     ):
         found = data.load(root)
-    assert any("also in train" in note for note in found.notes)
+    assert any("also in train" in said for said in found.warnings)
 
 
 def test_different_images_do_not_warn(tmp_path):

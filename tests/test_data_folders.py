@@ -88,8 +88,8 @@ def test_a_folder_of_another_level_is_refused_with_what_is_in_it(tmp_path, folde
 
 def test_the_same_folders_in_every_class_are_noted(tmp_path):
     found = data.load(filled(tmp_path / "all", "a/x", "a/y", "b/x", "b/y"))
-    assert "every class folder of all holds the folders x, y, read as parts of the class" in found.notes
-    assert not any("every class folder" in note for note in data.load(filled(tmp_path / "b", "a/x", "b/x")).notes)
+    assert "every class folder of all holds the folders x, y, read as parts of the class" in found.warnings
+    assert not any("every class folder" in note for note in data.load(filled(tmp_path / "b", "a/x", "b/x")).warnings)
 
 
 def test_one_class_is_no_dataset_wherever_it_comes_from():

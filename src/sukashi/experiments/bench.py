@@ -8,7 +8,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
-from sukashi.experiments.reading import Architecture, Opening, Reading
+from sukashi.experiments.reading import Architecture, Opening, Pixels, Reading
 from sukashi.measures import accuracy
 from sukashi.models import Loaded
 from sukashi.network import sites
@@ -55,6 +55,7 @@ class Source(Reading):
             class_map=self.class_map,
             only=self.only,
             label=self.label,
+            groups=self.groups,
             max_pixels=self.max_pixels,
         )
         if images.train.has_masks:
@@ -78,15 +79,28 @@ class Source(Reading):
                 width=self.width,
                 pretrained=self.pretrained,
                 output=self.output,
+                **self.pixels,
             )
             if new_head:
                 loaded = models.with_new_head(loaded, images.n_classes)
         if images.preprocess is not None:
-            loaded = replace(loaded, preprocess=images.preprocess)
+            if self.pixels:
+                raise UsageError(f"{self.data} is tensors as a network takes them: leave {next(iter(self.pixels))} out")
+            read_by = dict.fromkeys(models.READ, models.Origin("the images are tensors"))
+            loaded = replace(loaded, preprocess=images.preprocess, read_by=read_by)
         images = images.answered_by(loaded.n_classes, loaded.class_names, self.among)
         loaded.model.to(place)
         images = images.read_in(loaded.preprocess.channels)
-        return loaded, replace(images, notes=(*loaded.notes, *images.notes))
+        if loaded.assumed and not self.untrained:
+            told = f"images are read as {loaded.reads}: weights that were trained otherwise lose accuracy by it"
+            images = images.noting(f"{told}; --size, --mean, --std and --resize say how")
+        return loaded, images.noting(*loaded.notes)
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """What was asked of how images are read."""
+        given = {name: getattr(self, name) for name in Pixels.model_fields}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def untrained(self) -> bool:
@@ -114,7 +128,7 @@ class Source(Reading):
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
             )
             warnings.warn(random_weights, stacklevel=4)
-            images = replace(images, notes=(random_weights, *images.notes))
+            images = images.noting(warnings=[random_weights])
         setting = Bench(self, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
         models.probe(loaded, setting.example)
         return setting
@@ -163,13 +177,15 @@ class Bench:
         """What decides the model: how it was named, and of its weights what is in them and not where they lie."""
         given = self.source.identity()
         named = {name: given[name] for name in Architecture.model_fields if name != "weights"}
-        return {"spec": given["model"], **named, "weights_sha256": self.loaded.weights_sha256}
+        # Not as it was asked for: the header of weights, or a recipe, may say the same.
+        read = {"preprocess": asdict(self.loaded.preprocess)}
+        return {"spec": given["model"], **named, **read, "weights_sha256": self.loaded.weights_sha256}
 
     @property
     def about_data(self) -> dict[str, Any]:
         """What decides the images: how they were named, and what is in them."""
         given = self.source.identity()
-        of_model = {"model", *Architecture.model_fields}
+        of_model = {"model", *Architecture.model_fields, *Pixels.model_fields}
         read = {name: value for name, value in given.items() if name not in {"data", *of_model}}
         return {"spec": given["data"], **read, "sha256": self.data.sha256}
 
@@ -214,10 +230,8 @@ class Bench:
 
     @property
     def reads(self) -> str:
-        """What the network is given of an image."""
-        own = self.loaded.preprocess
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (own.mean, own.std))
-        return f"images of {own.height} x {own.width} pixels, less a mean of {mean}, over a deviation of {std}"
+        """What the network is given of an image, and who says so."""
+        return self.loaded.reads
 
     def doubts(self, n_right: int, test: Batch) -> list[str]:
         """A sentence where the network is not shown to know the classes of the test images at all."""
@@ -226,10 +240,10 @@ class Bench:
             return []
         return [
             f"before the cut {n_right / len(test):.1%} of {len(test)} test images are right, which is not shown to be "
-            f"more than guessing ({chance:.1%}), so that no figure here means much: was the network trained on "
-            f"{self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
-            f"{', ...' if self.data.n_classes > 4 else ''}? A model of your own says in its preprocess what it reads, "
-            "a class_map which number each class has."
+            f"more than guessing ({chance:.1%}), so that no figure here means much: was the network trained on images "
+            f"read as {self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
+            f"{', ...' if self.data.n_classes > 4 else ''}? --size, --mean, --std and --resize say how images are "
+            "read, --class-map which number each class has."
         ]
 
     def test(self) -> Batch:

@@ -29,6 +29,7 @@ class InputRecipe(Strict):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shorter: int | None = Field(None, exclude_if=lambda shorter: shorter is None)
 
 
 class ArchitectureRecipe(Strict):

@@ -17,7 +17,7 @@ from sukashi.core.files import FORMAT, beside, check_free, sync, write_new
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import noise, probe
 from sukashi.models.formats import holds_weights, read
-from sukashi.models.loaded import LIBRARIES, Loaded
+from sukashi.models.loaded import LIBRARIES, READ, Loaded, Origin
 from sukashi.models.recipe import (
     MASKS,
     RECIPE,
@@ -59,7 +59,8 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
             f"{file.path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.weights_sha256[:16]}; first "
             f"tensor at fault: {wrong[0] if wrong else 'none, only the header differs'}: restore the folder"
         )
-    model = prepare(build(made, options, False)[0], options)
+    bare, published, _ = build(made, options, False)
+    model = prepare(bare, options)
     for table in recipe.cuts:
         surgery.replay(model, table)
     fill(model, file.tensors, file.path)
@@ -74,6 +75,8 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
         weights_sha256=file.sha256,
         cuts=recipe.cuts,
         mask=mask,
+        read_by=dict.fromkeys(READ, Origin("the saved folder")),
+        crop=(published.shorter or min(published.height, published.width)) / min(published.height, published.width),
     )
     probe(loaded, noise(loaded.preprocess))
     return loaded

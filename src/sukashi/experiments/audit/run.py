@@ -55,7 +55,8 @@ def prepare(settings: Audit) -> Prepared:
         **{name: value for one in looking.values() for name, value in one.identity.items()},
     )
     facts = {
-        "notes": [*dict.fromkeys(note for n in networks for note in n.setting.data.notes)],
+        "warnings": [*dict.fromkeys(said for n in networks for said in n.setting.data.warnings)],
+        "notes": [*dict.fromkeys(said for n in networks for said in n.setting.data.notes)],
         **{name: one.facts for name, one in looking.items()},
     }
     first, *others = (network.answers for network in networks)

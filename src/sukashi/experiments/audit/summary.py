@@ -14,6 +14,8 @@ from sukashi.experiments.audit.run import subject
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import words
 
+TOLD = ("warnings", "notes")  # facts beside those of subjects
+
 
 class AuditResult(Result):
     """Networks beside the first of them.
@@ -33,7 +35,6 @@ class AuditResult(Result):
     models: list[dict[str, Any]]
     verdict: str
     lines: list[str]
-    notes: list[str]
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -44,7 +45,7 @@ class AuditResult(Result):
 
     def text(self) -> str:
         parts = [subject(name, "summary").text(found, self.reference) for name, found in self.subjects.items()]
-        said = [*parts, "", self.verdict, *self.lines, *(f"note: {note}" for note in self.notes)]
+        said = [*parts, "", self.verdict, *self.lines, *self.remarks()]
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
@@ -70,7 +71,9 @@ def summary(space: Workspace) -> AuditResult:
             f"{space.folder} has {len(records)} of {space.n_trials} trials finished: give the same audit command again"
         )
     answers, facts = answers_of(space)
-    found = {name: subject(name, "summary").summary(records, answers, facts[name]) for name in facts if name != "notes"}
+    found = {
+        name: subject(name, "summary").summary(records, answers, facts[name]) for name in facts if name not in TOLD
+    }
     return AuditResult(
         reference=answers[0].label,
         n_images=len(answers[0].right),
@@ -88,7 +91,8 @@ def summary(space: Workspace) -> AuditResult:
         ],
         verdict=" ".join(of["verdict"] for of in found.values()),
         lines=[line for of in found.values() for line in of["lines"]],
-        notes=[*facts["notes"], *_trained(answers)],
+        warnings=[*facts["warnings"], *_trained(answers)],
+        notes=facts["notes"],
         **found,
     )
 
@@ -100,7 +104,7 @@ def tables(space: Workspace) -> dict[str, bytes]:
     return {
         file: content
         for name in facts
-        if name != "notes"
+        if name not in TOLD
         for file, content in subject(name, "summary").tables(records).items()
     }
 

@@ -72,7 +72,6 @@ class CompareResult(Result):
     refused: dict[str, str]
     verdict: str
     rule: str
-    notes: list[str]
 
     def text(self) -> str:
         margin = next(iter(self.lossless.values()))["margin"]
@@ -96,7 +95,7 @@ class CompareResult(Result):
                 words.table([*header, "image evaluations", "after each pass: removed -> accuracy"], found),
                 "",
                 f"dense accuracy {self.dense_accuracy:.3f}",
-                *(f"note: {note}" for note in [*self.notes, *networks.slower(self.latency)]),
+                *self.remarks(*networks.slower(self.latency)),
                 *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
                 *words.where(self),
             ]
@@ -166,7 +165,8 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         refused=refused(space),
         verdict=verdict,
         rule=rule,
-        notes=[*_notes(space, found), *curves.cautions(n_images, margin)],
+        warnings=[*_warnings(space, found), *curves.cautions(n_images, margin)],
+        notes=_told(found, "notes"),
     )
 
 
@@ -232,7 +232,7 @@ def _verdict(found: Sequence[Contender], pairs: Sequence[dict[str, Any]]) -> tup
     )
 
 
-def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
+def _warnings(space: Workspace, found: Sequence[Contender]) -> list[str]:
     told = []
     n_finished = len(space.records())
     if n_finished < space.n_trials:
@@ -247,8 +247,11 @@ def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
                 f"{one.name} was measured up to {words.percent(one.reach)} only; SAUCE draws a straight line from "
                 "there to chance."
             )
-        told += [note for result in one.results for note in result["notes"]]
-    return list(dict.fromkeys(told))
+    return told + _told(found, "warnings")
+
+
+def _told(found: Sequence[Contender], name: str) -> list[str]:
+    return list(dict.fromkeys(said for one in found for result in one.results for said in result[name]))
 
 
 def _lossless(one: Contender, margin: float, mode: str) -> dict[str, Any]:

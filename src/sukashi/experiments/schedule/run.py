@@ -58,7 +58,7 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
     shared = {name: identity[name] for name in ("model", "data", "scope", "exclude", "round_to")}
     trials = [trial for seed in seeds for trial in _trials(seed, course, given, shared)]
     log = {"versions": versions(), "hardware": hardware(setting.device)}
-    return Prepared(identity, trials, {"notes": notes}, log)
+    return Prepared(identity, trials, {"notes": notes, "warnings": list(setting.data.warnings)}, log)
 
 
 def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> Iterator[Trial]:

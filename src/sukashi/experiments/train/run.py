@@ -42,7 +42,6 @@ def prepare(settings: Train) -> Prepared:
             else "a new head is for the classes of the data: leave --classes out"
         )
     loaded, images = source.build(source.read(), chosen.seed, new_head=settings.new_head)
-    loaded = models.resized(loaded, chosen.size)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
@@ -108,5 +107,6 @@ def _figures(fitted: Fitted, before: Loaded | None, images: Data, settings: Trai
         "class_accuracy": by_class(correct, test.objective.classes(test.targets), images.n_classes),
         "class_counts": test.counts.tolist(),
         "history": history_of(fitted),
+        "warnings": list(images.warnings),
         "notes": [*images.notes, *fitted.notes],
     }
