@@ -92,11 +92,14 @@ def test_what_a_comparison_returns_is_what_was_measured(compared, small):
     )
     for part in ("sauce", "sauces", "seeds", "relative_sauce", "lossless", "accuracy_at", "curves", "passes"):
         assert list(told[part]) == compared.contenders
-    assert compared.notes == [
-        "digits has no test split: 20% of each class held out by seed 0, 359 images",
+    assert compared.warnings == [
+        "digits has no test split: 20% of each class held out by seed 0, 359 images; the weights come from elsewhere, "
+        "so that these images may have been trained on: accuracy can flatter",
         "100 test images cannot show that accuracy is at most 1 points lower, not even with equal answers: that takes "
         "381 images or a larger --margin",
     ]
+    (read,) = compared.notes
+    assert read.startswith("images are read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn): ")
     case = small["cnn"]
     test = _test_images(case)
     with torch.no_grad():
@@ -163,7 +166,7 @@ def test_what_is_kept_of_a_trial(compared, digits_split):
         assert found["class_names"] == list("0123456789")
         assert found["class_counts"] == digits_split.test.limit(100).counts.tolist()
         assert found["chance"] == 0.1
-        assert found["notes"] == list(digits_split.read_in(1).notes)
+        assert [said[:18] for said in found["notes"]] == ["images are read as"]
         curve = curve_of(record)
         assert np.shape(found["class_accuracy"]) == (len(curve.ratio), 10)
         weighted = np.array(found["class_accuracy"]) @ found["class_counts"] / 100
@@ -246,7 +249,7 @@ def test_what_is_printed(compared):
     clocked = compared.model_copy(
         update={"latency": {"random": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])}, "finished": True}
     )
-    assert "note: random: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in clocked.text()
+    assert "warning: random: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in clocked.text()
     assert f"{compared.out} was finished already: nothing was done" in clocked.text()
 
 

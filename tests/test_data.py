@@ -925,3 +925,18 @@ def test_real_jpegs_decode_as_pillow_does(real_data):
         image = np.asarray(Image.open(io.BytesIO(table["image"][row].as_py()["bytes"])))
         np.testing.assert_array_equal(x[0].numpy(), image.astype(np.float32) / 255)
         assert int(target) == table["label"][row].as_py()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(12, 4095), (10, 900), (14, 4096), (8, 255), (16, 20000)])
+def test_grey_of_fewer_than_16_bits_is_read_as_so_many(tmp_path, bits, most):
+    for k, name in enumerate(("cat", "dog")):
+        for i in range(3):
+            pixels = np.linspace(0, most if (k, i) == (1, 2) else most // 3, 64).astype(np.uint16).reshape(8, 8)
+            write(tmp_path / name / f"{i}.png", encode(np.roll(pixels, i + 3 * k)))
+    found = data.load(tmp_path)
+    x = torch.cat([split.whole(plain(8, 1)).x for split in (found.train, found.test)])
+    assert float(x.max()) == pytest.approx(most / (2**bits - 1), abs=1e-6)
+    assert float(x.flatten(1).amax(1).min()) == pytest.approx(most // 3 / (2**bits - 1), abs=1e-6), "all on one scale"
+    said = [said for said in found.warnings if "16-bit" in said]
+    assert [f"holds a value above {2**bits - 1:,}" in one for one in said] == ([] if bits == 16 else [True])
+    assert any(note.startswith("6 image(s) of ") and f"divided by {2**bits - 1}" in note for note in found.notes)

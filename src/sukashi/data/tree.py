@@ -126,7 +126,7 @@ def unread(paths: Iterable[Path]) -> list[str]:
     counted = Counter(suffix for path in paths if (suffix := _suffix(path)) in _UNREAD)
     return [
         f"{n} {suffix} file{'s' if n > 1 else ''}: {_UNREAD[suffix][0]} is not read, convert to {_UNREAD[suffix][1]}"
-        for suffix, n in counted.most_common()
+        for suffix, n in sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))
     ]
 
 

@@ -69,6 +69,8 @@ class Source(Reading):
         random is drawn by `seed`.
         """
         place = pick_device(self.device)
+        if images.preprocess is not None and self.pixels:
+            raise UsageError(f"{self.data} is tensors as a network takes them: leave {next(iter(self.pixels))} out")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
             loaded = models.load(
@@ -84,13 +86,13 @@ class Source(Reading):
             if new_head:
                 loaded = models.with_new_head(loaded, images.n_classes)
         if images.preprocess is not None:
-            if self.pixels:
-                raise UsageError(f"{self.data} is tensors as a network takes them: leave {next(iter(self.pixels))} out")
             read_by = dict.fromkeys(models.READ, models.Origin("the images are tensors"))
             loaded = replace(loaded, preprocess=images.preprocess, read_by=read_by)
         images = images.answered_by(loaded.n_classes, loaded.class_names, self.among)
         loaded.model.to(place)
         images = images.read_in(loaded.preprocess.channels)
+        if images.held_out_by is not None and not loaded.has_not_seen(images.splits_sha256):
+            images = replace(images, may_be_seen=True)
         if loaded.assumed and not self.untrained:
             told = f"images are read as {loaded.reads}: weights that were trained otherwise lose accuracy by it"
             images = images.noting(f"{told}; --size, --mean, --std and --resize say how")

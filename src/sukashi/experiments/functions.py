@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ def load(
     """
     given: Any = {"n_classes": n_classes, "width": width, "pretrained": pretrained, "output": output}
     read = keywords(Pixels, {"size": size, "mean": mean, "std": std, "resize": resize})
+    weights = None if weights is None else Path(weights).expanduser()
     return models.load(_named(model, None), weights=weights, **given, **dict(read))
 
 
@@ -383,4 +385,4 @@ def _named(model: Any, tensors: Preprocess | None) -> Any:
     """The spec of a network; `tensors` is how the data are taken, where their images are tensors."""
     if isinstance(model, nn.Module | Loaded):
         return models.hold(model, tensors)
-    return str(model) if isinstance(model, Path) else model
+    return os.path.expanduser(model) if isinstance(model, str | Path) else model

@@ -62,7 +62,7 @@ class Pixels(Settings):
 class Images(Settings):
     """Data, and how much of them is read."""
 
-    data: str = option(examples=["digits"], help="digits, shapes, torchvision:NAME, or a folder of images.")
+    data: str = option(named=True, examples=["digits"], help="digits, shapes, torchvision:NAME, or a folder of images.")
     skip_bad: bool = option(False, help="Leave unreadable images out, and say so.")
     class_map: dict[str, int] | None = option(
         None, help='{"class of the data": its number in the model}, where the two differ.'
@@ -99,6 +99,7 @@ class Single(Opening):
 
     model: str = option(
         argument=True,
+        named=True,
         help="sukashi:NAME, timm:NAME, torchvision:NAME, package.module:callable or a saved folder.",
     )
 

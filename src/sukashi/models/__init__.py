@@ -2,7 +2,7 @@
 
 from sukashi.models.adapted import read_as, with_new_head
 from sukashi.models.checks import noise, probe
-from sukashi.models.loaded import READ, Loaded, Origin, given_loaded, takes_classes
+from sukashi.models.loaded import READ, Loaded, Origin, Trained, given_loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.memory import hold
 from sukashi.models.onnx import check_onnx_installed, export_onnx
@@ -20,6 +20,7 @@ __all__ = [
     "Loaded",
     "Origin",
     "Recipe",
+    "Trained",
     "check_onnx_installed",
     "contents",
     "digest",

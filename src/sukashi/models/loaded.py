@@ -26,6 +26,15 @@ class Origin(NamedTuple):
     assumed: bool = False
 
 
+class Trained(NamedTuple):
+    """Images that weights were trained on: the training split of data whose splits have this hash
+    (`Data.splits_sha256`), but for the fraction of it that was held out for validation.
+    """
+
+    splits: str
+    validation: float
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A network ready to be looked at, and what rebuilds it.
@@ -51,6 +60,8 @@ class Loaded:
     """What was done to make its weights fit, in words; a folder does not keep them."""
     read_by: Mapping[str, Origin] = field(default_factory=dict, compare=False)
     """Who says of each part of `preprocess` (READ) that images are read so."""
+    trained_on: tuple[Trained, ...] | None = field(default=None, compare=False)
+    """All that its weights were trained on, () where they are random; None where nobody knows."""
     crop: float = field(default=1.0, compare=False)
     """By how much the shorter side is larger than the centre that is cropped, as the architecture was published."""
 
@@ -64,6 +75,13 @@ class Loaded:
         for said, who, after in zip(words, by, [*by[1:], ""], strict=True):
             told.append(f"{said} ({who})" if who and who != after else said)
         return ", ".join(told)
+
+    def has_not_seen(self, splits: str, validation: float = 0.0) -> bool:
+        """Whether its weights are known to be trained on none of the test images of data whose splits have this hash,
+        nor of those that this fraction of their training split holds out.
+        """
+        known = self.trained_on
+        return known is not None and all(one.splits == splits and one.validation >= validation for one in known)
 
     @property
     def assumed(self) -> bool:

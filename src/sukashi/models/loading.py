@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, SukashiError, UsageError
@@ -17,11 +18,11 @@ from sukashi.models.adapted import read_as
 from sukashi.models.checks import checked_logits, noise, probe
 from sukashi.models.fitting import Fit, fit, n_rows, side_of
 from sukashi.models.formats import File, holds_weights, read
-from sukashi.models.loaded import LIBRARIES, READ, Loaded, Origin, check_name, given_loaded
+from sukashi.models.loaded import LIBRARIES, MEMORY, READ, Loaded, Origin, check_name, given_loaded
 from sukashi.models.recipe import RECIPE
 from sukashi.models.saved import check_mask, open_folder
 from sukashi.models.specs import build, prepare
-from sukashi.models.weights import digest, fill, stated_classes, stated_names, stated_reading
+from sukashi.models.weights import digest, fill, stated_classes, stated_names, stated_reading, stated_training
 
 
 def load(
@@ -100,6 +101,9 @@ def _loaded(
     if ours:
         options["n_classes"] = logits.shape[1]
     side = min(preprocess.height, preprocess.width)
+    trained_on = None if file is None else stated_training(file)
+    if file is None and not pretrained and (ours or _is_drawn(spec, options, model)):
+        trained_on = ()
     loaded = Loaded(
         model=model,
         spec=spec,
@@ -111,9 +115,21 @@ def _loaded(
         mask=_mask(model, found),
         notes=tuple(f"{weights}: {note}" for note in found.notes),
         read_by=dict.fromkeys(READ, _origin(spec, pretrained)),
+        trained_on=trained_on,
         crop=(preprocess.shorter or side) / side,
     )
     return loaded if file is None else _as_stated(loaded, file)
+
+
+def _is_drawn(spec: str, options: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether what somebody's code gives has random weights, all others where it is called again."""
+    if spec.startswith(MEMORY):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        again = prepare(build(spec, options, False)[0], options).state_dict()
+    own = {name: tensor for name, tensor in model.named_parameters() if tensor.dim() > 1}
+    return bool(own) and not any(tensor.equal(again[name]) for name, tensor in own.items() if name in again)
 
 
 def _origin(spec: str, pretrained: bool) -> Origin:

@@ -15,6 +15,7 @@ from sukashi.core.bounded import from_json
 from sukashi.core.errors import ModelError
 from sukashi.models.fitting import check_fits, check_kind, check_plain
 from sukashi.models.formats import File
+from sukashi.models.loaded import Trained
 
 
 def stated_classes(file: File) -> int | None:
@@ -40,6 +41,19 @@ def stated_reading(file: File) -> dict[str, Any]:
             what = "one or two whole numbers" if key == "size" else "numbers"
             raise ModelError(f"the header of {file.path} gives {key}={text!r}: it must be {what} with commas between")
     return found | ({"resize": file.metadata["resize"]} if "resize" in file.metadata else {})
+
+
+def stated_training(file: File) -> tuple[Trained, ...] | None:
+    """What the metadata says that the weights were trained on, or None."""
+    if "trained_on" not in file.metadata:
+        return None
+    try:
+        return tuple(Trained(str(splits), float(part)) for splits, part in from_json(file.metadata["trained_on"]))
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"the header of {file.path} gives trained_on={file.metadata['trained_on'][:100]!r}: it must be a JSON list "
+            "of pairs, a hash of data and the fraction held out for validation"
+        ) from error
 
 
 def stated_names(file: File, n_classes: int) -> tuple[str, ...] | None:

@@ -83,7 +83,7 @@ def read(
 
     Raises UsageError for a file that breaks a rule.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     said = {"data": data, "device": device, "workers": workers}
     given = _toml(path) | ({} if out is None else {"out": str(out)})
     replaced = {name: value for name, value in said.items() if value is not None}
