@@ -518,7 +518,7 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     assert "blind, the reference, gets no more right than guessing would. " in result.verdict
     result = sukashi.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result.lines == result.saliency["moved"] == []
-    (note,) = (note for note in result.notes if note.startswith("trained after the cut: "))
+    (note,) = (note for note in result.warnings if note.startswith("trained after the cut: "))
     assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
     result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)

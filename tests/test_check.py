@@ -23,13 +23,20 @@ def test_check_says_what_would_happen(cnn_weights, tmp_path, monkeypatch, digits
     assert list(found.refused) == ["fc2"]
     assert found.class_names == list("0123456789")
     assert found.class_counts == {s.name: s.counts.tolist() for s in (digits_split.train, digits_split.test)}
-    assert found.notes == list(digits_split.read_in(1).notes)
+    (read,) = found.notes
+    assert read.startswith(f"images are read as {found.reads}: ")
+    assert "359 images; the weights come from elsewhere" in found.warnings[0]
+    assert 0.8 * found.n_images < found.n_right <= found.n_images == 200
     # Every criterion has an estimate: one that asks about single units must be given its number of visits.
     assert set(found.estimated_seconds) == set(criteria.names())
     assert (found.unmeasured, found.cannot) == ([], {})
     assert all(seconds >= 0 for seconds in found.estimated_seconds.values())
     assert list(tmp_path.iterdir()) == []
     text = found.text()
+    assert text.splitlines()[0].startswith(
+        f"read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn); right on {found.n_right} of 200 "
+        "test images ("
+    )
     for said in (
         "10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
         "3 sites, 32 units, 3,506 parameters",

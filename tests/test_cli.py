@@ -432,7 +432,7 @@ def test_an_unreadable_image_is_named_or_left_out_and_counted(sukashi, refused, 
     refused(3, [name, "skip_bad"], *args)
     found = strict(sukashi(*args, "--skip-bad", "--json").out)
     assert sum(map(sum, found["class_counts"].values())) == 11
-    assert any("1 unreadable image(s)" in note for note in found["notes"])
+    assert any("1 unreadable image(s)" in note for note in found["warnings"])
 
 
 @pytest.mark.parametrize(

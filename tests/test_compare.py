@@ -93,9 +93,12 @@ def test_what_a_comparison_returns_is_what_was_measured(compared, small):
     )
     for part in ("sauce", "sauces", "seeds", "relative_sauce", "lossless", "accuracy_at", "curves", "passes"):
         assert list(told[part]) == compared.contenders
-    assert compared.notes == [
-        "digits has no test split: 20% of each class held out by seed 0, 359 images",
+    assert compared.warnings == [
+        "digits has no test split: 20% of each class held out by seed 0, 359 images; the weights come from elsewhere, "
+        "so that these images may have been trained on: accuracy can flatter",
     ]
+    (read,) = compared.notes
+    assert read.startswith("images are read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn): ")
     case = small["cnn"]
     test = _test_images(case)
     with torch.no_grad():
@@ -161,7 +164,7 @@ def test_what_is_kept_of_a_trial(compared, digits_split):
         found = record.result
         assert found["class_names"] == list("0123456789")
         assert found["chance"] == 0.1
-        assert found["notes"] == list(digits_split.read_in(1).notes)
+        assert [said[:18] for said in found["notes"]] == ["images are read as"]
         curve = curve_of(record)
         assert np.bincount(curve.target).tolist() == digits_split.test.limit(100).counts.tolist()
         np.testing.assert_array_equal(curve.answer == curve.target, curve.correct)
@@ -247,7 +250,7 @@ def test_what_is_printed(compared):
     clocked = compared.model_copy(
         update={"latency": {"random": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])}, "finished": True}
     )
-    assert "note: random: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in clocked.text()
+    assert "warning: random: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in clocked.text()
     assert f"{compared.out} was finished already: nothing was done" in clocked.text()
 
 

@@ -346,7 +346,7 @@ def test_skipped_images_are_counted_and_the_rest_keep_their_ids(tmp_path):
     assert sorted(name for name, _ in found.bad) == sorted(f"train/cat/{name}" for name in BAD)
     assert found.train.bad == found.bad
     assert found.test.bad == ()
-    assert any(f"{len(BAD)} unreadable image(s) of train left out" in note for note in found.notes)
+    assert any(f"{len(BAD)} unreadable image(s) of train left out" in said for said in found.warnings)
     assert found.train.image_ids == clean.train.image_ids
     assert torch.equal(found.train.whole(plain(8)).x, clean.train.whole(plain(8)).x)
 
@@ -404,8 +404,8 @@ def test_class_with_one_image_is_noted(tmp_path):
     root = folder(tmp_path, n=1)
     found = data.load(folder(root, n=3, splits=("train",)))
     assert found.test.counts.tolist() == [1, 1]
-    assert "one image only in test, left out of per-class statistics: cat, dog" in found.notes
-    assert not any("one image only in train" in note for note in found.notes)
+    assert "one image only in test, left out of per-class statistics: cat, dog" in found.warnings
+    assert not any("one image only in train" in said for said in found.warnings)
 
 
 def test_same_image_in_two_splits_warns(tmp_path):
@@ -415,7 +415,7 @@ def test_same_image_in_two_splits_warns(tmp_path):
         UserWarning, match=r"1 image\(s\) of test are also in train.*test/dog/copy.png = train/cat/02.png"
     ):
         found = data.load(root)
-    assert any("also in train" in note for note in found.notes)
+    assert any("also in train" in said for said in found.warnings)
 
 
 def test_different_images_do_not_warn(tmp_path):
@@ -925,3 +925,18 @@ def test_real_jpegs_decode_as_pillow_does(real_data):
         image = np.asarray(Image.open(io.BytesIO(table["image"][row].as_py()["bytes"])))
         np.testing.assert_array_equal(x[0].numpy(), image.astype(np.float32) / 255)
         assert int(target) == table["label"][row].as_py()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(12, 4095), (10, 900), (14, 4096), (8, 255), (16, 20000)])
+def test_grey_of_fewer_than_16_bits_is_read_as_so_many(tmp_path, bits, most):
+    for k, name in enumerate(("cat", "dog")):
+        for i in range(3):
+            pixels = np.linspace(0, most if (k, i) == (1, 2) else most // 3, 64).astype(np.uint16).reshape(8, 8)
+            write(tmp_path / name / f"{i}.png", encode(np.roll(pixels, i + 3 * k)))
+    found = data.load(tmp_path)
+    x = torch.cat([split.whole(plain(8, 1)).x for split in (found.train, found.test)])
+    assert float(x.max()) == pytest.approx(most / (2**bits - 1), abs=1e-6)
+    assert float(x.flatten(1).amax(1).min()) == pytest.approx(most // 3 / (2**bits - 1), abs=1e-6), "all on one scale"
+    said = [said for said in found.warnings if "16-bit" in said]
+    assert [f"holds a value above {2**bits - 1:,}" in one for one in said] == ([] if bits == 16 else [True])
+    assert any(note.startswith("6 image(s) of ") and f"divided by {2**bits - 1}" in note for note in found.notes)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sukashi
 from pictures import encode, folder, noise, plain, write
-from sukashi import data
+from sukashi import data, models
 from sukashi.core.errors import DataError, UsageError
+from sukashi.core.schema import keywords
 from sukashi.data.tree import files_in, split_of
+from sukashi.experiments.audit.settings import Audit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are also in train")
 
@@ -88,8 +91,8 @@ def test_a_folder_of_another_level_is_refused_with_what_is_in_it(tmp_path, folde
 
 def test_the_same_folders_in_every_class_are_noted(tmp_path):
     found = data.load(filled(tmp_path / "all", "a/x", "a/y", "b/x", "b/y"))
-    assert "every class folder of all holds the folders x, y, read as parts of the class" in found.notes
-    assert not any("every class folder" in note for note in data.load(filled(tmp_path / "b", "a/x", "b/x")).notes)
+    assert "every class folder of all holds the folders x, y, read as parts of the class" in found.warnings
+    assert not any("every class folder" in note for note in data.load(filled(tmp_path / "b", "a/x", "b/x")).warnings)
 
 
 def test_one_class_is_no_dataset_wherever_it_comes_from():
@@ -189,7 +192,7 @@ def test_suffixes_that_are_not_read_are_said(tmp_path):
     root = filled(tmp_path, "a", suffix=".avif")
     filled(root, "b")
     write(root / "a" / "scan", b"?")
-    with pytest.raises(DataError, match=r"a holds no image by its suffix, but 3 .avif, 1 without a suffix: convert"):
+    with pytest.raises(DataError, match=r"holds no image by its suffix, but 3 .avif, 1 without a suffix: 3 .avif f"):
         data.load(root)
     filled(root, "a")
     assert any("4 file(s) of" in note and "(3 .avif, 1 without a suffix)" in note for note in data.load(root).notes)
@@ -240,3 +243,48 @@ def test_numbers_sorted_as_text_are_noted(tmp_path):
     assert "classes are numbered by their names as text: 1, 10, 2; a class_map gives them other numbers" in notes
     for names in (("01", "02", "10"), ("a1", "a10", "a2"), ("7", "8")):
         assert not any("as text" in note for note in data.load(filled(tmp_path / names[1], *names)).notes)
+
+
+def test_formats_that_are_not_read_are_named_with_what_to_do(tmp_path):
+    filled(tmp_path, "a", "b")
+    for name in ("a/1.dcm", "a/2.DCM", "b/scan.nii.gz", "b/x.heic"):
+        write(tmp_path / name, b"?")
+    found = data.load(tmp_path)
+    assert [said.partition(", ")[0] for said in found.warnings if "is not read" in said] == [
+        "2 .dcm files: DICOM is not read",
+        "1 .heic file: HEIC is not read",
+        "1 .nii.gz file: a volume is not read",
+    ]
+    assert "convert to PNG with dcm2pnm (DCMTK) or pydicom" in found.warnings[0]
+
+
+def test_a_mistyped_folder_is_looked_for_beside_it(tmp_path):
+    filled(tmp_path / "photo", "a", "b")
+    with pytest.raises(UsageError, match=r"no such folder: did you mean \S+/photo\?$"):
+        data.load(tmp_path / "photos")
+    with pytest.raises(UsageError, match="no such folder: Known: digits"):
+        data.load(tmp_path / "nothing like it")
+
+
+def test_no_data_are_not_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(filled(tmp_path, "a", "b"))
+    with pytest.raises(UsageError, match="data must not be empty: give a path or a name"):
+        sukashi.check("sukashi:digits_cnn", "")
+    with pytest.raises(UsageError, match="data must not be empty: give a folder"):
+        data.load("")
+
+
+def test_the_home_folder_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    filled(tmp_path / "images", "a", "b")
+    assert data.load("~/images").name == "images"
+    asked = keywords(
+        Audit, {"models": ["~/net", "zoo:net=~/w"], "data": "~/images", "weights": "~/w.pt", "out": "~/out"}
+    )
+    home = str(tmp_path)
+    assert asked.models == [f"{home}/net", f"zoo:net={home}/w"]
+    assert (asked.data, asked.weights, asked.out) == (f"{home}/images", f"{home}/w.pt", f"{home}/out")
+    models.save(tmp_path / "net", models.load("sukashi:digits_cnn", width=4), provenance={})
+    assert sukashi.load("~/net").n_classes == sukashi.load(Path("~/net")).n_classes == 10
+    with pytest.raises(UsageError, match=f"{home}/out holds no experiment"):
+        sukashi.results("~/out")

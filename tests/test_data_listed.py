@@ -79,7 +79,7 @@ def test_a_column_says_the_split(tmp_path):
 def test_images_that_nobody_names_are_left_out_and_said(tmp_path):
     found = data.load(listed(tmp_path / "d", {"labels.csv": lines(n=6)}))
     assert len(found.train) + len(found.test) == 6
-    assert "2 image(s) of d left out: no CSV names them" in found.notes
+    assert "2 image(s) of d left out: no CSV names them" in found.warnings
 
 
 def test_class_folders_win_unless_a_column_is_named(tmp_path):
@@ -88,7 +88,7 @@ def test_class_folders_win_unless_a_column_is_named(tmp_path):
     (root / "images").rename(root / "cow")
     found = data.load(root)
     assert found.class_names == ("cat", "cow", "dog")
-    assert any(note.startswith("labels.csv is not read: classes are the folders") for note in found.notes)
+    assert any(note.startswith("labels.csv is not read: classes are the folders") for note in found.warnings)
     assert data.load(root, label="label").class_names == ("0", "1", "2")
 
 

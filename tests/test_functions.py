@@ -104,7 +104,7 @@ def test_a_network_is_slower_only_beyond_a_clocks_noise():
 def test_seconds_of_criteria_are_in_one_column():
     seconds = {"random": 1.0, "a_name_that_is_very_long": 2.0}
     given = {"model": "m", "reads": "", "parameters": 1, "sites": [], "units": 0, "refused": {}, "class_names": []}
-    more = {"class_counts": {}, "notes": [], "limit": 1.0, "cannot": {}, "unmeasured": []}
+    more = {"class_counts": {}, "n_right": None, "n_images": 0, "limit": 1.0, "cannot": {}, "unmeasured": []}
     text = functions.CheckResult(**given, **more, estimated_seconds=seconds).text()
     assert len({line.index(" about ") for line in text.splitlines() if " about " in line}) == 1
 

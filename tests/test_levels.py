@@ -284,7 +284,7 @@ def test_what_was_removed_is_counted_in_the_networks_themselves(rounded):
         assert row["parameters_removed"] == pytest.approx(1 - parameters / n_parameters)
     assert result.removes == "units"
     assert any(abs(row["units_removed"] - row["ratio_asked"]) > 0.02 for row in result.levels)
-    assert any("were asked for: widths are rounded up to multiples of 4" in note for note in result.notes)
+    assert any("were asked for: widths are rounded up to multiples of 4" in said for said in result.warnings)
     for pair in result.pairs:
         rows = {row["contender"]: row for row in result.levels if row["ratio_asked"] == pair["ratio_asked"]}
         assert pair["removed"] == [rows["magnitude"]["units_removed"], rows["random"]["units_removed"]]
@@ -315,7 +315,7 @@ def test_the_words_are_about_what_was_removed():
     assert magnitude.startswith("magnitude: at 25.0% of the units removed (30% asked for) accuracy is shown")
     assert "; at 75.0% (90% asked for) it is -15.0 points from the dense network's" in magnitude
     assert random.startswith("random: at no level accuracy is shown")
-    assert result.notes == [
+    assert result.warnings == [
         "magnitude: 25.0% and 75.0% of the units were removed, 30% and 90% were asked for: widths are rounded up to "
         "multiples of 8",
         "random: 81.2% of the units were removed, 90% were asked for: widths are rounded up to multiples of 8",
@@ -387,16 +387,16 @@ def test_equal_answers_to_few_images_show_nothing():
     least = stats.least_images(summary.LOST)
     enough = told(rows, n_images=least)
     assert "lower at 30.0%" in enough.verdict
-    assert enough.notes == []
+    assert enough.warnings == []
     few = told(rows, n_images=least - 1)
     assert few.verdict == "At no level is accuracy shown to be at most 2 points lower"
     assert few.lines[0].startswith("magnitude: at no level")
-    assert few.notes == ["188 test images can't show that accuracy is at most 2 points lower, 189 are needed"]
+    assert few.warnings == ["188 test images can't show that accuracy is at most 2 points lower, 189 are needed"]
 
 
 def test_levels_as_asked_for_need_no_word_about_it():
     result = told({"magnitude": [(0.3, 0.3, 0.95), (0.6, 0.5999, 0.95)]}, scope="global")
-    assert result.notes == []
+    assert result.warnings == []
     assert result.verdict == "Accuracy is at most 2 points lower at 60.0% of the weights removed (magnitude)"
     assert "asked for" not in result.lines[0]
 
@@ -431,7 +431,7 @@ def test_page_and_command_line_show_the_same(rounded):
             assert f"{figure:.1%}" in shown
         assert f"{100 * row['accuracy']['low']:.1f} to" in shown
         assert f"<strong>{100 * row['accuracy']['mean']:.1f}</strong>" in page
-    for said in (*result.lines, *result.notes):
+    for said in (*result.lines, *result.warnings):
         assert said in shown
         assert said.replace("'", "&#39;") in page
     assert f"Report: {out}/report.html" in shown
@@ -481,7 +481,6 @@ def test_what_is_not_finished_is_not_summed_up(lottery, tmp_path):
         ({"scope": None, "round_to": 0}, "round_to must be at least 1"),
         ({"options": {"wanda": {}}}, "options were given for 'wanda', which is not used"),
         ({"training": Training(enforce_mask=False)}, "take it out of the settings of training"),
-        ({"schedule": "oneshot", "finetuning": {"size": 9}}, "size must be the same at every level"),
         ({"finetuning": {}}, "finetuning would train nothing, lottery trains every level anew"),
         ({"schedule": "oneshot", "weights": "x"}, "training would train nothing, the model brings its weights"),
     ],

@@ -427,7 +427,7 @@ def test_a_new_head_on_a_mask_and_a_cut_leaves_both(small):
 
 @pytest.mark.parametrize("spec", ["timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"])
 def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
-    loaded = models.resized(models.load(spec, n_classes=3), 64)
+    loaded = models.load(spec, n_classes=3, size=[64])
     assert (loaded.preprocess.height, loaded.preprocess.width, loaded.options["size"]) == (64, 64, 64)
     models.save(tmp_path / "saved", loaded, provenance={})
     again = models.load(str(tmp_path / "saved"))
@@ -439,12 +439,12 @@ def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
     assert (found.preprocess, found.n_classes) == (loaded.preprocess, 3)
     assert "images of 64 x 64 pixels" in found.notes[0]
     with pytest.raises(ModelError, match="70 x 70"):
-        models.resized(loaded, 70)
+        models.read_as(loaded, size=[70])
 
 
 def test_a_transformer_whose_windows_would_change_is_left_alone():
     with pytest.raises(ModelError, match=r"cannot be laid out for 64 x 64 pixels .*: leave --size out"):
-        models.resized(models.load("timm:swin_tiny_patch4_window7_224", n_classes=3), 64)
+        models.load("timm:swin_tiny_patch4_window7_224", n_classes=3, size=[64])
 
 
 def test_the_recipe_of_a_network_of_its_own_size_says_nothing_of_one(tmp_path):
@@ -678,16 +678,16 @@ def test_the_size_an_architecture_was_made_for_is_its_own_affair(monkeypatch):
 
 def test_another_size_is_taken_or_refused_in_our_words():
     vit, cnn = models.load("sukashi:digits_vit", width=8), models.load("sukashi:cifar_resnet20")
-    assert models.resized(vit, None) is vit
-    assert models.resized(cnn, 17).preprocess.width == 17
+    assert models.read_as(vit) is vit
+    assert models.read_as(cnn, size=[17]).preprocess.width == 17
     with pytest.raises(ModelError, match=r"digits_vit cuts images into patches of 2 x 2 .* 8 x 8 and 10 x 10$"):
-        models.resized(vit, 9)
+        models.read_as(vit, size=[9])
     with pytest.raises(
         ModelError,
         match=r"^sukashi:digits_vit does not run on images of 12 x 12 pixels in 1 channel "
         r"\(RuntimeError: .*\): leave --size out, its own is 8 x 8$",
     ):
-        models.resized(vit, 12)
+        models.read_as(vit, size=[12])
 
 
 def test_a_file_of_weights_is_no_model(tmp_path):

@@ -252,7 +252,7 @@ def test_an_export_that_fails_leaves_the_network(cnn_weights, tmp_path, monkeypa
 
 def test_a_layer_without_weights_is_said(cnn_weights, tmp_path):
     result = prune("random", 0.999, tmp_path / "o", cnn_weights, scope="global")
-    assert any("has no weight left" in note for note in result.notes)
+    assert any("has no weight left" in said for said in result.warnings)
     assert any(line.startswith("warning: layer ") for line in result.text().splitlines())
 
 
@@ -266,7 +266,7 @@ def test_a_layer_that_is_excluded_keeps_its_units(cnn_weights, tmp_path):
 
 def test_rounding_that_gives_much_back_is_said(cnn_weights, tmp_path):
     result = prune("random", 0.5, tmp_path / "o", cnn_weights)
-    assert any("50.0% were asked for: widths are rounded up to multiples of 8" in note for note in result.notes)
+    assert any("50.0% were asked for: widths are rounded up to multiples of 8" in said for said in result.warnings)
 
 
 @pytest.mark.parametrize(
@@ -311,11 +311,11 @@ def test_a_network_that_breaks_on_the_test_images_leaves_nothing(cnn_weights, tm
 
 def test_a_network_that_may_be_guessing_is_told_what_was_assumed_of_it(cnn_weights, tmp_path):
     right = prune("magnitude", 0.5, tmp_path / "right", cnn_weights)
-    assert not [note for note in right.notes if "guessing" in note]
+    assert not [said for said in right.warnings if "guessing" in said]
     tensors = load_file(cnn_weights)
     last = max((name for name in tensors if tensors[name].ndim == 2), key=list(tensors).index)
     save_file({**tensors, last: tensors[last].roll(1, 0)}, tmp_path / "shifted.safetensors")
     wrong = prune("magnitude", 0.5, tmp_path / "wrong", tmp_path / "shifted.safetensors")
-    [note] = [note for note in wrong.notes if "guessing" in note]
-    assert "images of 8 x 8 pixels" in note
-    assert "numbered as 0, 1, 2, 3, ..." in note
+    [said] = [said for said in wrong.warnings if "guessing" in said]
+    assert "images read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn)" in said
+    assert "numbered as 0, 1, 2, 3, ..." in said

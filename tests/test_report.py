@@ -74,6 +74,7 @@ def a_result(criterion: str, seed: int, **changes: Any) -> tuple[Curve, dict[str
         "chance": 0.1,
         "class_names": [f"class {k}" for k in range(N_CLASSES)],
         "notes": [],
+        "warnings": [],
         "n_evaluations": 12_345,
         "cost": {
             "dense": {"parameters": 269722, "flops": 81.6e6, "bytes": 1_102_000},
@@ -423,7 +424,7 @@ def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
         [attack, "random"],
         2,
         class_names=[attack] * N_CLASSES,
-        notes=[f"2 bad images were left out: {attack}.png"],
+        warnings=[f"2 bad images were left out: {attack}.png"],
     )
     space.log("run", command=attack, versions={attack: attack}, hardware=attack)
     page = paged(space)
@@ -433,7 +434,7 @@ def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
 
 
 def test_warnings_are_shown_once(tmp_path: Path) -> None:
-    space = fill(tmp_path / "compared", ["drift", "random"], 2, notes=["3 bad images were left out: a.png, b.png"])
+    space = fill(tmp_path / "compared", ["drift", "random"], 2, warnings=["3 bad images were left out: a.png, b.png"])
     for seed in range(2):
         space.log("latency", contender="random", seed=seed, dense_ms=[5.2] * 6, cut_ms=[9.9] * 6)
     before = Path(sukashi.results(space.folder).out, "results.json").read_bytes()
@@ -459,7 +460,9 @@ def pruned(folder: Path, about: dict[str, Any], result: dict[str, Any], clock: d
         assert desk is not None
         if "scope" not in about:
             desk.save("plan", plan_arrays(a_plan(about["criterion"], 0)))
-        desk.finish({"units_removed": None, "weights_removed": None, "layers": [], "notes": [], **result})
+        desk.finish(
+            {"units_removed": None, "weights_removed": None, "layers": [], "notes": [], "warnings": [], **result}
+        )
     return space
 
 
@@ -473,7 +476,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
         "n_images": 1234,
         "class_names": ["zero", "one", "two"],
         "class_counts": [700, 0, 534],
-        "notes": ["class one has no image"],
+        "warnings": ["class one has no image"],
     }
     about = {"criterion": "cswap", "mode": "cut", "round_to": 8}
     space = pruned(tmp_path, about, result, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6})
@@ -597,7 +600,7 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path: Pat
         **{"accuracy": 0.75, "accuracy_before": 0.5, "n_images": 400, "epochs": 2, "epoch": 1},
         **{"validation": {"loss": 1.25, "accuracy": 0.5}, "weights_removed": None, "zeros_in_masked_layers": None},
         **{"class_names": ["cat", "<dog>"], "class_counts": [200, 200], "class_accuracy": [0.5, None]},
-        **{"history": history, "notes": ["mind <this>"]},
+        **{"history": history, "notes": ["mind <this>"], "warnings": []},
     }
     space.claim("train", about, [trial])
     space.log("run", command="sukashi finetune x", versions={"torch": "2"})

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sukashi.core import progress
 from sukashi.core.errors import ResourceError, SukashiError
-from sukashi.core.experiment import finite
+from sukashi.core.experiment import NOTE, finite
 from sukashi.report.waiting import bars, lines, log
 
 
@@ -68,6 +68,18 @@ def say(message: str, style: str | None = None) -> None:
 
 def to_stdout(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def show_text(text: str) -> None:
+    """What a command found; on a terminal notes are dim and warnings yellow."""
+    styles = {NOTE: "dim", "warning: ": "yellow"} if sys.stdout.isatty() else {}
+    console = Console()
+    for line in text.splitlines():
+        style = next((style for start, style in styles.items() if line.startswith(start)), None)
+        if style is None:
+            print(line)
+        else:
+            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sukashi.cli.console import command, print_json, say, to_stdout, working
+from sukashi.cli.console import command, print_json, say, show_text, to_stdout, working
 from sukashi.cli.options import is_said, parameters, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
@@ -189,7 +189,7 @@ def _show(result: Result | None, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        print(result.text())
+        show_text(result.text())
 
 
 def main() -> None:

@@ -193,7 +193,7 @@ def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[st
 
 def _class_map(path: Path) -> dict[str, int]:
     try:
-        return TypeAdapter(dict[str, int]).validate_json(read(path, MAX_BYTES), strict=True)
+        return TypeAdapter(dict[str, int]).validate_json(read(path.expanduser(), MAX_BYTES), strict=True)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the path of --class-map") from None
     except ValidationError:

@@ -24,6 +24,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+NOTE = "note: "
+"""How a line of `Result.text` begins that tells no more than how things were done."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -78,6 +81,7 @@ class Prepared:
 class Result(BaseModel):
     """What an experiment found: typed, printable, JSON.
 
+    `warnings` are sentences on what may make its figures mean something else, `notes` on how they came about.
     `out` is its folder, `report` its page, `finished` whether it was all there before this call: these, and what else
     `of_call` names, are no part of results.json.
     """
@@ -87,9 +91,16 @@ class Result(BaseModel):
     kind: ClassVar[str]
     of_call: ClassVar[tuple[str, ...]] = ("out", "report", "finished")
 
+    warnings: list[str] = []
+    notes: list[str] = []
     out: str = ""
     report: str = ""
     finished: bool = False
+
+    def remarks(self, *more: str) -> list[str]:
+        """Lines of `text`: the warnings, with `more` that a clock decides, and below them the notes."""
+        warned = (f"warning: {warning}" for warning in (*self.warnings, *more))
+        return [*warned, *(f"{NOTE}{note}" for note in self.notes)]
 
     def text(self) -> str:
         """What the command prints: tables and sentences for people."""

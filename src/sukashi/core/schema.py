@@ -54,6 +54,19 @@ class Settings(BaseModel):
     grows: ClassVar[frozenset[str]] = frozenset()
     """Fields of which more may be asked for in a folder that exists."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _places(cls, given: Any) -> Any:
+        """Paths with ~ filled in. Raises UsageError for an empty one, which would be the working folder."""
+        if not isinstance(given, Mapping):
+            return given
+        fields = {name: option_of(field) for name, field in cls.model_fields.items() if name in given}
+        places = {name: given[name] for name, about in fields.items() if about.path or about.named}
+        for name, value in places.items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise UsageError(f"{name} must not be empty: give a path{' or a name' if fields[name].named else ''}")
+        return {**given, **{name: _expanded(value) for name, value in places.items()}}
+
     @model_validator(mode="after")
     def _numbers_of_networks(self) -> Self:
         for name in type(self).model_fields:
@@ -74,7 +87,8 @@ class Option:
 
     `decides` says whether results depend on it. On the command line it is an `argument`, or a `flag` (its name with
     dashes where none is given); a list of names is `joined` by commas, or else the flag is repeated. `path` is for
-    files and folders; those in a study file are relative to it. `default` is how an absent default is told.
+    files and folders; those in a study file are relative to it. `named` is for what is a name or a path. `default` is
+    how an absent default is told.
     """
 
     decides: bool = True
@@ -83,6 +97,7 @@ class Option:
     joined: bool = False
     path: bool = False
     default: str | None = None
+    named: bool = False
 
 
 def option(
@@ -95,14 +110,22 @@ def option(
     joined: bool = False,
     path: bool = False,
     default: str | None = None,
+    named: bool = False,
     **field: Any,
 ) -> Any:
     """A field of `Settings`; `value` is its default, `field` bounds and examples as `pydantic.Field` takes them."""
-    facts = asdict(Option(decides, argument, flag, joined, path, default))
+    facts = asdict(Option(decides, argument, flag, joined, path, default, named))
     if callable(value):
         return Field(default_factory=value, description=help, json_schema_extra=facts, **field)
     # Copied for every object, so that a list can be a default.
     return Field(value, description=help, json_schema_extra=facts, **field)
+
+
+def _expanded(value: Any) -> Any:
+    """Paths, also those of MODEL=WEIGHTS, with the home folder in place of a leading ~."""
+    if isinstance(value, list):
+        return [_expanded(part) for part in value]
+    return "=".join(map(os.path.expanduser, value.split("="))) if isinstance(value, str) else value
 
 
 def option_of(field: FieldInfo) -> Option:

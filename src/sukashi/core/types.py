@@ -19,6 +19,7 @@ from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.schema import check_ratio
 
 MAX_NUMBERS = 2**24  # of one image; what a network makes of them is some hundred times as much
+MAX_SIDE = 16_384
 Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "weight"]
 
 
@@ -72,8 +73,12 @@ class Site:
 class Preprocess:
     """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std.
 
-    Raises UsageError for an image without pixels or of more than MAX_NUMBERS numbers, and for means and standard
-    deviations that are not one finite number a channel, the latter above 0.
+    Where `shorter` is None the image is squashed to the size. Else its shorter side is made so many pixels and the
+    centre is taken: it keeps its proportions and loses its rim. (Of a size that is no square, it is made as small as
+    covers the size enlarged until its own shorter side has so many pixels.)
+
+    Raises UsageError for an image without pixels or of more than MAX_NUMBERS numbers, for a centre larger than what it
+    is taken from, and for means and standard deviations that are not one finite number a channel, the latter above 0.
     """
 
     height: int
@@ -81,6 +86,7 @@ class Preprocess:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shorter: int | None = None
 
     def __post_init__(self) -> None:
         sides = (self.height, self.width, self.channels)
@@ -89,11 +95,23 @@ class Preprocess:
                 f"images must have 1 to {MAX_NUMBERS:,} numbers, got {self.height} x {self.width} pixels in "
                 f"{self.channels} channels"
             )
+        if self.shorter is not None and not min(self.height, self.width) <= self.shorter <= MAX_SIDE:
+            raise UsageError(
+                f"the shorter side must be resized to {min(self.height, self.width)} to {MAX_SIDE} pixels, for the "
+                f"centre of {self.height} x {self.width} is taken of it, got {self.shorter}"
+            )
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if len(numbers) != self.channels or not all(map(math.isfinite, numbers)):
                 raise UsageError(f"{name} must be a finite number for each of {self.channels} channels, got {numbers}")
         if min(self.std) <= 0:
             raise UsageError(f"std must be above 0, got {self.std}")
+
+    @property
+    def resizing(self) -> str:
+        """How the size is met, in words."""
+        if self.shorter is None:
+            return "squashed"
+        return f"shorter side resized to {self.shorter}, the centre cropped"
 
 
 @dataclass(frozen=True)

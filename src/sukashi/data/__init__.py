@@ -8,11 +8,14 @@ on a generator's state.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,22 @@ from sukashi.core import progress
 from sukashi.core.errors import DataError, UsageError, nearest
 from sukashi.core.objective import Among, Classification
 from sukashi.core.types import Preprocess
-from sukashi.data import downloads, folders, listed, memory, parquet
+from sukashi.data import downloads, folders, grouping, listed, memory, parquet
 from sukashi.data.classes import check_classes, outputs_by_name
-from sukashi.data.images import GREY, Found, Masks, Pixels, Source, TooLarge, Unreadable, bad_images, numbered
+from sukashi.data.images import (
+    DEEP,
+    GREY,
+    Encoded,
+    Found,
+    Masks,
+    Pixels,
+    Source,
+    TooLarge,
+    Unreadable,
+    bad_images,
+    deep,
+    numbered,
+)
 from sukashi.data.masks import masks_beside, masks_drawn, masks_given
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
@@ -51,11 +67,15 @@ _NAMED = ("digits", "shapes", "torchvision")
 class Data:
     """A dataset: `train` to choose and to fit on, `test` to measure on, `val` where there is one beside a test split.
 
-    `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
-    `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits, and
-    `ignore_index` the target of pixels without a class, None where targets are one class an image. `preprocess` is
-    there for images that are tensors as a network takes them, whatever its own says. `outputs` is the model's number of
-    each class, None where no class_map gave any.
+    `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits,
+    `splits_sha256` the same before some of its classes were chosen, and `ignore_index` the target of pixels without a
+    class, None where targets are one class an image. `held_out_by` is the seed that held the test split out, None where
+    the data bring one. `preprocess` is there for images that are tensors as a network takes them, whatever its own
+    says. `outputs` is the model's number of each class, None where no class_map gave any. `channels` are those that a
+    network reads, and `may_be_seen` says that it may have been trained on what was held out.
+
+    Sentences that a report must show are `notes`, how the images were read, and `warnings`, what may make figures mean
+    something else: images left out, the same ones on both sides, classes without spread.
     """
 
     name: str
@@ -63,14 +83,54 @@ class Data:
     train: Split
     test: Split
     val: Split | None
-    notes: tuple[str, ...]
     bad: tuple[tuple[str, str], ...]
     sha256: str
+    splits_sha256: str
+    held_out_by: int | None
     ignore_index: int | None
     preprocess: Preprocess | None
     outputs: tuple[int, ...] | None
     _masks: Masks | None = field(repr=False)
     _facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = field(repr=False)
+    _converted: tuple[tuple[str, str, int], ...] = field(repr=False)
+    _notes: tuple[str, ...] = field(repr=False)
+    _warnings: tuple[str, ...] = field(repr=False)
+    channels: int = 3
+    may_be_seen: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the images were read: what was converted, what was held out, which classes there are."""
+        converted = [
+            f"{n} image(s) of {split}: {rule}"
+            for split, rule, n in self._converted
+            if rule != GREY or self.channels > 1
+        ]
+        return (*converted, *([] if self.may_be_seen else self._held_out()), *self._notes)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may make figures mean something else."""
+        seen = [
+            f"{said}; the weights come from elsewhere, so that these images may have been trained on: accuracy can "
+            "flatter"
+            for said in (self._held_out() if self.may_be_seen else [])
+        ]
+        return (*seen, *self._warnings)
+
+    def _held_out(self) -> list[str]:
+        if self.held_out_by is None:
+            return []
+        groups = self.test.groups
+        whole = "" if groups is None else f" in whole groups ({len(set(groups))} of them)"
+        return [
+            f"{self.name} has no test split: {HELD_OUT:.0%} of each class held out by seed {self.held_out_by}{whole}, "
+            f"{len(self.test)} images"
+        ]
+
+    def noting(self, *notes: str, warnings: Sequence[str] = ()) -> Data:
+        """The same data with more to be said of them, after what there is."""
+        return replace(self, _notes=(*self._notes, *notes), _warnings=(*self._warnings, *warnings))
 
     @property
     def n_classes(self) -> int:
@@ -91,15 +151,12 @@ class Data:
         old = [self.class_names.index(wanted) for wanted in class_names]
         train, test = self.train.only(old), self.test.only(old)
         listed = ", ".join(class_names)
-        held_out, now = f", {len(self.test)} images", f", {len(test)} images"  # the end of the note of `load`
-        notes = (note.removesuffix(held_out) + now if note.endswith(held_out) else note for note in self.notes)
         return replace(
-            self,
+            self.noting(f"{len(old)} of the {self.n_classes} classes of {self.name}: {listed}"),
             class_names=tuple(class_names),
             train=train,
             test=test,
             val=None if self.val is None else self.val.only(old),
-            notes=(*notes, f"{len(old)} of the {self.n_classes} classes of {self.name}: {listed}"),
             sha256=hashlib.sha256(f"{self.sha256} only {listed}".encode()).hexdigest(),
         )
 
@@ -123,16 +180,14 @@ class Data:
         objective = Classification(outputs, among)
         how = "the class_map" if self.outputs is not None else "their names"
         rivals = "these" if among == "data" else f"all {n_outputs}"
+        told = (
+            f"the data have {self.n_classes} of the model's {n_outputs} classes, found by {how}; an answer is the best"
+        )
         return replace(
-            self,
+            self.noting(f"{told} of {rivals}"),
             train=replace(self.train, objective=objective),
             test=replace(self.test, objective=objective),
             val=None if self.val is None else replace(self.val, objective=objective),
-            notes=(
-                *self.notes,
-                f"the data have {self.n_classes} of the model's {n_outputs} classes, found by {how}; an answer is the "
-                f"best of {rivals}",
-            ),
             sha256=hashlib.sha256(f"{self.sha256} {objective}".encode()).hexdigest(),
         )
 
@@ -144,7 +199,7 @@ class Data:
 
     def read_in(self, channels: int) -> Data:
         """The same data without notes that say nothing to a model which reads so many channels."""
-        return replace(self, notes=tuple(note for note in self.notes if channels > 1 or not note.endswith(GREY)))
+        return replace(self, channels=channels)
 
     @property
     def has_ground_truth(self) -> bool:
@@ -181,6 +236,7 @@ def load(
     class_map: Mapping[str, int] | None = None,
     only: Sequence[str] | None = None,
     label: str | None = None,
+    groups: str | None = None,
     max_pixels: int = MAX_PIXELS,
     masks: Sequence[str] = (),
 ) -> Data:
@@ -191,49 +247,61 @@ def load(
     and labels, or a folder of Parquet files with columns `image` and `label` or `mask`. `label` names the column of
     labels where it is called otherwise or there are several. `seed` draws the held-out test split of a dataset without
     one. `skip_bad` leaves unreadable images out and lists them in `bad`; otherwise they are fatal. `class_map` gives
-    each class the model's number, `only` leaves all classes out but these, see `Data.only`. `masks` are folders that
-    say where the evidence is, as folders called masks do: each holds images named as those of the data, not 0 inside.
+    each class the model's number, `only` leaves all classes out but these, see `Data.only`. `groups` says which images
+    belong together, as those of a patient, so that none of them is held out without the others: a column of Parquet or
+    CSV, or a pattern (`re`) whose one group in brackets is found in the images' names. `masks` are folders that say
+    where the evidence is, as folders called masks do: each holds images named as those of the data, not 0 inside.
 
-    Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`).
+    Raises UsageError (unknown spec or option), DataError (unreadable images, empty classes, images above `max_pixels`
+    or without a group).
     """
     _check_asked(class_map, only, max_pixels)
-    name, found = _found(spec, label, max_pixels)
+    name, found = _found(spec, label, groups, max_pixels)
     found = masks_given(masks, found, max_pixels)
     _check_names(name, found)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
-    notes = list(found.notes)
+    of_images = {} if groups is None else grouping.groups_of(name, found, groups)
+    notes, warned = list(found.notes), list(found.warnings)
     splits: dict[str, Split] = {}
     digests: dict[str, bytes] = {}
     for key in sorted(found.splits, key=("", *ORDER).index):
         source, targets = found.splits[key]
         targets = None if targets is None else number[targets]
-        splits[key] = _checked(key or name, source, targets, class_names, digests)
+        split = _checked(key or name, source, targets, class_names, digests)
+        splits[key] = replace(split, groups=None if groups is None else tuple(of_images[i] for i in split.image_ids))
     bad = tuple(pair for split in splits.values() for pair in split.bad)
     if bad and not skip_bad:
         raise bad_images(name, bad, "replace them, or leave them out with skip_bad")
     for split in splits.values():
         if split.bad:
-            notes.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
-        notes += [f"{n} image(s) of {split.name}: {rule}" for rule, n in sorted(split.notes.items())]
+            warned.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
         _check_presence(split, name)
+    splits, scaled = _one_depth(name, splits)
+    read = tuple(splits.values())
+    held_out_by = seed if "" in splits or set(splits) == {"train"} else None
     splits = _with_test(name, splits, seed, notes)
-    notes += [note for split in splits.values() for note in _lonely_classes(split)]
-    notes += _duplicates(splits, digests)
+    warned += [*scaled, *(said for split in splits.values() for said in _lonely_classes(split))]
+    warned += [*_duplicates(splits, digests), *grouping.shared(splits)]
+    sha256 = _sha256(splits, digests)
     whole = Data(
         name,
         class_names,
         splits["train"],
         splits["test"],
         splits.get("val"),
-        tuple(notes),
         bad,
-        _sha256(splits, digests),
+        sha256,
+        sha256,
+        held_out_by,
         found.ignore_index,
         found.preprocess,
         None if class_map is None else tuple(sorted(class_map.values())),
         found.masks,
         found.facts,
+        tuple((split.name, rule, n) for split in read for rule, n in sorted(split.notes.items())),
+        tuple(notes),
+        tuple(warned),
     )
     return whole if only is None else whole.only(only)
 
@@ -258,14 +326,10 @@ def names() -> dict[str, str]:
 
 
 def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
-    """The same with train and test splits, whatever the dataset has; what was done goes into `notes`."""
+    """The same with train and test splits, whatever the dataset has; that val is test goes into `notes`."""
     if "" in splits or set(splits) == {"train"}:
         ((_, pool),) = splits.items()
         splits = _held_out(pool, seed)
-        notes.append(
-            f"{name} has no test split: {HELD_OUT:.0%} of each class held out by seed {seed}, "
-            f"{len(splits['test'])} images"
-        )
     if "train" not in splits:
         raise DataError(
             f"{name} has only {' and '.join(splits)}: a train split is needed, so add one or rename a split"
@@ -276,18 +340,29 @@ def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str])
     return splits
 
 
-def _found(spec: str | Path, label: str | None, max_pixels: int) -> tuple[str, Found]:
+def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: int) -> tuple[str, Found]:
+    if not str(spec):
+        raise UsageError("data must not be empty: give a folder, or a name such as digits")
     if isinstance(spec, str) and (spec.partition(":")[0] in _NAMED or spec.startswith(memory.PREFIX)):
         if label is not None:
             raise UsageError(f"{spec} has no columns, label {label!r} is for those of Parquet and CSV: leave it out")
         return _by_name(spec, max_pixels)
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
-        return path.stem, parquet.parquet(path, [path], label, max_pixels)
+        return path.stem, parquet.parquet(path, [path], label, groups, max_pixels)
     if not path.is_dir():
-        known = f", and no such folder{nearest(str(spec), names())}"
+        known = f", and no such folder{_beside(path) or nearest(str(spec), names())}"
         raise UsageError(f"unknown data {str(spec)!r}{': it is no folder' if path.exists() else known}")
-    return path.resolve().name, _in_folder(path, label, max_pixels)
+    return path.resolve().name, _in_folder(path, label, groups, max_pixels)
+
+
+def _beside(path: Path) -> str:
+    """What lies beside a path that is not there and is called almost so, as the end of an error; or ""."""
+    with contextlib.suppress(OSError):
+        around = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".parquet"]
+        if close := difflib.get_close_matches(path.name, sorted(around), n=3, cutoff=0.6):
+            return f": did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+    return ""
 
 
 def _by_name(spec: str, max_pixels: int) -> tuple[str, Found]:
@@ -305,20 +380,20 @@ def _by_name(spec: str, max_pixels: int) -> tuple[str, Found]:
             return options, downloads.torchvision(options, max_pixels)
 
 
-def _in_folder(root: Path, label: str | None, max_pixels: int) -> Found:
+def _in_folder(root: Path, label: str | None, groups: str | None, max_pixels: int) -> Found:
     """What Parquet files say, or class folders, or a CSV where there are no class folders or a column is named."""
     if shards := parquet.shards(root):
-        return parquet.parquet(root, shards, label, max_pixels)
+        return parquet.parquet(root, shards, label, groups, max_pixels)
     tables = listed.tables(root)
     if label is not None and not tables:
         raise UsageError(f"{root} has neither Parquet nor CSV, label {label!r} is a column of these: leave it out")
     if tables and (label is not None or not folders.has_classes(root)):
-        return masks_beside(root, listed.listed_images(root, tables, label, max_pixels), max_pixels)
+        return masks_beside(root, listed.listed_images(root, tables, label, groups, max_pixels), max_pixels)
     found = masks_beside(root, folders.image_folder(root, max_pixels), max_pixels)
     if not tables:
         return found
     unread = f"{tables[0].relative_to(root)} is not read: classes are the folders; --label COLUMN takes it instead"
-    return replace(found, notes=(*found.notes, unread))
+    return replace(found, warnings=(*found.warnings, unread))
 
 
 def _digits() -> Found:
@@ -386,6 +461,26 @@ def _checked(
     return Split(title, class_names, tuple(source.ids[row] for row in rows), tuple(bad), dict(notes), source, at, kept)
 
 
+def _one_depth(name: str, splits: dict[str, Split]) -> tuple[dict[str, Split], list[str]]:
+    """The same with all 16-bit grey images on one scale, that of as many bits as any of them uses, and a warning."""
+    used = [DEEP[rule] for split in splits.values() for rule in split.notes if rule in DEEP]
+    bits = max(used, default=16)
+    if not used:
+        return splits, []
+    scaled = {}
+    for key, split in splits.items():
+        n = sum(n for rule, n in split.notes.items() if rule in DEEP)
+        rules = {rule: n for rule, n in split.notes.items() if rule not in DEEP} | ({deep(bits): n} if n else {})
+        source = replace(split._source, bits=bits) if isinstance(split._source, Encoded) else split._source
+        scaled[key] = replace(split, notes=rules, _source=source)
+    if bits == 16:
+        return scaled, []
+    return scaled, [
+        f"no 16-bit image of {name} holds a value above {2**bits - 1:,}: they are read as {bits} bits, divided by "
+        f"{2**bits - 1:,} and not by 65,535"
+    ]
+
+
 def _check_presence(split: Split, spec: str) -> None:
     """Refuse a split without images, or with a class that has none."""
     if len(split) == 0:
@@ -417,12 +512,8 @@ def _held_out(pool: Split, seed: int) -> dict[str, Split]:
             f"class {pool.class_names[int(counts.argmin())]!r} has one image and there is no test split, holding one "
             f"out needs two of every class: add images or a test split"
         )
-    n_out = (HELD_OUT * counts + 0.5).floor().clamp(min=1)
-    out = torch.from_numpy(pool.rank_in_class("held out", seed)) < n_out[target]
-    return {
-        "train": replace(pool.subset((~out).nonzero()[:, 0]), name="train"),
-        "test": replace(pool.subset(out.nonzero()[:, 0]), name="test"),
-    }
+    train, test = pool.parted(HELD_OUT, "held out", seed, least=1)
+    return {"train": replace(train, name="train"), "test": replace(test, name="test")}
 
 
 def _sha256(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> str:
@@ -430,8 +521,8 @@ def _sha256(splits: Mapping[str, Split], digests: Mapping[str, bytes]) -> str:
     for name in sorted(splits):
         split = splits[name]
         targets = [-1] * len(split) if split.has_masks else split.targets.tolist()
-        for image_id, target in zip(split.image_ids, targets, strict=True):
-            whole.update(f"{name} {image_id} {target} ".encode() + digests[image_id])
+        for image_id, target, group in zip(split.image_ids, targets, split.groups or repeat(""), strict=False):
+            whole.update(f"{name} {image_id} {target} {group}".encode() + digests[image_id])
     return whole.hexdigest()
 
 

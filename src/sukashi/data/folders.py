@@ -22,6 +22,7 @@ from sukashi.data.tree import (
     leads_nowhere,
     split_of,
     suffixes,
+    unread,
 )
 
 _BYTES_A_PIXEL, _HEADER = 8, 2**26  # an encoded image of so many pixels has no more bytes, whatever its format
@@ -35,6 +36,7 @@ def image_folder(root: Path, max_pixels: int) -> Found:
     found, notes = split_folders(root)
     class_names = _class_names(root, found)
     splits: dict[str, tuple[Source, Tensor | None]] = {}
+    warned: list[str] = []
     for split, path in found.items():
         inside = [files_in(path / name) for name in class_names]
         of_class = [_images(path / name, held, root) for name, held in zip(class_names, inside, strict=True)]
@@ -42,8 +44,11 @@ def image_folder(root: Path, max_pixels: int) -> Found:
         ids = tuple(image.relative_to(root).as_posix() for image in paths)
         targets = torch.tensor([k for k, images in enumerate(of_class) for _ in images], dtype=torch.int64)
         splits[split] = (Encoded(ids, ids, file_reader(paths, max_pixels), max_pixels), targets)
-        notes += _ignored(path, {*chain(*inside)} - {*paths}, class_names)
-    return Found(splits, class_names, (*notes, *numbering(class_names), *_layers(root, found, class_names)))
+        others = _others(path, {*chain(*inside)} - {*paths}, class_names)
+        warned += unread(others)
+        notes += _ignored(path, others)
+    warned += _layers(root, found, class_names)
+    return Found(splits, class_names, (*notes, *numbering(class_names)), tuple(warned))
 
 
 def has_classes(root: Path) -> bool:
@@ -128,10 +133,9 @@ def _images(folder: Path, held: Sequence[Path], root: Path) -> list[Path]:
     seen = [path for path in held if not is_hidden(path.relative_to(root))]
     images = [path for path in seen if is_image(path)]
     if seen and not images:
-        raise DataError(
-            f"{folder} holds no image by its suffix, but {suffixes(seen)}: convert them to one of "
-            f"{', '.join(sorted(SUFFIXES))}, or take the folder away"
-        )
+        known = ", ".join(sorted(SUFFIXES))
+        remedy = "; ".join(unread(seen)) or f"convert them to one of {known}, or take the folder away"
+        raise DataError(f"{folder} holds no image by its suffix, but {suffixes(seen)}: {remedy}")
     return images
 
 
@@ -139,11 +143,15 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or leads_nowhere(path)
 
 
-def _ignored(folder: Path, others: set[Path], class_names: Sequence[str]) -> list[str]:
-    """A note of `others`, which class folders hold, and of what is beside these."""
+def _others(folder: Path, others: set[Path], class_names: Sequence[str]) -> set[Path]:
+    """`others`, which class folders hold, and what is beside these."""
     beside = [path for path in folder.iterdir() if path.name not in class_names and not is_masks(path)]
     for path in beside:
         others |= {*files_in(path)} if path.is_dir() else {path}
+    return others
+
+
+def _ignored(folder: Path, others: set[Path]) -> list[str]:
     if not others:
         return []
     return [

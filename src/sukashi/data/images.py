@@ -26,16 +26,17 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
 )
 _ORIENTATION = 0x0112
+_MAX_RESIZED = 2**26  # pixels on the way to a crop
 
 GREY = "greyscale: repeated where a model wants three channels"
 _ROTATED = "EXIF orientation: applied"
-_DEEP = "16-bit grey: divided by 65535"
+_BITS = (8, 10, 12, 14, 16)  # that cameras and detectors fill of 16
 _MODES = {
     "1": GREY,
     "L": GREY,
-    "I": _DEEP,
-    "I;16": _DEEP,
-    "I;16B": _DEEP,
+    "I": "",
+    "I;16": "",
+    "I;16B": "",
     "P": "palette: looked up as RGB",
     "RGB": "",
     "LA": "",
@@ -44,6 +45,14 @@ _MODES = {
     "CMYK": "CMYK: converted to RGB by Pillow, without a colour profile",
     "YCbCr": "YCbCr: converted to RGB",
 }
+
+
+def deep(bits: int) -> str:
+    """The rule of an image of 16 bits, of which so many are used."""
+    return f"16-bit grey{'' if bits == 16 else f' of {bits} bits'}: divided by {2**bits - 1}"
+
+
+DEEP = {deep(bits): bits for bits in _BITS}
 
 
 class Unreadable(Exception):
@@ -95,10 +104,13 @@ def _rules(encoded: bytes, max_pixels: int) -> list[str]:
     """
     image = _open(encoded, max_pixels)
     rules = [_MODES[image.mode]] if _MODES[image.mode] else []
-    deep = image.mode.startswith("I")
-    if image.has_transparency_data and not deep:
+    is_deep = image.mode.startswith("I")
+    if is_deep:
+        most = int(np.asarray(image).max())
+        rules.append(deep(next(bits for bits in _BITS if most < 2**bits or bits == 16)))
+    if image.has_transparency_data and not is_deep:
         rules.append("transparent: laid over white")
-    if image.format == "PNG" and encoded[24] == 16 and not deep:
+    if image.format == "PNG" and encoded[24] == 16 and not is_deep:
         rules.append("16-bit colour: upper 8 bits kept")
     if getattr(image, "is_animated", False):
         rules.append("several frames: the first one used")
@@ -114,24 +126,18 @@ def _is_turned(image: Image.Image) -> bool:
     return image.getexif().get(_ORIENTATION) in range(2, 9)
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """The upright image as L or RGB (8 bits) or F (grey in [0, 1], from 16 bits)."""
+def _plain(image: Image.Image, bits: int = 16) -> Image.Image:
+    """The upright image as L or RGB (8 bits) or F (grey in [0, 1], from 16 bits, of which `bits` are used)."""
     if _is_turned(image):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow's own conversion saturates at 255
-        return Image.fromarray(np.asarray(image, dtype=np.float32) / 65535)
+        return Image.fromarray(np.asarray(image, dtype=np.float32) / (2**bits - 1))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     if image.mode in ("1", "L"):
         return image.convert("L")
     return image if image.mode in ("RGB", "F") else image.convert("RGB")
-
-
-def placed(image: Image.Image, preprocess: Preprocess, how: Image.Resampling) -> Image.Image:
-    """What of an image a model sees, as large as it reads it: images and masks of them go through here alike."""
-    size = preprocess.width, preprocess.height
-    return image if image.size == size else image.resize(size, how)
 
 
 def mask_of(encoded: bytes, max_pixels: int) -> Image.Image:
@@ -156,17 +162,38 @@ def sized(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray
     """The plain image as uint8 (C, H, W), or as float32 in [0, 1] where it is deeper than 8 bits.
 
     RGB becomes grey by the luma of ITU-R BT.601 (0.299 R + 0.587 G + 0.114 B), grey becomes RGB by repetition, and the
-    size is met by Pillow's antialiased bilinear filter without keeping the aspect, in the depth the image has. An image
-    that is planes (C, H, W) already is taken as it is.
+    size is met by Pillow's antialiased bilinear filter, in the depth the image has; see `resized`. An image that is
+    planes (C, H, W) already is taken as it is.
     """
     if isinstance(image, np.ndarray):
         return image
     if preprocess.channels == 1 and image.mode == "RGB":
         image = image.convert("L")
-    pixels = np.asarray(placed(image, preprocess, Image.Resampling.BILINEAR))
+    pixels = np.asarray(resized(image, preprocess, Image.Resampling.BILINEAR))
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (preprocess.channels, *pixels.shape))
     return pixels.transpose(2, 0, 1)
+
+
+def resized(image: Image.Image, preprocess: Preprocess, how: Image.Resampling) -> Image.Image:
+    """The image at a model's size: squashed, or the centre of what its shorter side is resized to.
+
+    The latter as torchvision's Resize and CenterCrop do it, numbers rounded alike, so that pixels are the same.
+    """
+    size = width, height = preprocess.width, preprocess.height
+    if preprocess.shorter is None:
+        return image if image.size == size else image.resize(size, how)
+    box = [-(-side * preprocess.shorter // min(size)) for side in size]  # that the whole image has to cover
+    if image.width * box[1] >= image.height * box[0]:
+        whole = box[1] * image.width // image.height, box[1]
+    else:
+        whole = box[0], box[0] * image.height // image.width
+    left, top = (round((full - side) / 2) for full, side in zip(whole, size, strict=True))
+    corners = left, top, left + width, top + height
+    if whole[0] * whole[1] > _MAX_RESIZED:  # a strip: no more of it than is taken, the same but for a rounding
+        x, y = (of / full for full, of in zip(whole, image.size, strict=True))
+        return image.resize(size, how, box=(left * x, top * y, corners[2] * x, corners[3] * y))
+    return (image if image.size == whole else image.resize(whole, how)).crop(corners)
 
 
 def fitted(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
@@ -223,7 +250,9 @@ class Pixels:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Images as encoded bytes, decoded when asked for; `read_mask` where each has a map of classes."""
+    """Images as encoded bytes, decoded when asked for; `read_mask` where each has a map of classes, `bits` how many are
+    used of 16 in grey images that have so many.
+    """
 
     ids: tuple[str, ...]
     names: Sequence[str]
@@ -231,6 +260,7 @@ class Encoded:
     max_pixels: int
     read_mask: Callable[[int], bytes] | None = None
     legal: frozenset[int] = frozenset()
+    bits: int = 16
 
     def check(self, row: int) -> tuple[bytes, list[str]]:
         with _reading():
@@ -246,7 +276,7 @@ class Encoded:
 
     def image(self, row: int) -> Image.Image:
         with _reading():
-            return _plain(_open(self.read(row), self.max_pixels))
+            return _plain(_open(self.read(row), self.max_pixels), self.bits)
 
     def size(self, row: int) -> tuple[int, int]:
         with _reading():
@@ -280,14 +310,18 @@ class Found:
     """A dataset as a reader finds it, before any image was looked at.
 
     `splits` maps train, test and val, or "" for images that were never split, to their source and targets (N,), None
-    where each image has a map of classes instead. `masks` gives of an image's id where the evidence is (`mask_of`), by
-    concept, None where nobody drew it. `preprocess` is there for images that are tensors as a network takes them:
-    nothing is left to be done.
+    where each image has a map of classes instead. `warnings` are sentences as `notes` are, of what may make figures
+    mean something else. `groups` are the values of the column that was asked for, where there is one, of each split's
+    images, None where one is missing. `masks` gives of an image's id where the evidence is (`mask_of`), by concept,
+    None where nobody drew it. `preprocess` is there for images that are tensors as a network takes them: nothing is
+    left to be done.
     """
 
     splits: Mapping[str, tuple[Source, Tensor | None]]
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    groups: Mapping[str, Sequence[str | None]] | None = None
     ignore_index: int | None = None
     masks: Masks | None = None
     facts: Callable[[Sequence[str]], list[dict[str, Any]]] | None = None

@@ -16,7 +16,7 @@ from sukashi.core import bounded
 from sukashi.core.errors import DataError, nearest
 from sukashi.data.folders import file_reader, is_image, numbering
 from sukashi.data.images import Encoded, Found, Source
-from sukashi.data.tree import files_in, folders_in, is_hidden, is_plain_split, split_in, split_of
+from sukashi.data.tree import files_in, folders_in, is_hidden, is_plain_split, split_in, split_of, unread
 
 _FILE = ("file", "filename", "file_name", "filepath", "path", "image", "image_id", "image_name", "img", "id")
 _LABEL = ("label", "labels", "class", "class_name", "category", "target")
@@ -25,11 +25,12 @@ _MAX_BYTES = 2**30
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of a CSV: the image it names, its label, and its split ("" where nothing says one)."""
+    """A line of a CSV: the image it names, its label, its split ("" where nothing says one) and its group."""
 
     image: Path
     label: str
     split: str
+    group: str | None
 
 
 def tables(root: Path) -> list[Path]:
@@ -45,16 +46,16 @@ def tables(root: Path) -> list[Path]:
     return [path for path in found if split_in(path.relative_to(root))] or found
 
 
-def listed_images(root: Path, found: Sequence[Path], label: str | None, max_pixels: int) -> Found:
+def listed_images(root: Path, found: Sequence[Path], label: str | None, group: str | None, max_pixels: int) -> Found:
     """Images under `root` that CSV files name, with the class in the column `label`, or in one that is called so.
 
     A file is named by its path or its last parts, with or without its suffix. Its split is in a column `split`, or the
     CSV's own name or folder or that of the image says it. Classes are numbered by sorted label; an image's id is its
-    path inside `root`.
+    path inside `root`. Its group is in the column `group`, where there is one.
     """
     images = [path for path in files_in(root) if is_image(path) and not is_hidden(path.relative_to(root))]
     by_name = _by_name(images, root)
-    rows = [row for path in found for row in _rows(path, root, by_name, label)]
+    rows = [row for path in found for row in _rows(path, root, by_name, label, group)]
     for image, times in Counter(row.image for row in rows).most_common(1):
         if times > 1:
             raise DataError(f"{found[0]} names {image.relative_to(root)} {times} times: an image has one label")
@@ -66,16 +67,20 @@ def listed_images(root: Path, found: Sequence[Path], label: str | None, max_pixe
     class_names = tuple(sorted({row.label for row in rows}))
     number = {name: k for k, name in enumerate(class_names)}
     splits: dict[str, tuple[Source, Tensor | None]] = {}
+    groups: dict[str, list[str | None]] = {}
     for split in sorted(names):
         inside = sorted((row for row in rows if row.split == split), key=lambda row: row.image)
         paths = [row.image for row in inside]
+        groups[split] = [row.group for row in inside]
         ids = tuple(path.relative_to(root).as_posix() for path in paths)
         targets = torch.tensor([number[row.label] for row in inside], dtype=torch.int64)
         splits[split] = (Encoded(ids, ids, file_reader(paths, max_pixels), max_pixels), targets)
-    notes = [f"labels are those of {', '.join(path.relative_to(root).as_posix() for path in found)}"]
-    if left := len(images) - len(rows):
-        notes.append(f"{left} image(s) of {root.name} left out: no CSV names them")
-    return Found(splits, class_names, (*notes, *numbering(class_names)))
+    notes = (f"labels are those of {', '.join(path.relative_to(root).as_posix() for path in found)}",)
+    left = len(images) - len(rows)
+    warned = (f"{left} image(s) of {root.name} left out: no CSV names them",) if left else ()
+    has_groups = all(one is not None for of_split in groups.values() for one in of_split)
+    known = {split: [one or None for one in of_split] for split, of_split in groups.items()} if has_groups else None
+    return Found(splits, class_names, (*notes, *numbering(class_names)), warned, known)
 
 
 def _by_name(images: Sequence[Path], root: Path) -> Mapping[str, list[Path]]:
@@ -90,11 +95,14 @@ def _by_name(images: Sequence[Path], root: Path) -> Mapping[str, list[Path]]:
     return found
 
 
-def _rows(table: Path, root: Path, by_name: Mapping[str, list[Path]], label: str | None) -> Iterator[_Row]:
+def _rows(
+    table: Path, root: Path, by_name: Mapping[str, list[Path]], label: str | None, group: str | None
+) -> Iterator[_Row]:
     lines = _lines(table)
     columns = next(lines, [])
     file_at, label_at = _column(table, columns, _FILE), _column(table, columns, _LABEL, label)
     split_at = columns.index("split") if "split" in columns else None
+    group_at = columns.index(group) if group in columns else None
     for number, line in enumerate(lines, 2):
         if len(line) != len(columns) or not line[label_at]:
             raise DataError(f"line {number} of {table} has no label or other columns than the first: write it again")
@@ -102,7 +110,8 @@ def _rows(table: Path, root: Path, by_name: Mapping[str, list[Path]], label: str
         if split_at is not None and said is None:
             raise DataError(f"line {number} of {table} has split {line[split_at]!r}: it must be train, test or val")
         image = _named(line[file_at], said, by_name, root, f"line {number} of {table}")
-        yield _Row(image, line[label_at], said or _split_around(image, root))
+        of_group = None if group_at is None else line[group_at]
+        yield _Row(image, line[label_at], said or _split_around(image, root), of_group)
 
 
 def _lines(table: Path) -> Iterator[list[str]]:
@@ -137,6 +146,8 @@ def _named(said: str, split: str | None, by_name: Mapping[str, list[Path]], root
         exact = [path for path in found if path.relative_to(root).as_posix() == said]
         found = exact or [path for path in found if _split_around(path, root) == (split or "")]
     if len(found) != 1:
+        if reasons := unread([Path(said)]):
+            raise DataError(f"{where} names {said!r}: {reasons[0]}, and name that one")
         many = f"{len(found)} images" if found else "no image"
         raise DataError(f"{where} names {said!r}, and {many} under {root} is called so: correct the name")
     return found[0]

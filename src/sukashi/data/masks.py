@@ -15,7 +15,7 @@ from torch import Tensor
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Preprocess
 from sukashi.data.folders import file_reader, is_image
-from sukashi.data.images import Found, Masks, Source, TooLarge, Unreadable, bad_images, mask_of, placed
+from sukashi.data.images import Found, Masks, Source, TooLarge, Unreadable, bad_images, mask_of, resized
 from sukashi.data.tree import IMAGES, MASKS, files_in
 
 Key = tuple[str, ...]
@@ -127,7 +127,7 @@ def masks_drawn(
                 inside = found.setdefault(concept, np.zeros((len(image_ids), *size), dtype=bool))
                 if mask is not None:
                     _check_shape(mask.size, source.size(at))
-                    inside[row] = np.asarray(placed(mask, preprocess, Image.Resampling.NEAREST)) > 0
+                    inside[row] = np.asarray(resized(mask, preprocess, Image.Resampling.NEAREST)) > 0
         except (Unreadable, TooLarge) as error:
             bad.append((source.name(at), str(error)))
     if bad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,14 @@ def shards(root: Path) -> list[Path]:
     ]
 
 
-def parquet(root: Path, paths: Sequence[Path], label: str | None, max_pixels: int) -> Found:
+def parquet(root: Path, paths: Sequence[Path], label: str | None, group: str | None, max_pixels: int) -> Found:
     """Columns `image` (bytes, or a struct of bytes and path) and `label` (number or name) or `mask` (encoded map).
 
     `label` names another column of labels. Beside labels a `mask` (encoded image, other than 0 inside) or `box` or
     `boxes` (x0, y0, x1, y1 in pixels, or a list of such) says where the evidence is. Class names are in
     the Hugging Face metadata (label) or under `classes` (mask); labels that are text are classes in their sorted order.
-    A row's id is its split and number, with the files of a split joined in the order of their names.
+    A row's id is its split and number, with the files of a split joined in the order of their names. Its group is in
+    the column `group`, where there is one.
     """
     tables: dict[str, list[pa.Table]] = {}
     columns: dict[_Columns, Path] = {}
@@ -70,19 +71,20 @@ def parquet(root: Path, paths: Sequence[Path], label: str | None, max_pixels: in
         file = _opened(path)
         chosen = _columns(file.schema_arrow, label, path)
         columns.setdefault(chosen, path)
-        tables.setdefault(_split_of(path, root), []).append(_table(file, chosen, path))
+        tables.setdefault(_split_of(path, root), []).append(_table(file, chosen, group, path))
     if len(columns) > 1:
         (first, a), (second, b) = list(columns.items())[:2]
         raise DataError(f"{a} has {first}, {b} has {second}: all files must have the same")
     chosen = next(iter(columns))
     whole = {split: pa.concat_tables(parts, promote_options="permissive") for split, parts in tables.items()}
+    groups = _groups(whole)
     if chosen.is_mask:
-        return _masked(whole, chosen.class_names, max_pixels)
+        return replace(_masked(whole, chosen.class_names, max_pixels), groups=groups)
     targets, class_names, notes = _classes(whole, chosen)
     splits: dict[str, tuple[Source, Tensor | None]] = {
         split: (_encoded(split, table, max_pixels), targets[split]) for split, table in whole.items()
     }
-    found = Found(splits, class_names, notes)
+    found = Found(splits, class_names, notes, groups=groups)
     located = {concept: _located(whole, concept, max_pixels) for concept in chosen.places}
     return with_masks(found, located) if located else found
 
@@ -106,6 +108,16 @@ def _located(whole: Mapping[str, pa.Table], column: str, max_pixels: int) -> Cal
         return boxed(boxes, Encoded((image_id,), (image_id,), lambda _: image[row].as_py() or b"", max_pixels).size(0))
 
     return of
+
+
+def _groups(whole: Mapping[str, pa.Table]) -> dict[str, list[str | None]] | None:
+    """The group of each image, or None where files have no such column."""
+    if not all("group" in table.column_names for table in whole.values()):
+        return None
+    return {
+        split: [None if value is None or value == "" else str(value) for value in table["group"].to_pylist()]
+        for split, table in whole.items()
+    }
 
 
 def _masked(whole: Mapping[str, pa.Table], class_names: tuple[str, ...], max_pixels: int) -> Found:
@@ -195,10 +207,12 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
     return _Columns(images[0], "mask", True, mask_names)
 
 
-def _table(file: pq.ParquetFile, columns: _Columns, path: Path) -> pa.Table:
-    """The columns `image`, `path` (what an image was called) and `target`, the same whatever way they are written."""
+def _table(file: pq.ParquetFile, columns: _Columns, group: str | None, path: Path) -> pa.Table:
+    """The columns `image`, `path` (what an image was called), `target` and `group`, whatever way they are written."""
     try:
-        table = file.read(columns=[columns.image, columns.target, *columns.places])
+        has_group = group in file.schema_arrow.names
+        more = [*columns.places, *([group] if has_group else [])]
+        table = file.read(columns=list(dict.fromkeys([columns.image, columns.target, *more])))
         image, target = _plain(table[columns.image]), _plain(table[columns.target])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is no readable Parquet ({error}): write it again") from None
@@ -208,7 +222,8 @@ def _table(file: pq.ParquetFile, columns: _Columns, path: Path) -> pa.Table:
     if columns.is_mask:
         target = _bytes(target, columns.target, path)
     places = {name: _place(_plain(table[name]), name, path) for name in columns.places}
-    return pa.table({"image": _bytes(image, columns.image, path), "path": called, "target": target, **places})
+    found = {"image": _bytes(image, columns.image, path), "path": called, "target": target, **places}
+    return pa.table(found | ({"group": _plain(table[group])} if has_group else {}))
 
 
 def _place(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:

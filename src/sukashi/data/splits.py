@@ -17,7 +17,7 @@ from torch import Tensor
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.objective import CLASSIFICATION, Objective
 from sukashi.core.types import Batch, Preprocess
-from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted, sized
+from sukashi.data.images import Encoded, Source, TooLarge, Unreadable, bad_images, fitted, resized, sized
 
 _CHANGED = "they passed the check at loading, so they changed since or hide their damage: replace them"
 
@@ -33,7 +33,8 @@ class Split:
 
     `targets` (N,) int64 class numbers; `image_ids` N strings that a subset keeps; `bad` the (image, reason) pairs that
     were skipped when the split was read, `notes` how many of its images needed each conversion rule. `objective` is
-    what a network is for that learns these images.
+    what a network is for that learns these images, `groups` (N,) what each image belongs to (a patient), where that is
+    known: no group is on both sides where some of the images are held out.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Split:
     _rows: np.ndarray = field(repr=False)
     _targets: Tensor | None = field(repr=False)
     objective: Objective = field(default=CLASSIFICATION, repr=False)
+    groups: tuple[str, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -74,6 +76,7 @@ class Split:
             self,
             image_ids=tuple(self.image_ids[i] for i in at),
             _rows=self._rows[at],
+            groups=None if self.groups is None else tuple(self.groups[i] for i in at),
             _targets=None if self._targets is None else self._targets[torch.from_numpy(at)],
         )
 
@@ -190,12 +193,39 @@ class Split:
     def validation(self, fraction: float) -> tuple[Split, Split]:
         """The split without, and of, the `fraction` of each class that is held out to choose on.
 
-        An image is held out or not by the hash of its id and its class alone, and a smaller fraction is part of a
-        larger one: whoever trains again, from what an earlier training left, holds out images it has never seen.
+        A smaller fraction is part of a larger one: whoever trains again, from what an earlier training left, holds out
+        images it has never seen. Raises DataError where whole groups leave no image of a class.
         """
-        n_out = (fraction * self.counts + 0.5).floor()
-        out = torch.from_numpy(self.rank_in_class("validation", 0)) < n_out[self.targets]
-        return self.subset((~out).numpy()), self.subset(out.numpy())
+        return self.parted(fraction, "validation", 0)
+
+    def parted(self, fraction: float, purpose: str, seed: int, least: int = 0) -> tuple[Split, Split]:
+        """The images without, and of, the `fraction` of each class (`least` at least) that come first by a hash.
+
+        It is the hash of an image's id, or where images have groups that of the group, which goes whole: the first one
+        of a class, and those of which half would still be within the fraction. A group of several classes goes where
+        one of them takes it. Raises DataError where a class has no other images.
+        """
+        target = np.zeros(len(self), dtype=np.int64) if self._targets is None else self._targets.numpy()
+        counts = torch.bincount(torch.from_numpy(target))
+        n_out = (fraction * counts + 0.5).floor().clamp(min=least).numpy()
+        if self.groups is None:
+            out = self.rank_in_class(purpose, seed) < n_out[target]
+            return self.subset(~out), self.subset(out)
+        names = sorted(set(self.groups))
+        place = {names[i]: at for at, i in enumerate(_by_hash(names, purpose, seed))}
+        group = np.array([place[name] for name in self.groups], dtype=np.int64)
+        (of_class, which), sizes = np.unique(np.stack([target, group]), axis=1, return_counts=True)
+        start = np.cumsum(sizes) - sizes - (np.cumsum(counts.numpy()) - counts.numpy())[of_class]
+        taken = (n_out[of_class] > 0) & ((start == 0) | (start + sizes / 2 < n_out[of_class]))
+        out = np.isin(group, which[taken])
+        for number in np.flatnonzero(np.bincount(target[~out], minlength=len(counts)) == 0):
+            n_groups = int((of_class == number).sum())
+            raise DataError(
+                f"the images of class {self.class_names[number]!r} in {self.name} are of {n_groups} "
+                f"group{'s' if n_groups > 1 else ''}, and holding whole groups out leaves none of them: add images of "
+                "other groups, or bring a split of your own"
+            )
+        return self.subset(~out), self.subset(out)
 
     def pixels(self, preprocess: Preprocess, rows: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         """The images (B, C, H, W) at these positions before normalisation: uint8, or float32 in [0, 1] where any of
@@ -225,8 +255,7 @@ class Split:
                 x[i] = fitted(self._source.image(row), preprocess)
                 if self._targets is None:
                     assert isinstance(self._source, Encoded)
-                    size = (preprocess.width, preprocess.height)
-                    masks[i] = np.asarray(self._source.mask(row).resize(size, Image.Resampling.NEAREST))
+                    masks[i] = np.asarray(resized(self._source.mask(row), preprocess, Image.Resampling.NEAREST))
             except (Unreadable, TooLarge) as error:
                 bad.append((self._source.name(row), str(error)))
         if bad:

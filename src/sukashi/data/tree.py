@@ -129,6 +129,37 @@ def _inode(path: Path) -> tuple[int, int]:
     return at.st_dev, at.st_ino
 
 
+_UNREAD = {
+    **dict.fromkeys((".dcm", ".dicom", ".ima"), ("DICOM", "PNG with dcm2pnm (DCMTK) or pydicom")),
+    **dict.fromkeys((".heic", ".heif", ".hif"), ("HEIC", "PNG or JPEG with heif-convert or ImageMagick")),
+    ".avif": ("AVIF", "PNG or JPEG with avifdec or ImageMagick"),
+    **dict.fromkeys((".jxl",), ("JPEG XL", "PNG with djxl")),
+    **dict.fromkeys((".jp2", ".j2k", ".jpx"), ("JPEG 2000", "PNG with opj_decompress or ImageMagick")),
+    **dict.fromkeys(
+        (".nii", ".nii.gz", ".mha", ".nrrd"), ("a volume", "PNG slice by slice, with SimpleITK or nibabel")
+    ),
+    **dict.fromkeys(
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"), ("a raw photograph", "PNG with dcraw or darktable")
+    ),
+    **dict.fromkeys((".svs", ".ndpi", ".mrxs"), ("a whole slide", "PNG tiles with OpenSlide")),
+    **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5"), ("an array", "PNG, or give tensors from Python")),
+    **dict.fromkeys((".svg", ".pdf"), ("a drawing", "PNG at the size you want")),
+}
+
+
+def unread(paths: Iterable[Path]) -> list[str]:
+    """A sentence for each format among files that may be images and are not read: which, and what to do."""
+    counted = Counter(suffix for path in paths if (suffix := _suffix(path)) in _UNREAD)
+    return [
+        f"{n} {suffix} file{'s' if n > 1 else ''}: {_UNREAD[suffix][0]} is not read, convert to {_UNREAD[suffix][1]}"
+        for suffix, n in sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+
+
+def _suffix(path: Path) -> str:
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+
+
 def suffixes(paths: Iterable[Path]) -> str:
     """How many files there are of each suffix: `18 .avif, 2 without a suffix`."""
     counted = Counter(path.suffix.lower() for path in paths)

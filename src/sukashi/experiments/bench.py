@@ -8,7 +8,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
-from sukashi.experiments.reading import Architecture, Opening, Reading
+from sukashi.experiments.reading import Architecture, Opening, Pixels, Reading
 from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
 from sukashi.network import sites
@@ -57,6 +57,7 @@ class Source(Reading):
             class_map=self.class_map,
             only=self.only,
             label=self.label,
+            groups=self.groups,
             max_pixels=self.max_pixels,
             masks=self.masks or (),
         )
@@ -71,6 +72,8 @@ class Source(Reading):
         random is drawn by `seed`.
         """
         place = pick_device(self.device)
+        if images.preprocess is not None and self.pixels:
+            raise UsageError(f"{self.data} is tensors as a network takes them: leave {next(iter(self.pixels))} out")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
             loaded = models.load(
@@ -81,15 +84,28 @@ class Source(Reading):
                 width=self.width,
                 pretrained=self.pretrained,
                 output=self.output,
+                **self.pixels,
             )
             if new_head:
                 loaded = models.with_new_head(loaded, images.n_classes)
         if images.preprocess is not None:
-            loaded = replace(loaded, preprocess=images.preprocess)
+            read_by = dict.fromkeys(models.READ, models.Origin("the images are tensors"))
+            loaded = replace(loaded, preprocess=images.preprocess, read_by=read_by)
         images = images.answered_by(loaded.n_classes, loaded.class_names, self.among)
         loaded.model.to(place)
         images = images.read_in(loaded.preprocess.channels)
-        return loaded, replace(images, notes=(*loaded.notes, *images.notes))
+        if images.held_out_by is not None and not loaded.has_not_seen(images.splits_sha256):
+            images = replace(images, may_be_seen=True)
+        if loaded.assumed and not self.untrained:
+            told = f"images are read as {loaded.reads}: weights that were trained otherwise lose accuracy by it"
+            images = images.noting(f"{told}; --size, --mean, --std and --resize say how")
+        return loaded, images.noting(*loaded.notes)
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """What was asked of how images are read."""
+        given = {name: getattr(self, name) for name in Pixels.model_fields}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def untrained(self) -> bool:
@@ -117,7 +133,7 @@ class Source(Reading):
                 f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
             )
             warnings.warn(random_weights, stacklevel=4)
-            images = replace(images, notes=(random_weights, *images.notes))
+            images = images.noting(warnings=[random_weights])
         setting = Bench(self, loaded, images, Found((), {}), next(loaded.model.parameters()).device)
         models.probe(loaded, setting.example)
         return setting
@@ -166,13 +182,15 @@ class Bench:
         """What decides the model: how it was named, and of its weights what is in them and not where they lie."""
         given = self.source.identity()
         named = {name: given[name] for name in Architecture.model_fields if name != "weights"}
-        return {"spec": given["model"], **named, "weights_sha256": self.loaded.weights_sha256}
+        # Not as it was asked for: the header of weights, or a recipe, may say the same.
+        read = {"preprocess": asdict(self.loaded.preprocess)}
+        return {"spec": given["model"], **named, **read, "weights_sha256": self.loaded.weights_sha256}
 
     @property
     def about_data(self) -> dict[str, Any]:
         """What decides the images: how they were named, and what is in them."""
         given = self.source.identity()
-        of_model = {"model", *Architecture.model_fields}
+        of_model = {"model", *Architecture.model_fields, *Pixels.model_fields}
         read = {name: value for name, value in given.items() if name not in {"data", *of_model}}
         return {"spec": given["data"], **read, "sha256": self.data.sha256}
 
@@ -217,10 +235,8 @@ class Bench:
 
     @property
     def reads(self) -> str:
-        """What the network is given of an image."""
-        own = self.loaded.preprocess
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (own.mean, own.std))
-        return f"images of {own.height} x {own.width} pixels, less a mean of {mean}, over a deviation of {std}"
+        """What the network is given of an image, and who says so."""
+        return self.loaded.reads
 
     def doubts(self, correct: NDArray[Any], test: Batch) -> list[str]:
         """A sentence where the network is not shown to know the classes of the test images at all; `correct` (B,) are
@@ -229,11 +245,11 @@ class Bench:
             return []
         chance = test.objective.chance(test.target)
         return [
-            f"before the cut {correct.mean():.1%} of {len(test)} test images are right, which is not shown to be "
-            f"more than one answer for all gets right ({chance:.1%}), so that no figure here means much: was the "
-            f"network trained on {self.reads}, and were its classes numbered as {', '.join(self.data.class_names[:4])}"
-            f"{', ...' if self.data.n_classes > 4 else ''}? A model of your own says in its preprocess what it reads, "
-            "a class_map which number each class has."
+            f"before the cut {correct.mean():.1%} of {len(test)} test images are right, which is not shown to be more "
+            f"than one answer for all gets right ({chance:.1%}), so that no figure here means much: was the network "
+            f"trained on images read as {self.reads}, and were its classes numbered as "
+            f"{', '.join(self.data.class_names[:4])}{', ...' if self.data.n_classes > 4 else ''}? --size, --mean, "
+            "--std and --resize say how images are read, --class-map which number each class has."
         ]
 
     def test(self) -> Batch:

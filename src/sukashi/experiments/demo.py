@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import safetensors.torch
@@ -23,12 +24,16 @@ def run(out: Path, *, command: str) -> CompareResult:
 
     What an earlier call has finished is kept. Returns what `compare` does.
     """
+    out = out.expanduser()
     weights = out / "digits_cnn.safetensors"
     if not weights.exists():
         loaded = load("sukashi:digits_cnn")
-        trained = train_digits("sukashi:digits_cnn", data.load("digits").train.whole(loaded.preprocess, 0))
+        digits = data.load("digits")
+        trained = train_digits("sukashi:digits_cnn", digits.train.whole(loaded.preprocess, 0))
         out.mkdir(parents=True, exist_ok=True)
-        files.write(weights, safetensors.torch.save(trained.model.state_dict()))
+        # One entry: safetensors writes several in random order.
+        known = {"trained_on": json.dumps([[digits.splits_sha256, 0.0]])}
+        files.write(weights, safetensors.torch.save(trained.model.state_dict(), known))
     result = compare(
         "sukashi:digits_cnn",
         "digits",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from sukashi.experiments.executor import conclude, execute, part
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.summary import PruneResult
-from sukashi.experiments.reading import Reading
+from sukashi.experiments.reading import Pixels, Reading
 from sukashi.experiments.schedule.settings import Schedule
 from sukashi.experiments.schedule.summary import ScheduleResult
 from sukashi.experiments.study.file import read
@@ -62,17 +63,25 @@ def load(
     width: int | None = None,
     pretrained: bool = False,
     output: str | None = None,
+    size: int | Sequence[int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    resize: str | None = None,
 ) -> Loaded:
     """A network, ready to run: `.model` is a module in eval mode, `.preprocess` what it expects of an image.
 
     `model` is a spec (`sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable`), a folder that one of
     our commands wrote, or a module; with a module, or an import path, `weights` may be a folder that was made from it.
+    `size` (a side, or height and width), `mean` and `std` (a number a channel, or one for all) and `resize` ("squash",
+    "crop" or "crop:N") say how images are read where the weights were trained otherwise than is usual.
 
     Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
     rule. No input is unpickled.
     """
     given: Any = {"n_classes": n_classes, "width": width, "pretrained": pretrained, "output": output}
-    return models.load(_named(model, None), weights=weights, **given)
+    read = keywords(Pixels, {"size": size, "mean": mean, "std": std, "resize": resize})
+    weights = None if weights is None else Path(weights).expanduser()
+    return models.load(_named(model, None), weights=weights, **given, **dict(read))
 
 
 @keyworded(Reading)
@@ -383,4 +392,4 @@ def _named(model: Any, tensors: Preprocess | None) -> Any:
     """The spec of a network; `tensors` is how the data are taken, where their images are tensors."""
     if isinstance(model, nn.Module | Loaded):
         return models.hold(model, tensors)
-    return str(model) if isinstance(model, Path) else model
+    return os.path.expanduser(model) if isinstance(model, str | Path) else model

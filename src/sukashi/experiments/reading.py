@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
 
 from sukashi.core.schema import Settings, option
 
@@ -26,10 +28,41 @@ class Architecture(Settings):
     output: str | None = option(None, help="Which of a model's outputs holds the logits.")
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, int | float) else value
+
+
+Numbers = BeforeValidator(_listed)
+
+
+class Pixels(Settings):
+    """How images become what a network reads; what is not given is as its weights say, or as is usual for it."""
+
+    size: Annotated[list[Annotated[int, Field(ge=1, le=16_384)]] | None, Numbers] = option(
+        None,
+        min_length=1,
+        max_length=2,
+        default="the model's",
+        help="Side of the images that the network reads, or height,width.",
+    )
+    mean: Annotated[list[float] | None, Numbers] = option(
+        None, min_length=1, default="the model's", help="Taken from each channel of pixels in [0, 1], or from all."
+    )
+    std: Annotated[list[float] | None, Numbers] = option(
+        None, min_length=1, default="the model's", help="By which each channel is divided then, or all are."
+    )
+    resize: str | None = option(
+        None,
+        default="squash, for pretrained weights as they were published",
+        help="squash; crop (shorter side to the size, enlarged as the architecture was published, then the centre); or "
+        "crop:N, with the shorter side to N pixels.",
+    )
+
+
 class Images(Settings):
     """Data, and how much of them is read."""
 
-    data: str = option(examples=["digits"], help="digits, shapes, torchvision:NAME, or a folder of images.")
+    data: str = option(named=True, examples=["digits"], help="digits, shapes, torchvision:NAME, or a folder of images.")
     skip_bad: bool = option(False, help="Leave unreadable images out, and say so.")
     class_map: dict[str, int] | None = option(
         None, help='{"class of the data": its number in the model}, where the two differ.'
@@ -40,13 +73,18 @@ class Images(Settings):
         help="Where the model has more classes than the data: whether all of its classes count, or the data's.",
     )
     label: str | None = option(None, help="Column of the labels in Parquet or CSV, where it is not called so.")
+    groups: str | None = option(
+        None,
+        help="What images belong to that must stay together where some are held out, as those of a patient: a column "
+        "of Parquet or CSV, or a pattern with one group in brackets, looked for in file names, as 'patient(\\d+)_'.",
+    )
     max_pixels: int = option(64_000_000, help="Pixels an image may have.")
     test_images: int = option(2000, help="Test images at most, evenly over the classes.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", decides=False, help="auto, cpu or cuda.")
     workers: int = option(0, ge=0, le=1024, decides=False, help="Threads that decode images.")
 
 
-class Opening(Images, Architecture):
+class Opening(Images, Pixels, Architecture):
     """How models and data are opened."""
 
 
@@ -61,6 +99,7 @@ class Single(Opening):
 
     model: str = option(
         argument=True,
+        named=True,
         help="sukashi:NAME, timm:NAME, torchvision:NAME, package.module:callable or a saved folder.",
     )
 

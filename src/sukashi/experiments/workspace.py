@@ -153,7 +153,7 @@ class Workspace:
     """The folder of one experiment: read it as it is, claim it, and lease its trials."""
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.artefacts: list[Path] = []  # that this process has written
 
     @property

@@ -1,8 +1,8 @@
 """Models: loaded from a name, an import path or a saved folder, checked, saved, exported; never unpickled."""
 
-from sukashi.models.adapted import resized, with_new_head
+from sukashi.models.adapted import read_as, with_new_head
 from sukashi.models.checks import noise, probe
-from sukashi.models.loaded import Loaded, given_loaded, takes_classes
+from sukashi.models.loaded import READ, Loaded, Origin, Trained, given_loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.memory import hold
 from sukashi.models.onnx import check_onnx_installed, export_onnx
@@ -14,10 +14,13 @@ from sukashi.models.weights import digest, tensor_digests
 
 __all__ = [
     "MASKS",
+    "READ",
     "RECIPE",
     "WEIGHTS",
     "Loaded",
+    "Origin",
     "Recipe",
+    "Trained",
     "check_onnx_installed",
     "contents",
     "digest",
@@ -28,8 +31,8 @@ __all__ = [
     "names",
     "noise",
     "probe",
+    "read_as",
     "read_recipe",
-    "resized",
     "save",
     "semi_structured",
     "takes_classes",

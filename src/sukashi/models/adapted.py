@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from sukashi.core.errors import ModelError, SukashiError, brief
+from sukashi.core.errors import ModelError, SukashiError, UsageError, brief
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import checked_logits, noise
-from sukashi.models.loaded import Loaded
+from sukashi.models.loaded import READ, Loaded, Origin
 from sukashi.models.specs import build, prepare
 from sukashi.models.weights import digest, fill
 from sukashi.network import surgery
@@ -54,24 +55,78 @@ def with_new_head(loaded: Loaded, n_classes: int) -> Loaded:
     )
 
 
-def resized(loaded: Loaded, size: int | None) -> Loaded:
-    """The same network for square images of this side, or None its own.
+def read_as(
+    loaded: Loaded,
+    *,
+    size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resize: str | None = None,
+    by: str = "as asked",
+) -> Loaded:
+    """The same network for images that are read otherwise; what is None stays. `by` is who says so.
 
-    One of timm's that takes one size alone is laid out anew for it, position embeddings by interpolation. Raises
-    ModelError where it takes none such, or would leave pixels unread that do not fill a patch.
+    `size` is a side, or height and width, `mean` and `std` a number a channel or one for all. `resize` is "squash",
+    "crop:N" (the shorter side to N pixels, then the centre) or "crop", with N as far above the size as the architecture
+    was published with (256 for torchvision's ResNets at 224), or the size itself where nobody published any.
+
+    One of timm's that takes one size alone is laid out anew for another square, position embeddings by interpolation.
+    Raises UsageError for what is no size, mean, std or rule, ModelError where the network does not take the size, or
+    would leave pixels unread that do not fill a patch.
     """
-    own = loaded.preprocess
-    if size is None or size == own.height == own.width:
+    given = {name: value for name, value in zip(READ, (size, mean, std, resize), strict=True) if value is not None}
+    if not given:
         return loaded
-    changed = replace(loaded, preprocess=replace(own, height=size, width=size))
+    own = loaded.preprocess
+    height, width = (own.height, own.width) if size is None else _sides(size)
+    # Another size keeps the proportion of what is cropped.
+    ratio = loaded.crop if own.shorter is None else own.shorter / min(own.height, own.width)
+    shorter = own.shorter if resize is None else _shorter(resize, ratio, min(height, width))
+    if resize is None and own.shorter is not None:
+        shorter = round(ratio * min(height, width))
+    numbers: dict[str, Any] = {
+        name: tuple(map(float, values)) * (own.channels if len(values) == 1 else 1)
+        for name, values in (("mean", mean), ("std", std))
+        if values is not None
+    }
+    return replace(
+        _resized(loaded, height, width),
+        preprocess=replace(own, height=height, width=width, shorter=shorter, **numbers),
+        read_by={**loaded.read_by, **{name: Origin(by) for name in given}},
+    )
+
+
+def _sides(size: Sequence[int]) -> tuple[int, int]:
+    if len(size) not in (1, 2) or min(size) < 1:
+        raise UsageError(f"size must be a side, or height and width, each at least 1, got {','.join(map(str, size))}")
+    return int(size[0]), int(size[-1])
+
+
+def _shorter(resize: str, ratio: float, side: int) -> int | None:
+    """To what a rule resizes the shorter side, None for squash; `ratio` is that of a crop that says no number."""
+    rule, colon, number = resize.partition(":")
+    if rule not in ("squash", "crop") or (colon and (rule == "squash" or not number.isdecimal() or len(number) > 6)):
+        raise UsageError(f"resize must be squash, crop, or crop:N with N pixels of the shorter side, got {resize!r}")
+    if rule == "squash":
+        return None
+    return int(number) if number else round(ratio * side)
+
+
+def _resized(loaded: Loaded, height: int, width: int) -> Loaded:
+    """The same network, laid out anew where it does not take images of this size as it is."""
+    own = loaded.preprocess
+    if (height, width) == (own.height, own.width):
+        return loaded
+    changed = replace(loaded, preprocess=replace(own, height=height, width=width, shorter=None))
     try:
         _check(changed, own)
         return changed
     except ModelError:
-        if not (loaded.spec.startswith("timm:") and hasattr(loaded.model, "set_input_size")):
+        laid_out = loaded.spec.startswith("timm:") and hasattr(loaded.model, "set_input_size")
+        if not laid_out or height != width:
             raise
-    model = _laid_out(loaded, size)
-    options = {**loaded.options, "size": size}
+    model = _laid_out(loaded, height)
+    options = {**loaded.options, "size": height}
     changed = replace(changed, model=model, options=options, weights_sha256=digest(model))
     _check(changed, own)
     return changed

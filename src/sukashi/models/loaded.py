@@ -16,6 +16,25 @@ from sukashi.network.surgery import Table
 LIBRARIES = ("sukashi", "timm", "torchvision")
 
 
+READ = ("size", "mean", "std", "resize")
+
+
+class Origin(NamedTuple):
+    """Who says how images are read, and whether it is assumed: of weights that say nothing of it."""
+
+    by: str
+    assumed: bool = False
+
+
+class Trained(NamedTuple):
+    """Images that weights were trained on: the training split of data whose splits have this hash
+    (`Data.splits_sha256`), but for the fraction of it that was held out for validation.
+    """
+
+    splits: str
+    validation: float
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A network ready to be looked at, and what rebuilds it.
@@ -39,6 +58,35 @@ class Loaded:
     """What the last cut removed, in words; a folder does not keep it."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What was done to make its weights fit, in words; a folder does not keep them."""
+    read_by: Mapping[str, Origin] = field(default_factory=dict, compare=False)
+    """Who says of each part of `preprocess` (READ) that images are read so."""
+    trained_on: tuple[Trained, ...] | None = field(default=None, compare=False)
+    """All that its weights were trained on, () where they are random; None where nobody knows."""
+    crop: float = field(default=1.0, compare=False)
+    """By how much the shorter side is larger than the centre that is cropped, as the architecture was published."""
+
+    @property
+    def reads(self) -> str:
+        """How images are read and who says so: 32 x 32, mean 0.5, std 0.5 (the saved folder), squashed (as asked)."""
+        own, told = self.preprocess, []
+        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (own.mean, own.std))
+        words = (f"{own.height} x {own.width}", f"mean {mean}", f"std {std}", own.resizing)
+        by = [self.read_by[name].by if name in self.read_by else "" for name in READ]
+        for said, who, after in zip(words, by, [*by[1:], ""], strict=True):
+            told.append(f"{said} ({who})" if who and who != after else said)
+        return ", ".join(told)
+
+    def has_not_seen(self, splits: str, validation: float = 0.0) -> bool:
+        """Whether its weights are known to be trained on none of the test images of data whose splits have this hash,
+        nor of those that this fraction of their training split holds out.
+        """
+        known = self.trained_on
+        return known is not None and all(one.splits == splits and one.validation >= validation for one in known)
+
+    @property
+    def assumed(self) -> bool:
+        """Whether any part of how images are read is nothing but what is usual for the architecture."""
+        return any(origin.assumed for origin in self.read_by.values())
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())

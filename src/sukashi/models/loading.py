@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.core.types import Mask, Preprocess, Site
+from sukashi.models.adapted import read_as
 from sukashi.models.checks import checked_logits, noise, probe
 from sukashi.models.fitting import Fit, fit, n_rows, side_of
 from sukashi.models.formats import File, holds_weights, read
-from sukashi.models.loaded import LIBRARIES, Loaded, check_name, given_loaded
+from sukashi.models.loaded import LIBRARIES, MEMORY, READ, Loaded, Origin, check_name, given_loaded
 from sukashi.models.recipe import RECIPE
 from sukashi.models.saved import check_mask, open_folder
 from sukashi.models.specs import build, prepare
-from sukashi.models.weights import digest, fill, stated_classes, stated_preprocess
+from sukashi.models.weights import digest, fill, stated_classes, stated_names, stated_reading, stated_training
 
 
 def load(
@@ -32,6 +34,10 @@ def load(
     width: int | None = None,
     pretrained: bool = False,
     output: str | None = None,
+    size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resize: str | None = None,
 ) -> Loaded:
     """The model that `spec` names, checked on two passes over noise.
 
@@ -42,12 +48,32 @@ def load(
     a recipe must not choose what code runs). Names that tools have lengthened, entries beside the weights and the like
     are seen through; `notes` of what comes out say so. `weights_key` names the entry, where several fit. The class
     count of the weights is that of the model. Without weights and `pretrained` the weights are random, drawn from
-    torch's global generator. The metadata `mean`, `std` (commas between numbers) and `classes` of a safetensors header
-    replace the architecture's own. `output` selects a key or position where the model returns several tensors.
+    torch's global generator. `output` selects a key or position where the model returns several tensors.
+
+    How images are read is what `size`, `mean`, `std` and `resize` say (see `read_as`), else the weights' own header or
+    recipe, else what is usual for the architecture: `read_by` of what comes out says who. A safetensors header may hold
+    `size`, `mean`, `std` (commas between numbers), `resize`, `classes` (their number) and `class_names` (a JSON list).
 
     Raises UsageError for a spec or option that does not exist, ModelError for weights, recipes and models that break a
     rule. No input is unpickled.
     """
+    asked = {"size": size, "mean": mean, "std": std, "resize": resize}
+    return read_as(
+        _loaded(spec, weights, weights_key, n_classes, width, pretrained, output),
+        **{name: value for name, value in asked.items() if value is not None},  # type: ignore[arg-type]
+    )
+
+
+def _loaded(
+    spec: str,
+    weights: str | Path | None,
+    weights_key: str | None,
+    n_classes: int | None,
+    width: int | None,
+    pretrained: bool,
+    output: str | None,
+) -> Loaded:
+    """The network with images read as its weights say, or else as is usual for the architecture."""
     check_name(spec)
     given = _given(weights_key=weights_key, n_classes=n_classes, width=width, pretrained=pretrained, output=output)
     whole = _whole(spec, weights, given)
@@ -74,17 +100,56 @@ def load(
         raise ModelError(f"{spec} gives {logits.shape[1]} classes, {known} were expected: check n_classes and weights")
     if ours:
         options["n_classes"] = logits.shape[1]
-    return Loaded(
+    side = min(preprocess.height, preprocess.width)
+    trained_on = None if file is None else stated_training(file)
+    if file is None and not pretrained and (ours or _is_drawn(spec, options, model)):
+        trained_on = ()
+    loaded = Loaded(
         model=model,
         spec=spec,
         options=options,
-        preprocess=preprocess,
+        preprocess=replace(preprocess, shorter=None) if ours and not pretrained else preprocess,
         n_classes=logits.shape[1],
-        class_names=class_names,
+        class_names=class_names if file is None else stated_names(file, logits.shape[1]),
         weights_sha256=digest(model) if file is None else file.sha256_of(weights_key),
         mask=_mask(model, found),
         notes=tuple(f"{weights}: {note}" for note in found.notes),
+        read_by=dict.fromkeys(READ, _origin(spec, pretrained)),
+        trained_on=trained_on,
+        crop=(preprocess.shorter or side) / side,
     )
+    return loaded if file is None else _as_stated(loaded, file)
+
+
+def _is_drawn(spec: str, options: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether what somebody's code gives has random weights, all others where it is called again."""
+    if spec.startswith(MEMORY):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        again = prepare(build(spec, options, False)[0], options).state_dict()
+    own = {name: tensor for name, tensor in model.named_parameters() if tensor.dim() > 1}
+    return bool(own) and not any(tensor.equal(again[name]) for name, tensor in own.items() if name in again)
+
+
+def _origin(spec: str, pretrained: bool) -> Origin:
+    """Who says how images are read, where weights do not."""
+    source, _, name = spec.partition(":")
+    if pretrained:
+        return Origin("as its weights were published")
+    if source not in LIBRARIES:
+        return Origin("its own preprocess")
+    return Origin(f"{source}'s defaults for {name}", assumed=True)
+
+
+def _as_stated(loaded: Loaded, file: File) -> Loaded:
+    """The network with images read as the header of its weights says."""
+    if "size" in loaded.options:
+        loaded = replace(loaded, read_by={**loaded.read_by, "size": Origin("the size that its weights were made for")})
+    try:
+        return read_as(loaded, **stated_reading(file), by=f"the header of {file.path.name}")
+    except UsageError as error:
+        raise ModelError(f"the header of {file.path} says what cannot be: {error}") from error
 
 
 def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> tuple[nn.Module, Preprocess, Fit]:
@@ -104,7 +169,7 @@ def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> 
             model, preprocess, _ = build(spec, {**options, "n_classes": rows}, False)
             options["n_classes"] = rows
     fill(model, found.tensors, file.path)
-    return model, stated_preprocess(file, preprocess), replace(found, notes=(*notes, *found.notes))
+    return model, preprocess, replace(found, notes=(*notes, *found.notes))
 
 
 def _check_asked(weights: str | Path | None, given: Mapping[str, Any]) -> None:

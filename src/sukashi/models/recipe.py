@@ -29,6 +29,7 @@ class InputRecipe(Strict):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shorter: int | None = Field(None, exclude_if=lambda shorter: shorter is None)
 
 
 class ArchitectureRecipe(Strict):
@@ -48,11 +49,18 @@ class MaskRecipe(Strict):
     shapes: dict[str, tuple[int, ...]]
 
 
+class TrainedRecipe(Strict):
+    """`loaded.Trained`, written down."""
+
+    splits: str
+    validation: float
+
+
 class Recipe(Strict):
     """`recipe.json` of a saved folder: how to rebuild the model, and where it came from.
 
     `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `mask` is there for a model
-    that has one; `provenance` is for readers.
+    that has one, `trained_on` where all is known that its weights were trained on; `provenance` is for readers.
     """
 
     format: Literal[3]  # files.FORMAT
@@ -65,6 +73,7 @@ class Recipe(Strict):
     tensors: dict[str, str]
     provenance: dict[str, Any]
     mask: MaskRecipe | None = None
+    trained_on: tuple[TrainedRecipe, ...] | None = None
 
 
 def read_recipe(path: Path) -> Recipe:

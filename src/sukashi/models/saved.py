@@ -17,7 +17,7 @@ from sukashi.core.files import FORMAT, beside, check_free, sync, write_new
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import noise, probe
 from sukashi.models.formats import holds_weights, read
-from sukashi.models.loaded import LIBRARIES, Loaded
+from sukashi.models.loaded import LIBRARIES, READ, Loaded, Origin, Trained
 from sukashi.models.recipe import (
     MASKS,
     RECIPE,
@@ -26,6 +26,7 @@ from sukashi.models.recipe import (
     InputRecipe,
     MaskRecipe,
     Recipe,
+    TrainedRecipe,
     read_recipe,
 )
 from sukashi.models.specs import build, prepare
@@ -59,7 +60,8 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
             f"{file.path} has the SHA-256 {file.sha256[:16]}, its recipe says {recipe.weights_sha256[:16]}; first "
             f"tensor at fault: {wrong[0] if wrong else 'none, only the header differs'}: restore the folder"
         )
-    model = prepare(build(made, options, False)[0], options)
+    bare, published, _ = build(made, options, False)
+    model = prepare(bare, options)
     for table in recipe.cuts:
         surgery.replay(model, table)
     fill(model, file.tensors, file.path)
@@ -74,6 +76,9 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
         weights_sha256=file.sha256,
         cuts=recipe.cuts,
         mask=mask,
+        trained_on=None if recipe.trained_on is None else tuple(Trained(**dict(one)) for one in recipe.trained_on),
+        read_by=dict.fromkeys(READ, Origin("the saved folder")),
+        crop=(published.shorter or min(published.height, published.width)) / min(published.height, published.width),
     )
     probe(loaded, noise(loaded.preprocess))
     return loaded
@@ -124,6 +129,9 @@ def contents(loaded: Loaded, provenance: Mapping[str, Any]) -> dict[str, bytes]:
         tensors=tensor_digests(state),
         provenance=dict(provenance),
         mask=masked,
+        trained_on=None
+        if loaded.trained_on is None
+        else tuple(TrainedRecipe(**one._asdict()) for one in loaded.trained_on),
     )
     return files | {RECIPE: json.dumps(recipe.model_dump(), allow_nan=False).encode()}
 

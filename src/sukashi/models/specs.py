@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -67,7 +68,9 @@ Builder = Callable[[str, Mapping[str, Any], bool], Built]
 
 
 def build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
-    """Model, preprocessing and class names (or None) of a spec, with the architecture's own weights."""
+    """Model, preprocessing as it was published and class names (or None) of a spec, with the architecture's own
+    weights.
+    """
     source, colon, name = spec.partition(":")
     if not colon or not name:
         raise _unknown(spec)
@@ -127,7 +130,10 @@ def _timm(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     config = resolve_data_config(model=model)
     channels, *sides = config["input_size"]
     height, width = [options["size"]] * 2 if "size" in options else sides
-    return model, Preprocess(height, width, channels, tuple(config["mean"]), tuple(config["std"])), None
+    # As timm's own transform: the shorter side is floor(size / crop_pct).
+    cropped = config["crop_mode"] != "squash"
+    shorter = math.floor(min(height, width) / config["crop_pct"]) if cropped else None
+    return model, Preprocess(height, width, channels, tuple(config["mean"]), tuple(config["std"]), shorter), None
 
 
 def _torchvision(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
@@ -146,7 +152,7 @@ def _torchvision(spec: str, options: Mapping[str, Any], pretrained: bool) -> Bui
         model = torchvision.models.get_model(name, num_classes=options.get("n_classes", 1000))
     view = weights.transforms()
     size = view.crop_size[0]
-    preprocess = Preprocess(size, size, 3, tuple(view.mean), tuple(view.std))
+    preprocess = Preprocess(size, size, 3, tuple(view.mean), tuple(view.std), view.resize_size[0])
     return model, preprocess, tuple(weights.meta["categories"]) if pretrained else None
 
 

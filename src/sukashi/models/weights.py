@@ -6,16 +6,16 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Preprocess
+from sukashi.core.bounded import from_json
+from sukashi.core.errors import ModelError
 from sukashi.models.fitting import check_fits, check_kind, check_plain
 from sukashi.models.formats import File
+from sukashi.models.loaded import Trained
 
 
 def stated_classes(file: File) -> int | None:
@@ -28,19 +28,47 @@ def stated_classes(file: File) -> int | None:
     return int(stated)
 
 
-def stated_preprocess(file: File, preprocess: Preprocess) -> Preprocess:
-    """The preprocessing with the mean and std that the metadata speaks of."""
-    stated = {key: file.metadata[key] for key in ("mean", "std") if key in file.metadata}
-    numbers: dict[str, Any] = {}
-    for key, text in stated.items():
+def stated_reading(file: File) -> dict[str, Any]:
+    """What the metadata says of how images are read: size, mean, std and resize, as `read_as` takes them."""
+    found: dict[str, Any] = {}
+    for key, number in (("size", int), ("mean", float), ("std", float)):
+        text = file.metadata.get(key)
+        if text is None:
+            continue
         with contextlib.suppress(ValueError):
-            numbers[key] = tuple(float(part) for part in text.split(","))
-        if key not in numbers:
-            raise ModelError(f"the header of {file.path} gives {key}={text!r}: it must be numbers with commas between")
+            found[key] = [number(part) for part in text.split(",")]
+        if key not in found:
+            what = "one or two whole numbers" if key == "size" else "numbers"
+            raise ModelError(f"the header of {file.path} gives {key}={text!r}: it must be {what} with commas between")
+    return found | ({"resize": file.metadata["resize"]} if "resize" in file.metadata else {})
+
+
+def stated_training(file: File) -> tuple[Trained, ...] | None:
+    """What the metadata says that the weights were trained on, or None."""
+    if "trained_on" not in file.metadata:
+        return None
     try:
-        return replace(preprocess, **numbers)
-    except UsageError as error:
-        raise ModelError(f"the header of {file.path} says what cannot be: {error}") from error
+        return tuple(Trained(str(splits), float(part)) for splits, part in from_json(file.metadata["trained_on"]))
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"the header of {file.path} gives trained_on={file.metadata['trained_on'][:100]!r}: it must be a JSON list "
+            "of pairs, a hash of data and the fraction held out for validation"
+        ) from error
+
+
+def stated_names(file: File, n_classes: int) -> tuple[str, ...] | None:
+    """What the metadata calls the classes, a JSON list of so many names, or None."""
+    text = file.metadata.get("class_names")
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        names = from_json(text)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == n_classes:
+            return tuple(names)
+    raise ModelError(
+        f"the header of {file.path} gives class_names={text[:100]!r}: it must be a JSON list of {n_classes} names, in "
+        "the order of the outputs"
+    )
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:

@@ -14,6 +14,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sukashi.core import progress
 from sukashi.core.errors import ModelError, ResourceError, UsageError, brief, nearest
 from sukashi.core.types import Kind, Mask, Member, Site
 from sukashi.network import coupling, hooks, insert, surgery
@@ -395,22 +396,25 @@ class _Trial:
         """
         layers = dict(self.twin.named_modules())
         good: list[Site] = []
-        blocks = [sites] if sites else []
-        while blocks:
-            block = blocks.pop()
-            fault, layer = self.fault([*good, *block])
-            suspects = [site for site in block if _at(site, layer, layers)]
-            if not fault:
-                good += block
-            elif 0 < len(suspects) < len(block):
-                blocks += [suspects, [site for site in block if site not in suspects]]
-            elif len(block) > 1:
-                middle = len(block) // 2
-                blocks += [block[middle:], block[:middle]]
-            else:
-                places = [(member.module, member.side) for member in block[0].members]
-                why = reason or f"its trial cut does not give the logits of the masked model ({fault})"
-                _refuse(places, why, layers, self.refused)
+        blocks, done = [sites] if sites else [], 0
+        with progress.task("trial cuts", len(sites)) as shown:
+            while blocks:
+                shown.advance(len(sites) - sum(map(len, blocks)) - done)
+                done = len(sites) - sum(map(len, blocks))
+                block = blocks.pop()
+                fault, layer = self.fault([*good, *block])
+                suspects = [site for site in block if _at(site, layer, layers)]
+                if not fault:
+                    good += block
+                elif 0 < len(suspects) < len(block):
+                    blocks += [suspects, [site for site in block if site not in suspects]]
+                elif len(block) > 1:
+                    middle = len(block) // 2
+                    blocks += [block[middle:], block[:middle]]
+                else:
+                    places = [(member.module, member.side) for member in block[0].members]
+                    why = reason or f"its trial cut does not give the logits of the masked model ({fault})"
+                    _refuse(places, why, layers, self.refused)
         return [site for site in sites if site in good]
 
     def fault(self, sites: list[Site]) -> tuple[str, str]:

@@ -43,6 +43,26 @@ def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[s
     )
 
 
+def trained_on(loaded: Loaded, data: Data, training: Training) -> tuple[models.Trained, ...] | None:
+    """All that a network's weights were trained on, with this training too; None where nobody knows."""
+    if loaded.trained_on is None:
+        return None
+    now = models.Trained(data.splits_sha256, training.validation if data.val is None else 0.0)
+    return tuple(dict.fromkeys((*loaded.trained_on, now)))
+
+
+def seen(data: Data, training: Training, loaded: Loaded) -> list[str]:
+    """A warning where a network may have been trained on the images that are held out of the training split."""
+    if data.val is not None or training.validation == 0:
+        return []
+    if loaded.has_not_seen(data.splits_sha256, training.validation):
+        return []
+    return [
+        "the weights that training starts from may have been trained on the validation images: losses and accuracy on "
+        "these can flatter"
+    ]
+
+
 def check_training(
     training: Training, train: Split, validation: Split | None, loaded: Loaded, tensorboard: bool
 ) -> tuple[str, ...]:

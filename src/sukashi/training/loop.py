@@ -35,7 +35,7 @@ from sukashi.network import sparsity
 from sukashi.training import checkpoint
 from sukashi.training.checkpoint import State
 from sukashi.training.distributed import World, lost, starts_again, unused, world
-from sukashi.training.inputs import about, check_training, logits_of, n_batches, splits
+from sukashi.training.inputs import about, check_training, logits_of, n_batches, splits, trained_on
 from sukashi.training.settings import Finetuning, Training
 
 __all__ = ["MEMORY", "Finetuning", "Fitted", "Training", "fit"]
@@ -95,6 +95,7 @@ def fit(
     ResourceError where nothing can be written, another process holds the folder, or one of the run's is gone.
     """
     device = next(loaded.model.parameters()).device if device is None else device
+    loaded = replace(loaded, trained_on=trained_on(loaded, data, training))
     train, validation, notes = splits(data, training)
     notes += check_training(training, train, validation, loaded, tensorboard is not None)
     checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)

@@ -81,9 +81,6 @@ class Training(Settings):
         help="After each step the zeros of a mask are zero again; without it they are zero at the start, as in the "
         "code published with Suwal et al. 2025.",
     )
-    size: int | None = option(
-        None, ge=1, le=16_384, default="the model's", help="Side of the images, instead of what the architecture asks."
-    )
     seed: int = option(
         0, ge=0, le=MAX_SEED, help="Draws random weights, the order of images, their random views and dropout."
     )

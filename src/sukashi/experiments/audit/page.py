@@ -32,7 +32,7 @@ def page(result: AuditResult, space: Workspace) -> Page:
             "title": f"Audit of {listed(list(panels))} against {result.reference}",
             "warnings": [
                 *_left_out(result),
-                *result.notes,
+                *result.warnings,
                 *(line for of in panels.values() for line in of["warnings"]),
             ],
             "panels": panels,

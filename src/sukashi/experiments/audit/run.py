@@ -55,8 +55,9 @@ def prepare(settings: Audit) -> Prepared:
         **{name: value for one in looking.values() for name, value in one.identity.items()},
     )
     facts = {
+        "warnings": [*dict.fromkeys(said for n in networks for said in n.setting.data.warnings)],
         "notes": [
-            *dict.fromkeys(note for n in networks for note in n.setting.data.notes),
+            *dict.fromkeys(said for n in networks for said in n.setting.data.notes),
             *(note for one in looking.values() for note in one.notes),
         ],
         **{name: one.facts for name, one in looking.items()},

@@ -16,6 +16,7 @@ from sukashi.report import words
 
 CLASSES = 12  # of which each is counted in words
 NAMED = 5  # classes at most that a warning names
+TOLD = ("warnings", "notes")  # facts beside those of subjects
 
 
 class AuditResult(Result):
@@ -39,7 +40,6 @@ class AuditResult(Result):
     verdict: str
     lines: list[str]
     audited: list[str]
-    notes: list[str]
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -50,7 +50,7 @@ class AuditResult(Result):
 
     def text(self) -> str:
         parts = [subject(name, "summary").text(found, self.reference) for name, found in self.subjects.items()]
-        said = [*parts, "", self.verdict, *self.lines, *self.audited, *(f"note: {note}" for note in self.notes)]
+        said = [*parts, "", self.verdict, *self.lines, *self.audited, *self.remarks()]
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
@@ -76,7 +76,9 @@ def summary(space: Workspace) -> AuditResult:
             f"{space.folder} has {len(records)} of {space.n_trials} trials finished: give the same audit command again"
         )
     answers, facts = answers_of(space)
-    found = {name: subject(name, "summary").summary(records, answers, facts[name]) for name in facts if name != "notes"}
+    found = {
+        name: subject(name, "summary").summary(records, answers, facts[name]) for name in facts if name not in TOLD
+    }
     return AuditResult(
         reference=answers[0].label,
         n_images=len(answers[0].right),
@@ -97,7 +99,8 @@ def summary(space: Workspace) -> AuditResult:
         verdict=" ".join(of["verdict"] for of in found.values()),
         lines=[line for of in found.values() for line in of["lines"]],
         audited=_audited(answers),
-        notes=[*_gone(answers), *facts["notes"], *_trained(answers)],
+        warnings=[*_gone(answers), *facts["warnings"], *_trained(answers)],
+        notes=facts["notes"],
         **found,
     )
 
@@ -109,7 +112,7 @@ def tables(space: Workspace) -> dict[str, bytes]:
     return {
         file: content
         for name in facts
-        if name != "notes"
+        if name not in TOLD
         for file, content in subject(name, "summary").tables(records).items()
     }
 

@@ -46,7 +46,7 @@ def page(result: CompareResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model} on {result.data}",
-            "warnings": [*result.notes, *slower(result.latency)],
+            "warnings": [*result.warnings, *slower(result.latency)],
             "colours": colours,
             "removed": REMOVED[result.mode],
             "fractions": THRESHOLDS,

@@ -138,7 +138,8 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
             # A network with silent units costs what the dense one does.
             **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
             "n_evaluations": plan.n_evaluations,
-            "notes": [*setting.data.notes, *setting.doubts(dense, test)],
+            "warnings": [*setting.data.warnings, *setting.doubts(dense, test)],
+            "notes": list(setting.data.notes),
         }
     )
 

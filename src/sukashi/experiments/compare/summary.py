@@ -87,7 +87,6 @@ class CompareResult(Result):
     verdict: str
     lines: list[str]
     rule: str
-    notes: list[str]
 
     def text(self) -> str:
         header = ["criterion", "SAUCE", "95 % interval", f"{words.points(self.margin)} lower at most, up to", *_GONE]
@@ -108,7 +107,7 @@ class CompareResult(Result):
                 words.table([*header, "image evaluations"], found),
                 "",
                 f"dense accuracy {words.percent(self.dense_accuracy)} on {words.several(self.n_images, 'test image')}",
-                *(f"note: {note}" for note in [*self.notes, *networks.slower(self.latency)]),
+                *self.remarks(*networks.slower(self.latency)),
                 *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
                 "",
                 self.verdict,
@@ -191,7 +190,8 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         verdict=said,
         lines=[*todo, leads],
         rule=rule,
-        notes=_notes(space, found),
+        warnings=_warnings(space, found),
+        notes=_told(found, "notes"),
     )
 
 
@@ -213,7 +213,7 @@ def _pairs(found: Sequence[Contender]) -> list[dict[str, Any]]:
     return [{**pair, "p_holm": p} for pair, p in zip(pairs, corrected, strict=True)]
 
 
-def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
+def _warnings(space: Workspace, found: Sequence[Contender]) -> list[str]:
     told = []
     n_finished = len(space.records())
     if n_finished < space.n_trials:
@@ -228,9 +228,12 @@ def _notes(space: Workspace, found: Sequence[Contender]) -> list[str]:
                 f"{one.name} was measured up to {words.percent(one.reach)} only; SAUCE draws a straight line from "
                 "there to chance."
             )
-        told += [note for result in one.results for note in result["notes"]]
     told += [f"{words.listed(names)} are equal on every seed, so that one hides the other" for names in _equal(found)]
-    return list(dict.fromkeys(told))
+    return told + _told(found, "warnings")
+
+
+def _told(found: Sequence[Contender], name: str) -> list[str]:
+    return list(dict.fromkeys(said for one in found for result in one.results for said in result[name]))
 
 
 def _equal(found: Sequence[Contender]) -> list[list[str]]:

@@ -33,7 +33,7 @@ def page(result: PruneResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model}, {'sparse' if sparse else 'pruned'}",
-            "warnings": [*result.notes, *result.slower()],
+            "warnings": [*result.warnings, *result.slower()],
             "costs": cost_table(costs, {"pruned": result.latency} if result.latency else {}, note),
             "worst": result.worst_classes,
             "settings": dict(words.flat(space.identity)) | {"test images": f"{result.n_images:,}"},

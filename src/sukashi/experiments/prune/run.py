@@ -122,8 +122,9 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
             "class_names": list(setting.data.class_names),
             "class_counts": test.objective.counts(test.target, setting.data.n_classes).tolist(),
             "layers": [] if units else _layers(mask),
-            "notes": [
-                *setting.data.notes,
+            "notes": list(setting.data.notes),
+            "warnings": [
+                *setting.data.warnings,
                 *setting.doubts(_correct(setting, dense, test), test),
                 *_cautions(settings, mask),
             ],

@@ -47,7 +47,6 @@ class PruneResult(Result):
     onnx: str | None
     verdict: str
     rule: str
-    notes: list[str]
 
     def text(self) -> str:
         told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned})
@@ -66,7 +65,7 @@ class PruneResult(Result):
         said.append(words.table(["", "dense", "pruned"], rows))
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
-        said += [f"warning: {note}" for note in [*self.notes, *self.slower()]]
+        said += self.remarks(*self.slower())
         return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
 
     def slower(self) -> list[str]:
@@ -113,6 +112,7 @@ def summary(space: Workspace) -> PruneResult:
         verdict=_verdict(dense, pruned, latency, scope),
         rule=f"Measured on {found['n_images']:,} test images; the 95% interval of the pruned network's accuracy is "
         f"{words.percent(within.low)} to {words.percent(within.high)} (Wilson's).",
+        warnings=found["warnings"],
         notes=found["notes"],
     )
 

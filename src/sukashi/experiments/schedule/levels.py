@@ -54,7 +54,6 @@ class Seed:
     @cached_property
     def setting(self) -> Bench:
         loaded, images = self.source.build(self.images, self.seed)
-        loaded = models.resized(loaded, self.course.size)
         device = next(loaded.model.parameters()).device
         setting = Bench(self.source, loaded, images, Found((), {}), device)
         models.probe(loaded, setting.example)

@@ -22,7 +22,7 @@ def page(result: ScheduleResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.schedule}: {result.model}, {names}{scope}",
-            "warnings": result.notes,
+            "warnings": result.warnings,
             "gone": [removed(row) for row in result.levels],
             "settings": dict(words.flat(space.identity)),
             "run": (space.logged("run") or [{}])[-1],

@@ -24,7 +24,7 @@ from sukashi.experiments.schedule.settings import TRAININGS, Course, Schedule, S
 from sukashi.experiments.workspace import Desk
 from sukashi.models import Loaded
 from sukashi.network import sparsity
-from sukashi.training.inputs import bytes_of, check_training, splits
+from sukashi.training.inputs import bytes_of, check_training, seen, splits
 
 
 def prepare(settings: Schedule | Scheduled) -> Prepared:
@@ -45,7 +45,7 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
     check_trained(course, given)
     images = source.read()
     seeds = [Seed(source, images, course, seed, bytes_of(settings.memory)) for seed in range(course.seeds)]
-    notes = _fits(seeds[0].setting, course, given)
+    notes, warned = _fits(seeds[0].setting, course, given)
     setting = seeds[0].setting
     model = {**setting.about_model, "weights_sha256": setting.about_model["weights_sha256"] if given else None}
     used = trained(course, given)
@@ -58,7 +58,7 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
     shared = {name: identity[name] for name in ("model", "data", "scope", "exclude", "round_to")}
     trials = [trial for seed in seeds for trial in _trials(seed, course, given, shared)]
     log = {"versions": versions(), "hardware": hardware(setting.device)}
-    return Prepared(identity, trials, {"notes": notes}, log)
+    return Prepared(identity, trials, {"notes": notes, "warnings": warned}, log)
 
 
 def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> Iterator[Trial]:
@@ -120,8 +120,8 @@ def named(ratio: float) -> str:
     return max(f"{ratio:.2f}", repr(ratio), key=len)
 
 
-def _fits(setting: Bench, course: Course, given: bool) -> list[str]:
-    """Refuse what does not fit the model or the data before hours of training; what is to be known of the data.
+def _fits(setting: Bench, course: Course, given: bool) -> tuple[list[str], list[str]]:
+    """Refuse what does not fit the model or the data before hours of training; notes and warnings on the data.
 
     Raises UsageError for layers that a pattern cannot group, and whatever sampling and training refuse.
     """
@@ -130,9 +130,10 @@ def _fits(setting: Bench, course: Course, given: bool) -> list[str]:
         shapes = {site.layer: sparsity.weight_of(model, site).shape for site in setting.found.sites}
         sparsity.check_shapes(course.scope, shapes)
     data.train.calibration(setting.source.calibration, 0)
-    notes = dict.fromkeys(data.notes)
+    notes, warned = dict.fromkeys(data.notes), dict.fromkeys(data.warnings)
     for chosen in trained(course, given).values():
         train, validation, made = splits(data, chosen)
         check_training(chosen, train, validation, setting.loaded, tensorboard=False)
         notes |= dict.fromkeys(made)
-    return list(notes)
+        warned |= dict.fromkeys(seen(data, chosen, setting.loaded))
+    return list(notes), list(warned)

@@ -90,9 +90,6 @@ class Course(Levels):
                 raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")
         if not (self.training.enforce_mask and self.finetuning.enforce_mask):
             raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
-        sizes = {name: getattr(self, name).size for name in TRAININGS if name in self.model_fields_set}
-        if len(set(sizes.values())) > 1:
-            raise UsageError(f"size must be the same at every level, got {sizes}: give it to both")
         return self
 
     @property
@@ -100,11 +97,6 @@ class Course(Levels):
         """{name: (criterion, whether masks are enforced)}."""
         both = [(name, enforced) for name in self.criteria for enforced in self.enforce_mask]
         return {name if enforced else f"{name}/{LEAKY}": (name, enforced) for name, enforced in both}
-
-    @property
-    def size(self) -> int | None:
-        """The side of the images at every level, where it is not the architecture's own."""
-        return self.training.size or self.finetuning.size
 
 
 class Scheduled(Memory, Course, Reading):

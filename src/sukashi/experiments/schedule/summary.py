@@ -49,7 +49,6 @@ class ScheduleResult(Result):
     pairs: list[dict[str, Any]]
     verdict: str
     lines: list[str]
-    notes: list[str]
 
     def text(self) -> str:
         of_weights = self.removes == "weights"
@@ -73,7 +72,7 @@ class ScheduleResult(Result):
             )
         mean, low, high = (100 * self.dense_accuracy[name] for name in ("mean", "low", "high"))
         said = [words.table(header, rows), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f})", ""]
-        said += [self.verdict, *self.lines, *(f"note: {note}" for note in self.notes)]
+        said += [self.verdict, *self.lines, *self.remarks()]
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
@@ -106,8 +105,10 @@ def summary(space: Workspace) -> ScheduleResult:
         )
     identity = space.identity
     found = of_outcomes([_outcome(record) for record in records if record.about["until"] is None], identity)
-    found["notes"] = [*space.shown["notes"], *found["notes"]]
-    return ScheduleResult(model=identity["model"]["spec"], data=identity["data"]["spec"], **found)
+    found["warnings"] = [*space.shown["warnings"], *found["warnings"]]
+    return ScheduleResult(
+        model=identity["model"]["spec"], data=identity["data"]["spec"], notes=space.shown["notes"], **found
+    )
 
 
 def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,8 +161,8 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
         "levels": list(rows.values()),
         "pairs": pairs,
     }
-    notes = cautions(found, identity["round_to"])
-    return found | {"verdict": _verdict(found), "lines": _lines(found), "notes": notes}
+    warned = cautions(found, identity["round_to"])
+    return found | {"verdict": _verdict(found), "lines": _lines(found), "warnings": warned}
 
 
 def removed(row: Mapping[str, Any]) -> float:

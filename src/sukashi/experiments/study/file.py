@@ -55,7 +55,7 @@ from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
 from sukashi.experiments.compare.settings import Contest
 from sukashi.experiments.kinds import kinds
-from sukashi.experiments.reading import Architecture, Calibrated, Images
+from sukashi.experiments.reading import Architecture, Calibrated, Images, Pixels
 from sukashi.experiments.schedule.settings import Course, Scheduled
 from sukashi.experiments.study.settings import (
     ComparisonFile,
@@ -83,7 +83,7 @@ def read(
 
     Raises UsageError for a file that breaks a rule.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     said = {"data": data, "device": device, "workers": workers}
     given = _toml(path) | ({} if out is None else {"out": str(out)})
     replaced = {name: value for name, value in said.items() if value is not None}
@@ -158,7 +158,7 @@ def _images(file: StudyFile, place: _Places, data: str | None) -> dict[str, Any]
 
 
 def _architecture(model: ModelTable, place: _Places) -> dict[str, Any]:
-    given = {name: getattr(model, name) for name in Architecture.model_fields}
+    given = {name: getattr(model, name) for name in (*Architecture.model_fields, *Pixels.model_fields)}
     return given | {"weights": None if model.weights is None else place.path(model.weights)}
 
 

@@ -8,13 +8,13 @@ from pydantic import Field
 
 from sukashi.core.schema import Settings, option
 from sukashi.experiments.compare.settings import Contest
-from sukashi.experiments.reading import Architecture, Calibrated, Images
+from sukashi.experiments.reading import Architecture, Calibrated, Images, Pixels
 from sukashi.experiments.schedule.settings import Course
 
 _SPEC = "sukashi:digits_cnn"
 
 
-class ModelTable(Architecture):
+class ModelTable(Pixels, Architecture):
     """A table [models.NAME], or [model]."""
 
     spec: str = option(examples=[_SPEC], help="sukashi:NAME, timm:NAME, torchvision:NAME or package.module:callable.")

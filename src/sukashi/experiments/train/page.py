@@ -23,7 +23,7 @@ def page(result: TrainResult, space: Workspace) -> Page:
         {
             "result": result,
             "title": f"{result.model}, {told}",
-            "warnings": result.notes,
+            "warnings": result.warnings,
             "classes": list(zip(result.class_names, result.class_counts, result.class_accuracy, strict=True)),
             "settings": dict(words.flat(space.identity)),
             "run": (space.logged("run") or [{}])[-1],

@@ -20,7 +20,7 @@ from sukashi.measures.accuracy import by_class
 from sukashi.models import Loaded
 from sukashi.network.sites import Found
 from sukashi.training import loop
-from sukashi.training.inputs import about, bytes_of, check_training, splits
+from sukashi.training.inputs import about, bytes_of, check_training, seen, splits
 from sukashi.training.loop import Fitted
 
 _BATCH = 128  # test images decoded at once
@@ -42,7 +42,6 @@ def prepare(settings: Train) -> Prepared:
             else "a new head is for the classes of the data: leave --classes out"
         )
     loaded, images = source.build(source.read(), chosen.seed, new_head=settings.new_head)
-    loaded = models.resized(loaded, chosen.size)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
@@ -73,7 +72,7 @@ def _train(settings: Train, loaded: Loaded, images: Data, desk: Desk) -> Mapping
     for name, content in models.contents(fitted.loaded, {**desk.trial.about, "trained": True}).items():
         desk.save(name, content)
     log_speed(desk, fitted)
-    desk.finish(_figures(fitted, before, images, settings))
+    desk.finish(_figures(fitted, loaded, before, images, settings))
     return {"resumed": fitted.resumed or None}
 
 
@@ -89,8 +88,8 @@ def history_of(fitted: Fitted) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name not in clocks} for entry in fitted.history]
 
 
-def _figures(fitted: Fitted, before: Loaded | None, images: Data, settings: Train) -> dict[str, Any]:
-    """What was measured; `before` is the network that was fine-tuned."""
+def _figures(fitted: Fitted, start: Loaded, before: Loaded | None, images: Data, settings: Train) -> dict[str, Any]:
+    """What was measured; `start` is what training started from, `before` the same where that was trained already."""
     test = images.test.limit(settings.test_images)
     batches = test.batches(fitted.loaded.preprocess, _BATCH, settings.workers)
     correct, _ = accuracy.evaluate(fitted.loaded.model, batches)
@@ -108,5 +107,6 @@ def _figures(fitted: Fitted, before: Loaded | None, images: Data, settings: Trai
         "class_accuracy": by_class(correct, test.objective.classes(test.targets), images.n_classes),
         "class_counts": test.counts.tolist(),
         "history": history_of(fitted),
+        "warnings": [*images.warnings, *seen(images, settings.training, start)],
         "notes": [*images.notes, *fitted.notes],
     }

@@ -42,7 +42,6 @@ class TrainResult(Result):
     history: list[dict[str, Any]]
     verdict: str
     rule: str
-    notes: list[str]
     images_per_second: float | None = None
     waiting: float | None = None
     resumed: int | None = None
@@ -58,7 +57,7 @@ class TrainResult(Result):
             rows.append(["waiting for images", f"{self.waiting:.1%}"])
         if self.zeros_in_masked_layers is not None:
             rows.append(["zeros", f"{self.zeros_in_masked_layers:.1%} of the masked layers' weights"])
-        said = [words.rows(rows), *(f"note: {note}" for note in self.notes)]
+        said = [words.rows(rows), *self.remarks()]
         if self.resumed:
             said += ["", f"Went on from step {self.resumed}"]
         return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
