@@ -95,13 +95,14 @@ def test_what_lies_in_the_folder(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, out, cnn_weights)
     assert set(contents(out)) == {
         *("experiment.json", "trial.json", "log.jsonl", ".lock", "results.json", "results.parquet", "report.html"),
-        *("model.safetensors", "recipe.json", "plan.npz"),
+        *("model.safetensors", "recipe.json", "plan.npz", "figures/layers.png"),
     }
     (record,) = Workspace(out).records()
     assert record.folder == out
     assert set(record.kept["artefacts"]) == {"model.safetensors", "recipe.json", "plan.npz"}
     provenance = json.loads((out / "recipe.json").read_text())["provenance"]
-    assert provenance == {**record.about, "units_removed": result.units_removed}
+    found = {"ratio": 0.5, "target": None, "layers": result.layers}
+    assert provenance == {**record.about, **found, "units_removed": result.units_removed}
 
 
 def test_a_finished_cut_is_told_again_and_another_is_refused(cnn_weights, tmp_path, monkeypatch):

@@ -175,9 +175,11 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
-    """The types of a union but None, or the one there is."""
+    """The types of a union but None, or the one there is; without what checks their values."""
     union = get_origin(annotation) in (Union, types.UnionType)
-    yield from (part for part in (get_args(annotation) if union else [annotation]) if part is not type(None))
+    for part in get_args(annotation) if union else [annotation]:
+        if part is not type(None):
+            yield get_args(part)[0] if get_origin(part) is Annotated else part
 
 
 def _plain(value: Any, field: FieldInfo | None) -> Any:
