@@ -216,7 +216,12 @@ def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights
     assert without.onnx is None
     before = contents(out)
     result = prune("magnitude", 0.5, out, cnn_weights, onnx=True)
-    assert (result.onnx, result.finished) == ("onnx/model.onnx", False)
+    assert (result.onnx, result.infer, result.finished) == ("onnx/model.onnx", "onnx/infer.py", False)
+    assert result.onnx_bytes == (out / result.onnx).stat().st_size
+    assert (out / "onnx" / "infer.py").read_bytes() == models.infer_script(case.loaded.preprocess)
+    line = f"python {out}/onnx/infer.py {out}/onnx/model.onnx IMAGE ..."
+    assert line in result.text()
+    assert line.replace(f"{out}/", "") in (out / "report.html").read_text()
     for name in ("model.safetensors", "recipe.json", "trial.json", "plan.npz"):
         assert (out / name).read_bytes() == before[name], "the network that was there is kept"
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
@@ -249,6 +254,12 @@ def test_an_export_that_fails_leaves_the_network(cnn_weights, tmp_path, monkeypa
         prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
     assert models.load(str(tmp_path / "o")).cuts
     assert not list(tmp_path.glob("o/onnx/*"))
+    assert sukashi.results(tmp_path / "o").onnx is None
+    (tmp_path / "o" / "onnx").mkdir(exist_ok=True)
+    (tmp_path / "o" / "onnx" / "model.onnx").write_text("of an export by itself")
+    with pytest.raises(ModelError, match=r"o is finished, `sukashi report .*o` tells of it, and the same"):
+        prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
+    assert (tmp_path / "o" / "onnx" / "model.onnx").read_text() == "of an export by itself"
 
 
 def test_a_layer_without_weights_is_said(cnn_weights, tmp_path):

@@ -152,21 +152,20 @@ def _share(part: int, whole: int) -> str:
 
 def draw_layers(layers: Sequence[Mapping[str, Any]]) -> bytes:
     """The share of its units that each layer keeps, as a bar, from input (above) to output."""
-    n = len(layers)
-    height = 0.26 if n <= 40 else 0.17
-    figure = Figure(figsize=(6.4, 0.6 + height * n), layout="constrained")
+    n, longest = len(layers), max(len(of["layer"]) for of in layers)
+    height, size = (0.24, 9) if n <= 40 else (0.17, 7)
+    figure = Figure(figsize=(4.4 + 0.06 * longest, 0.5 + height * n), layout="constrained")
     axes = figure.subplots()
-    kept = np.array([of["kept"] / of["units"] for of in layers])
-    axes.barh(np.arange(n), 1, 0.76, color=figures.FAINT)
-    axes.barh(np.arange(n), kept, 0.76, color=KEPT)
-    size = 8 if n <= 40 else 6
-    for row, of in enumerate(layers):
-        axes.text(1.01, row, f"{of['kept']} of {of['units']}", va="center", color=INK, fontsize=size)
-    axes.set(xlim=(0, 1.18), ylim=(n - 0.4, -0.6), xticks=[0, 0.5, 1])
-    axes.set_yticks(range(n), [of["layer"] for of in layers], fontsize=size)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
     figures.calm(axes)
     axes.grid(False)
+    axes.barh(range(n), 1, 0.76, color=figures.FAINT)
+    axes.barh(range(n), [of["kept"] / of["units"] for of in layers], 0.76, color=KEPT)
+    for row, of in enumerate(layers):
+        axes.text(1.02, row, f"{of['kept']} of {of['units']}", va="center", color=INK, fontsize=size)
+    axes.set(xlim=(0, 1.3), ylim=(n - 0.4, -0.6), xticks=[0, 0.5, 1])
+    axes.spines["bottom"].set_bounds(0, 1)
+    axes.set_yticks(range(n), [of["layer"] for of in layers], fontsize=size)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figures.png(figure)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sukashi import models
-from sukashi.core.errors import UsageError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.core.types import Batch, Mask
 from sukashi.criteria import UNITS, pruning
@@ -263,11 +263,17 @@ def _export(setting: Bench, desk: Desk) -> None:
     """The saved network as one ONNX file, with the script that runs it."""
     home = desk.space.folder
     loaded = models.load(setting.loaded.spec, weights=home)
-    about = {"recipe_sha256": models.recipe_sha256(home / models.RECIPE)}
+    try:
+        content = models.onnx_file(loaded, {"recipe_sha256": models.recipe_sha256(home / models.RECIPE)})
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; the network in {home} is finished, `sukashi report {home}` tells of it, and the same command "
+            "tries the export again"
+        ) from error
+    desk.save(models.ONNX, content)
     script = models.infer_script(loaded.preprocess)
     if script:
         desk.save(models.INFER, script)
-    desk.save(models.ONNX, models.onnx_file(loaded, about))
     desk.finish({"opset": "torch's default"})
 
 
