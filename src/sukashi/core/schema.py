@@ -132,7 +132,9 @@ Ratio = Annotated[float, AfterValidator(check_ratio)]
 
 
 def keyworded(kind: type[Settings]) -> Callable[[_Function], _Function]:
-    """Tells `help` of a function with `**settings` what these are: the fields of the kind that it does not name."""
+    """Tells `help` of a function with `**settings` what these are: the fields of the kind that it does not name, and
+    those that it does and that may be left out.
+    """
 
     def wrap(function: _Function) -> _Function:
         signature = inspect.signature(function)
@@ -152,7 +154,8 @@ def keyworded(kind: type[Settings]) -> Callable[[_Function], _Function]:
         function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
         lines = "\n".join(
             textwrap.fill(f"{name}: {_told(field)}", 116, initial_indent="    ", subsequent_indent="        ")
-            for name, field in fields.items()
+            for name, field in kind.model_fields.items()
+            if name in fields or not field.is_required()
         )
         function.__doc__ = f"{inspect.getdoc(function)}\n\nSettings:\n{lines}\n"
         return function

@@ -21,7 +21,7 @@ from sukashi.criteria.calibration import check_sampling
 from sukashi.criteria.plans import plan_arrays
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
-from sukashi.experiments.prune.settings import TARGETS, Prune
+from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.targets import Search
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
@@ -47,7 +47,6 @@ def prepare(settings: Prune) -> Prepared:
         options=registry[settings.criterion].deciding(settings.options),
     )
     about["ratio_asked"] = about.pop("ratio")  # less may be removed
-    about = {name: value for name, value in about.items() if name not in TARGETS or value is not None}
     pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
     trials = [pruned]
     if settings.onnx:
