@@ -34,7 +34,7 @@ from sukashi import models
 from sukashi.core.errors import SukashiError
 from sukashi.core.types import Batch, Mask
 from sukashi.criteria import criteria as registry
-from sukashi.models.onnx import export_onnx
+from sukashi.models.onnx import onnx_file
 from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
 
@@ -165,7 +165,7 @@ def kept(loaded: Any, sites: Any, x: Any, onnx: bool) -> dict[str, Any]:
             row |= {"saved": False, "save_refused": str(error)}
         if onnx:
             try:
-                export_onnx(network, Path(folder, "cut.onnx"))
+                onnx_file(network)
                 row["onnx"] = "yes"
             except SukashiError as error:
                 row["onnx"] = str(error)

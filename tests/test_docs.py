@@ -21,6 +21,7 @@ SMALL = {
     "finetune": ["--epochs", "1", "--test-images", "30"],
     "schedule": ["--epochs", "1", "--calibration", "2", "--test-images", "30", "--seeds", "1"],
     "audit": ["--test-images", "20", "--population", "all"],
+    "export": [],
     "list": [],
     "report": [],
 }

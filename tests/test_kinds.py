@@ -20,6 +20,7 @@ from sukashi.experiments import catalogue
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.export.settings import Export
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.reading import Images
@@ -36,6 +37,7 @@ COMPARED = {"model": "m", "data": "d", "criteria": ["drift"], "out": "o"}
 NEEDED = {
     Check: {"model": "m", "data": "d"},
     Prune: {"model": "m", "data": "d", "criterion": "drift", "ratio": 0.5, "out": "o"},
+    Export: {"model": "m", "data": "d"},
     Compare: COMPARED,
     Train: {"model": "m", "data": "d", "out": "o"},
     Finetune: {"model": "m", "data": "d", "out": "o"},

@@ -95,13 +95,14 @@ def test_what_lies_in_the_folder(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, out, cnn_weights)
     assert set(contents(out)) == {
         *("experiment.json", "trial.json", "log.jsonl", ".lock", "results.json", "results.parquet", "report.html"),
-        *("model.safetensors", "recipe.json", "plan.npz"),
+        *("model.safetensors", "recipe.json", "plan.npz", "figures/layers.png"),
     }
     (record,) = Workspace(out).records()
     assert record.folder == out
     assert set(record.kept["artefacts"]) == {"model.safetensors", "recipe.json", "plan.npz"}
     provenance = json.loads((out / "recipe.json").read_text())["provenance"]
-    assert provenance == {**record.about, "units_removed": result.units_removed}
+    found = {"ratio": 0.5, "target": None, "layers": result.layers}
+    assert provenance == {**record.about, **found, "units_removed": result.units_removed}
 
 
 def test_a_finished_cut_is_told_again_and_another_is_refused(cnn_weights, tmp_path, monkeypatch):
@@ -215,7 +216,12 @@ def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights
     assert without.onnx is None
     before = contents(out)
     result = prune("magnitude", 0.5, out, cnn_weights, onnx=True)
-    assert (result.onnx, result.finished) == ("onnx/model.onnx", False)
+    assert (result.onnx, result.infer, result.finished) == ("onnx/model.onnx", "onnx/infer.py", False)
+    assert result.onnx_bytes == (out / result.onnx).stat().st_size
+    assert (out / "onnx" / "infer.py").read_bytes() == models.infer_script(case.loaded.preprocess)
+    line = f"python {out}/onnx/infer.py {out}/onnx/model.onnx IMAGE ..."
+    assert line in result.text()
+    assert line.replace(f"{out}/", "") in (out / "report.html").read_text()
     for name in ("model.safetensors", "recipe.json", "trial.json", "plan.npz"):
         assert (out / name).read_bytes() == before[name], "the network that was there is kept"
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
@@ -248,6 +254,12 @@ def test_an_export_that_fails_leaves_the_network(cnn_weights, tmp_path, monkeypa
         prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
     assert models.load(str(tmp_path / "o")).cuts
     assert not list(tmp_path.glob("o/onnx/*"))
+    assert sukashi.results(tmp_path / "o").onnx is None
+    (tmp_path / "o" / "onnx").mkdir(exist_ok=True)
+    (tmp_path / "o" / "onnx" / "model.onnx").write_text("of an export by itself")
+    with pytest.raises(ModelError, match=r"o is finished, `sukashi report .*o` tells of it, and the same"):
+        prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
+    assert (tmp_path / "o" / "onnx" / "model.onnx").read_text() == "of an export by itself"
 
 
 def test_a_layer_without_weights_is_said(cnn_weights, tmp_path):
@@ -311,11 +323,11 @@ def test_a_network_that_breaks_on_the_test_images_leaves_nothing(cnn_weights, tm
 
 def test_a_network_that_may_be_guessing_is_told_what_was_assumed_of_it(cnn_weights, tmp_path):
     right = prune("magnitude", 0.5, tmp_path / "right", cnn_weights)
-    assert not [said for said in right.warnings if "guessing" in said]
+    assert not [said for said in right.warnings if "one answer for all" in said]
     tensors = load_file(cnn_weights)
     last = max((name for name in tensors if tensors[name].ndim == 2), key=list(tensors).index)
     save_file({**tensors, last: tensors[last].roll(1, 0)}, tmp_path / "shifted.safetensors")
     wrong = prune("magnitude", 0.5, tmp_path / "wrong", tmp_path / "shifted.safetensors")
-    [said] = [said for said in wrong.warnings if "guessing" in said]
+    [said] = [said for said in wrong.warnings if "one answer for all" in said]
     assert "images read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn)" in said
     assert "numbered as 0, 1, 2, 3, ..." in said

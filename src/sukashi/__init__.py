@@ -8,6 +8,7 @@ sukashi.compare(model, data, criteria, out=folder)          criteria over ratios
 sukashi.train(model, data, out=folder, epochs=20)           train, from random weights or given ones
 sukashi.finetune(folder, data, out=folder, epochs=5)        train on, cuts and masks kept
 sukashi.schedule(model, data, how, criteria, ratios, out=folder)   prune and train, level by level
+sukashi.export(folder)                                      an ONNX file that runs without sukashi
 sukashi.audit([model, ...], data, out=folder)               saliency maps of cuts beside those of the first model
 sukashi.study("study.toml")                                 a study file: models x criteria x samplings x seeds
 sukashi.load(folder_or_spec).model                          a network, ready to run
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         audit,
         check,
         compare,
+        export,
         finetune,
         load,
         open,
@@ -44,6 +46,7 @@ __all__ = [
     "audit",
     "check",
     "compare",
+    "export",
     "finetune",
     "load",
     "open",

@@ -194,7 +194,9 @@ def _set(options: Mapping[str, Any], method: str = "") -> Iterator[str]:
 
 
 def keyworded(kind: type[Settings]) -> Callable[[_Function], _Function]:
-    """Tells `help` of a function with `**settings` what these are: the fields of the kind that it does not name."""
+    """Tells `help` of a function with `**settings` what these are: the fields of the kind that it does not name, and
+    those that it does and that may be left out.
+    """
 
     def wrap(function: _Function) -> _Function:
         signature = inspect.signature(function)
@@ -214,7 +216,8 @@ def keyworded(kind: type[Settings]) -> Callable[[_Function], _Function]:
         function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
         lines = "\n".join(
             textwrap.fill(f"{name}: {_told(field)}", 116, initial_indent="    ", subsequent_indent="        ")
-            for name, field in fields.items()
+            for name, field in kind.model_fields.items()
+            if name in fields or not field.is_required()
         )
         function.__doc__ = f"{inspect.getdoc(function)}\n\nSettings:\n{lines}\n"
         return function
@@ -237,9 +240,11 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
-    """The types of a union but None, or the one there is."""
+    """The types of a union but None, or the one there is; without what checks their values."""
     union = get_origin(annotation) in (Union, types.UnionType)
-    yield from (part for part in (get_args(annotation) if union else [annotation]) if part is not type(None))
+    for part in get_args(annotation) if union else [annotation]:
+        if part is not type(None):
+            yield get_args(part)[0] if get_origin(part) is Annotated else part
 
 
 def _plain(value: Any, field: FieldInfo | None) -> Any:

@@ -33,6 +33,9 @@ from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import conclude, execute, part
+from sukashi.experiments.export import run as exporting
+from sukashi.experiments.export.run import ExportResult
+from sukashi.experiments.export.settings import Export
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.summary import PruneResult
@@ -135,6 +138,23 @@ def check(model: Network, data: Images, **settings: Any) -> CheckResult:
         return checking.check(asked)
 
 
+@keyworded(Export)
+def export(model: Network, *, data: Images | None = None, **settings: Any) -> ExportResult:
+    """A network as one ONNX file, checked in onnxruntime, with `infer.py` beside it that needs no torch and no sukashi.
+
+    `model` is a saved folder, cut, trained or fine-tuned, or whatever else `sukashi.load` takes; `file` is where the
+    file goes, by default `onnx/model.onnx` in the folder (`model-fp16.onnx` with `fp16`). It takes any batch of
+    `images` (B, C, H, W), preprocessed, and gives `logits` (B, K); its metadata say what the classes are called, how
+    images are resized and normalised, and of which recipe it is. float16 is compared to float32 on the test images of
+    `data`, or on random inputs.
+
+    Raises UsageError for a file that exists and where the extra `sukashi[onnx]` is not installed, ModelError for a
+    network that torch can't export, that gives other logits then, or whose numbers float16 does not hold.
+    """
+    given = {"model": model, **settings} | ({} if data is None else {"data": data})
+    return exporting.export(keywords(Export, _given(**given)))
+
+
 @keyworded(Compare)
 def compare(
     model: Network,
@@ -203,7 +223,7 @@ def prune(
     model: Network,
     data: Images,
     criterion: str,
-    ratio: float,
+    ratio: float | None = None,
     *,
     out: str | Path | None = None,
     command: str | None = None,
@@ -214,7 +234,12 @@ def prune(
     Removes round(ratio * units) units in the order of `criterion`, less what rounding each site to a multiple of
     `round_to` gives back. With `mode="zero"` the network keeps its shape and the units are silent: logits are those of
     the cut network, size and speed those of the dense one, and nothing is rounded. `sukashi.load(out)` rebuilds the
-    model; with `onnx` the folder holds `onnx/model.onnx` too, checked in onnxruntime.
+    model; with `onnx` the folder holds `onnx/model.onnx` too, checked in onnxruntime (see `sukashi.export`).
+
+    In place of `ratio` one target: `target_flops`, `target_params` and `target_latency` are the fraction of the dense
+    network's that is left at most, `target_size` is that of the weights' file ("5MB"), and `max_drop` how much accuracy
+    may be lost. The first four remove as little as meets them, the last as much as is shown to (`targets` says how);
+    `.target` says what was reached.
 
     Layers to `exclude` keep all their units, as does the whole site that they make units of. With a `scope` (see
     `sparsity.mask_of`) single weights are set to zero instead, those of convolutions and linear layers but `exclude`;

@@ -38,8 +38,13 @@ def size(model: nn.Module, example: Tensor) -> dict[str, int]:
         "parameters": n_parameters(model),
         "flops": flops(model, example),
         "peak_bytes": peak_bytes(model, example),
-        "bytes": len(safetensors.torch.save({name: t.clone() for name, t in model.state_dict().items()})),
+        "bytes": n_bytes(model),
     }
+
+
+def n_bytes(model: nn.Module) -> int:
+    """How large the file of a network's weights is."""
+    return len(safetensors.torch.save({name: t.clone() for name, t in model.state_dict().items()}))
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -5,15 +5,17 @@ from sukashi.models.checks import noise, probe
 from sukashi.models.loaded import READ, Loaded, Origin, Trained, given_loaded, takes_classes
 from sukashi.models.loading import load
 from sukashi.models.memory import hold
-from sukashi.models.onnx import check_onnx_installed, export_onnx
-from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe
+from sukashi.models.onnx import INFER, ONNX, check_onnx_installed, infer_script, onnx_file
+from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe, recipe_sha256
 from sukashi.models.saved import contents, save
 from sukashi.models.sparse import semi_structured
 from sukashi.models.specs import names
 from sukashi.models.weights import digest, tensor_digests
 
 __all__ = [
+    "INFER",
     "MASKS",
+    "ONNX",
     "READ",
     "RECIPE",
     "WEIGHTS",
@@ -24,15 +26,17 @@ __all__ = [
     "check_onnx_installed",
     "contents",
     "digest",
-    "export_onnx",
     "given_loaded",
     "hold",
+    "infer_script",
     "load",
     "names",
     "noise",
+    "onnx_file",
     "probe",
     "read_as",
     "read_recipe",
+    "recipe_sha256",
     "save",
     "semi_structured",
     "takes_classes",

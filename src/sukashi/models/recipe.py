@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ class Recipe(Strict):
     provenance: dict[str, Any]
     mask: MaskRecipe | None = None
     trained_on: tuple[TrainedRecipe, ...] | None = None
+
+
+def recipe_sha256(path: Path) -> str:
+    """The hash of a `recipe.json`, by which a file says of which network it was made."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_recipe(path: Path) -> Recipe:

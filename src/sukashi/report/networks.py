@@ -19,6 +19,7 @@ from sukashi.report.figures import INK
 Array = NDArray[np.float64]
 
 N_WORST = 5
+KEPT = "#0072B2"
 CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": "#D55E00", "": "#EEF0F2"}
 # Each figure of a network: what the page calls it, and how it is printed.
 FIGURES = {
@@ -122,6 +123,50 @@ def worst_classes(about: Mapping[str, Any], dense: Array, cut: Array) -> list[di
         {"name": about["class_names"][k], "n": about["class_counts"][k], "dense": dense[k], "cut": cut[k]}
         for k in order
     ]
+
+
+def layer_rows(layers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What was taken of each layer as a table: its header, and a row for each; of units, or of single weights."""
+    if layers and "weights" in layers[0]:
+        header = ["layer", "weights", "removed", "share"]
+        return header, [
+            [of["layer"], *_counts(of["weights"], of["removed"]), _share(of["removed"], of["weights"])] for of in layers
+        ]
+    return ["layer", "kind", "units", "kept", "share kept", "parameters", "left"], [
+        [
+            *(of["layer"] + (f" and {len(of['with'])} with it" if of["with"] else ""), of["kind"]),
+            *(*_counts(of["units"], of["kept"]), _share(of["kept"], of["units"])),
+            *_counts(of["parameters"], of["parameters_kept"]),
+        ]
+        for of in layers
+    ]
+
+
+def _counts(*counts: int) -> list[str]:
+    return [f"{count:,}" for count in counts]
+
+
+def _share(part: int, whole: int) -> str:
+    return words.percent(part / whole)
+
+
+def draw_layers(layers: Sequence[Mapping[str, Any]]) -> bytes:
+    """The share of its units that each layer keeps, as a bar, from input (above) to output."""
+    n, longest = len(layers), max(len(of["layer"]) for of in layers)
+    height, size = (0.24, 9) if n <= 40 else (0.17, 7)
+    figure = Figure(figsize=(4.4 + 0.06 * longest, 0.5 + height * n), layout="constrained")
+    axes = figure.subplots()
+    figures.calm(axes)
+    axes.grid(False)
+    axes.barh(range(n), 1, 0.76, color=figures.FAINT)
+    axes.barh(range(n), [of["kept"] / of["units"] for of in layers], 0.76, color=KEPT)
+    for row, of in enumerate(layers):
+        axes.text(1.02, row, f"{of['kept']} of {of['units']}", va="center", color=INK, fontsize=size)
+    axes.set(xlim=(0, 1.3), ylim=(n - 0.4, -0.6), xticks=[0, 0.5, 1])
+    axes.spines["bottom"].set_bounds(0, 1)
+    axes.set_yticks(range(n), [of["layer"] for of in layers], fontsize=size)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    return figures.png(figure)
 
 
 def draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:

@@ -247,7 +247,7 @@ def _level(model: str) -> tuple[str | None, float | None, bool]:
         return None, None, False
     told = models.read_recipe(path).provenance
     trained = bool(told.get("trained"))
-    series, ratio = told.get("contender", told.get("criterion")), told.get("ratio_asked")
+    series, ratio = told.get("contender", told.get("criterion")), told.get("ratio", told.get("ratio_asked"))
     if not isinstance(series, str) or not isinstance(ratio, int | float):
         return None, None, trained
     return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio), trained

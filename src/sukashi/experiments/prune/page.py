@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sukashi.criteria.plans import plan_of
-from sukashi.experiments.prune.summary import PruneResult
+from sukashi.experiments.prune.summary import PruneResult, reached
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import words
-from sukashi.report.networks import MODES, cost_table, draw_categories, has_categories
+from sukashi.report.networks import MODES, cost_table, draw_categories, draw_layers, has_categories, layer_rows
 from sukashi.report.page import Page
 
 
@@ -15,6 +17,12 @@ def page(result: PruneResult, space: Workspace) -> Page:
     plans = [plan_of(record.arrays("plan"))] if record.has("plan.npz") else []
     drawn = {"categories": draw_categories({plans[0].method: plans})} if has_categories(plans) else {}
     sparse = result.scope is not None
+    layers: dict[str, Any] = {}
+    if result.layers and not sparse:
+        drawn["layers"] = draw_layers(result.layers)
+        header, rows = layer_rows(result.layers)
+        told = "; ".join(f"{of['layer']} {of['kept']} of {of['units']}" for of in result.layers)
+        layers = {"header": header, "rows": rows, "alt": f"Units kept: {told}"}
     costs = {"dense": result.dense, "pruned": dict(result.pruned)}
     removed = {
         "units_removed": result.units_removed,
@@ -35,6 +43,8 @@ def page(result: PruneResult, space: Workspace) -> Page:
             "title": f"{result.model}, {'sparse' if sparse else 'pruned'}",
             "warnings": [*result.warnings, *result.slower()],
             "costs": cost_table(costs, {"pruned": result.latency} if result.latency else {}, note),
+            "layers": layers,
+            "target": reached(result.target, result.ratio) if result.target else "",
             "worst": result.worst_classes,
             "settings": dict(words.flat(space.identity)) | {"test images": f"{result.n_images:,}"},
             "mode": MODES["sparse" if sparse else result.mode],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from sukashi import models
-from sukashi.core.errors import UsageError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.core.types import Batch, Mask
 from sukashi.criteria import UNITS, pruning
@@ -21,11 +22,13 @@ from sukashi.criteria.plans import plan_arrays
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
 from sukashi.experiments.prune.settings import Prune
+from sukashi.experiments.prune.targets import Search
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
 from sukashi.measures.accuracy import by_class
 from sukashi.models import Loaded
-from sukashi.network import sites, sparsity
+from sukashi.network import hooks, sites, sparsity
+from sukashi.network.layers import MAKERS
 
 LATENCY_BATCH = 32
 
@@ -51,7 +54,8 @@ def prepare(settings: Prune) -> Prepared:
             Trial({"onnx": pruned.key}, partial(_export, setting), needs=(pruned.key,), place="onnx", label="ONNX")
         )
     log = {"versions": versions(), "hardware": hardware(setting.device)}
-    return Prepared(about, trials, log=log, after=partial(_time, setting))
+    before = None if settings.target is None else partial(_check_target, setting, settings)
+    return Prepared(about, trials, log=log, before=before, after=partial(_time, setting))
 
 
 def _round_to(settings: Prune) -> int:
@@ -62,11 +66,17 @@ def _round_to(settings: Prune) -> int:
 
 def _check(settings: Prune) -> None:
     """Refuse what means nothing, before anything is loaded."""
-    scope = settings.scope
+    scope, target = settings.scope, settings.target
     check_options(settings.criterion, settings.options)
     registry[settings.criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(settings.sampling)
+    if target is not None and scope is not None:
+        raise UsageError(f"{target[0]} is for units, and scope {scope} removes single weights: give a ratio of these")
     if scope is None:
+        if target is not None and target[0] != "max_drop" and settings.mode == "zero":
+            raise UsageError(
+                f"mode zero keeps the network's shape, so {target[0]} never changes: give ratio or max_drop"
+            )
         if settings.sequential:
             raise UsageError(
                 f"sequential is for single weights: give a scope too ({', '.join(sparsity.SCOPES)} or N:M)"
@@ -79,6 +89,7 @@ def _check(settings: Prune) -> None:
         if settings.mode != "cut" or settings.round_to is not None:
             name = f"mode {settings.mode}" if settings.mode != "cut" else "round_to"
             raise UsageError(f"{name} is for units, and scope {scope} removes single weights: leave one of them out")
+        assert settings.ratio is not None, "a target has no scope"
         sparsity.check_scope(scope, settings.ratio)
         if settings.sequential:
             pruning.check_sequential(settings.criterion, scope)
@@ -89,13 +100,15 @@ def _check(settings: Prune) -> None:
 def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.names_of_outputs(setting.loaded.class_names))
+    ratio, target = settings.ratio, None
     if settings.scope is None:
-        mask, small = _cut(setting, settings, dense, desk)
+        mask, small, ratio, target = _cut(setting, settings, dense, desk)
     else:
+        assert ratio is not None
         weights = sites.weights(dense.model, settings.exclude)
         mask = pruning.weight_mask(
             *(dense, weights, setting.calibration(settings.seed, settings.sampling)),
-            *(settings.criterion, settings.ratio, settings.scope),
+            *(settings.criterion, ratio, settings.scope),
             generator=torch.Generator().manual_seed(settings.seed),
             sequential=settings.sequential,
             options=settings.options,
@@ -103,36 +116,42 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
         small = pruning.sparse(dense, mask)
     test, removed = setting.test(), mask.n_removed / mask.n_units
     units = settings.scope is None
-    batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
+    batch = _batch(setting)
     figures = {name: _figures(setting, of, test, batch) for name, of in (("dense", dense), ("pruned", small))}
     if not units:
         for name, loaded in (("dense", dense), ("pruned", small)):
             zeros = sparsity.zeros(loaded.model, mask)
             figures[name] |= {"zeros_in_masked_layers": zeros["sparsity"], "zeros_in_all": zeros["zeros"]}
     about = desk.trial.about
-    provenance = {**about, "units_removed" if units else "weights_removed": removed}
+    layers = _layers(setting, mask, small) if units else _weights(mask)
+    found = {"ratio": ratio, "target": target, "layers": layers}
+    provenance = {**about, **found, "units_removed" if units else "weights_removed": removed}
     for name, content in models.contents(small, provenance).items():
         desk.save(name, content)
     desk.finish(
         {
             **figures,
+            **found,
             "units_removed": removed if units else None,
             "weights_removed": None if units else removed,
             "n_images": len(test),
             "class_names": list(setting.data.class_names),
             "class_counts": test.objective.counts(test.target, setting.data.n_classes).tolist(),
-            "layers": [] if units else _layers(mask),
             "notes": list(setting.data.notes),
             "warnings": [
                 *setting.data.warnings,
                 *setting.doubts(_correct(setting, dense, test), test),
                 *_cautions(settings, mask),
+                *_doubts_of_target(setting, target),
             ],
         }
     )
 
 
-def _cut(setting: Bench, settings: Prune, dense: Loaded, desk: Desk) -> tuple[Mask, Loaded]:
+def _cut(
+    setting: Bench, settings: Prune, dense: Loaded, desk: Desk
+) -> tuple[Mask, Loaded, float, dict[str, Any] | None]:
+    """What stays, the network that is left, the ratio it was cut at, and what was reached of a target."""
     plan = plan_for(
         *(setting, settings.criterion, settings.seed),
         sampling=settings.sampling,
@@ -140,8 +159,28 @@ def _cut(setting: Bench, settings: Prune, dense: Loaded, desk: Desk) -> tuple[Ma
         journal=desk.journal,
     )
     desk.save("plan", plan_arrays(plan))
-    mask = pruning.round_mask(plan, settings.ratio, _round_to(settings))
-    return mask, pruning.cut(dense, mask, settings.mode)
+    ratio, target = settings.ratio, None
+    if ratio is None:
+        search = _search(setting, settings)
+        ratio, reached = search.ratio(plan, desk.journal)
+        target = {"name": search.name, "asked": search.asked, **reached}
+    mask = pruning.round_mask(plan, ratio, _round_to(settings))
+    return mask, pruning.cut(dense, mask, settings.mode), ratio, target
+
+
+def _search(setting: Bench, settings: Prune) -> Search:
+    return Search(setting, settings, _round_to(settings), _batch(setting))
+
+
+def _check_target(setting: Bench, settings: Prune, missing: Sequence[Trial]) -> None:
+    """Refuse a target that no plan reaches, where the network is not there yet."""
+    if any("onnx" not in trial.about for trial in missing):
+        _search(setting, settings).check()
+
+
+def _batch(setting: Bench) -> torch.Tensor:
+    """What latency and memory are measured on."""
+    return setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
 
 
 def _figures(setting: Bench, loaded: Loaded, test: Batch, batch: torch.Tensor) -> dict[str, Any]:
@@ -159,7 +198,36 @@ def _correct(setting: Bench, loaded: Loaded, test: Batch) -> np.ndarray:
     return torch.cat(found).cpu().numpy()
 
 
-def _layers(mask: Mask) -> list[dict[str, Any]]:
+def _layers(setting: Bench, mask: Mask, small: Loaded) -> list[dict[str, Any]]:
+    """Of each site, from input to output: its units before and after, and the parameters of the layers that make them,
+    `layer` and those `with` it, which lose units together (and what they read of others).
+    """
+    dense, found = setting.loaded.model, []
+    order = {name: row for row, name in reversed([*enumerate(hooks.calls(dense, setting.example[:1]))])}
+    for site in sorted(mask.keep, key=lambda site: order.get(site.layer, len(order))):
+        producers = dict.fromkeys(member.module for member in site.producers)
+        makers = [name for name in producers if isinstance(dense.get_submodule(name), MAKERS)]
+        names = [site.layer, *(name for name in makers if name != site.layer)]
+        before, after = (
+            sum(cost.n_parameters(of.get_submodule(name)) for name in names) for of in (dense, small.model)
+        )
+        keep = mask.keep[site]
+        found.append(
+            {
+                "layer": site.layer,
+                "with": names[1:],
+                "kind": site.kind,
+                "units": site.n_units,
+                "kept": int(keep.sum()),
+                "removed": int((~keep).sum()),
+                "parameters": before,
+                "parameters_kept": after,
+            }
+        )
+    return found
+
+
+def _weights(mask: Mask) -> list[dict[str, Any]]:
     return [
         {"layer": site.layer, "shape": list(keep.shape), "weights": keep.numel(), "removed": int((~keep).sum())}
         for site, keep in mask.keep.items()
@@ -176,18 +244,36 @@ def _cautions(settings: Prune, mask: Mask) -> list[str]:
         what, why = "weights", "whole numbers of each group go"
         empty = [layer for layer, kept in sparsity.density(mask).items() if kept == 0]
         found = [f"layer {layer} has no weight left: what it writes is its bias, whatever the image" for layer in empty]
-    if abs(removed - settings.ratio) > 0.02:
+    if settings.ratio is not None and abs(removed - settings.ratio) > 0.02:
         found.append(f"{removed:.1%} of the {what} were removed, {settings.ratio:.1%} were asked for: {why}")
     return found
 
 
+def _doubts_of_target(setting: Bench, target: Mapping[str, Any] | None) -> list[str]:
+    """What images that a network may have learned do not show."""
+    if target is None or target.get("images") != setting.data.train.name:
+        return []
+    return [
+        "the images that max_drop was shown on are of the training split: a network that has learned them may lose "
+        "more on new ones, so its accuracy on the test images counts"
+    ]
+
+
 def _export(setting: Bench, desk: Desk) -> None:
-    """The saved network as one ONNX file."""
+    """The saved network as one ONNX file, with the script that runs it."""
     home = desk.space.folder
-    path = desk.folder / "model.onnx"
-    path.unlink(missing_ok=True)  # of a run that was killed before it said so
-    models.export_onnx(models.load(setting.loaded.spec, weights=home), path)
-    desk.keep(path.name)
+    loaded = models.load(setting.loaded.spec, weights=home)
+    try:
+        content = models.onnx_file(loaded, {"recipe_sha256": models.recipe_sha256(home / models.RECIPE)})
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; the network in {home} is finished, `sukashi report {home}` tells of it, and the same command "
+            "tries the export again"
+        ) from error
+    desk.save(models.ONNX, content)
+    script = models.infer_script(loaded.preprocess)
+    if script:
+        desk.save(models.INFER, script)
     desk.finish({"opset": "torch's default"})
 
 
@@ -197,8 +283,7 @@ def _time(setting: Bench, space: Workspace) -> None:
         return
     small = models.load(setting.loaded.spec, weights=space.folder)
     small.model.to(setting.device)
-    batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
-    dense, pruned = cost.latency((setting.loaded.model, small.model), batch)
+    dense, pruned = cost.latency((setting.loaded.model, small.model), _batch(setting))
     space.log(
         "latency",
         dense_ms=dense,

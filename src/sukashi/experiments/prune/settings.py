@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+from pydantic import AfterValidator, model_validator
+
+from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEED, Ratio, option
 from sukashi.experiments.reading import Reading
+
+# What says how much goes: `ratio` by itself, the others by a search along the plan.
+TARGETS = ("target_flops", "target_params", "target_size", "target_latency", "max_drop")
+_UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+def n_bytes(size: str) -> int:
+    """5MB is 5,000,000. Raises UsageError for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?)B", size)
+    if found is None or not float(found[1]):
+        raise UsageError(
+            f"target_size must be a size in B, kB, MB or GB like 5MB (1 MB = 1,000,000 bytes), got {size!r}"
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _size(size: str) -> str:
+    n_bytes(size)
+    return size
 
 
 class Prune(Reading):
@@ -14,8 +37,37 @@ class Prune(Reading):
     kind: ClassVar[str] = "prune"
 
     criterion: str = option(help="A name, see `sukashi list criteria`.")
-    ratio: Ratio = option(help="Fraction to remove of units, or with a scope of weights; in [0, 1).")
     out: str = option(path=True, decides=False, help="Folder for the cut model; an interrupted prune is resumed.")
+    ratio: Ratio | None = option(
+        None, help="Fraction to remove of units, or with a scope of weights; in [0, 1). Or else one of these targets:"
+    )
+    target_flops: float | None = option(
+        None,
+        gt=0,
+        lt=1,
+        help="Remove as little as leaves at most this fraction of the dense network's FLOPs: 0.5, half.",
+    )
+    target_params: float | None = option(
+        None, gt=0, lt=1, help="Remove as little as leaves at most this fraction of its parameters."
+    )
+    target_size: Annotated[str, AfterValidator(_size)] | None = option(
+        None,
+        examples=["5MB"],
+        help="Remove as little as gives weights in a file of at most this size, as 5MB or 800kB.",
+    )
+    target_latency: float | None = option(
+        None,
+        gt=0,
+        lt=1,
+        help="Remove as little as is shown to take at most this fraction of its time. A clock decides.",
+    )
+    max_drop: float | None = option(
+        None,
+        gt=0,
+        lt=1,
+        help="Remove as much as is shown to cost at most this accuracy, 0.01 for one point, on images "
+        "of the val split, or else training images that did not calibrate.",
+    )
     mode: Literal["cut", "zero"] = option(
         "cut", help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units."
     )
@@ -33,3 +85,20 @@ class Prune(Reading):
     seed: int = option(0, ge=0, le=MAX_SEED, help="Draws calibration images and random scores.")
     sampling: str = option("random", help="Calibration images: random, confidence or clustering.")
     options: dict[str, Any] = option({}, help="Options of the criterion.")
+
+    @model_validator(mode="after")
+    def _said_in_one_way(self) -> Self:
+        given = [name for name in ("ratio", *TARGETS) if getattr(self, name) is not None]
+        if len(given) != 1:
+            told = " and ".join(given) if given else "nothing that says it"
+            raise UsageError(f"how much goes is said by one of ratio, {', '.join(TARGETS)}, got {told}: give one")
+        return self
+
+    @property
+    def target(self) -> tuple[str, float] | None:
+        """What is searched for in place of a ratio: its name, and what was asked, a fraction or bytes."""
+        name = next((name for name in TARGETS if getattr(self, name) is not None), None)
+        if name is None:
+            return None
+        asked = getattr(self, name)
+        return name, n_bytes(asked) if name == "target_size" else asked

@@ -11,6 +11,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.core.stats import share
 from sukashi.experiments.workspace import Workspace
+from sukashi.models import onnx
 from sukashi.report import networks, words
 
 
@@ -19,9 +20,12 @@ class PruneResult(Result):
 
     `dense` and `pruned` hold accuracy, class_accuracy (None for a class without images), parameters, flops (of an
     image), peak_bytes (of a batch) and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too.
-    Fractions removed are of all units, of the weights in scope, and of all parameters. `layers` counts the weights
-    removed from each, with a scope. `latency` of a batch is what a clock decides, and so is the `verdict`: the medians
-    dense_ms and cut_ms, and the factor between them with its 95 % interval, low to high, both networks timed in turns.
+    Fractions removed are of all units, of the weights in scope, and of all parameters. `ratio` is where the plan was
+    cut: as asked, or found for a `target`, which holds its name, what was asked and what was reached. `layers` counts
+    the units before and after, from input to output, with a scope the weights. `latency` of a batch is what a clock
+    decides, and so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its 95 %
+    interval, low to high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes,
+    `infer` the script that asks it about images.
     """
 
     kind: ClassVar[str] = "prune"
@@ -32,7 +36,9 @@ class PruneResult(Result):
     criterion: str
     scope: str | None
     mode: str
-    ratio_asked: float
+    ratio_asked: float | None
+    ratio: float
+    target: dict[str, Any] | None
     units_removed: float | None
     weights_removed: float | None
     parameters_removed: float
@@ -45,6 +51,8 @@ class PruneResult(Result):
     layers: list[dict[str, Any]]
     worst_classes: dict[str, Any] | None
     onnx: str | None
+    onnx_bytes: int | None
+    infer: str | None
     verdict: str
     rule: str
 
@@ -57,16 +65,22 @@ class PruneResult(Result):
             rows += [["latency, ms", *times], ["", "", f"× {networks.factor(self.latency)}"]]
         rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
-        layers = [
-            [row["layer"], f"{row['weights']:,}", f"{row['removed']:,}", f"{row['removed'] / row['weights']:.1%}"]
-            for row in self.layers
-        ]
-        said = [words.table(["layer", "weights", "removed", "share"], layers), ""] if layers else []
+        said = [words.table(*networks.layer_rows(self.layers)), ""] if self.layers else []
         said.append(words.table(["", "dense", "pruned"], rows))
+        if self.target is not None:
+            said += ["", reached(self.target, self.ratio)]
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
         said += self.remarks(*self.slower())
-        return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
+        return "\n".join([*said, "", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)])
+
+    def shipped(self, folder: str = "") -> list[str]:
+        """The ONNX file, its size and what asks it about images, seen from the folder or from where that lies."""
+        if self.onnx is None or self.onnx_bytes is None:
+            return []
+        file, size = f"{folder}{self.onnx}", words.printed(self.onnx_bytes, "bytes")
+        line = [f"  {onnx.run_line(f'{folder}{self.infer}', file)}"] if self.infer else []
+        return [f"ONNX: {file}, {size}", *line]
 
     def slower(self) -> list[str]:
         """A sentence where cutting made the network slower."""
@@ -87,6 +101,7 @@ def summary(space: Workspace) -> PruneResult:
     if not records or "criterion" not in records[0].about:
         raise UsageError(f"{space.folder} holds no finished network: give the same prune command again")
     about, found = records[0].about, records[0].result
+    exported = [record for record in records if "onnx" in record.about]
     clocked = space.logged("latency")[-1:]
     latency = networks.timed(clocked) if clocked else {}
     dense, pruned, scope = found["dense"], found["pruned"], about["scope"]
@@ -98,7 +113,9 @@ def summary(space: Workspace) -> PruneResult:
         criterion=about["criterion"],
         scope=scope,
         mode="sparse" if scope else about["mode"],
-        **{name: about[name] for name in ("ratio_asked",)},
+        ratio_asked=about["ratio_asked"],
+        ratio=found.get("ratio", about["ratio_asked"]),
+        target=found.get("target"),
         **{name: found[name] for name in ("units_removed", "weights_removed", "n_images", "class_names")},
         **{name: found[name] for name in ("class_counts", "layers", "dense", "pruned")},
         parameters_removed=1 - pruned["parameters"] / dense["parameters"],
@@ -108,13 +125,34 @@ def summary(space: Workspace) -> PruneResult:
             "what": "pruned",
             "rows": networks.worst_classes(found, *classes),
         },
-        onnx="onnx/model.onnx" if any("onnx" in record.about for record in records) else None,
+        onnx=f"onnx/{onnx.ONNX}" if exported else None,
+        onnx_bytes=len(exported[0].read(onnx.ONNX)) if exported else None,
+        infer=f"onnx/{onnx.INFER}" if exported and exported[0].has(onnx.INFER) else None,
         verdict=_verdict(dense, pruned, latency, scope),
         rule=f"Measured on {found['n_images']:,} test images; the 95% interval of the pruned network's accuracy is "
         f"{words.percent(within.low)} to {words.percent(within.high)} (Wilson's).",
         warnings=found["warnings"],
         notes=found["notes"],
     )
+
+
+def reached(target: Mapping[str, Any], ratio: float) -> str:
+    """What was reached of a target, and what was asked, in a sentence."""
+    name, asked, found = target["name"], target["asked"], target["reached"]
+    at = f"; it is the plan at ratio {ratio:.4f}"
+    if name == "target_size":
+        return f"File size: {words.printed(found, 'bytes')} (asked: at most {words.printed(asked, 'bytes')}){at}."
+    if name == "max_drop":
+        return (
+            f"Accuracy: shown to be at most {100 * asked:g} points lower on {target['n_images']:,} {target['images']} "
+            f"images that neither calibrated nor are reported on ({target['lost']} lost, {target['gained']} gained; "
+            f"Tango's test, one-sided 97.5%), and at every smaller ratio in steps of 0.02{at}."
+        )
+    noun = {"target_flops": "FLOPs", "target_params": "Parameters", "target_latency": "Latency"}[name]
+    within = f" ({words.percent(target['low'])} to {words.percent(target['high'])})" if name == "target_latency" else ""
+    how = f" in the search, {target['batch_size']} images at once" if within else ""
+    left = f"{words.percent(found)}{within} of the dense network's{how}"
+    return f"{noun}: {left} (asked: at most {words.percent(asked)}){at}."
 
 
 def _verdict(

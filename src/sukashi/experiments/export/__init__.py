@@ -1,0 +1,1 @@
+"""One network as a file that runs without sukashi."""
