@@ -82,8 +82,11 @@ def is_masks(folder: Path) -> bool:
 
 
 def _named(folder: Path) -> set[tuple[bool, str]]:
-    """The names of the folders and, without suffix, of the images in a folder."""
-    inside = [path for path in folder.iterdir() if not is_hidden(Path(path.name))]
+    """The names of the folders and, without suffix, of the images in a folder; none where it can't be looked into."""
+    try:
+        inside = [path for path in folder.iterdir() if not is_hidden(Path(path.name))]
+    except OSError:  # who reads it says so
+        return set()
     files = {(False, path.stem) for path in inside if path.suffix.lower() in SUFFIXES and not path.is_dir()}
     return files | {(True, path.name) for path in inside if path.is_dir()}
 

@@ -198,7 +198,9 @@ def audit(
     attribution of the image's class at the pixels; an attribution that refuses a model is left out for all, with the
     reason. By default `attributions` are saliency and integrated_gradients, for transformers chefer too; `measures` are
     gini, road, aopc, rank_correlation, ssim and top_overlap, for transformers insertion and deletion too, and
-    localisation where the data know where the evidence is (`sukashi list measures` tells what each computes).
+    localisation and region_drop where masks say where the evidence is: in folders called masks beside the images, in
+    columns, or in the folders `masks` (`sukashi list measures` tells what each computes). `sanity` lays the reference's
+    maps beside those it has when its layers are drawn anew.
     `options` are those of attributions and measures by name. ROAD's curves, in the table and on the page, are at 10,
     20, ... percent whatever the options, with the noise and tolerance of aopc, or of road where there is no aopc.
 

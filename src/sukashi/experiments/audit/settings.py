@@ -32,8 +32,8 @@ class Audit(Opening):
     measures: list[str] | None = option(
         None,
         joined=True,
-        default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, where the "
-        "data know where the evidence is localisation too",
+        default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, with "
+        "masks localisation,region_drop too",
         help="Names, see `sukashi list measures`.",
     )
     masks: list[str] | None = option(

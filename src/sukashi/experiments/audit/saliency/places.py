@@ -75,14 +75,14 @@ def chosen(given: Sequence[str] | None, usual: Sequence[str], masks: Mapping[str
 
 
 def needs(regions: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
-    """A sentence for each model that a region's loss costs more or fewer right answers than it does the reference."""
+    """A sentence for each model that a region's loss costs more or less accuracy than it does the reference."""
     found = []
     for row in regions:
         measure, _, concept = row["measure"].partition("/")
         if row["changed"]:
             gone = "Without the {} (imputed)" if measure == "region_drop" else "With the {} alone (all else imputed)"
             found.append(
-                f"{gone.format(concept)} {row['model']} loses {row['mean']:.1%} of its right answers, {reference} "
-                f"{row['reference']:.1%}."
+                f"{gone.format(concept)} {row['model']} loses {100 * row['mean']:.1f} points of accuracy, {reference} "
+                f"{100 * row['reference']:.1f}."
             )
     return found

@@ -28,9 +28,7 @@ class Subject:
         self.names = names
         self.auditor = Auditor(networks, measures, truth, settings.options, settings.seed, settings.sanity)
         if settings.sanity and not self.auditor.similar:
-            raise UsageError(
-                "sanity asks how alike maps are: add rank_correlation to --measures, or leave --sanity out"
-            )
+            raise UsageError("sanity lays maps beside maps: add rank_correlation to --measures, or leave --sanity out")
         self.auditor.try_out(names[0])
         self.areas = {concept: share.numpy() for concept, share in places.shares(truth).items()}
         self.notes = [said] if said else []
