@@ -84,12 +84,13 @@ def pictures(folder):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_script_reads_an_image_as_sukashi_does(tmp_path, channels):
-    reads = Preprocess(14, 9, channels, (0.0,) * channels, (1.0,) * channels)
+@pytest.mark.parametrize("shorter", [None, 9, 13])
+def test_the_script_reads_an_image_as_sukashi_does(tmp_path, channels, shorter):
+    reads = Preprocess(14, 9, channels, (0.0,) * channels, (1.0,) * channels, shorter)
     script = runpy.run_path(str(Path(onnx.__file__).with_name(onnx.INFER)))
     for path in pictures(tmp_path):
         expected = images.fitted(images._plain(images._open(path.read_bytes(), 10**6)), reads)
-        np.testing.assert_array_equal(script["pixels"](str(path), channels, 14, 9), expected, err_msg=path.name)
+        np.testing.assert_array_equal(script["pixels"](str(path), channels, 14, 9, shorter or 0), expected, err_msg=path.name)
 
 
 def test_an_image_without_a_fixed_scale_is_refused(tmp_path):
@@ -97,7 +98,7 @@ def test_an_image_without_a_fixed_scale_is_refused(tmp_path):
     for name, mode in (("float.tif", "F"), ("int.tif", "I"), ("lab.tif", "LAB")):
         Image.new(mode, (4, 4)).save(tmp_path / name)
         with pytest.raises(SystemExit, match=f"of mode {mode} has no fixed scale"):
-            script["pixels"](str(tmp_path / name), 3, 4, 4)
+            script["pixels"](str(tmp_path / name), 3, 4, 4, 0)
 
 
 def test_it_classifies_where_nothing_else_can_be_imported(shipped, tmp_path):

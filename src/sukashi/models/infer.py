@@ -10,7 +10,18 @@ from PIL import Image, ImageOps
 MODES = ("1", "L", "I", "I;16", "I;16B", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "YCbCr")
 
 
-def pixels(path: str, channels: int, height: int, width: int) -> np.ndarray:
+def resized(image: Image.Image, height: int, width: int, shorter: int) -> Image.Image:
+    """The image at the network's size: squashed, or the centre of what its shorter side is resized to."""
+    if not shorter:
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    w, h = (-(-side * shorter // min(width, height)) for side in (width, height))
+    wide = image.width * h >= image.height * w
+    w, h = (h * image.width // image.height, h) if wide else (w, w * image.height // image.width)
+    left, top = round((w - width) / 2), round((h - height) / 2)
+    return image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+
+
+def pixels(path: str, channels: int, height: int, width: int, shorter: int) -> np.ndarray:
     """(C, H, W) in [0, 1]: the image upright, over white where it is transparent, resized."""
     opened = Image.open(path)
     if opened.mode not in MODES or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
@@ -23,14 +34,14 @@ def pixels(path: str, channels: int, height: int, width: int) -> np.ndarray:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         image = image.convert("L" if channels == 1 else image.mode)
-    planes = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / np.float32(scale)
+    planes = np.asarray(resized(image, height, width, shorter), dtype=np.float32) / np.float32(scale)
     return np.broadcast_to(planes[None] if planes.ndim == 2 else planes.transpose(2, 0, 1), (channels, height, width))
 
 
 def main(model: str, *images: str) -> None:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
-    size = [int(about[name]) for name in ("channels", "height", "width")]
+    size = [int(about[name]) for name in ("channels", "height", "width", "shorter")]
     mean, std = (np.array(json.loads(about[name]), dtype=np.float32)[:, None, None] for name in ("mean", "std"))
     names = json.loads(about["class_names"])
     for path in images:

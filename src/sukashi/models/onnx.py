@@ -157,7 +157,9 @@ def facts(loaded: Loaded) -> dict[str, str]:
         "scale": "[0, 1], then (x - mean) / std",
         "mean": json.dumps(reads.mean),
         "std": json.dumps(reads.std),
-        "resize": "bilinear and antialiased, as Pillow does it, without keeping the aspect",
+        "resize": "bilinear and antialiased, as Pillow does it; "
+        + ("without keeping the aspect" if reads.shorter is None else "the shorter side to `shorter`, then the centre"),
+        "shorter": str(reads.shorter or 0),
         "precision": "float32",
         "weights_sha256": loaded.weights_sha256,
     }
