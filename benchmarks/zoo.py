@@ -7,8 +7,11 @@ share a folder. Names as arguments run those anew.
     python benchmarks/zoo.py                          all networks, and the table of what the folder holds
     python benchmarks/zoo.py timm:levit_128           one
     python benchmarks/zoo.py --table                  writes the table of docs/models.md from the folder
-    python benchmarks/zoo.py --onnx --criteria        exports each cut network too, and tries every criterion (slow)
+    python benchmarks/zoo.py --onnx --criteria        exports each cut network too, and tries every criterion
 
+criteria: one that scores all units in one pass is given all sites. One that asks about units one by one (the registry
+says how often it `visits` them) takes a site or not for the layers it goes through: the engine is asked about all sites
+of a kind, and the criterion itself is tried on the last of them, behind which little lies, and on its first units.
 share: parameters that go when each site keeps one unit. off: the largest difference between the logits of the cut and
 of the masked network, float64, three random masks, over the largest logit. seconds: processor time of the search.
 """
@@ -22,6 +25,7 @@ import multiprocessing
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,8 +36,10 @@ from torch import nn
 
 from sukashi import models
 from sukashi.core.errors import SukashiError
-from sukashi.core.types import Batch, Mask
+from sukashi.core.registry import Method
+from sukashi.core.types import Batch, Mask, Site
 from sukashi.criteria import criteria as registry
+from sukashi.criteria.engine import Engine
 from sukashi.models.onnx import export_onnx
 from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
@@ -43,6 +49,7 @@ FORK = multiprocessing.get_context("fork")  # what is imported here, no process 
 MARKS = "<!-- zoo -->", "<!-- end of zoo -->"
 SEARCH_CAP = 60.0  # seconds of processor time a search may take
 WRONG = 1e-10  # of float64 logits that should be equal
+FIRST = 2  # units that a criterion which asks about them one by one is tried on
 COLUMNS = ("network", "images", "sites", "units", "share", "off", "saved", "seconds", "not cut")
 
 # Images of 64 x 64 pixels, but for those that are built for one size.
@@ -172,16 +179,50 @@ def kept(loaded: Any, sites: Any, x: Any, onnx: bool) -> dict[str, Any]:
     return row
 
 
-def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, str]:
-    """Each criterion, and "yes" or why not."""
-    batch, said = Batch(x, torch.tensor([0, 1]), ("a", "b")), {}
-    for name in registry.names():
-        try:
-            registry[name](model, sites, batch, generator=torch.Generator().manual_seed(0))
-            said[name] = "yes"
-        except SukashiError as error:
-            said[name] = str(error)
+def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, dict[str, str]]:
+    """{criterion: {kind of site: why it does not run there}}; one that runs on all has no reasons.
+
+    The images are one image twice, as what the network takes it for: a class needs two that are right.
+    """
+    twice = x[:1].repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        batch = Batch(twice, model(twice).argmax(1), ("a", "b"))
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        whole = any(surgery.heads(model.get_submodule(member.module)) for member in site.producers)
+        kinds.setdefault("whole heads" if whole else site.kind, []).append(site)
+    unfit = {kind: refusal(lambda own=own: Engine(model, own, batch)) for kind, own in kinds.items()}
+    few = [little(own[-1]) for kind, own in kinds.items() if not unfit[kind]]
+    said = {}
+    for method in registry:
+        asks = "visits" in method.facts
+        reasons = (unfit if asks else {}) | {"sites": refusal(lambda: run(method, model, few if asks else sites, batch))}
+        said[method.name] = {kind: reason for kind, reason in reasons.items() if reason}
     return said
+
+
+def run(method: Method, model: Any, sites: Any, batch: Batch) -> None:
+    """Call a criterion, in as few steps as it takes; one of single weights on those."""
+    own = sites if "channel" in method.facts["kinds"] else finder.weights(model)
+    steps = {name: 2 for name in ("steps",) if name in method.options}
+    method(model, own, batch, generator=torch.Generator().manual_seed(0), **steps)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """Why a call is refused, or how it crashes, or ""."""
+    try:
+        call()
+    except SukashiError as error:
+        return str(error)
+    except Exception as error:
+        return f"CRASH {type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def little(site: Site) -> Site:
+    """The first units of a site."""
+    members = tuple(replace(member, index=member.index[:FIRST]) for member in site.members)
+    return replace(site, n_units=min(site.n_units, FIRST), members=members)
 
 
 # All of them.
