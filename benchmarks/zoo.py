@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -191,13 +192,13 @@ def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, dict[str, str]]:
     for site in sites:
         whole = any(surgery.heads(model.get_submodule(member.module)) for member in site.producers)
         kinds.setdefault("whole heads" if whole else site.kind, []).append(site)
-    unfit = {kind: refusal(lambda own=own: Engine(model, own, batch)) for kind, own in kinds.items()}
+    unfit = {kind: refusal(partial(Engine, model, own, batch)) for kind, own in kinds.items()}
     few = [little(own[-1]) for kind, own in kinds.items() if not unfit[kind]]
     said = {}
     for method in registry:
-        asks = "visits" in method.facts
-        reasons = (unfit if asks else {}) | {"sites": refusal(lambda: run(method, model, few if asks else sites, batch))}
-        said[method.name] = {kind: reason for kind, reason in reasons.items() if reason}
+        reasons, own = (unfit, few) if "visits" in method.facts else ({}, sites)
+        found = reasons | {"sites": refusal(partial(run, method, model, own, batch))}
+        said[method.name] = {kind: reason for kind, reason in found.items() if reason}
     return said
 
 
