@@ -49,11 +49,12 @@ _NAMED = ("digits", "shapes", "torchvision")
 class Data:
     """A dataset: `train` to choose and to fit on, `test` to measure on, `val` where there is one beside a test split.
 
-    `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread.
-    `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images, ids, targets and splits, and
-    `ignore_index` the target of pixels without a class, None where targets are one class an image. `preprocess` is
-    there for images that are tensors as a network takes them, whatever its own says. `outputs` is the model's number of
-    each class, None where no class_map gave any.
+    `notes` are sentences a report must show: conversions, a held-out split, duplicates, classes without spread; those
+    in `grey_notes` say nothing to a model that reads one channel. `held_out_by` is the seed that drew the test split,
+    None where the dataset brings one. `bad` are the (image, reason) pairs left out, `sha256` is a hash of all images,
+    ids, targets and splits, and `ignore_index` the target of pixels without a class, None where targets are one class
+    an image. `preprocess` is there for images that are tensors as a network takes them, whatever its own says.
+    `outputs` is the model's number of each class, None where no class_map gave any.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Data:
     test: Split
     val: Split | None
     notes: tuple[str, ...]
+    grey_notes: frozenset[str]
+    held_out_by: int | None
     bad: tuple[tuple[str, str], ...]
     sha256: str
     ignore_index: int | None
@@ -89,8 +92,8 @@ class Data:
         old = [self.class_names.index(wanted) for wanted in class_names]
         train, test = self.train.only(old), self.test.only(old)
         listed = ", ".join(class_names)
-        held_out, now = f", {len(self.test)} images", f", {len(test)} images"  # the end of the note of `load`
-        notes = (note.removesuffix(held_out) + now if note.endswith(held_out) else note for note in self.notes)
+        before, now = (_held_out_note(self.name, self.held_out_by, len(split)) for split in (self.test, test))
+        notes = (now if note == before else note for note in self.notes)
         return replace(
             self,
             class_names=tuple(class_names),
@@ -142,7 +145,7 @@ class Data:
 
     def read_in(self, channels: int) -> Data:
         """The same data without notes that say nothing to a model which reads so many channels."""
-        return replace(self, notes=tuple(note for note in self.notes if channels > 1 or not note.endswith(GREY)))
+        return replace(self, notes=tuple(note for note in self.notes if channels > 1 or note not in self.grey_notes))
 
     @property
     def has_ground_truth(self) -> bool:
@@ -188,7 +191,7 @@ def load(
     _check_names(name, found)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
-    notes = list(found.notes)
+    notes, grey_notes = list(found.notes), set[str]()
     splits: dict[str, Split] = {}
     digests: dict[str, bytes] = {}
     for key in sorted(found.splits, key=("", *ORDER).index):
@@ -201,9 +204,12 @@ def load(
     for split in splits.values():
         if split.bad:
             notes.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
-        notes += [f"{n} image(s) of {split.name}: {rule}" for rule, n in sorted(split.notes.items())]
+        converted = {rule: f"{n} image(s) of {split.name}: {rule}" for rule, n in sorted(split.notes.items())}
+        notes += converted.values()
+        grey_notes |= {converted[GREY]} if GREY in converted else set()
         _check_presence(split, name)
-    splits = _with_test(name, splits, seed, notes)
+    held_out_by = seed if "" in splits or set(splits) == {"train"} else None
+    splits = _with_test(name, splits, held_out_by, notes)
     notes += [note for split in splits.values() for note in _lonely_classes(split)]
     notes += _duplicates(splits, digests)
     whole = Data(
@@ -213,6 +219,8 @@ def load(
         splits["test"],
         splits.get("val"),
         tuple(notes),
+        frozenset(grey_notes),
+        held_out_by,
         bad,
         _sha256(splits, digests),
         found.ignore_index,
@@ -243,15 +251,16 @@ def names() -> dict[str, str]:
     }
 
 
-def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
+def _held_out_note(name: str, seed: int | None, n_images: int) -> str:
+    return f"{name} has no test split: {HELD_OUT:.0%} of each class held out by seed {seed}, {n_images} images"
+
+
+def _with_test(name: str, splits: dict[str, Split], held_out_by: int | None, notes: list[str]) -> dict[str, Split]:
     """The same with train and test splits, whatever the dataset has; what was done goes into `notes`."""
-    if "" in splits or set(splits) == {"train"}:
+    if held_out_by is not None:
         ((_, pool),) = splits.items()
-        splits = _held_out(pool, seed)
-        notes.append(
-            f"{name} has no test split: {HELD_OUT:.0%} of each class held out by seed {seed}, "
-            f"{len(splits['test'])} images"
-        )
+        splits = _held_out(pool, held_out_by)
+        notes.append(_held_out_note(name, held_out_by, len(splits["test"])))
     if "train" not in splits:
         raise DataError(
             f"{name} has only {' and '.join(splits)}: a train split is needed, so add one or rename a split"
