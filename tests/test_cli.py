@@ -918,6 +918,13 @@ def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn
     (tmp_path / "demo" / "pruned").mkdir()
     (tmp_path / "demo" / "pruned" / "thesis.txt").write_text("mine")
     assert sukashi("demo", "--out", tmp_path / "demo").code == 2, "a folder that is not ours is not replaced"
+    for foreign in ("pruned", "."):
+        other = tmp_path / f"other{foreign}"
+        (other / foreign).mkdir(parents=True)
+        (other / foreign / "thesis.txt").write_text("mine")
+        shown = sukashi("demo", "--out", other)
+        assert (shown.code, len(trained)) == (2, 1), "nothing is trained before"
+        assert "is not empty (thesis.txt)" in shown.err
 
 
 def test_json_has_no_nan(capsys):
@@ -932,6 +939,15 @@ def test_warnings_are_one_line_each(sukashi, capsys):
     found = sukashi("check", *DIGITS, "--limit", 0)
     said = f"{NET} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
     assert found.err == f"sukashi: warning: {said}\n"
+    assert "note: digits has no test split" in found.out
+    assert said not in found.out, "once is enough"
+    again = sukashi("check", *DIGITS, "--limit", 0)
+    assert (again.err, again.out.count(said)) == (found.err, 0)
+    with warnings.catch_warnings(action="always"):
+        console.warned.clear()
+        for told in ("one", "two", "one"):
+            console.warn(told)
+    assert capsys.readouterr().err == "sukashi: warning: one\nsukashi: warning: two\n"
     handler = warnings.showwarning
     sukashi("list", "data")
     assert warnings.showwarning is handler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = Console(stderr=True)
 # Seconds: where progress is not drawn, a line says first after FIRST_LINE and then every LINE how far the work is.
 FIRST_LINE, LINE = 10.0, 30.0
+warned: set[str] = set()  # what this run of the command line has warned of
 
 
 @contextmanager
@@ -81,6 +83,19 @@ def stop(message: str, exit_code: int) -> NoReturn:
 def say(message: str, style: str | None = None) -> None:
     """One line on stderr."""
     log.print(f"sukashi: {' '.join(message.split())}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(message: object) -> None:
+    """A warning on stderr, the first time."""
+    told = " ".join(str(message).split())
+    if told not in warned:
+        warned.add(told)
+        say(f"warning: {told}")
+
+
+def unsaid(text: str) -> str:
+    """What a result has to say, without the notes that were warned of already."""
+    return "\n".join(line for line in text.splitlines() if re.sub("^(note|warning): ", "", line) not in warned)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sukashi.cli.console import command, print_json, say, to_stdout, working
+from sukashi.cli.console import command, print_json, say, to_stdout, unsaid, warn, warned, working
 from sukashi.cli.options import is_said, parameters, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
@@ -170,14 +170,15 @@ def _show(result: Result | None, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        print(result.text())
+        print(unsaid(result.text()))
 
 
 def main() -> None:
     """Run the command line; what a user can cause becomes one sentence on stderr and an exit code."""
     with warnings.catch_warnings():
         if progress.first():
-            warnings.showwarning = lambda message, *where, **more: say(f"warning: {message}")
+            warned.clear()
+            warnings.showwarning = lambda message, *where, **more: warn(message)
         else:
             warnings.simplefilter("ignore")
         try:
