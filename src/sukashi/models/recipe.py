@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sukashi.core.bounded import read
 from sukashi.core.errors import ModelError, nearest
-from sukashi.core.files import FORMAT
+from sukashi.core.files import FORMAT, canonical
 from sukashi.network.surgery import Table
 
 RECIPE = "recipe.json"
@@ -52,7 +54,8 @@ class Recipe(Strict):
     """`recipe.json` of a saved folder: how to rebuild the model, and where it came from.
 
     `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `mask` is there for a model
-    that has one; `provenance` is for readers.
+    that has one; `provenance` is for readers. `sha256` is the hash of all else in the recipe, which recipes of earlier
+    versions lack.
     """
 
     format: Literal[3]  # files.FORMAT
@@ -65,6 +68,13 @@ class Recipe(Strict):
     tensors: dict[str, str]
     provenance: dict[str, Any]
     mask: MaskRecipe | None = None
+    sha256: str | None = None
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides what a recipe's network gives and what that is called: all but `provenance`."""
+    said = {name: value for name, value in recipe.items() if name not in ("provenance", "sha256")}
+    return hashlib.sha256(canonical(said)).hexdigest()
 
 
 def read_recipe(path: Path) -> Recipe:
