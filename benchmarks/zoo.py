@@ -51,7 +51,7 @@ MARKS = "<!-- zoo -->", "<!-- end of zoo -->"
 SEARCH_CAP = 60.0  # seconds of processor time a search may take
 WRONG = 1e-10  # of float64 logits that should be equal
 FIRST = 2  # units that a criterion which asks about them one by one is tried on
-COLUMNS = ("network", "images", "sites", "units", "share", "off", "saved", "seconds", "not cut")
+COLUMNS = ("network", "images", "sites", "units", "share", "off", "saved", "onnx", "criteria", "seconds", "not cut")
 
 # Images of 64 x 64 pixels, but for those that are built for one size.
 SMALL = 64
@@ -263,13 +263,50 @@ def verdict(row: dict[str, Any]) -> str:
     return "cut" if row["off"] <= WRONG and row["saved"] else "wrong"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+class Footnotes(list[str]):
+    """Reasons, each said once below the table; a number in a cell stands for one."""
+
+    def mark(self, reason: str) -> str:
+        said = plain(reason)
+        if said not in self:
+            self.append(said)
+        return f"({1 + self.index(said)})"
+
+
+def cells(row: dict[str, Any], notes: Footnotes) -> list[str]:
     """What the table says of a network, column by column."""
     why = row.get("refused") or row.get("slow") or row.get("crashed") or grouped(row.get("reasons", {}))
     shown = row | {"not cut": why.replace("|", "/"), "images": str(row["images"])}
     if "off" in row:
         shown |= {"share": f"{row['share']:.2f}", "off": f"{row['off']:.0e}", "saved": "yes" if row["saved"] else "NO"}
+    if "onnx" in row:
+        shown["onnx"] = row["onnx"] if row["onnx"] == "yes" else f"no {notes.mark(row['onnx'])}"
+    if "criteria" in row:
+        shown["criteria"] = criteria_of(row["criteria"], notes)
     return [str(shown.get(column, "")) for column in COLUMNS]
+
+
+def criteria_of(found: dict[str, dict[str, str]], notes: Footnotes) -> str:
+    """Which criteria run on a network: all, or all but those of the same reasons together."""
+    without: dict[str, list[str]] = {}
+    for name, reasons in found.items():
+        marks = ", ".join(
+            notes.mark(reason) + ("" if where == "sites" else f" for {where}") for where, reason in reasons.items()
+        )
+        if marks:
+            without.setdefault(marks, []).append(name)
+    if not without:
+        return "all"
+    return "all but " + "; ".join(f"{', '.join(names)} {marks}" for marks, names in without.items())
+
+
+def plain(reason: str) -> str:
+    """A reason without what is of one network: names, numbers of images and what a remedy names."""
+    reason = re.sub(r" \(--exclude [^)]*\)", " (--exclude ...)", reason.replace("|", "/"))
+    reason = re.sub(r"(layer|in) '[^']*'", r"\1 ...", reason)
+    reason = re.sub(r"\d+ rows for \d+ images", "more rows than images", reason)
+    reason = re.sub(r"exclude (it|both|all \d+ such layers)", "exclude such layers", reason)
+    return re.sub(r"(timm|torchvision):\w+", "the network", reason)
 
 
 def grouped(reasons: dict[str, str]) -> str:
@@ -284,8 +321,10 @@ def grouped(reasons: dict[str, str]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     ruler = " | ".join("---" for _ in COLUMNS)
-    lines = [" | ".join(COLUMNS), ruler, *(" | ".join(cells(row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    notes = Footnotes()
+    lines = [" | ".join(COLUMNS), ruler, *(" | ".join(cells(row, notes)) for row in rows)]
+    told = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([*(f"| {line} |" for line in lines), *(["", *told] if told else [])])
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -312,7 +351,7 @@ def main() -> None:
     for name in [] if given.table else given.names or [name for name in known if not place[name].exists()]:
         row = ran(name, known[name], given)
         place[name].write_text(json.dumps(row))
-        print(" ".join([verdict(row), *cells(row)]), flush=True)
+        print(" ".join([verdict(row), *cells(row, Footnotes())]), flush=True)
     rows = [json.loads(place[name].read_text()) for name in known if place[name].exists()]
     if given.table:
         before, _, rest = DOCS.read_text().partition(MARKS[0])
