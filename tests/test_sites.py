@@ -241,6 +241,9 @@ def test_the_remedy_is_one_pattern_that_leaves_all_others_in():
     assert exclude.remedy(refused[:1]) == "exclude it (--exclude a.0.qkv)"
     said = "exclude all 5 such layers (--exclude 'a.*.qkv' --exclude b.1 --exclude c.0.fc --exclude c.2.fc)"
     assert exclude.remedy(refused, ["a.0.proj", "c.1.fc"]) == said
+    stages = [f"layers.{stage}.blocks.{block}.qkv" for stage in range(3) for block in range(2)]
+    said = "exclude all 4 such layers (--exclude 'layers.0.blocks.*.qkv' --exclude 'layers.1.blocks.*.qkv')"
+    assert exclude.remedy(stages[:4], stages[4:]) == said
 
 
 def test_groups_of_a_convolution_are_units():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -28,12 +27,21 @@ def remedy_of(refused: Collection[Site], sites: Sequence[Site]) -> str:
     return remedy([site.layer for site in refused], others)
 
 
-def _patterns(layers: Collection[str], others: Sequence[str]) -> Iterator[str]:
+def _patterns(layers: Collection[str], others: Sequence[str], n_kept: int = 0) -> Iterator[str]:
+    """Patterns with a star for each number in a name but the first `n_kept`; for more of these where others match."""
     families: dict[str, list[str]] = {}
     for layer in layers:
-        families.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", layer), []).append(layer)
+        families.setdefault(_starred(layer, n_kept), []).append(layer)
     for pattern, family in families.items():
-        if len(family) == 1 or matching(pattern, others):
+        if len(family) == 1:
             yield from family
+        elif matching(pattern, others):
+            yield from _patterns(family, others, n_kept + 1)
         else:
             yield pattern
+
+
+def _starred(layer: str, n_kept: int) -> str:
+    parts = layer.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join("*" if place in numbers[n_kept:] else part for place, part in enumerate(parts))
