@@ -6,10 +6,11 @@ from typing import ClassVar
 import pytest
 
 from sukashi.cli import main
-from sukashi.cli.options import parameters, values
+from sukashi.cli.options import parameters, spelled, values
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, keywords, option
 from sukashi.experiments.check.settings import Check
+from sukashi.experiments.compare.settings import Compare
 
 
 class Timed(Settings):
@@ -83,3 +84,18 @@ def test_list_prints_brackets(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main.main()
     assert "|W_m[u, j]|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("leave them out with skip_bad=True:", "leave them out with --skip-bad:"),
+        ("needs 9: give calibration=5 or add images", "needs 9: give --calibration 5 or add images"),
+        ("test_images must be at least 10", "--test-images must be at least 10"),
+        ("n_classes is 3: leave it out", "--classes is 3: leave it out"),
+        ("no folder runs/test_images or my_test_images, 'test_images', x.test_images", None),
+        ("a calibration set of the weights and data", None),
+    ],
+)
+def test_a_command_names_settings_as_its_options(message, told):
+    assert spelled(Compare, message) == (told or message)

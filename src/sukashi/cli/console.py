@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,15 +39,18 @@ warned: set[str] = set()  # what this run of the command line has warned of
 
 
 @contextmanager
-def working() -> Iterator[None]:
-    """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code."""
+def working(spelled: Callable[[str], str] = str) -> Iterator[None]:
+    """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code.
+
+    `spelled` names settings in it as the options of this command.
+    """
     if not progress.first():
         # The first process of a training says what all of them find, unless another one took that on.
         try:
             yield
         except SukashiError as error:
             if error.alone:
-                stop(str(error), error.exit_code)
+                stop(spelled(str(error)), error.exit_code)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -56,7 +59,7 @@ def working() -> Iterator[None]:
         with _bars() if sys.stderr.isatty() else _lines() as listener, progress.listening(listener):
             yield
     except SukashiError as error:
-        stop(str(error), error.exit_code)
+        stop(spelled(str(error)), error.exit_code)
     except KeyboardInterrupt:
         stop("interrupted; give the same command again, it goes on from where it was", 130)
     except OSError as error:

@@ -7,6 +7,7 @@ import inspect
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sukashi.cli.console import command, print_json, say, to_stdout, unsaid, warn, warned, working
-from sukashi.cli.options import is_said, parameters, values
+from sukashi.cli.options import is_said, parameters, spelled, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
@@ -58,7 +59,7 @@ def _experiment(kind: type[Settings]) -> None:
 
     def run(context: typer.Context, as_json: bool, **given: Any) -> None:
         n_jobs = {"jobs": given.pop("jobs")} if kind.shared else {}
-        with working():
+        with working(partial(spelled, kind)):
             # What was not given stays unsaid, as in a call from Python.
             said = {name: value for name, value in given.items() if is_said(context, name)}
             chosen = values(kind, said)

@@ -200,7 +200,7 @@ def load(
         splits[key] = _checked(key or name, source, targets, class_names, digests)
     bad = tuple(pair for split in splits.values() for pair in split.bad)
     if bad and not skip_bad:
-        raise bad_images(name, bad, "replace them, or leave them out with skip_bad")
+        raise bad_images(name, bad, "replace them, or leave them out with skip_bad=True")
     for split in splits.values():
         if split.bad:
             notes.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
