@@ -169,9 +169,7 @@ def by_class(rng: np.random.Generator, n: int) -> Iterator[Row]:
     found: dict[str, list[bool]] = {"balanced_accuracy": [], "auc": [], "changes": []}
     for _ in range(n):
         correct = rng.random(len(target)) < np.repeat(right, sizes)
-        found["balanced_accuracy"].append(
-            held(classwise.balanced_accuracy(correct, target, 3), float(np.mean(right)))
-        )
+        found["balanced_accuracy"].append(held(classwise.balanced_accuracy(correct, target, 3), float(np.mean(right))))
         for shift, truth in ((1.0, norm.cdf(1 / np.sqrt(2))), (3.0, norm.cdf(3 / np.sqrt(2)))):
             scores = rng.normal(0, 1, (len(target), 3)) + shift * (target[:, None] == 0)
             (area, *_) = classwise.auc(scores, target, 3)

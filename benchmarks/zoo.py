@@ -7,8 +7,11 @@ share a folder. Names as arguments run those anew.
     python benchmarks/zoo.py                          all networks, and the table of what the folder holds
     python benchmarks/zoo.py timm:levit_128           one
     python benchmarks/zoo.py --table                  writes the table of docs/models.md from the folder
-    python benchmarks/zoo.py --onnx --criteria        exports each cut network too, and tries every criterion (slow)
+    python benchmarks/zoo.py --onnx --criteria        exports each cut network too, and tries every criterion
 
+criteria: one that scores all units in one pass is given all sites. One that asks about units one by one (the registry
+says how often it `visits` them) takes a site or not for the layers it goes through: the engine is asked about all sites
+of a kind, and the criterion itself is tried on the last of them, behind which little lies, and on its first units.
 share: parameters that go when each site keeps one unit. off: the largest difference between the logits of the cut and
 of the masked network, float64, three random masks, over the largest logit. seconds: processor time of the search.
 """
@@ -22,7 +25,9 @@ import multiprocessing
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,8 +37,10 @@ from torch import nn
 
 from sukashi import models
 from sukashi.core.errors import SukashiError
-from sukashi.core.types import Batch, Mask
+from sukashi.core.registry import Method
+from sukashi.core.types import Batch, Mask, Site
 from sukashi.criteria import criteria as registry
+from sukashi.criteria.engine import Engine
 from sukashi.models.onnx import onnx_file
 from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
@@ -43,7 +50,8 @@ FORK = multiprocessing.get_context("fork")  # what is imported here, no process 
 MARKS = "<!-- zoo -->", "<!-- end of zoo -->"
 SEARCH_CAP = 60.0  # seconds of processor time a search may take
 WRONG = 1e-10  # of float64 logits that should be equal
-COLUMNS = ("network", "images", "sites", "units", "share", "off", "saved", "seconds", "not cut")
+FIRST = 2  # units that a criterion which asks about them one by one is tried on
+COLUMNS = ("network", "images", "sites", "units", "share", "off", "saved", "onnx", "criteria", "seconds", "not cut")
 
 # Images of 64 x 64 pixels, but for those that are built for one size.
 SMALL = 64
@@ -172,16 +180,50 @@ def kept(loaded: Any, sites: Any, x: Any, onnx: bool) -> dict[str, Any]:
     return row
 
 
-def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, str]:
-    """Each criterion, and "yes" or why not."""
-    batch, said = Batch(x, torch.tensor([0, 1]), ("a", "b")), {}
-    for name in registry.names():
-        try:
-            registry[name](model, sites, batch, generator=torch.Generator().manual_seed(0))
-            said[name] = "yes"
-        except SukashiError as error:
-            said[name] = str(error)
+def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, dict[str, str]]:
+    """{criterion: {kind of site: why it does not run there}}; one that runs on all has no reasons.
+
+    The images are one image twice, as what the network takes it for: a class needs two that are right.
+    """
+    twice = x[:1].repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        batch = Batch(twice, model(twice).argmax(1), ("a", "b"))
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        whole = any(surgery.heads(model.get_submodule(member.module)) for member in site.producers)
+        kinds.setdefault("whole heads" if whole else site.kind, []).append(site)
+    unfit = {kind: refusal(partial(Engine, model, own, batch)) for kind, own in kinds.items()}
+    few = [little(own[-1]) for kind, own in kinds.items() if not unfit[kind]]
+    said = {}
+    for method in registry:
+        reasons, own = (unfit, few) if "visits" in method.facts else ({}, sites)
+        found = reasons | {"sites": refusal(partial(run, method, model, own, batch))}
+        said[method.name] = {kind: reason for kind, reason in found.items() if reason}
     return said
+
+
+def run(method: Method, model: Any, sites: Any, batch: Batch) -> None:
+    """Call a criterion, in as few steps as it takes; one of single weights on those."""
+    own = sites if "channel" in method.facts["kinds"] else finder.weights(model)
+    steps = {name: 2 for name in ("steps",) if name in method.options}
+    method(model, own, batch, generator=torch.Generator().manual_seed(0), **steps)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """Why a call is refused, or how it crashes, or ""."""
+    try:
+        call()
+    except SukashiError as error:
+        return str(error)
+    except Exception as error:
+        return f"CRASH {type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def little(site: Site) -> Site:
+    """The first units of a site."""
+    members = tuple(replace(member, index=member.index[:FIRST]) for member in site.members)
+    return replace(site, n_units=min(site.n_units, FIRST), members=members)
 
 
 # All of them.
@@ -221,13 +263,50 @@ def verdict(row: dict[str, Any]) -> str:
     return "cut" if row["off"] <= WRONG and row["saved"] else "wrong"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+class Footnotes(list[str]):
+    """Reasons, each said once below the table; a number in a cell stands for one."""
+
+    def mark(self, reason: str) -> str:
+        said = plain(reason)
+        if said not in self:
+            self.append(said)
+        return f"({1 + self.index(said)})"
+
+
+def cells(row: dict[str, Any], notes: Footnotes) -> list[str]:
     """What the table says of a network, column by column."""
     why = row.get("refused") or row.get("slow") or row.get("crashed") or grouped(row.get("reasons", {}))
     shown = row | {"not cut": why.replace("|", "/"), "images": str(row["images"])}
     if "off" in row:
         shown |= {"share": f"{row['share']:.2f}", "off": f"{row['off']:.0e}", "saved": "yes" if row["saved"] else "NO"}
+    if "onnx" in row:
+        shown["onnx"] = row["onnx"] if row["onnx"] == "yes" else f"no {notes.mark(row['onnx'])}"
+    if "criteria" in row:
+        shown["criteria"] = criteria_of(row["criteria"], notes)
     return [str(shown.get(column, "")) for column in COLUMNS]
+
+
+def criteria_of(found: dict[str, dict[str, str]], notes: Footnotes) -> str:
+    """Which criteria run on a network: all, or all but those of the same reasons together."""
+    without: dict[str, list[str]] = {}
+    for name, reasons in found.items():
+        marks = ", ".join(
+            notes.mark(reason) + ("" if where == "sites" else f" for {where}") for where, reason in reasons.items()
+        )
+        if marks:
+            without.setdefault(marks, []).append(name)
+    if not without:
+        return "all"
+    return "all but " + "; ".join(f"{', '.join(names)} {marks}" for marks, names in without.items())
+
+
+def plain(reason: str) -> str:
+    """A reason without what is of one network: names, numbers of images and what a remedy names."""
+    reason = re.sub(r" \(--exclude [^)]*\)", " (--exclude ...)", reason.replace("|", "/"))
+    reason = re.sub(r"(layer|in) '[^']*'", r"\1 ...", reason)
+    reason = re.sub(r"\d+ rows for \d+ images", "more rows than images", reason)
+    reason = re.sub(r"exclude (it|both|all \d+ such layers)", "exclude such layers", reason)
+    return re.sub(r"(timm|torchvision):\w+", "the network", reason)
 
 
 def grouped(reasons: dict[str, str]) -> str:
@@ -242,8 +321,10 @@ def grouped(reasons: dict[str, str]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     ruler = " | ".join("---" for _ in COLUMNS)
-    lines = [" | ".join(COLUMNS), ruler, *(" | ".join(cells(row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    notes = Footnotes()
+    lines = [" | ".join(COLUMNS), ruler, *(" | ".join(cells(row, notes)) for row in rows)]
+    told = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([*(f"| {line} |" for line in lines), *(["", *told] if told else [])])
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -270,7 +351,7 @@ def main() -> None:
     for name in [] if given.table else given.names or [name for name in known if not place[name].exists()]:
         row = ran(name, known[name], given)
         place[name].write_text(json.dumps(row))
-        print(" ".join([verdict(row), *cells(row)]), flush=True)
+        print(" ".join([verdict(row), *cells(row, Footnotes())]), flush=True)
     rows = [json.loads(place[name].read_text()) for name in known if place[name].exists()]
     if given.table:
         before, _, rest = DOCS.read_text().partition(MARKS[0])

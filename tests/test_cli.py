@@ -252,10 +252,10 @@ def test_usage(refused, args, words):
         (2, ["--seeds", "many"], ["--seeds", "valid integer"]),
         (2, ["--calibration", "0"], ["calibration must be at least 1, got 0"]),
         (3, ["--calibration", "500"], ["class '0' has 142 images", "needs 500", "--calibration 139"]),
-        (2, ["--test-images", "9"], ["test_images must be at least 10", "got 9"]),
+        (2, ["--test-images", "9"], ["--test-images must be at least 10", "got 9"]),
         (2, ["--workers", "-1"], ["workers must be at least 0, got -1"]),
         (2, ["--device", "gpu"], ["device must be auto, cpu or cuda, got 'gpu'"]),
-        (2, ["--max-pixels", "0"], ["max_pixels must be in [1, ", "got 0"]),
+        (2, ["--max-pixels", "0"], ["--max-pixels must be in [1, ", "got 0"]),
         (2, ["--sampling", "cluster"], ["unknown sampling 'cluster'", "did you mean 'clustering'?"]),
         (2, ["--sampling", "random,random"], ["sampling must be different names"]),
         (2, ["--mode", "mask"], ["mode must be cut or zero, got 'mask'"]),
@@ -288,10 +288,10 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
     [
         (2, ["--ratio", "1"], ["ratio must be in [0, 1), got 1.0"]),
         (2, ["--ratio", "half"], ["--ratio", "valid number"]),
-        (2, ["--mode", "zero", "--round-to", "8"], ["round_to is for widths", "leave it out"]),
+        (2, ["--mode", "zero", "--round-to", "8"], ["--round-to is for widths", "leave it out"]),
         (2, ["--mode", "null"], ["mode must be cut or zero, got 'null'"]),
         (2, ["--sampling", "confident"], ["unknown sampling 'confident'", "did you mean 'confidence'?"]),
-        (2, ["--round-to", "0"], ["round_to must be at least 1, got 0"]),
+        (2, ["--round-to", "0"], ["--round-to must be at least 1, got 0"]),
         (2, ["--criterion", "drfit"], ["did you mean 'drift'?"]),
         (2, ["--set", "cswap.alpha=0.1"], ["'cswap'", "not among random"]),
         (2, ["--criterion", "wanda"], ["wanda scores sites of kind weight, not 'channel'", "--scope row"]),
@@ -299,7 +299,7 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
         (2, ["--scope", "rows"], ["scope must be global, layer, row or N:M", "got 'rows'"]),
         (2, ["--scope", "2:4", "--ratio", "0.6"], ["keeps 2 of every 4 weights: give ratio 0.5, got 0.6"]),
         (2, ["--scope", "row", "--mode", "zero"], ["mode zero is for units, and scope row removes single weights"]),
-        (2, ["--scope", "row", "--round-to", "1"], ["round_to is for units, and scope row removes single weights"]),
+        (2, ["--scope", "row", "--round-to", "1"], ["--round-to is for units, and scope row removes single weights"]),
         (2, ["--scope", "row", "--sequential"], ["random looks at no image", "leave sequential out"]),
         (2, ["--criterion", "wanda", "--scope", "global", "--sequential"], ["scope global compares all layers"]),
         (2, ["--sequential"], ["sequential is for single weights: give a scope too"]),
@@ -429,7 +429,7 @@ def text(folder):
 def test_an_unreadable_image_is_named_or_left_out_and_counted(sukashi, refused, tmp_path, harm, name):
     harm(image_folder(tmp_path / "data"))
     args = ["check", "zoo:two", "--data", tmp_path / "data", "--calibration", 2]
-    refused(3, [name, "skip_bad"], *args)
+    refused(3, [name, "leave them out with --skip-bad:"], *args)
     found = strict(sukashi(*args, "--skip-bad", "--json").out)
     assert sum(map(sum, found["class_counts"].values())) == 11
     assert any("1 unreadable image(s)" in note for note in found["warnings"])
@@ -440,7 +440,7 @@ def test_an_unreadable_image_is_named_or_left_out_and_counted(sukashi, refused, 
     [
         (("ant", "bee"), 1, [], ["class 'ant' has one image", "add images"]),
         (("ant", "bee"), 6, ["--calibration", 9], ["class 'ant' has 5 images", "needs 9", "--calibration 5"]),
-        (("ant", "bee"), 6, ["--max-pixels", 63], ["8 x 8 pixels", "max_pixels"]),
+        (("ant", "bee"), 6, ["--max-pixels", 63], ["8 x 8 pixels", "which --max-pixels sets"]),
         (("ant", "bee"), 0, [], ["data holds no images"]),
         ((), 0, [], ["neither Parquet files nor class folders"]),
     ],
@@ -478,11 +478,11 @@ def test_classes_in_another_order_need_a_map(sukashi, refused, tmp_path):
     assert sukashi("prune", NET, "--data", ours, *args).code == 0
     check = ["check", cut, "--calibration", 2, "--limit", 0, "--data"]
     assert sukashi(*check, ours).code == 0
-    refused(3, ["class 'bee' is number 1 of the model and 0 of the data", "class_map"], *check, theirs)
+    refused(3, ["class 'bee' is number 1 of the model and 0 of the data", "give a --class-map"], *check, theirs)
     numbers = tmp_path / "map.json"
     for content, code, word in [
         ('{"bee": 1, "dog": 0}', 3, "class_map has 'dog', which is no class of the data"),
-        ('{"bee": 1}', 3, "class_map must give each of bee, cat"),
+        ('{"bee": 1}', 3, "--class-map must give each of bee, cat"),
         ('{"bee": "1"}', 2, '{"cat": 0, "dog": 1}'),
         ("bee", 2, '{"cat": 0, "dog": 1}'),
     ]:
@@ -919,6 +919,13 @@ def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn
     (tmp_path / "demo" / "pruned").mkdir()
     (tmp_path / "demo" / "pruned" / "thesis.txt").write_text("mine")
     assert sukashi("demo", "--out", tmp_path / "demo").code == 2, "a folder that is not ours is not replaced"
+    for foreign in ("pruned", "."):
+        other = tmp_path / f"other{foreign}"
+        (other / foreign).mkdir(parents=True)
+        (other / foreign / "thesis.txt").write_text("mine")
+        shown = sukashi("demo", "--out", other)
+        assert (shown.code, len(trained)) == (2, 1), "nothing is trained before"
+        assert "is not empty (thesis.txt)" in shown.err
 
 
 def test_json_has_no_nan(capsys):
@@ -933,6 +940,15 @@ def test_warnings_are_one_line_each(sukashi, capsys):
     found = sukashi("check", *DIGITS, "--limit", 0)
     said = f"{NET} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
     assert found.err == f"sukashi: warning: {said}\n"
+    assert "note: digits has no test split" in found.out
+    assert said not in found.out, "once is enough"
+    again = sukashi("check", *DIGITS, "--limit", 0)
+    assert (again.err, again.out.count(said)) == (found.err, 0)
+    with warnings.catch_warnings(action="always"):
+        console.warned.clear()
+        for told in ("one", "two", "one"):
+            console.warn(told)
+    assert capsys.readouterr().err == "sukashi: warning: one\nsukashi: warning: two\n"
     handler = warnings.showwarning
     sukashi("list", "data")
     assert warnings.showwarning is handler

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -811,6 +812,16 @@ def test_notes_of_some_classes_count_these(digit_data):
     assert some.notes == digit_data.only(["0", "1"]).notes
     again = some.only(["1", "0"])
     assert [note for note in again.notes if "held out" in note] == [held_out]
+
+
+def test_no_other_note_is_taken_for_one_by_how_it_ends(digit_data):
+    grey = [note for note in digit_data.notes if note in digit_data.grey_notes]
+    alike = ("somebody's images are greyscale: repeated where a model wants three channels", "no class, 359 images")
+    noted = replace(digit_data, notes=(*digit_data.notes, *alike))
+    assert len(grey) == 1
+    assert set(noted.notes) - set(noted.read_in(1).notes) == {*grey}
+    assert noted.read_in(3).notes == noted.notes
+    assert set(alike) < set(noted.only(["0", "1"]).notes)
 
 
 def test_that_grey_is_repeated_is_said_where_it_is(digit_data):

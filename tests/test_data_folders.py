@@ -95,6 +95,18 @@ def test_the_same_folders_in_every_class_are_noted(tmp_path):
     assert not any("every class folder" in note for note in data.load(filled(tmp_path / "b", "a/x", "b/x")).warnings)
 
 
+@pytest.mark.parametrize("place", ["", "train"])
+@pytest.mark.parametrize("other", [None, "test/cat", "test"])
+def test_images_that_lie_in_no_class_folder_are_told_so(tmp_path, place, other):
+    filled(tmp_path, place)
+    if other and place:
+        filled(tmp_path, other)
+    words = "holds 3 images and no class folders, .* into a CSV .* one class of several, give the folder"
+    where = "(test|train)" if other == "test" and place else (tmp_path / place).name
+    with pytest.raises(DataError, match=f"{where} {words}"):
+        data.load(tmp_path)
+
+
 def test_one_class_is_no_dataset_wherever_it_comes_from():
     import torch
 

@@ -53,6 +53,15 @@ class Mixing(nn.Module):
         return mixed.transpose(1, 2).reshape(x.shape)
 
 
+class Windows(nn.Module):
+    """Attention in the halves of an image, which are rows of one batch."""
+
+    def forward(self, x):
+        halves = x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2)
+        mixed = torch.softmax(halves @ halves.transpose(1, 2), dim=-1) @ halves
+        return mixed.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2).reshape(x.shape)
+
+
 class Tokens(nn.Module):
     """Attention with heads of unequal width."""
 
@@ -224,6 +233,14 @@ def test_images_and_batches_do_not_matter(small64):
         parts = deeplift(case.model, x, target, case.sites, baseline=baseline, batch_size=3)
         for site in case.sites:
             torch.testing.assert_close(parts[site], whole[site], rtol=1e-10, atol=1e-13)
+
+
+def test_one_baseline_stands_for_images_whose_parts_are_rows_of_a_batch():
+    model, x = network(Windows()), noise(3, 3, 8, 8)
+    found = contributions(model, x)
+    alone = [contributions(model, x[i : i + 1], TARGET[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found.flatten(1).sum(1), difference(model, x, torch.zeros_like(x)))
 
 
 def test_baselines_are_what_they_are_called():

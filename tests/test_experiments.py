@@ -19,6 +19,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.core.files import FORMAT
 from sukashi.core.schema import option_of
+from sukashi.experiments.bench import Source
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.reading import Architecture
 from sukashi.experiments.workspace import Workspace
@@ -240,6 +241,26 @@ def test_a_foreign_folder_is_refused_untouched(made, tmp_path, name):
     with pytest.raises(UsageError, match=r"is a file: --out needs a folder"):
         perform(made, out=tmp_path / name)
     assert contents(tmp_path) == {name: b"{}"}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_folder_of_something_else_is_refused_before_anything_is_read(kind, cut, tmp_path, monkeypatch):
+    one = SimpleNamespace(kind=kind, home=tmp_path, cut=cut, out=tmp_path / "out")
+    monkeypatch.setattr(Source, "read", lambda self: pytest.fail("the data are read"))
+    monkeypatch.setattr(Source, "build", lambda *args, **more: pytest.fail("the model is loaded"))
+    other = tmp_path / "other"
+    shutil.copytree(cut, other)
+    record = json.loads((other / "experiment.json").read_text())
+    (other / "experiment.json").write_text(json.dumps({**record, "kind": "foreign"}))
+    with pytest.raises(UsageError, match=r"of another experiment \(foreign, now"):
+        perform(one, out=other)
+    (other / "experiment.json").write_text(json.dumps({**record, "format": FORMAT + 1}))
+    with pytest.raises(UsageError, match="use the version that made it, or another --out"):
+        perform(one, out=other)
+    (one.out / "audited").mkdir(parents=True)
+    (one.out / "audited" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty"):
+        perform(one)
 
 
 def test_a_folder_of_another_identity_is_refused_untouched_naming_the_difference(experiment):

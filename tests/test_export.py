@@ -90,7 +90,9 @@ def test_the_script_reads_an_image_as_sukashi_does(tmp_path, channels, shorter):
     script = runpy.run_path(str(Path(onnx.__file__).with_name(onnx.INFER)))
     for path in pictures(tmp_path):
         expected = images.fitted(images._plain(images._open(path.read_bytes(), 10**6)), reads)
-        np.testing.assert_array_equal(script["pixels"](str(path), channels, 14, 9, shorter or 0), expected, err_msg=path.name)
+        np.testing.assert_array_equal(
+            script["pixels"](str(path), channels, 14, 9, shorter or 0), expected, err_msg=path.name
+        )
 
 
 def test_an_image_without_a_fixed_scale_is_refused(tmp_path):

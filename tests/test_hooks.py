@@ -194,6 +194,39 @@ def test_what_a_tap_would_get_wrong_is_refused(site, error, words):
     model(x)
 
 
+class Windows(nn.Module):
+    """Layers that read rows of an image in a batch, and one that reads images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.windows = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        folded = self.first(x).flatten(0, 1)
+        for layer in self.windows:
+            folded = layer(folded)
+        return folded.unflatten(0, x.shape[:2]).mean(1)
+
+
+@pytest.mark.parametrize("acts", [False, True])
+def test_all_layers_in_which_images_are_not_apart_are_refused_at_once(acts):
+    model, x = Windows().eval(), torch.randn(2, 3, 4)
+    readers = [Member(f"windows.{i}", "in", tuple((u,) for u in range(4)), -1) for i in range(3)]
+    sites = [Site(reader.module, "hidden", 4, -1, (replace(reader, side="out"), reader)) for reader in readers]
+    good = Site("first", "hidden", 4, -1)
+    words = r"layer 'windows\.0' holds 6 rows for 2 images: single images .* such layers \(--exclude 'windows\.\*'\)$"
+    inside = (
+        (lambda sites: hooks.ablated(model, {site: torch.ones(2, 4) for site in sites}))
+        if acts
+        else (lambda sites: hooks.recorded(model, sites))
+    )
+    with pytest.raises(ModelError, match=words), inside([good, *sites]):
+        model(x)
+    with inside([good]):
+        model(x)
+
+
 def test_a_tap_of_a_layer_that_is_not_there_or_is_called_by_keyword_is_refused():
     class ByKeyword(nn.Module):
         def __init__(self):

@@ -65,7 +65,13 @@ probable = partial(Net, lambda net, logits: logits.softmax(1))
 logarithmic = partial(Net, lambda net, logits: logits.log_softmax(1))
 alike = partial(Net, lambda net, logits: (0 * logits).softmax(1))
 lonely = partial(Net, lambda net, logits: logits.softmax(1), n_classes=1)
-between = partial(Net, lambda net, logits: logits.sigmoid())
+between = partial(Net, lambda net, logits: logits.sin().abs())
+gated = partial(Net, lambda net, logits: logits * logits.sigmoid())
+multilabel = partial(Net, lambda net, logits: logits.sigmoid())
+binary = partial(Net, lambda net, logits: logits[:, :1].sigmoid_(), n_classes=1)
+frozen = partial(Net, lambda net, logits: logits.flatten().detach().sigmoid().view(-1, 4))
+hard = partial(Net, lambda net, logits: nn.functional.hardsigmoid(logits).clone())
+log_multilabel = partial(Net, lambda net, logits: nn.functional.logsigmoid(logits))
 
 
 def shared_net():
@@ -495,6 +501,8 @@ def test_import_path():
         ("probable", "probabilities, not logits: leave the softmax out"),
         ("logarithmic", "probabilities, not logits"),
         ("alike", "probabilities, not logits"),
+        *((name, "ends in a sigmoid, .* leave the sigmoid out") for name in ("multilabel", "binary", "frozen", "hard")),
+        ("log_multilabel", "ends in a sigmoid"),
         ("normed", r"'conv' of test_models:normed .*: call torch\.nn\.utils\.remove_weight_norm"),
         ("spectral", r"'conv'.*call torch\.nn\.utils\.remove_spectral_norm"),
         ("zeroed", r"'conv'.*call torch\.nn\.utils\.prune\.remove\(layer, name\)"),
@@ -508,8 +516,8 @@ def test_models_that_cannot_be_measured(name, reason):
         models.load(f"test_models:{name}")
 
 
-@pytest.mark.parametrize("name", ["lonely", "between"])
-def test_one_class_and_numbers_below_one_are_no_sign_of_a_softmax(name):
+@pytest.mark.parametrize("name", ["lonely", "between", "gated"])
+def test_one_class_and_numbers_below_one_are_no_sign_of_a_softmax_or_sigmoid(name):
     assert models.load(f"test_models:{name}").n_classes in (1, 4)
 
 

@@ -243,6 +243,26 @@ def test_recipe_that_is_not_believed(saved, change, reason):
         models.load(str(folder))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["class_names"].reverse(),
+        lambda r: r.update(class_names=None),
+        lambda r: r["preprocess"].update(mean=[0.25]),
+        lambda r: r["preprocess"].update(std=[2.0]),
+        lambda r: r.update(sha256="0" * 64),
+    ],
+)
+def test_a_recipe_that_could_be_and_is_not_as_it_was_written_is_refused(saved, change):
+    small, folder = saved
+    save(folder.parent / "named", replace(small, class_names=tuple("abcdefghij")), provenance={"of": "somebody"})
+    _edit(folder.parent / "named", lambda recipe: recipe["provenance"].update(of="somebody else"))
+    assert models.load(str(folder.parent / "named")).class_names == tuple("abcdefghij")
+    _edit(folder.parent / "named", change)
+    with pytest.raises(ModelError, match=r"recipe\.json is not as it was written, .* restore the folder"):
+        models.load(str(folder.parent / "named"))
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
 def test_recipe_that_is_no_json(saved, content):
     _, folder = saved

@@ -331,10 +331,11 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     space, trial = Workspace(tmp_path), a_trial("cswap", 0)
     identity = {**trial.about, "mode": "cut", "ratios": [0, 0.5], "options": {"cswap": {}}, "exclude": []}
     space.claim("compare", identity, [trial], shown={"margin": 0.01, "reading": READING})
-    finish(space, trial, curve, a_result("cswap", 0)[1])
+    finish(space, trial, curve, a_result("cswap", 0)[1] | {"n_evaluations": 0})
     page = paged(space)
     row = cells(page, "Accuracy by what is gone")["cswap"]
     assert [cell.split()[0] for cell in row[:4]] == ["75.0", "60.0", "–", "–"]
+    assert row[-1] == "0"
     low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
     spread = np.array([1.0] * 50 + [0.625] * 40 + [0.0] * 10).std() / 10  # of an image's mean at 15 of 40 %
     assert (high - low) / (2 * 1.96) == pytest.approx(100 * spread, rel=0.15)

@@ -5,10 +5,10 @@ import torch
 import torchvision
 from torch import nn
 
-from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.errors import ModelError, SukashiError, UsageError
 from sukashi.core.types import Member, Site
 from sukashi.models.architectures import CifarResNet, DigitsCNN, DigitsViT
-from sukashi.network import coupling, sites
+from sukashi.network import coupling, exclude, sites
 from sukashi.network.layers import explicit_attention
 
 
@@ -216,8 +216,34 @@ def test_an_excluded_layer_takes_its_whole_site_out():
         UsageError, match=r"no site has a layer 'layer2.2.conv3' to exclude: did you mean 'layer2.2.conv"
     ):
         sites.without(found, ["layer2.2.conv3"])
-    with pytest.raises(UsageError, match="nothing of layer 'linear' would be cut"):
-        sites.without(found, ["linear"])
+    for idle in ("linear", "lin*"):
+        with pytest.raises(UsageError, match="nothing of layer 'linear' would be cut"):
+            sites.without(found, [idle])
+
+
+def test_layers_are_excluded_by_pattern_and_what_is_misspelt_lists_the_nearest():
+    net = CifarResNet(56, 10)
+    found = sites.find(net.eval(), example())
+    first = [site.layer for site in found.sites if site.layer.endswith("conv1") and site.layer != "conv1"]
+    left = sites.without(found, ["layer*.conv1"])
+    assert len(first) == 27
+    assert [site.layer for site in left.sites] == [site.layer for site in found.sites if site.layer not in first]
+    named = sites.weights(net, exclude=["layer?.*.conv1", "linear"])
+    assert [site.layer for site in named] == [s.layer for s in sites.weights(net) if s.layer not in [*first, "linear"]]
+    for call in (lambda: sites.without(found, ["layer9.*"]), lambda: sites.weights(net, exclude=["layer9.*"])):
+        with pytest.raises(SukashiError, match=r"'layer9\.\*' to exclude.*There are \d+") as caught:
+            call()
+        assert len(str(caught.value)) < 200
+
+
+def test_the_remedy_is_one_pattern_that_leaves_all_others_in():
+    refused = ["a.0.qkv", "a.10.qkv", "b.1", "c.0.fc", "c.2.fc"]
+    assert exclude.remedy(refused[:1]) == "exclude it (--exclude a.0.qkv)"
+    said = "exclude all 5 such layers (--exclude 'a.*.qkv' --exclude b.1 --exclude c.0.fc --exclude c.2.fc)"
+    assert exclude.remedy(refused, ["a.0.proj", "c.1.fc"]) == said
+    stages = [f"layers.{stage}.blocks.{block}.qkv" for stage in range(3) for block in range(2)]
+    said = "exclude all 4 such layers (--exclude 'layers.0.blocks.*.qkv' --exclude 'layers.1.blocks.*.qkv')"
+    assert exclude.remedy(stages[:4], stages[4:]) == said
 
 
 def test_groups_of_a_convolution_are_units():
@@ -308,6 +334,12 @@ def test_a_layer_in_which_a_zero_weight_may_still_be_a_connection_is_refused(lay
     with pytest.raises(ModelError, match=f"{words}.*exclude it"):
         sites.weights(model)
     assert [site.layer for site in sites.weights(model, exclude=["1"])] == ["0"]
+
+
+def test_all_layers_that_have_no_plain_weights_are_named_at_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*(nn.ConvTranspose2d(4, 4, 2) for _ in range(3))))
+    with pytest.raises(ModelError, match=r"layer '1\.0'.*exclude all 3 such layers \(--exclude '\*\.\*'\)$"):
+        sites.weights(model)
 
 
 def test_a_weight_of_two_layers_is_no_site_of_its_own():

@@ -24,6 +24,7 @@ from forked import Ended, fuzz, watched
 from sukashi import models
 from sukashi.core.errors import SukashiError
 from sukashi.experiments import functions
+from sukashi.models.recipe import digest
 
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**400, 1.5, -0.0, 1e308, "", "x", "1", "../..", "/dev/zero"),
@@ -107,6 +108,7 @@ def trusted(draw: random.Random, folder: Path) -> str:
     whole = json.loads(recipe.read_text()) if _reads(recipe) else {}
     if weights.is_file() and isinstance(whole, dict) and whole:
         whole["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        whole["sha256"] = digest(whole)
         recipe.write_text(json.dumps(whole))
     return f"{told}, and the hash of the file"
 

@@ -147,7 +147,10 @@ def _max_pool(module: nn.Module, x: Tensor) -> Tensor:
     """Equal shares among the maxima of a window."""
     assert isinstance(module, nn.MaxPool2d)
     if module.ceil_mode:
-        raise ModelError("backtrace has no rule for a max-pool with ceil_mode=True: its last windows are cut off")
+        raise ModelError(
+            "backtrace has no rule for a max-pool with ceil_mode=True, whose last windows are cut off: use an "
+            "attribution made of gradients, such as gradient_x_activation"
+        )
     y = plain(module, x)
     window = (module.kernel_size, module.dilation, 0, module.stride)
     down, right = module.padding if isinstance(module.padding, tuple) else (module.padding, module.padding)

@@ -73,8 +73,13 @@ def deeplift(
 
     def explain(rows: slice) -> dict[Site, Tensor]:
         before.clear()
+        ours = start[rows] if len(start) == len(x) else start
         with torch.no_grad(), hooks.recorded(form, sites) as seen:
-            form(start[rows] if len(start) == len(x) else start)
+            form(ours)
+            if len(ours) == 1 and any(part.dim() and len(part) > 1 for read in before.values() for part in read):
+                # Parts of an image are rows of a batch, as windows are: one baseline does not stand for those of all.
+                before.clear()
+                form(ours.expand_as(x[rows]))
             base = {site: hooks.gather(site, seen[site]) for site in sites}
         reads, multipliers = carried(
             form, x[rows], sites, lambda logits: ones(objective.explained(logits, target[rows]))

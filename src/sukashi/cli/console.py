@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -18,17 +19,22 @@ from sukashi.core.errors import ResourceError, SukashiError
 from sukashi.core.experiment import NOTE, finite
 from sukashi.report.waiting import bars, lines, log
 
+warned: set[str] = set()  # what this run of the command line has warned of
+
 
 @contextmanager
-def working() -> Iterator[None]:
-    """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code."""
+def working(spelled: Callable[[str], str] = str) -> Iterator[None]:
+    """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code.
+
+    `spelled` names settings in it as the options of this command.
+    """
     if not progress.first():
         # The first process of a training says what all of them find, unless another one took that on.
         try:
             yield
         except SukashiError as error:
             if error.alone:
-                stop(str(error), error.exit_code)
+                stop(spelled(str(error)), error.exit_code)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -37,7 +43,7 @@ def working() -> Iterator[None]:
         with bars() if sys.stderr.isatty() else lines() as listener, progress.listening(listener):
             yield
     except SukashiError as error:
-        stop(str(error), error.exit_code)
+        stop(spelled(str(error)), error.exit_code)
     except KeyboardInterrupt:
         stop("interrupted; give the same command again, it goes on from where it was", 130)
     except OSError as error:
@@ -64,6 +70,19 @@ def stop(message: str, exit_code: int) -> NoReturn:
 def say(message: str, style: str | None = None) -> None:
     """One line on stderr."""
     log.print(f"sukashi: {' '.join(message.split())}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(message: object) -> None:
+    """A warning on stderr, the first time."""
+    told = " ".join(str(message).split())
+    if told not in warned:
+        warned.add(told)
+        say(f"warning: {told}")
+
+
+def unsaid(text: str) -> str:
+    """What a result has to say, without the notes that were warned of already."""
+    return "\n".join(line for line in text.splitlines() if re.sub("^(note|warning): ", "", line) not in warned)
 
 
 def to_stdout(table: Table) -> None:

@@ -7,6 +7,7 @@ import inspect
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sukashi.cli.console import command, print_json, say, show_text, to_stdout, working
-from sukashi.cli.options import is_said, parameters, values
+from sukashi.cli.console import command, print_json, say, show_text, to_stdout, unsaid, warn, warned, working
+from sukashi.cli.options import is_said, parameters, spelled, values
 from sukashi.core import progress
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
@@ -58,7 +59,7 @@ def _experiment(kind: type[Settings]) -> None:
 
     def run(context: typer.Context, as_json: bool, **given: Any) -> None:
         n_jobs = {"jobs": given.pop("jobs")} if kind.shared else {}
-        with working():
+        with working(partial(spelled, kind)):
             # What was not given stays unsaid, as in a call from Python.
             said = {name: value for name, value in given.items() if is_said(context, name)}
             chosen = values(kind, said)
@@ -189,14 +190,15 @@ def _show(result: Result | None, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        show_text(result.text())
+        show_text(unsaid(result.text()))
 
 
 def main() -> None:
     """Run the command line; what a user can cause becomes one sentence on stderr and an exit code."""
     with warnings.catch_warnings():
         if progress.first():
-            warnings.showwarning = lambda message, *where, **more: say(f"warning: {message}")
+            warned.clear()
+            warnings.showwarning = lambda message, *where, **more: warn(message)
         else:
             warnings.simplefilter("ignore")
         try:

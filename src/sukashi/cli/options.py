@@ -26,6 +26,19 @@ def parameters(kind: type[Settings]) -> list[inspect.Parameter]:
     return [_parameter(name, field) for name, field in fields]
 
 
+def spelled(kind: type[Settings], message: str) -> str:
+    """What is said of settings by their names, as an error does, with the options that a command has for them:
+    `skip_bad=True` is --skip-bad, `calibration=5` --calibration 5. A name of one word is one where a value follows.
+    """
+    for name, field in kind.model_fields.items():
+        flag = option_of(field).flag or f"--{name.replace('_', '-')}"
+        if not option_of(field).argument:
+            start, bare = rf"""(?<![\w/.'"-]){name}""", "(=True)?" if "_" in name else "=True"
+            message = re.sub(rf"""{start}{bare}(?![\w/'"=-])""", flag, message)
+            message = re.sub(rf"{start}=(?=\w)", f"{flag} ", message)
+    return message
+
+
 def is_said(context: typer.Context, name: str) -> bool:
     """Whether a parameter was given, and is not its default."""
     source = context.get_parameter_source(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Characters of a message that are shown: its beginning, and its end, which has the remedy.
 _FIRST, _LAST = 1500, 500
+_LISTED = 30  # known names that are named one by one
 
 
 class SukashiError(ValueError):
@@ -65,7 +66,10 @@ def brief(error: Exception) -> str:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A closing phrase for an error about an unknown name: the nearest match, and what there is."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f": did you mean {match[0]!r}?" if match else ":"
+    """A closing phrase for an error about an unknown name: the nearest, and what there is, or how much of it."""
+    many = len(known) > _LISTED
+    match = difflib.get_close_matches(name, list(known), n=3 if many else 1, cutoff=0.5)
+    hint = f": did you mean {' or '.join(map(repr, match))}?" if match else ":"
+    if many:
+        return f"{hint} There are {len(known)}" + ("" if match else f", such as {', '.join([*known][:3])}")
     return f"{hint} Known: {', '.join(known) or 'none'}"

@@ -355,15 +355,13 @@ class Maps:
 class Measurement:
     """What a measure found: `values` (N,) along an axis, one for each of `ids`, never pre-averaged.
 
-    NaN stands for what has no value, and is for the caller to count and leave out. `unit` says what one is of, `better`
-    which way is good.
+    NaN stands for what has no value, and is for the caller to count and leave out. `unit` says what one is of.
     """
 
     values: Tensor
     ids: tuple[str, ...]
     unit: str
     axis: Literal["image", "unit"] = "image"
-    better: Literal["higher", "lower"] = "higher"
 
     def __post_init__(self) -> None:
         assert self.values.shape == (len(self.ids),), (

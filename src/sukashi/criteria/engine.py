@@ -35,6 +35,7 @@ from sukashi.core.registry import FREE
 from sukashi.core.types import Batch, Mask, Site
 from sukashi.network import layers, surgery
 from sukashi.network.canonical import LEAVES, canonical
+from sukashi.network.exclude import remedy_of
 from sukashi.network.functions import Add
 
 DEFAULT_BUDGET = 2 * 2**30
@@ -88,11 +89,14 @@ class Engine:
 
     def _check_fit(self) -> None:
         """Refuse, before any unit goes, a site that can be cut in the model and not in its form."""
-        for site in self.sites:
-            for member in site.members:
-                reason = surgery.unfit(self.root.get_submodule(member.module), member.module)
-                if reason:
-                    raise ModelError(f"{reason}, or exclude {site.layer!r}")
+        reasons = {
+            site: reason
+            for site in self.sites
+            for member in site.members
+            if (reason := surgery.unfit(self.root.get_submodule(member.module), member.module))
+        }
+        if reasons:
+            raise ModelError(f"{next(iter(reasons.values()))}, or {remedy_of(reasons, self.sites)}")
 
     @contextmanager
     def open(self, site: Site) -> Iterator[Suffix]:

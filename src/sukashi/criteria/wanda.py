@@ -18,6 +18,7 @@ from sukashi.core.types import Batch, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.network import hooks
 from sukashi.network.canonical import canonical, is_compound
+from sukashi.network.exclude import remedy
 from sukashi.network.functions import owner
 from sukashi.network.sparsity import weight_of
 
@@ -50,12 +51,11 @@ def wanda(
     a network that needs its canonical form and has none.
     """
     layers = {site.layer: model.get_submodule(site.layer) for site in sites}
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise ModelError(
-                f"layer {name!r} is a {type(layer).__name__}: wanda scores linear layers and 2d convolutions, "
-                "exclude it"
-            )
+    if alien := [name for name, layer in layers.items() if not isinstance(layer, nn.Linear | nn.Conv2d)]:
+        raise ModelError(
+            f"layer {alien[0]!r} is a {type(layers[alien[0]]).__name__}: wanda scores linear layers and 2d "
+            f"convolutions, {remedy(alien, (name for name in layers if name not in alien))}"
+        )
     device = next(model.parameters()).device
     squares: dict[str, Tensor] = {}
     network, places = _plain(model, layers, data.x[:2].to(device))
@@ -73,10 +73,10 @@ def wanda(
         for batch in data.split(batch_size):
             network(batch.x.to(device))
             shown.advance(len(batch))
+    if idle := [name for name in layers if name not in squares]:
+        raise ModelError(f"layer {idle[0]!r} reads nothing when the model runs: {remedy(idle, squares)}")
     values = {}
     for site in sites:
-        if site.layer not in squares:
-            raise ModelError(f"layer {site.layer!r} reads nothing when the model runs: exclude it")
         weight = weight_of(model, site).detach().cpu().double().abs()
         values[site] = weight * _shaped_like(weight, squares[site.layer].cpu().sqrt())
     return Scores(values, len(data), "wanda")

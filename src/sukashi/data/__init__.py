@@ -272,7 +272,7 @@ def load(
         splits[key] = replace(split, groups=None if groups is None else tuple(of_images[i] for i in split.image_ids))
     bad = tuple(pair for split in splits.values() for pair in split.bad)
     if bad and not skip_bad:
-        raise bad_images(name, bad, "replace them, or leave them out with skip_bad")
+        raise bad_images(name, bad, "replace them, or leave them out with skip_bad=True")
     for split in splits.values():
         if split.bad:
             warned.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")

@@ -37,6 +37,15 @@ def outputs_by_name(model_names: Sequence[str] | None, data_names: Sequence[str]
     return tuple(found) if len(found) == len(data_names) else None
 
 
+def numbering(class_names: Sequence[str]) -> list[str]:
+    """A note where the numbers that classes are called by are not in their order."""
+    numbers = [int(name) for name in class_names if name.isascii() and name.isdecimal() and len(name) < 20]
+    if len(numbers) < len(class_names) or numbers == sorted(numbers):
+        return []
+    few = ", ".join(class_names[:4]) + (", ..." if len(class_names) > 4 else "")
+    return [f"classes are numbered by their names as text: {few}; a class_map gives them other numbers"]
+
+
 def _numbers(model_names: Sequence[str], data_names: Sequence[str]) -> list[int | None]:
     """The model's number of each class, by its name in small letters where that names one, else by the very name."""
     small, exact = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from sukashi.core import bounded
 from sukashi.core.errors import DataError
+from sukashi.data.classes import numbering
 from sukashi.data.images import SUFFIXES, Encoded, Found, Source, TooLarge, Unreadable
 from sukashi.data.tree import (
     files_in,
@@ -96,16 +98,15 @@ def _class_names(root: Path, found: dict[str, Path]) -> tuple[str, ...]:
     classes = {split: [folder.name for folder in folders_in(path)] for split, path in found.items()}
     class_names = sorted(set().union(*classes.values()))
     for split, present in classes.items():
+        if not present and class_names:
+            _refuse_none(root, {split: found[split]})
         if missing := [name for name in class_names if name not in present]:
             raise DataError(
                 f"{found[split]} has no folder for {', '.join(missing)}, another split has one: "
                 f"every split needs every class"
             )
     if not class_names:
-        raise DataError(
-            f"{root} holds neither Parquet files nor class folders: it needs train/CLASS/*.png or CLASS/*.png, or a "
-            f"CSV of files and labels"
-        )
+        _refuse_none(root, found)
     inside = {name: folders_in(path / name) for path in found.values() for name in class_names}
     if len(class_names) == 1:
         _refuse_one(root, next(iter(found.values())) / class_names[0], inside[class_names[0]])
@@ -115,6 +116,22 @@ def _class_names(root: Path, found: dict[str, Path]) -> tuple[str, ...]:
             "(train/CLASS/*.png)"
         )
     return tuple(class_names)
+
+
+def _refuse_none(root: Path, found: Mapping[str, Path]) -> NoReturn:
+    """Refuse a dataset, or a split of it, that has no class folders: that has images beside each other, or none."""
+    for folder in found.values():
+        images = [path for path in folder.iterdir() if is_image(path) and not is_hidden(Path(path.name))]
+        if images:
+            raise DataError(
+                f"{folder} holds {len(images)} image{'s' * (len(images) > 1)} and no class folders, so nothing says "
+                "what they show: put them into a folder for each class (CLASS/*.png), or their names and labels into a "
+                "CSV beside them; where they are one class of several, give the folder that holds those of all"
+            )
+    raise DataError(
+        f"{root} holds neither Parquet files nor class folders: it needs train/CLASS/*.png or CLASS/*.png, or a CSV of "
+        "files and labels"
+    )
 
 
 def _refuse_one(root: Path, folder: Path, inside: Sequence[Path]) -> None:
@@ -158,15 +175,6 @@ def _ignored(folder: Path, others: set[Path]) -> list[str]:
         f"{len(others)} file(s) of {folder.name} ignored ({suffixes(others)}): hidden, in no class folder, or no image "
         "by their suffix"
     ]
-
-
-def numbering(class_names: Sequence[str]) -> list[str]:
-    """A note where the numbers that classes are called by are not in their order."""
-    numbers = [int(name) for name in class_names if name.isascii() and name.isdecimal() and len(name) < 20]
-    if len(numbers) < len(class_names) or numbers == sorted(numbers):
-        return []
-    few = ", ".join(class_names[:4]) + (", ..." if len(class_names) > 4 else "")
-    return [f"classes are numbered by their names as text: {few}; a class_map gives them other numbers"]
 
 
 def _layers(root: Path, found: dict[str, Path], class_names: Sequence[str]) -> list[str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sukashi.core import bounded
 from sukashi.core.errors import DataError, nearest
-from sukashi.data.folders import file_reader, is_image, numbering
+from sukashi.data.classes import numbering
+from sukashi.data.folders import file_reader, is_image
 from sukashi.data.images import Encoded, Found, Source
 from sukashi.data.tree import files_in, folders_in, is_hidden, is_plain_split, split_in, split_of, unread
 

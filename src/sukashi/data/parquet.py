@@ -19,7 +19,7 @@ from torch import Tensor
 from sukashi.core import bounded
 from sukashi.core.bounded import from_json
 from sukashi.core.errors import DataError, nearest
-from sukashi.data.folders import numbering
+from sukashi.data.classes import numbering
 from sukashi.data.images import Encoded, Found, Source, mask_of, numbered
 from sukashi.data.masks import boxed, with_masks
 from sukashi.data.tree import files_in, is_hidden, split_in

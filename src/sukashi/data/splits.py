@@ -144,8 +144,7 @@ class Split:
             if count < n_per_class:
                 raise DataError(
                     f"class {self.class_names[number]!r} has {count} images in {self.name}, a calibration set needs "
-                    f"{n_per_class} of every class: give --calibration {fewest} (calibration={fewest} in Python) "
-                    "or add images"
+                    f"{n_per_class} of every class: give calibration={fewest} or add images"
                 )
 
     def limit(self, n: int, seed: int = 0) -> Split:

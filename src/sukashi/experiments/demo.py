@@ -14,6 +14,7 @@ from sukashi.core import files, progress
 from sukashi.core.types import Batch
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.functions import compare, prune
+from sukashi.experiments.workspace import Workspace
 from sukashi.models import Loaded, load
 
 CRITERIA = ("random", "magnitude", "taylor", "cbp", "amp", "cswap", "drift")
@@ -23,9 +24,14 @@ def run(out: Path, *, command: str) -> CompareResult:
     """Train, compare all criteria over three seeds, cut half of the units with `drift`: everything lies in `out`.
 
     What an earlier call has finished is kept. Returns what `compare` does.
+
+    Raises UsageError for a folder that holds anything else.
     """
     out = out.expanduser()
-    weights = out / "digits_cnn.safetensors"
+    weights, parts = out / "digits_cnn.safetensors", {"compare": "compare", "prune": "pruned"}
+    Workspace(out).check_place("demo", {weights.name, *parts.values()})
+    for kind, name in parts.items():
+        Workspace(out / name).check_place(kind)
     if not weights.exists():
         loaded = load("sukashi:digits_cnn")
         digits = data.load("digits")

@@ -63,8 +63,9 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     if jobs > 1 and size() > 1:
         raise UsageError(f"the {size()} processes of torchrun train together: leave --jobs out")
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
-    space.check_place()
-    room, prepared = room_of(settings), prepare_of(settings)
+    room = room_of(settings)
+    space.check_place(room)
+    prepared = prepare_of(settings)
     new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows, prepared.shown)
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
     try:

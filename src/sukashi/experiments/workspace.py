@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,7 +195,7 @@ class Workspace:
         What is in `grows` may be more than before: a larger number, further names, further numbers at the end of a
         list. Raises UsageError where the folder is another's or anything else, ResourceError where it can't be written.
         """
-        self.check_place()
+        self.check_place(kind)
         asked = json.loads(files.canonical(identity))
         places = [[trial.key, trial.folder] for trial in trials]
         whole = {"format": FORMAT, "kind": kind, "identity": asked, "shown": dict(shown), "trials": places}
@@ -209,15 +209,10 @@ class Workspace:
 
     def check(self, kind: str, identity: Mapping[str, Any], grows: frozenset[str] = frozenset()) -> None:
         """Raises what `claim` does where the folder is there and another's; nothing is written."""
-        self.check_place()
+        self.check_place(kind)
         if not (self.folder / EXPERIMENT).exists():
             return
         kept, asked = self.about, json.loads(files.canonical(identity))
-        if kept["kind"] != kind:
-            raise UsageError(
-                f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now {kind}): "
-                "choose another --out or remove the folder"
-            )
         if not _grown(kept["identity"], asked, grows):
             files.refuse_other(self.folder, kept["identity"], asked)
 
@@ -343,16 +338,24 @@ class Workspace:
         with suppress(OSError):  # what else lies there is not ours
             self.folder.rmdir()
 
-    def check_place(self) -> None:
-        """Refuse a folder that holds something else, with UsageError, or can't be written, with ResourceError."""
+    def check_place(self, kind: str, parts: Collection[str] = ()) -> None:
+        """Refuse a folder that holds anything but this kind of experiment, or these parts, with UsageError, or can't be
+        written, with ResourceError: all that can be said before a model or data are read.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file: --out needs a folder")
         if self.folder.is_dir() and not (self.folder / EXPERIMENT).exists():
-            foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in _OURS and p.suffix != ".tmp")
+            ours = {*_OURS, *parts}
+            foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and p.suffix != ".tmp")
             if foreign:
                 raise UsageError(
                     f"{self.folder} is not empty ({foreign[0]}) and holds no experiment: choose another --out"
                 )
+        if (self.folder / EXPERIMENT).exists() and (kept := self.about["kind"]) != kind:
+            raise UsageError(
+                f"{self.folder} is an existing output folder of another experiment ({kept}, now {kind}): "
+                "choose another --out or remove the folder"
+            )
         files.check_writable(self.folder)
 
 

@@ -225,7 +225,7 @@ def deletion(
     As `insertion`, from the image to the baseline. Both papers delete to zeros.
     """
     curve = replacement(model, batch, maps, insert=False, step=step, baseline=baseline, batch_size=batch_size)
-    return Measurement(_area_under(curve), batch.image_id, "probability", better="lower")
+    return Measurement(_area_under(curve), batch.image_id, "probability")
 
 
 def replacement(

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sukashi.core.errors import ModelError, SukashiError, brief
 from sukashi.core.objective import CLASSIFICATION
@@ -106,7 +107,7 @@ def checked_logits(
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with evaluating(model):
-            with hooks.visited(model, _patches(model, example, spec) if whole else {}):
+            with hooks.visited(model, _patches(model, example, spec) if whole else {}), _Squashed() as squashed:
                 first = model(example)
             second, alone = model(example), model(example[:1])
             normalised = _normalised(first) and _normalised(model(_louder(example)))
@@ -128,6 +129,11 @@ def checked_logits(
     CLASSIFICATION.check_output(first, len(example), spec)
     if not first.isfinite().all():
         raise ModelError(f"{spec} gives NaN or Inf: check its weights and the preprocessing")
+    if squashed.are(first):
+        raise ModelError(
+            f"{spec} ends in a sigmoid, and its numbers in [0, 1] are no logits: leave the sigmoid out, the largest "
+            "stays the largest"
+        )
     if normalised:
         raise ModelError(f"{spec} gives probabilities, not logits: leave the softmax out")
     if changed:
@@ -190,6 +196,29 @@ def _normalised(output: Any) -> bool:
     rows = output.double()
     sums = (rows.sum(1) if bool((rows >= 0).all()) else rows.exp().sum(1)) - 1
     return bool((sums.abs() < _SUM).all())
+
+
+class _Squashed(TorchDispatchMode):
+    """Keeps what sigmoids give in a pass."""
+
+    _KINDS = frozenset(
+        getattr(torch.ops.aten, name)
+        for name in ("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "log_sigmoid_forward")
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self._KINDS:
+            self._found.append(given[0] if isinstance(given, tuple) else given)
+        return given
+
+    def are(self, output: Tensor) -> bool:
+        """Whether an output is what a sigmoid gave, in whatever shape."""
+        return any(x.numel() == output.numel() and torch.equal(x.flatten(), output.flatten()) for x in self._found)
 
 
 def _louder(example: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sukashi.core.bounded import read
 from sukashi.core.errors import ModelError, nearest
-from sukashi.core.files import FORMAT
+from sukashi.core.files import FORMAT, canonical
 from sukashi.network.surgery import Table
 
 RECIPE = "recipe.json"
@@ -62,6 +63,7 @@ class Recipe(Strict):
 
     `weights_sha256` is the hash of model.safetensors, `tensors` that of each tensor in it; `mask` is there for a model
     that has one, `trained_on` where all is known that its weights were trained on; `provenance` is for readers.
+    `sha256` is the hash of all else in the recipe.
     """
 
     format: Literal[3]  # files.FORMAT
@@ -75,11 +77,18 @@ class Recipe(Strict):
     provenance: dict[str, Any]
     mask: MaskRecipe | None = None
     trained_on: tuple[TrainedRecipe, ...] | None = None
+    sha256: str | None = None
 
 
 def recipe_sha256(path: Path) -> str:
     """The hash of a `recipe.json`, by which a file says of which network it was made."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides what a recipe's network gives and what that is called: all but `provenance`."""
+    said = {name: value for name, value in recipe.items() if name not in ("provenance", "sha256")}
+    return hashlib.sha256(canonical(said)).hexdigest()
 
 
 def read_recipe(path: Path) -> Recipe:

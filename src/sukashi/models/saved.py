@@ -27,6 +27,7 @@ from sukashi.models.recipe import (
     MaskRecipe,
     Recipe,
     TrainedRecipe,
+    digest,
     read_recipe,
 )
 from sukashi.models.specs import build, prepare
@@ -81,6 +82,12 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
         crop=(published.shorter or min(published.height, published.width)) / min(published.height, published.width),
     )
     probe(loaded, noise(loaded.preprocess))
+    # Last: what cannot be is refused with a reason of its own, this is left for what could.
+    if recipe.sha256 not in (None, digest(recipe.model_dump())):
+        raise ModelError(
+            f"{folder / RECIPE} is not as it was written, its hash is another; what it says of classes, preprocessing "
+            "or cuts may be wrong: restore the folder"
+        )
     return loaded
 
 
@@ -133,7 +140,8 @@ def contents(loaded: Loaded, provenance: Mapping[str, Any]) -> dict[str, bytes]:
         if loaded.trained_on is None
         else tuple(TrainedRecipe(**one._asdict()) for one in loaded.trained_on),
     )
-    return files | {RECIPE: json.dumps(recipe.model_dump(), allow_nan=False).encode()}
+    whole = recipe.model_dump()
+    return files | {RECIPE: json.dumps(whole | {"sha256": digest(whole)}, allow_nan=False).encode()}
 
 
 def save(folder: str | Path, loaded: Loaded, *, provenance: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sukashi.core.errors import ModelError, UsageError, nearest
 from sukashi.core.types import Mask, Member, Site
+from sukashi.network.exclude import remedy_of
 
 
 @contextmanager
@@ -57,19 +58,29 @@ def ablated(
                     f"two gates act on one position of layer {name!r}, axis {axis}: give one of both sites"
                 )
     reached: set[str] = set()
+    mixed: dict[str, str] = {}
 
     def start(module: nn.Module, args: tuple[Any, ...]) -> None:
         reached.clear()
+        mixed.clear()
+
+    def gated(place: tuple[str, str, int], x: Any) -> Any:
+        name, _, axis = place
+        reached.add(name)
+        n_rows = max(part.gate.shape[0] if part.gate.dim() == 2 else 1 for part in places[place])
+        if isinstance(x, Tensor) and n_rows not in (1, len(x)):
+            mixed[name] = f"{len(x)} rows for {n_rows} images"
+            return x  # `finish` refuses, once all such layers are known
+        return _gated(name, axis, places[place], x)
 
     def read(name: str, axis: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        reached.add(name)
-        return _gated(name, axis, places[name, "in", axis], _read(name, args)), *args[1:]
+        return gated((name, "in", axis), _read(name, args)), *args[1:]
 
-    def write(name: str, axis: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        reached.add(name)
-        return _gated(name, axis, places[name, "out", axis], output)
+    def write(name: str, axis: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return gated((name, "out", axis), output)
 
     def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _refuse_mixed(mixed, [*gates])
         for name, _, _ in places:
             if name not in reached:
                 raise ModelError(
@@ -143,12 +154,14 @@ def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, lis
             holders[place.module, place.side][place.axis].append((site, slot))
     n_calls: Counter[tuple[str, str]] = Counter()
     versions: dict[str, tuple[Tensor, int]] = {}
+    mixed: dict[str, str] = {}
     n_rows = 0
 
     def start(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal n_rows
         n_calls.clear()
         versions.clear()
+        mixed.clear()
         n_rows = len(args[0])
         seen.update({site: [torch.empty(0)] * len(_places(site)) for site in sites})
 
@@ -165,28 +178,33 @@ def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, lis
             x = x.movedim(1, axis)
         return x
 
-    def check(name: str, x: Any) -> None:
-        if not isinstance(x, Tensor) or len(x) != n_rows:
-            what = f"{len(x)} rows for {n_rows} images" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ModelError(f"layer {name!r} holds {what}: single images cannot be told apart there")
+    def is_apart(name: str, x: Any) -> bool:
+        if isinstance(x, Tensor) and len(x) == n_rows:
+            return True
+        # `finish` refuses, once all such layers are known.
+        mixed[name] = f"{len(x)} rows for {n_rows} images" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        return False
 
     def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = _read(name, args)
-        check(name, x)
+        if not is_apart(name, x):
+            return args
         # A view is a node of its own in the graph and takes no memory; `finish` sees whether it was overwritten.
         kept = keep((name, "in"), x.view_as(x))
         versions[name] = (kept, kept._version)
         # A layer that works in place may do so on a copy; and so may the first, for images are small.
         return kept.clone() if not name or getattr(module, "inplace", False) else kept, *args[1:]
 
-    def write(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        check(name, output)
+    def write(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not is_apart(name, output):
+            return output
         # The next layer gets a copy, for it may work in place; so may others on an input that is given on.
         if output.untyped_storage().data_ptr() == _read(name, args).untyped_storage().data_ptr():
             output = output.clone()
         return keep((name, "out"), output).clone()
 
     def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _refuse_mixed(mixed, sites)
         for place in holders:
             if n_calls[place] != 1:
                 raise ModelError(
@@ -385,6 +403,16 @@ def _fills(site: Site, members: Sequence[Member], fill: float | Mapping[Site, Te
         yield from (None for _ in counts)
 
 
+def _refuse_mixed(mixed: Mapping[str, str], sites: Sequence[Site]) -> None:
+    """Refuse layers that hold images in other rows than the network is given, {layer: what it holds}."""
+    if mixed:
+        layer, what = next(iter(mixed.items()))
+        refused = [site for site in sites if any(place.module in mixed for place in _places(site))]
+        raise ModelError(
+            f"layer {layer!r} holds {what}: single images cannot be told apart there: {remedy_of(refused, sites)}"
+        )
+
+
 def _check_axis(name: str, axis: int, x: Tensor) -> None:
     if not -x.dim() <= axis < x.dim():
         raise ModelError(f"layer {name!r} holds a tensor of shape {tuple(x.shape)}, which has no axis {axis}")
@@ -395,8 +423,6 @@ def _gated(name: str, axis: int, parts: Sequence[_Part], x: Any) -> Tensor:
         raise ModelError(f"layer {name!r} holds a {type(x).__name__}, which no mask fits: leave its site out")
     _check_axis(name, axis, x)
     n_rows = max(part.gate.shape[0] if part.gate.dim() == 2 else 1 for part in parts)
-    if n_rows not in (1, len(x)):
-        raise ModelError(f"{name!r} reads {len(x)} rows for {n_rows} images: gates for single images do not fit there")
     size = x.shape[axis]
     highest = max(int(part.positions.max()) for part in parts)
     if highest >= size:

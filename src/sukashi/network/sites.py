@@ -19,6 +19,7 @@ from sukashi.core.errors import ModelError, ResourceError, UsageError, brief, ne
 from sukashi.core.types import Kind, Mask, Member, Site
 from sukashi.network import coupling, hooks, insert, surgery
 from sukashi.network.canonical import answer, evaluating, is_compound
+from sukashi.network.exclude import matching, remedy
 from sukashi.network.layers import MAKERS, AttentionCore
 
 # Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
@@ -126,29 +127,39 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> tuple[Site, ...]
 
     Biases and normalisation layers are left out, as Suwal et al. 2025, sec. 3.1, do.
 
-    Raises ModelError for a layer to exclude that there is not, where none is left, and for a layer that shares its
-    weight with another, computes it, or does not put it to its plain use (a transposed convolution, one that
-    standardises its weight): there a zero would not be what a mask takes it for.
+    Raises ModelError for a name or pattern to exclude (see `exclude.matching`) of no such layer, where none is left,
+    and for a layer that shares its weight with another, computes it, or does not put it to its plain use (a transposed
+    convolution, one that standardises its weight): there a zero would not be what a mask takes it for.
     """
     layers = {name: module for name, module in insert.layers(model).items() if isinstance(module, MAKERS)}
+    gone: set[str] = set()
     for name in exclude:
-        if name not in layers:
+        named = matching(name, layers)
+        if not named:
             raise ModelError(f"no convolution or linear layer {name!r} to exclude{nearest(name, layers)}")
-    shared = _shared(model)
-    for name in [name for name in layers if name in exclude]:
-        del layers[name]
-    for name, module in layers.items():
-        if name in shared:
-            raise ModelError(f"layer {name!r} shares its weights with another: exclude both")
-        plain = type(module).forward in _PLAIN or is_compound(module)
-        if not plain or "weight" not in module._parameters:
-            raise ModelError(
-                f"layer {name!r}, a {type(module).__name__}, does something of its own with its weight or its input, "
-                "so a weight of zero may not be a connection less: exclude it"
-            )
+        gone.update(named)
+    layers = {name: module for name, module in layers.items() if name not in gone}
+    twice = _shared(model)
+    if shared := [name for name in layers if name in twice]:
+        raise ModelError(f"layer {shared[0]!r} shares its weights with another: {_remedy(shared, layers)}")
+    own = [name for name, module in layers.items() if not _is_plain(module)]
+    if own:
+        raise ModelError(
+            f"layer {own[0]!r}, a {type(layers[own[0]]).__name__}, does something of its own with its weight or its "
+            f"input, so a weight of zero may not be a connection less: {_remedy(own, layers)}"
+        )
     if not layers:
         raise ModelError("no convolution or linear layer is left whose weights could be removed: exclude fewer")
     return tuple(Site(name, "weight", module.weight.numel(), 0) for name, module in layers.items())
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether each entry of a layer's weight is a connection, and nothing computes it."""
+    return (type(layer).forward in _PLAIN or is_compound(layer)) and "weight" in layer._parameters
+
+
+def _remedy(refused: Sequence[str], layers: Collection[str]) -> str:
+    return remedy(refused, (name for name in layers if name not in refused))
 
 
 @dataclass(frozen=True)
@@ -216,17 +227,20 @@ def find(model: nn.Module, example: Tensor) -> Found:
 
 
 def without(found: Found, exclude: Collection[str]) -> Found:
-    """The same without the sites of some layers, each named by any layer that makes the site's units.
+    """The same without the sites of some layers, each named by any layer that makes the site's units, or by a pattern.
 
-    Raises UsageError for a layer that makes units of no site, and where none is left.
+    Raises UsageError for a name or pattern (see `exclude.matching`) of no layer that makes a site's units, and where no
+    site is left.
     """
     makers = {member.module: site for site in found.sites for member in site.producers}
+    gone = set()
     for name in exclude:
-        if name in found.refused:
-            raise UsageError(f"nothing of layer {name!r} would be cut ({found.refused[name]}): take it out of exclude")
-        if name not in makers:
+        named = matching(name, makers)
+        if not named and (idle := matching(name, found.refused)):
+            raise UsageError(f"nothing of layer {idle[0]!r} would be cut ({found.refused[idle[0]]}): do not exclude it")
+        if not named:
             raise UsageError(f"no site has a layer {name!r} to exclude{nearest(name, makers)}")
-    gone = {makers[name] for name in exclude}
+        gone |= {makers[layer] for layer in named}
     if len(gone) == len(found.sites):
         raise UsageError("no site is left: exclude fewer layers")
     left = {member.module: "it is excluded" for site in gone for member in site.producers}

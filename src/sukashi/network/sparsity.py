@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sukashi.core.errors import ModelError, ResourceError, UsageError
 from sukashi.core.schema import check_ratio
 from sukashi.core.types import Mask, Scores, Site
+from sukashi.network.exclude import remedy
 
 SCOPES = ("global", "layer", "row")
 
@@ -41,13 +42,12 @@ def check_shapes(scope: str, shapes: Mapping[str, Sequence[int]]) -> None:
     if scope in SCOPES:
         return
     _, m = _pattern(scope)
-    for layer, shape in shapes.items():
-        n_inputs = math.prod(shape[1:])
-        if n_inputs % m:
-            raise UsageError(
-                f"layer {layer!r} reads {n_inputs} inputs, which scope {scope} cannot group by {m}: exclude it "
-                f"(--exclude {layer})"
-            )
+    n_inputs = {layer: math.prod(shape[1:]) for layer, shape in shapes.items()}
+    if odd := [layer for layer, n in n_inputs.items() if n % m]:
+        raise UsageError(
+            f"layer {odd[0]!r} reads {n_inputs[odd[0]]} inputs, which scope {scope} cannot group by {m}: "
+            f"{remedy(odd, (layer for layer in shapes if layer not in odd))}"
+        )
 
 
 def mask_of(scores: Scores, ratio: float, scope: str = "global", *, within: Mask | None = None) -> Mask:

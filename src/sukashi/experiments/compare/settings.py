@@ -19,7 +19,7 @@ class Contest(Settings):
     sampling: list[str] = option(
         ["random"], joined=True, help="Calibration images: random, confidence, clustering or several of them."
     )
-    exclude: list[str] = option([], help="A layer whose site is left alone, by name.")
+    exclude: list[str] = option([], help="Layers whose sites are left alone, by name or pattern as 'blocks.*.fc1'.")
     mode: Literal["cut", "zero"] = option(
         "cut", help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units."
     )

@@ -80,7 +80,11 @@ class Prune(Reading):
         help="Set single weights to zero instead, the lowest of: global (all), layer, row (one output's), or N:M "
         "(N of M inputs stay, as 2:4). Nothing gets smaller or faster.",
     )
-    exclude: list[str] = option([], help="A layer to leave alone: its weights, or the site that it makes the units of.")
+    exclude: list[str] = option(
+        [],
+        help="Layers to leave alone, by name or pattern as 'blocks.*.fc1': their weights, or the sites that they make "
+        "the units of.",
+    )
     sequential: bool = option(False, help="With a scope: layer by layer, those before it already pruned.")
     seed: int = option(0, ge=0, le=MAX_SEED, help="Draws calibration images and random scores.")
     sampling: str = option("random", help="Calibration images: random, confidence or clustering.")

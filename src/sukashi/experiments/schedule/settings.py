@@ -35,7 +35,11 @@ class Levels(Settings):
         help="Remove single weights, the lowest of all (global), of a layer, of a row, or N of M such as 2:4. Without "
         "it units are cut.",
     )
-    exclude: list[str] = option([], help="A layer to leave alone: its weights, or the site that it makes the units of.")
+    exclude: list[str] = option(
+        [],
+        help="Layers to leave alone, by name or pattern as 'blocks.*.fc1': their weights, or the sites that they make "
+        "the units of.",
+    )
     round_to: int = option(8, ge=1, help="Without a scope: each site keeps a multiple of this many units.")
     seeds: int = option(
         1, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0; each trains a dense network and all levels."

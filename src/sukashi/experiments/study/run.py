@@ -24,8 +24,11 @@ def prepare(settings: Study) -> Prepared:
     trials: list[Trial] = []
     # Absolute: a model's name is part of what a folder is for, wherever the study is run from.
     home = str(Path(settings.out).resolve())
+    owned = {name: settings_of(asked, home, name) for name, asked in settings.experiments.items()}
+    for own in owned.values():
+        Workspace(own.out).check_place(room_of(own))  # of all, before the first model is loaded
     for name, asked in settings.experiments.items():
-        own = settings_of(asked, home, name)
+        own = owned[name]
         about: dict[str, Any] = {"name": name, "kind": asked["kind"]}
         needs: tuple[str, ...] = ()
         if OUT.search(str(asked)):
