@@ -55,7 +55,7 @@ class Recipe(Strict):
     that has one; `provenance` is for readers.
     """
 
-    format: Literal[3]  # files.FORMAT
+    format: Literal[4]  # files.FORMAT
     model: ArchitectureRecipe
     preprocess: InputRecipe
     n_classes: int

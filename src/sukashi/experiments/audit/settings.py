@@ -26,14 +26,14 @@ class Audit(Opening):
         None,
         joined=True,
         default="saliency,integrated_gradients; for transformers chefer too",
-        help="Names, see `sukashi list attributions`.",
+        help="Names, see `sukashi list attributions`, or package.module:function of your own.",
     )
     measures: list[str] | None = option(
         None,
         joined=True,
         default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, where the "
         "data know where the evidence is localisation too",
-        help="Names, see `sukashi list measures`.",
+        help="Names, see `sukashi list measures`, or package.module:function of your own.",
     )
     population: str = option(
         "both", help="Images looked at: both (reference and model get them right), reference (it does) or all."

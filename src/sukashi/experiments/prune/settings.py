@@ -13,7 +13,7 @@ class Prune(Reading):
 
     kind: ClassVar[str] = "prune"
 
-    criterion: str = option(help="A name, see `sukashi list criteria`.")
+    criterion: str = option(help="A name, see `sukashi list criteria`, or package.module:function of your own.")
     ratio: Ratio = option(help="Fraction to remove of units, or with a scope of weights; in [0, 1).")
     out: str = option(path=True, decides=False, help="Folder for the cut model; an interrupted prune is resumed.")
     mode: Literal["cut", "zero"] = option(

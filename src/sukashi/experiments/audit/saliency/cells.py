@@ -17,6 +17,7 @@ from torch import Tensor
 from sukashi.attributions import attributions as explainers
 from sukashi.attributions.maps import Channels, saliency_map
 from sukashi.core import progress
+from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError
 from sukashi.core.experiment import Trial
 from sukashi.core.types import Batch, Maps, pass_size
@@ -124,7 +125,7 @@ class Auditor:
         self.networks, self.measures, self.options, self.seed = networks, measures, options, seed
         self._kept: dict[str, Tensor] = {}
         self.reference = networks[0]
-        self.compares = any("reference_maps" in registry[name].inputs for name in measures)
+        self.similarities = [name for name in measures if "reference_maps" in registry[name].inputs]
         # Of all images: which of them are audited may differ from model to model.
         self.rows = np.unique(np.concatenate([network.rows for network in networks]))
         self.truth: dict[str, Tensor] = {}
@@ -179,12 +180,17 @@ class Auditor:
             "data": self.reference.setting.data.sha256,
             "images": [network.batch.image_id[row] for row in self.rows_of(network)],
             "seed": self.seed,
+            "code": {
+                "maps": code_of(saliency_map),
+                **{method.name: method.code for method in (explainers[name], *(registry[of] for of in self.measures))},
+            },
         }
 
     def _run(self, network: Network, name: str, desk: Desk) -> None:
         with progress.task("images", len(self.rows_of(network))) as shown:
             desk.save("cell", self._cell(network, name, shown))
-        desk.finish({})
+        better = {name: registry[name].facts["better"] for name in self.measures}
+        desk.finish({"better": better, "similarities": self.similarities})
 
     @cached_property
     def _rounded(self) -> Network:
@@ -209,7 +215,7 @@ class Auditor:
             maps, beside = known, known
             if network is not self.reference:
                 maps = self._maps(network, name, part)
-            elif self.compares:
+            elif self.similarities:
                 beside = self._maps(self._rounded, name, part)
             for column, found in self._measure(network, part, maps, beside).items():
                 values.setdefault(column, []).append(found.cpu())

@@ -13,7 +13,6 @@ from sukashi.core import stats
 from sukashi.experiments.audit.networks import FEW, Answers
 from sukashi.experiments.audit.saliency.values import Array, Cell, Cells, curves_table, values_table
 from sukashi.experiments.workspace import Record
-from sukashi.measures import measures as registry
 from sukashi.report import words
 
 CERTAIN = 0.05  # corrected p-values below are changes
@@ -100,9 +99,9 @@ def cells_of(records: Sequence[Record]) -> Cells:
 def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Each model against the reference by each attribution and measure, on the images for which both have a value.
 
-    {"model", "attribution", "measure", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm", "size",
-    "changed", "said"}: means over the images, their mean difference with a 95 % bootstrap interval, the p-value of the
-    paired t test before and after Holm's correction over all rows, the difference in standard deviations of the
+    {"model", "attribution", "measure", "better", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm",
+    "size", "changed", "said"}: means over the images, their mean difference with a 95 % bootstrap interval, the p-value
+    of the paired t test before and after Holm's correction over all rows, the difference in standard deviations of the
     reference's values, and in words. Where all images differ by the same, t has no value and p is that of the signs.
     A row of fewer than FEW images has not `changed`, whatever its p-value.
     """
@@ -114,7 +113,7 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
             cell = cells[name, network.label]
             at = _places(of_reference.image_ids, cell.image_ids)
             for measure in of_reference.values:
-                if _is_similarity(measure):
+                if cell.is_similarity(measure):
                     continue  # has no value of its own for each model: see `alike`
                 a, b = cell.values[measure], of_reference.values[measure][at]
                 both = np.isfinite(a) & np.isfinite(b)
@@ -129,6 +128,7 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
                         "model": network.label,
                         "attribution": name,
                         "measure": measure,
+                        "better": cell.better[measure.partition("/")[0]],
                         "reference": float(b.mean()),
                         "mean": float(a.mean()),
                         "p": p if p is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0,
@@ -153,10 +153,9 @@ def said(row: Mapping[str, Any]) -> str:
         alone = " once corrected" if low > 0 or high < 0 else ""
         return f"no detectable change{alone} in {row['n']} images [{_short(low)}, {_short(high)}]"
     measure, _, part = row["measure"].partition("/")
-    method = registry[measure]
     words = WORDS.get(row["measure"]) or WORDS.get(measure, (f"better by {measure}", f"worse by {measure}"))
     rise = row["difference"] > 0
-    word = words[rise != (method.facts["better"] == "higher")].format(part)
+    word = words[rise != (row["better"] == "higher")].format(part)
     low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
     of_confidence = "" if _is_told(row["measure"]) else ", which moves with confidence"
     return f"{word} by {_short(abs(row['difference']))} [{_short(low)}, {_short(high)}]{of_confidence}"
@@ -337,7 +336,7 @@ def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: 
         for name in names
         for network in answers
         for measure, values in cells[name, network.label].values.items()
-        if _is_similarity(measure) and np.isfinite(values).any()
+        if cells[name, network.label].is_similarity(measure) and np.isfinite(values).any()
     }
     return [
         {"model": label, "attribution": name, "measure": measure} | bounds
@@ -383,9 +382,9 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
             if network.guesses:
                 continue
             cell = cells[name, network.label]
-            measure = next(filter(_is_similarity, cell.values), next(iter(cell.values)))
+            measure = next(filter(cell.is_similarity, cell.values), next(iter(cell.values)))
             values, change = cell.values[measure], -cell.values[measure]
-            if not _is_similarity(measure):
+            if not cell.is_similarity(measure):
                 values = values - of_reference.values[measure][_places(of_reference.image_ids, cell.image_ids)]
                 change = np.abs(values)
             some = np.flatnonzero(np.isfinite(values))
@@ -400,11 +399,6 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
             class_name = answers[0].class_names[target[image_id]]
             found.append(about | {"target": class_name, "measure": measure, "value": value})
     return found
-
-
-def _is_similarity(measure: str) -> bool:
-    name = measure.partition("/")[0]
-    return "reference_maps" in registry[name].inputs
 
 
 def _places(of: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
