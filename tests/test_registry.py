@@ -112,7 +112,7 @@ def test_an_option_says_whether_it_decides_results():
 
 
 def test_a_key_is_the_functions_name_and_is_taken_once(spices):
-    with pytest.raises(UsageError, match="spice 'sugar' is a function called 'honey': .* call both the same"):
+    with pytest.raises(UsageError, match=r"spice 'sugar' is a function called 'honey': .* call both the same"):
 
         @spices.register("sugar", source="")
         def honey(food): ...

@@ -36,7 +36,7 @@ def named(settings: Kind) -> Kind:
             changed[field] = names[given] if isinstance(given, str) else [names[name] for name in given]
     options = getattr(settings, "options", {})
     if not hasattr(settings, "criterion"):
-        called = [names.get(name, name) for name in options]
+        called = [names.get(name, name.rpartition(":")[2]) for name in options]
         for name in called:
             if called.count(name) > 1:
                 raise UsageError(f"options of {name} were given under two names: give them once")

@@ -395,7 +395,8 @@ class Workspace:
 def versions_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Those by which trials were done: {"trials": how many, package: its version}, most trials first."""
     found = Counter(files.canonical(record.versions) for record in records)
-    return [{"trials": n, **from_json(of)} for of, n in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
+    parted = [(n, from_json(of)) for of, n in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
+    return [{"trials": n, **{name: of.get(name) for name in versions()}} for n, of in parted]
 
 
 def _nothing(desk: Desk) -> None:
