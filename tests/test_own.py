@@ -218,7 +218,7 @@ def test_the_working_directory_comes_after_what_is_installed(alone):
 @pytest.mark.parametrize(
     ("source", "asked", "words"),
     [
-        ("last = 3", "mine:last", "mine:last is a int, and a criterion is a function"),
+        ("last = 3", "mine:last", "mine:last is of type int, and a criterion is a function"),
         (
             "def last(model, x): ...",
             "mine:last",
@@ -255,7 +255,7 @@ def test_what_is_no_criterion_is_refused_before_anything_is_loaded(mine, source,
 @pytest.mark.parametrize(
     ("gives", "words"),
     [
-        ("{}", r"last returned a dict, and a criterion returns Scores\(.*'last'\) or a Plan"),
+        ("{}", r"last returned a value of type dict, and a criterion returns Scores\(.*'last'\) or a Plan"),
         ("Scores({}, 0, 'last')", "last says nothing of site 'conv1'"),
         (
             "Scores({s: [1.0] * s.n_units for s in sites}, 0, 'last')",
@@ -281,7 +281,7 @@ def test_what_attributions_and_measures_may_not_return_is_refused_in_words(mine)
         UsageError, match=r"what flat gives at 'the input' is \(\), and must be a tensor \(images, units"
     ):
         sukashi.attribute(NET, x, torch.zeros(2, dtype=torch.long), "mine:flat")
-    with pytest.raises(UsageError, match="one returned a float, and a measure returns Measurement"):
+    with pytest.raises(UsageError, match="one returned a value of type float, and a measure returns Measurement"):
         sukashi.audit([NET, NET], "digits", width=8, test_images=20, population="all", measures=["mine:one"])
 
 
@@ -494,9 +494,11 @@ def test_a_function_of_a_notebook_is_what_it_runs_and_reads():
         assert cell(CELL.replace(old, new), shift=torch.ones(2)) != before, new
     assert cell(CELL, shift=torch.zeros(2)) != before
     assert cell(CELL, shift=1.5) != cell(CELL, shift=2.5)
+    assert cell(CELL, shift=torch.abs) == cell(CELL, shift=torch.abs) != cell(CELL, shift=torch.exp)
     assert cell(CELL.replace("def f", "@torch.no_grad()\ndef f"), shift=1.5) != cell(CELL, shift=1.5)
     with pytest.raises(
-        UsageError, match=r"f reads a object of its session, of which nobody can tell .* make it an option"
+        UsageError,
+        match=r"f reads a value of type object of its session, of which nobody can tell .* make it an option",
     ):
         cell(CELL, shift=object())
 

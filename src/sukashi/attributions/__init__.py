@@ -19,7 +19,9 @@ from sukashi.core.registry import Registry, fill
 def _explains_every_unit(name: str, found: Any, given: Mapping[str, Any]) -> None:
     """Refuse what is no tensor (B, U, positions...) for each site that an attribution was given."""
     if not isinstance(found, Mapping):
-        raise UsageError(f"{name} returned a {type(found).__name__}, and an attribution returns {{site: a tensor}}")
+        raise UsageError(
+            f"{name} returned a value of type {type(found).__name__}, and an attribution returns {{site: a tensor}}"
+        )
     for site in given["sites"]:
         values = found.get(site)
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

@@ -21,6 +21,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ PACKAGES = ("sukashi", "torch", "torchvision", "timm", "numpy")
 # They speak, count and look up, and decide no number.
 _IDLE = {"sukashi", *(f"sukashi.core.{name}" for name in ("code", "errors", "imported", "progress", "registry"))}
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice, BuiltinFunctionType)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice)
 
 
 def versions() -> dict[str, str]:
@@ -64,7 +65,9 @@ def _home(function: Any) -> str:
 
 @dataclass(frozen=True)
 class _Source:
-    """A module as it was imported: its `spec`, which a reload makes anew, the hash of its tree, what it imports."""
+    """A module as it was imported: its `spec`, which a reload makes anew, the hash of its tree, and what of its own it
+    imports.
+    """
 
     spec: Any
     digest: str
@@ -80,13 +83,13 @@ def sources(name: str) -> dict[str, str]:
     A module is read when it is first asked for, and again once it was reloaded: what runs is what was read then.
     """
     found: dict[str, str] = {}
-    near, waiting = _near(name), [name]
+    waiting = [name]
     while waiting:
         module = waiting.pop()
         source = None if module in found or module in _IDLE else _read(module)
         if source is not None:
             found[module] = source.digest
-            waiting += [other for other in source.imports if near(other)]
+            waiting += source.imports
     return found
 
 
@@ -101,8 +104,8 @@ def _read(name: str) -> _Source | None:
             tree = ast.parse(Path(spec.origin).read_bytes())
         except (OSError, SyntaxError, ValueError) as error:
             raise UsageError(f"{spec.origin} can't be read any more ({brief(error)}): import it again") from error
-        package = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
-        imports = tuple(dict.fromkeys(_imports(tree, package)))
+        package, near = name if spec.submodule_search_locations is not None else name.rpartition(".")[0], _near(name)
+        imports = tuple(other for other in dict.fromkeys(_imports(tree, package)) if near(other) and _spec(other))
         known = _Source(spec, hashlib.sha256(ast.unparse(_bare(tree)).encode()).hexdigest()[:16], imports)
         # Before it is imported it may have another spec by then.
         if name in sys.modules:
@@ -144,13 +147,17 @@ def _near(name: str) -> Callable[[str], bool]:
     """Whether a module is sukashi's, of the same package, or lies in the same folder, if that is no library."""
     top = name.partition(".")[0]
     folder = _folder(top)
-    apart = folder is None or folder in _LIBRARIES or folder.name in ("site-packages", "dist-packages")
+    apart = _is_library(folder)
 
-    def near(other: str) -> bool:
-        of = other.partition(".")[0]
+    @cache
+    def near(of: str) -> bool:
         return of in ("sukashi", top) or (not apart and of != "__main__" and _folder(of) == folder)
 
-    return near
+    return lambda other: near(other.partition(".")[0])
+
+
+def _is_library(folder: Path | None) -> bool:
+    return folder is None or folder in _LIBRARIES or folder.name in ("site-packages", "dist-packages")
 
 
 def _folder(top: str) -> Path | None:
@@ -174,13 +181,17 @@ def _told(value: Any, name: str, seen: set[int]) -> Any:
         case _ if isinstance(value, _PLAIN) or _is_dtype(value):
             return repr(value)
         case ModuleType():
-            return sources(value.__name__) if _read(value.__name__) and _is_own(value.__name__) else value.__name__
+            return _own_sources(value.__name__)
+        case BuiltinFunctionType():
+            of = value.__self__
+            bound = None if of is None or isinstance(of, ModuleType | type) else _told(of, name, seen)
+            return [value.__module__, value.__qualname__, bound]
         case FunctionType() | type():
             found = [value.__qualname__]
             if wrapped is not None:
                 found.append(_told(wrapped, name, seen))
             if (home := _home(value)) != "__main__":
-                return [*found, sources(home) if _read(home) and _is_own(home) else home]
+                return [*found, _own_sources(home)]
             seen = seen | {id(value)}
             return [*found, _function(value, name, seen) if isinstance(value, FunctionType) else _class(value, seen)]
         case Mapping():
@@ -194,16 +205,16 @@ def _told(value: Any, name: str, seen: set[int]) -> Any:
             return [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
     kind = type(value).__name__
     raise UsageError(
-        f"{name} reads a {kind} of its session, of which nobody can tell whether it has changed since the last call: "
-        "make it an option, or put the function into a file and give FILE:FUNCTION"
+        f"{name} reads a value of type {kind} of its session, of which nobody can tell whether it has changed "
+        "since the last call: make it an option, or put the function into a file and give FILE:FUNCTION"
     )
 
 
-def _is_own(module: str) -> bool:
-    """Whether a module is followed into from a notebook: sukashi's, or of no library."""
-    folder = _folder(module.partition(".")[0])
-    apart = folder is None or folder in _LIBRARIES or folder.name in ("site-packages", "dist-packages")
-    return module.partition(".")[0] == "sukashi" or not apart
+def _own_sources(module: str) -> Any:
+    """Those of a module that a notebook reads; of a library's its name."""
+    top = module.partition(".")[0]
+    followed = top == "sukashi" or not _is_library(_folder(top))
+    return sources(module) if followed and _read(module) else module
 
 
 def _is_dtype(value: Any) -> bool:

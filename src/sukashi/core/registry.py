@@ -272,7 +272,7 @@ class Registry:
     def _of(self, found: Any, said: str) -> Method:
         """The method that a function is; one that nobody has registered is registered as it is."""
         if not inspect.isfunction(found):
-            raise UsageError(f"{said} is a {type(found).__name__}, and a {self.noun} is a function")
+            raise UsageError(f"{said} is of type {type(found).__name__}, and a {self.noun} is a function")
         for method in self:
             if inspect.unwrap(method.fn) is inspect.unwrap(found):
                 return method

@@ -21,8 +21,8 @@ def _speaks_of_every_unit(name: str, found: Any, given: Mapping[str, Any]) -> No
     """Refuse what is neither Scores of the sites that a criterion was given nor a Plan of them."""
     if not isinstance(found, Scores | Plan):
         raise UsageError(
-            f"{name} returned a {type(found).__name__}, and a criterion returns Scores({{site: a score each unit}}, "
-            f"number of images, {name!r}) or a Plan"
+            f"{name} returned a value of type {type(found).__name__}, and a criterion returns "
+            f"Scores({{site: a score each unit}}, number of images, {name!r}) or a Plan"
         )
     sites, told = list(given["sites"]), list(found.values if isinstance(found, Scores) else found.sites)
     if set(told) != set(sites):

@@ -20,8 +20,8 @@ def _measures(name: str, found: Any, given: Mapping[str, Any]) -> None:
     for part in parts:
         if not isinstance(part, Measurement):
             raise UsageError(
-                f"{name} returned a {type(part).__name__}, and a measure returns Measurement(a value each image, "
-                "batch.image_id, unit)"
+                f"{name} returned a value of type {type(part).__name__}, and a measure returns "
+                "Measurement(a value each image, batch.image_id, unit)"
             )
 
 
