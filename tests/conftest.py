@@ -1,7 +1,9 @@
 """Fixtures every test file shares."""
 
 import copy
+import importlib
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,3 +131,31 @@ def _mislabelled(digits, preprocess):
     data = digits.train.calibration(8, 0).whole(preprocess, 0).by_class()
     data.target[[0, 8]] = data.target[[8, 0]]
     return data.by_class()
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A working directory of its own, from which modules can be imported; what they register is gone afterwards.
+
+    Called, it forgets them at once, as another process would not know them.
+    """
+    from sukashi.attributions import attributions
+    from sukashi.criteria import criteria
+    from sukashi.measures import measures
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place and place != os.getcwd()])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file is written twice in a second
+    registered = [(table, dict(table)) for of in (attributions, criteria, measures) for table in (of._methods,)]
+
+    def forget():
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+                del sys.modules[name]
+        importlib.invalidate_caches()
+        for table, methods in registered:
+            table.clear()
+            table.update(methods)
+
+    yield forget
+    forget()

@@ -442,9 +442,9 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
 
 def test_a_change_is_said_in_the_sense_of_its_measure():
     said = verdict.said
-    row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20}
+    row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20, "better": "higher"}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
-    assert said({**row, "measure": "deletion"}) == "slower to take probability by .021 [.018, .024]"
+    assert said({**row, "measure": "deletion", "better": "lower"}) == "slower to take probability by .021 [.018, .024]"
     assert said({**row, "measure": "road/probability"}) == (
         "more faithful in probability by .021 [.018, .024], which moves with confidence"
     )

@@ -40,6 +40,16 @@ SAYS_NO = [
 ]
 EXPLAINED = [(name, net) for name in attributions.names() for net in NETS if (name, net) not in SAYS_NO]
 JOURNALED = [method.name for method in criteria if method.keeps_journal]
+
+
+def alone_and_together(said):
+    return f"an image has other values among other images: read no statistics of a batch, sum in float64. {said}"
+
+
+def moved_along(said):
+    return f"scores of weights do not move with them when units change places: score each by what it is. {said}"
+
+
 FIELDS = ("site", "unit", "category", "effect", "p_values")
 
 
@@ -64,11 +74,17 @@ def found_out(outcome):
 
 
 def assert_same_bits(one, other):
-    assert type(one) is type(other)
+    assert type(one) is type(other), "it gives Scores in one run and a Plan in another: return one of them, always"
     one, other = as_plan(one), as_plan(other)
     for field in FIELDS:
-        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
-    assert (one.passes, one.n_images, one.method) == (other.passes, other.n_images, other.method)
+        np.testing.assert_array_equal(
+            getattr(one, field),
+            getattr(other, field),
+            f"the same call gives another `{field}`: nothing may be drawn but by generator=generator, or kept",
+        )
+    assert (one.passes, one.n_images, one.method) == (other.passes, other.n_images, other.method), (
+        "passes, number of images or name differ between two runs: return what the arguments say alone"
+    )
 
 
 class Once(dict):
@@ -101,28 +117,56 @@ def outcomes64(small64):
 @pytest.mark.parametrize(("name", "net"), CASES)
 def test_a_criterion_speaks_of_every_unit_of_the_given_sites(outcomes, small, name, net):
     case, outcome = small[net], outcomes[name, net]
-    assert outcome.method == name
+    assert outcome.method == name, (
+        f"return Scores(..., {name!r}) or Plan.build(..., method={name!r}): by the name it is registered under"
+    )
     if isinstance(outcome, Scores):
-        assert list(outcome.values) == list(case.sites)
+        assert list(outcome.values) == list(case.sites), (
+            "score every site that was given, and in the order given: {site: ... for site in sites}"
+        )
         for site, values in outcome.values.items():
             weights = site.kind == "weight"
-            assert values.shape == (case.model.get_submodule(site.layer).weight.shape if weights else (site.n_units,))
-            assert values.isfinite().all()
-            assert len(values.unique()) > 1, "a constant says nothing"
+            assert values.shape == (
+                case.model.get_submodule(site.layer).weight.shape if weights else (site.n_units,)
+            ), "a score for each unit, (site.n_units,); of kind weight for each weight, in its shape"
+            assert values.isfinite().all(), (
+                "a score is NaN or Inf: look for a division by 0, and say what a unit without a value is worth"
+            )
+            assert len(values.unique()) > 1, (
+                "a constant says nothing: every unit has the same score, so the method measured nothing here"
+            )
     else:
-        assert isinstance(outcome, Plan)
-        assert outcome.sites == tuple(case.sites)
-        assert all(site.members for site in outcome.sites), "a plan's sites can be cut"
-        assert np.isfinite(outcome.effect).all()
-        assert len(np.unique(outcome.effect)) > outcome.n_units / 2
-        assert set(outcome.category.tolist()) <= {"", "detrimental", "neutral", "critical"}
+        assert isinstance(outcome, Plan), f"return Scores or a Plan, not {type(outcome).__name__}"
+        assert outcome.sites == tuple(case.sites), (
+            "a plan is of the sites that were given, in this order: Plan.build(sites, ...)"
+        )
+        assert all(site.members for site in outcome.sites), (
+            "a plan's sites can be cut: give Plan.build the sites as they came, with their members"
+        )
+        assert np.isfinite(outcome.effect).all(), (
+            "an effect is NaN or Inf: give Plan.build an effect of every unit, critical ones too"
+        )
+        assert len(np.unique(outcome.effect)) > outcome.n_units / 2, (
+            "most effects are one number: give Plan.build what each unit does"
+        )
+        assert set(outcome.category.tolist()) <= {"", "detrimental", "neutral", "critical"}, (
+            "a category is detrimental, neutral, critical, or empty"
+        )
         known = outcome.p_values[~np.isnan(outcome.p_values)]
-        assert ((known >= 0) & (known <= 1)).all()
-        assert bool(outcome.passes) == criteria[name].facts.get("progressive", False)
-        assert list(outcome.passes) == sorted(outcome.passes)
-        assert all(0 <= n_removed <= outcome.n_removable for n_removed in outcome.passes)
+        assert ((known >= 0) & (known <= 1)).all(), "a p-value is outside [0, 1]: where there is none it is NaN"
+        assert bool(outcome.passes) == criteria[name].facts.get("progressive", False), (
+            "with progressive=True in register Plan.build is given its passes, without it none"
+        )
+        assert list(outcome.passes) == sorted(outcome.passes), (
+            "passes ascend: they are numbers of units gone after each pass"
+        )
+        assert all(0 <= n_removed <= outcome.n_removable for n_removed in outcome.passes), (
+            "a pass says more units gone than a mask may take: one of each site stays"
+        )
     everything = [(s, u) for s, site in enumerate(case.sites) for u in range(site.n_units)]
-    assert sorted(pairs(as_plan(outcome))) == everything
+    assert sorted(pairs(as_plan(outcome))) == everything, (
+        "a unit is missing or there twice: every unit of every site goes exactly once"
+    )
 
 
 @pytest.mark.parametrize(("name", "net"), REFUSED)
@@ -138,7 +182,9 @@ def test_a_criterion_refuses_sites_of_a_kind_it_does_not_score(small, name, net)
 
 
 def test_single_weights_and_units_have_criteria():
-    assert {net for _, net in CASES} == set(KINDS)
+    assert {net for _, net in CASES} == set(KINDS), (
+        "no criterion is left for one of the networks and kinds of site: see `kinds` in register"
+    )
 
 
 @pytest.mark.parametrize(("name", "net"), [case for case in CASES if case[1] in ("vit", "vit weights")])
@@ -146,8 +192,12 @@ def test_a_criterion_speaks_of_the_given_sites_only(small, name, net):
     case = copy.copy(small[net])
     case.sites = case.sites[1:4:2]
     outcome = run(name, case)
-    assert as_plan(outcome).sites == tuple(case.sites)
-    assert as_plan(outcome).n_units == (32 if net == "vit" else sum(site.n_units for site in case.sites))
+    assert as_plan(outcome).sites == tuple(case.sites), (
+        "a criterion scores the sites it is given and no others: do not look for sites in the model"
+    )
+    assert as_plan(outcome).n_units == (32 if net == "vit" else sum(site.n_units for site in case.sites)), (
+        "units of sites that were not given are scored: loop over `sites`"
+    )
 
 
 @pytest.mark.parametrize(("name", "net"), CASES)
@@ -159,9 +209,13 @@ def test_a_criterion_says_how_many_images_it_used(outcomes, small, name, net):
     if not criteria[name].facts.get("needs_data", True):
         assert outcomes[name, net].n_images == 0, "registered with needs_data=False it returns Scores(values, 0, name)"
     elif criteria[name].options.get("samples") == "correct":
-        assert outcomes[name, net].n_images == n_right
+        assert outcomes[name, net].n_images == n_right, (
+            "of samples=correct: return the number of images that the network gets right, Scores(values, n_right, name)"
+        )
     else:
-        assert outcomes[name, net].n_images == len(case.data)
+        assert outcomes[name, net].n_images == len(case.data), (
+            "return the number of images it looked at: Scores(values, len(data), name)"
+        )
 
 
 @pytest.mark.parametrize(("name", "net"), CASES)
@@ -171,8 +225,12 @@ def test_the_same_seed_gives_the_same_bits_and_no_other_randomness_is_used(outco
     state = torch.get_rng_state()
     again = run(name, small[net])
     assert_same_bits(again, outcomes[name, net])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert np.random.get_state()[1].tolist() == np.random.RandomState(12345).get_state()[1].tolist()
+    assert torch.equal(torch.get_rng_state(), state), (
+        "torch's own random numbers were drawn: draw with generator=generator"
+    )
+    assert np.random.get_state()[1].tolist() == np.random.RandomState(12345).get_state()[1].tolist(), (
+        "NumPy's own random numbers were drawn: draw with torch and generator=generator"
+    )
 
 
 @pytest.mark.parametrize(("name", "net"), CASES)
@@ -190,14 +248,18 @@ def test_a_criterion_leaves_model_and_images_as_found(outcomes, small, name, net
     before = _state(model)
     outcome = run(name, case)
     after = _state(model)
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys(), f"{before.keys() ^ after.keys()} came or went: take out again what you put in"
     for key, (identity, value) in before.items():
-        assert after[key][0] == identity, f"{key} was replaced"
-        assert _equal(after[key][1], value), f"{key} was changed"
-    assert case.data.x is x
-    assert torch.equal(x, kept[0])
-    assert torch.equal(target, kept[1])
-    assert case.data.image_id == kept[2]
+        assert after[key][0] == identity, (
+            f"{key} was replaced: work on copy.deepcopy(model), or put it back in a finally"
+        )
+        assert _equal(after[key][1], value), (
+            f"{key} was changed: work on a copy, take gradients with torch.autograd.grad, let `hooks` hook"
+        )
+    assert case.data.x is x, "data.x was replaced: batches are read, not written"
+    assert torch.equal(x, kept[0]), "the images were changed in place: no x.add_(...), work on x.clone()"
+    assert torch.equal(target, kept[1]), "the targets were changed in place: work on a clone"
+    assert case.data.image_id == kept[2], "the ids of the images were changed: batches are read, not written"
     assert_same_bits(outcome, outcomes[name, net])  # a frozen model is the same model
 
 
@@ -233,12 +295,18 @@ def test_chunks_and_budgets_do_not_matter(outcomes64, small64, monkeypatch, name
     monkeypatch.setitem(Engine.__init__.__kwdefaults__, "chunk", 23)
     method, smaller = criteria[name], {"batch_size": 7, "budget": 0}
     free = method.options.keys() - method.deciding(method.options).keys()
-    assert free == method.options.keys() & smaller.keys()
+    assert free == method.options.keys() & smaller.keys(), (
+        "annotate with BatchSize (or FREE) what bounds memory alone, batch_size and budget, and nothing else"
+    )
     asks = {"cswap", "cbp", "amp", "drift"}
-    assert (as_plan(whole).n_evaluations > 0) == (name in asks), "what it asked the engine is counted"
+    assert (as_plan(whole).n_evaluations > 0) == (name in asks), (
+        "what it asked the engine is counted in Plan.build(n_evaluations=...), 0 for what never asks: see `asks`"
+    )
     parts = run(name, case, **{key: smaller[key] for key in free})
     assert_close(parts, whole)
-    assert as_plan(parts).passes == as_plan(whole).passes
+    assert as_plan(parts).passes == as_plan(whole).passes, (
+        "passes depend on batch_size: decide by sums over all images, in float64"
+    )
 
 
 def assert_close(one, other, renamed=None):
@@ -247,15 +315,19 @@ def assert_close(one, other, renamed=None):
     scale = max(abs(effect) for effect, _ in other.values())
     for pair, (effect, category) in one.items():
         expected, expected_category = other[renamed(*pair) if renamed else pair]
-        assert effect == pytest.approx(expected, rel=1e-9, abs=1e-11 * scale)
-        assert category == expected_category
+        assert effect == pytest.approx(expected, rel=1e-9, abs=1e-11 * scale), (
+            f"{pair}: another effect by another batch size or order of units: sum in float64 over all images"
+        )
+        assert category == expected_category, (
+            f"{pair}: another category by another batch size or order of units: break no tie by place"
+        )
 
 
 @pytest.mark.parametrize(("name", "net"), [(name, net) for name, net in CASES if name != "random" and net in NETS])
 def test_permuting_units_permutes_what_is_found_out_about_them(outcomes64, small64, name, net):
     case = copy.copy(small64[net])
     case.model, orders = permuted(case.model, case.sites, torch.Generator().manual_seed(1))
-    assert any(order != sorted(order) for order in orders)
+    assert any(order != sorted(order) for order in orders), "the case must put some unit in another place"
     with torch.no_grad():
         torch.testing.assert_close(case.model(case.data.x), small64[net].model(case.data.x))
     assert_close(run(name, case), outcomes64[name, net], lambda position, unit: (position, orders[position][unit]))
@@ -270,9 +342,11 @@ def test_permuting_units_permutes_what_is_found_out_about_weights(small64, name,
         expected.get_submodule(site.layer).weight.data.copy_(values)
     expected, _ = permuted(expected, units, torch.Generator().manual_seed(1))
     case.model, orders = permuted(case.model, units, torch.Generator().manual_seed(1))
-    assert any(order != sorted(order) for order in orders)
+    assert any(order != sorted(order) for order in orders), "the case must put some unit in another place"
     for site, values in run(name, case).values.items():
-        torch.testing.assert_close(values, expected.get_submodule(site.layer).weight.data, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            values, expected.get_submodule(site.layer).weight.data, rtol=1e-9, atol=1e-12, msg=moved_along
+        )
 
 
 def permuted(model, sites, generator):
@@ -309,15 +383,21 @@ def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
         return not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("unit", "effect"))
 
     for option, values in choices.items():
-        assert method.options[option] in values
+        assert method.options[option] in values, (
+            f"the default of {option} is none of its choices: put it into its Literal"
+        )
         # An option may matter beside one choice of another only.
         besides = [{}, *({other: value} for other in choices if other != option for value in choices[other])]
         for value in values:
             method.check_options({option: value})
             if value == method.options[option]:
-                assert not changes({option: value}, {}), f"{option} has another default"
+                assert not changes({option: value}, {}), (
+                    f"{option} has another default: what its default does and what is done without it differ"
+                )
             else:
-                assert any(changes({option: value}, beside) for beside in besides), f"{option}={value} changes nothing"
+                assert any(changes({option: value}, beside) for beside in besides), (
+                    f"{option}={value} changes nothing beside any other choice: read it, or take it out"
+                )
 
 
 @pytest.mark.parametrize("name", JOURNALED)
@@ -327,11 +407,13 @@ def test_a_method_goes_on_from_any_prefix_of_its_journal(outcomes, small, monkey
     journal = {}
     assert_same_bits(run(name, case, _journal=journal), whole)
     lines = json.loads(json.dumps(list(journal.items())))
-    assert len(lines) >= len(case.sites)
+    assert len(lines) >= len(case.sites), "write each decision down: _journal[key] = value, at least one a site"
     for n_lines in range(0, len(lines), -(-len(lines) // 8)):
         resumed = dict(lines[:n_lines])
         assert_same_bits(run(name, case, _journal=resumed), whole)
-        assert json.dumps(resumed) == json.dumps(journal)
+        assert json.dumps(resumed) == json.dumps(journal), (
+            "a resumed run writes another journal: what is in it is taken from it and not decided again"
+        )
     # With all of it nothing is asked again.
     monkeypatch.setattr(Engine, "open", None)
     assert_same_bits(run(name, case, _journal=dict(lines)), whole)
@@ -363,7 +445,9 @@ def test_every_attribution_of_units_is_a_criterion_and_no_other():
     of_units = [
         m.name for m in attributions if {"channel", "hidden", "head"} <= set(m.facts.get("kinds", get_args(Kind)))
     ]
-    assert [name for name in criteria.names() if name in attributions] == of_units
+    assert [name for name in criteria.names() if name in attributions] == of_units, (
+        "an attribution that takes channels is a criterion: leave `kinds` out of register, or name those it can take"
+    )
 
 
 @pytest.mark.parametrize("method", attributions, ids=lambda method: method.name)
@@ -395,17 +479,25 @@ def test_an_attribution_says_something_about_every_position_of_every_unit(explan
     case, found = small64[net], explanations[name, net]
     x = case.data.x[::7]
     sites = sites_of(name, case)
-    assert list(found) == sites
+    assert list(found) == sites, "explain every site that was given, in the order given: {site: ... for site in sites}"
     with torch.no_grad(), hooks.recorded(case.model, sites) as seen:
         case.model(x)
     for site, values in found.items():
-        assert values.shape == hooks.gather(site, seen[site]).shape
-        assert values.shape[:2] == (12, site.n_units)
-        assert (values.dtype, values.device, values.requires_grad) == (x.dtype, x.device, False)
-        assert values.isfinite().all()
-        assert len(values.unique()) > 1, "a constant says nothing"
+        assert values.shape == hooks.gather(site, seen[site]).shape, (
+            "give values in the axes of hooks.gather(site, seen[site]): (images, units, positions...)"
+        )
+        assert values.shape[:2] == (12, site.n_units), "give a row for each image and a column for each unit"
+        assert (values.dtype, values.device, values.requires_grad) == (x.dtype, x.device, False), (
+            "give values detached, in the dtype and on the device of x"
+        )
+        assert values.isfinite().all(), (
+            "a value is NaN or Inf: look for a division by 0, and say what is explained there"
+        )
+        assert len(values.unique()) > 1, "a constant says nothing: every position has the same value"
     signed = any((values < 0).any() for values in found.values())
-    assert signed == attributions[name].facts.get("signed", True)
+    assert signed == attributions[name].facts.get("signed", True), (
+        "register what is never negative with signed=False, and nothing else"
+    )
 
 
 @pytest.mark.parametrize(("name", "net"), EXPLAINED)
@@ -421,22 +513,32 @@ def test_an_attribution_leaves_model_and_images_as_found_and_gives_the_same_bits
     before, state = _state(case.model), torch.get_rng_state()
     found = attributed(name, case)
     after = _state(case.model)
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys(), f"{before.keys() ^ after.keys()} came or went: take out again what you put in"
     for key, (identity, value) in before.items():
-        assert after[key][0] == identity, f"{key} was replaced"
-        assert _equal(after[key][1], value), f"{key} was changed"
-    assert torch.equal(case.data.x, kept[0])
-    assert torch.equal(case.data.target, kept[1])
-    assert not case.data.x.requires_grad
-    assert torch.equal(torch.get_rng_state(), state)
+        assert after[key][0] == identity, f"{key} was replaced: work on a copy, or put it back in a finally"
+        assert _equal(after[key][1], value), (
+            f"{key} was changed: take gradients with torch.autograd.grad, let `hooks` hook"
+        )
+    assert torch.equal(case.data.x, kept[0]), "the images were changed in place: work on x.clone()"
+    assert torch.equal(case.data.target, kept[1]), "the targets were changed in place: work on a clone"
+    assert not case.data.x.requires_grad, (
+        "x was left with requires_grad: ask for gradients of x.detach().requires_grad_()"
+    )
+    assert torch.equal(torch.get_rng_state(), state), (
+        "torch's own random numbers were drawn: draw with a generator of your own, seeded"
+    )
     for site, values in explanations[name, net].items():
-        assert torch.equal(found[site], values)
+        assert torch.equal(found[site], values), (
+            f"another run explains {site.layer!r} by other numbers: nothing may be drawn or kept between calls"
+        )
 
 
 @pytest.mark.parametrize(("name", "net"), EXPLAINED)
 def test_one_pass_over_all_sites_gives_what_a_pass_for_each_gives(explanations, small64, name, net):
     for site, values in explanations[name, net].items():
-        assert torch.equal(attributed(name, small64[net], [site])[site], values)
+        assert torch.equal(attributed(name, small64[net], [site])[site], values), (
+            f"{site.layer!r} alone is explained otherwise than among others: each site by itself"
+        )
 
 
 @pytest.mark.parametrize(("name", "net"), EXPLAINED)
@@ -448,7 +550,9 @@ def test_images_are_explained_each_on_its_own_whatever_the_batch(explanations, s
         runs += [attributed(name, small64[net], batch_size=size) for size in (1, 5, 40)]
     for found in runs:
         for site, values in whole.items():
-            torch.testing.assert_close(found[site], values, rtol=1e-9, atol=1e-11 * float(values.abs().max()))
+            torch.testing.assert_close(
+                found[site], values, rtol=1e-9, atol=1e-11 * float(values.abs().max()), msg=alone_and_together
+            )
 
 
 # Methods.
@@ -464,10 +568,14 @@ def test_no_method_lets_a_gpu_round_float32(small, name, net):
         lambda *_: seen.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     )
     run(name, case)
-    assert not any(seen)
+    assert not any(seen), (
+        "a GPU would round to TF32 in here: run the model inside without_tf32() or exact() of sukashi.core.precision"
+    )
     reads = criteria[name].facts.get("needs_data", True)
     assert bool(seen) == reads, "register what never runs the model with needs_data=False"
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cudnn.allow_tf32 == before, (
+        "the setting was left changed: `with without_tf32():` puts it back"
+    )
 
 
 # Measures.
@@ -483,7 +591,7 @@ def given(case, rows=slice(None)):
     found["maps"] = Maps(case.data.x.sum(1).sin()[rows], ids)
     found["reference_maps"] = Maps(reference[rows], ids)
     found["masks"] = {concept: Maps(mask[rows], ids) for concept, mask in zip("ab", masks, strict=True)}
-    assert set(found) == set(INPUTS)
+    assert set(found) == set(INPUTS), "a new input of measures goes into `given` of this file too"
     return found
 
 
@@ -498,12 +606,18 @@ def test_a_measure_asks_for_what_is_known_and_reads_it(method):
     kinds = get_type_hints(method.fn)
     known = INPUTS | {name: get_type_hints(provider.fn)["return"] for name, provider in measures.providers.items()}
     for name in method.asks:
-        assert kinds[name] == known[name]
-    assert method.inputs <= set(INPUTS)
+        assert kinds[name] == known[name], f"annotate {name} as it is: {known[name]}"
+    assert method.inputs <= set(INPUTS), (
+        f"{method.inputs - set(INPUTS)} is no input and nobody provides it: one of INPUTS, or an option after a *"
+    )
     read = {node.id for node in ast.walk(ast.parse(inspect.getsource(method.fn))) if isinstance(node, ast.Name)}
-    assert set(inspect.signature(method.fn).parameters) <= read, "no argument that nobody reads"
+    assert set(inspect.signature(method.fn).parameters) <= read, (
+        f"nobody reads {set(inspect.signature(method.fn).parameters) - read}: take it out"
+    )
     of_providers = [option for provider in method.providers for option in provider.options]
-    assert len(method.options) == len(method.own_options) + len(of_providers), "an option is of one function"
+    assert len(method.options) == len(method.own_options) + len(of_providers), (
+        "an option is of one function: rename the one that has the name of a provider's"
+    )
     method.check_options(method.options)
 
 
@@ -514,23 +628,32 @@ def test_a_measure_gives_one_number_an_image_never_averaged(small, name, net):
     inputs = given(case)
     before, kept = _state(inputs["model"]), [tensor.clone() for tensor in tensors(inputs)]
     found = measured([name], inputs)
-    assert {key.partition("/")[0] for key in found} == {name}
+    assert {key.partition("/")[0] for key in found} == {name}, (
+        'several measurements go by the names of their parts: {"": ..., "part": ...}'
+    )
     again = measured([name], {what: inputs[what] for what in method.inputs})
     parts = [measured([name], given(case, slice(start, start + 7))) for start in range(0, len(case.data), 7)]
     for key, measurement in found.items():
         values = measurement.values
-        assert (measurement.axis, measurement.ids) == ("image", case.data.image_id)
-        assert measurement.unit
-        assert values.shape == (len(case.data),)
-        assert values.is_floating_point()
-        assert values.isfinite().all()
-        assert len(values.unique()) > 1, "a constant says nothing"
-        assert torch.equal(again[key].values, values)
+        assert (measurement.axis, measurement.ids) == ("image", case.data.image_id), (
+            "return Measurement(values, batch.image_id, unit): a value for each image, in the order of the batch"
+        )
+        assert measurement.unit, 'say what one is of: Measurement(..., unit="share")'
+        assert values.shape == (len(case.data),), "a value for each image, never averaged over them"
+        assert values.is_floating_point(), "values are floats: .float() or .double()"
+        assert values.isfinite().all(), "a value is NaN or Inf: look for a division by 0"
+        assert len(values.unique()) > 1, "a constant says nothing: every image has the same value"
+        assert torch.equal(again[key].values, values), (
+            "asked again it gives other numbers: draw with the input `generator`, and keep nothing between calls"
+        )
         # A network itself rounds otherwise in another batch.
-        torch.testing.assert_close(torch.cat([part[key].values for part in parts]), values, rtol=1e-6, atol=1e-6)
-    assert all(map(torch.equal, tensors(inputs), kept))
+        together = torch.cat([part[key].values for part in parts])
+        torch.testing.assert_close(together, values, rtol=1e-6, atol=1e-6, msg=alone_and_together)
+    assert all(map(torch.equal, tensors(inputs), kept)), "an input was changed in place: work on a clone"
     after = _state(inputs["model"])
-    assert all(_equal(after[key][1], value) and after[key][0] == identity for key, (identity, value) in before.items())
+    assert all(
+        _equal(after[key][1], value) and after[key][0] == identity for key, (identity, value) in before.items()
+    ), "the model was changed: work on a copy, take gradients with torch.autograd.grad, and let `hooks` hook"
 
 
 @pytest.mark.parametrize("name", measures.names())
@@ -581,7 +704,9 @@ def test_what_a_criterion_makes_of_targets_is_what_the_objective_says(small, nam
     unlabelled = name in UNLABELLED or not criteria[name].facts.get("needs_data", True)
     assert same == unlabelled, f"{name} must read targets through data.objective, or be named in UNLABELLED"
     if options:
-        assert run(name, other).n_images == len(case.data) > run(name, case).n_images
+        assert run(name, other).n_images == len(case.data) > run(name, case).n_images, (
+            "with samples=correct the images it uses are those the objective's outcome calls right"
+        )
 
 
 @pytest.mark.parametrize(("name", "net"), EXPLAINED)
@@ -592,7 +717,9 @@ def test_what_an_attribution_explains_is_what_the_objective_says(small64, name, 
         attributions[name](case.model, case.data.x[:3], case.data.target[:3], [site], objective)[site]
         for objective in (CLASSIFICATION, Other())
     )
-    assert not torch.allclose(one, other)
+    assert not torch.allclose(one, other), (
+        f"{name} must explain objective.explained(output, target), and not a logit that it picks itself"
+    )
 
 
 @pytest.mark.parametrize("name", [method.name for method in measures if "model" in method.inputs])
@@ -610,9 +737,17 @@ def test_what_a_measure_makes_of_answers_is_what_the_objective_says(small, name)
 
 @pytest.mark.parametrize("method", [*criteria, *attributions, *measures], ids=lambda method: method.name)
 def test_a_method_says_in_a_line_what_it_gives_and_where_it_comes_from(method):
-    assert 20 < len(method.summary) < 120
-    assert method.summary.endswith((".", ":"))
-    assert len(method.source) > 5
+    assert 20 < len(method.summary) < 120, (
+        f"the first line of its docstring says what it gives, in 20 to 120 characters, got {len(method.summary)}"
+    )
+    assert method.summary.endswith((".", ":")), (
+        "the first line of its docstring is a sentence: it ends with a full stop or a colon"
+    )
+    assert len(method.source) > 5, "register(..., source=...) cites the paper, its equation and how it differs"
     for default in method.options.values():
-        assert not (isinstance(default, float) and math.isnan(default))
-        assert callable(default) or json.loads(json.dumps(default)) == default, "an option can be given as JSON"
+        assert not (isinstance(default, float) and math.isnan(default)), (
+            "an option has a default that nobody can write down: NaN"
+        )
+        assert callable(default) or json.loads(json.dumps(default)) == default, (
+            "an option can be given as JSON: numbers, words, lists, null"
+        )

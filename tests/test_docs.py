@@ -57,9 +57,22 @@ def test_the_command_line_takes_it(page, words):
     command.commands[name].make_context(name, rest)  # raises for an option or argument that there is not
 
 
-@pytest.mark.parametrize("page", [page.name for page in PAGES])
-def test_commands_on_digits_run_in_order(page, trained_cnn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def python_of(page):
+    """The blocks of Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def put_files(page):
+    """Write the blocks that begin with the name of a file, as `# mine.py`, into the working directory."""
+    for block in python_of(page):
+        if name := re.match(r"# (\w+\.py)\n", block):
+            Path(name[1]).write_text(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_digits_run_in_order(page, trained_cnn, alone):
+    put_files(page)
+    page = page.name
     Path("runs/demo").mkdir(parents=True)
     safetensors.torch.save_file(trained_cnn.model.state_dict(), "runs/demo/digits_cnn.safetensors")
     for name, words in FOUND:
@@ -71,10 +84,22 @@ def test_commands_on_digits_run_in_order(page, trained_cnn, tmp_path, monkeypatc
 
 
 def test_the_notebook_of_the_readme_runs(capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    code = "\n".join(block for block in blocks if "def small" not in block)
+    code = "\n".join(block for block in python_of(ROOT / "README.md") if "def small" not in block)
     told = {}
     exec(compile(code.replace("range(10)", "range(2)"), "README.md", "exec"), told)
     assert "2 sites, 96 units" in capsys.readouterr().out
     assert told["pixels"].shape == (8, 1, 8, 8)
     assert told["units"].shape == (8, 32, 6, 6)
+
+
+def test_the_criterion_of_the_docs_works_in_a_notebook_too(alone, capsys):
+    blocks = python_of(ROOT / "docs" / "criteria.md")
+    first = next(block for block in blocks if block.startswith("# mine.py"))
+    second = next(block for block in blocks if block.startswith("import sukashi\n"))
+    session = {"__name__": "__main__"}
+    for block in (first, second, first, second):  # every cell twice
+        exec(compile(block, "cell", "exec"), session)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert printed[0] == printed[1]
+    assert re.fullmatch(r"activity: \d+ units, first to go \w+\[\d+\], .*", printed[0])

@@ -112,15 +112,19 @@ def test_an_option_says_whether_it_decides_results():
 
 
 def test_a_key_is_the_functions_name_and_is_taken_once(spices):
-    with pytest.raises(AssertionError, match="'sugar' and function 'honey' differ"):
+    with pytest.raises(UsageError, match=r"spice 'sugar' is a function called 'honey': .* call both the same"):
 
         @spices.register("sugar", source="")
         def honey(food): ...
 
-    with pytest.raises(AssertionError, match="spice 'salt' is registered twice"):
+    def salt(food): ...
 
-        @spices.register("salt", source="")
-        def salt(food): ...
+    salt.__module__ = "elsewhere"
+    with pytest.raises(
+        UsageError, match="spice 'salt' of elsewhere has the name of that of test_registry: give yours another"
+    ):
+        spices.register("salt", source="")(salt)
+    assert spices["salt"].source == "the sea"
 
 
 def test_a_registry_has_facts_for_methods_that_say_nothing_else():

@@ -17,7 +17,7 @@ from PIL import Image
 
 import sukashi
 from cases import a_curve
-from sukashi.core import files
+from sukashi.core import code, files
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT
@@ -115,12 +115,11 @@ def fill(folder: Path, criteria: Iterable[str], seeds: int, **changes: Any) -> W
     }
     space, trials = Workspace(folder), [a_trial(criterion, seed) for criterion in criteria for seed in range(seeds)]
     space.claim("compare", identity, trials, shown={"margin": 0.05, "reading": READING})
-    versions = {"sukashi": "0.1.0", "torch": "2.15.0"}
-    space.log("run", command=COMMAND, versions=versions, hardware="2 cores of an x86-64 machine")
+    space.log("run", command=COMMAND, hardware="2 cores of an x86-64 machine")
     for trial in trials:
         criterion, seed = trial.about["criterion"], trial.about["seed"]
         finish(space, trial, *a_result(criterion, seed, **changes))
-        space.log("latency", contender=criterion, seed=seed, dense_ms=[5.2] * 6, cut_ms=[2.9 + 0.1 * seed] * 6)
+        space.log("latency", trial=trial.key, dense_ms=[5.2] * 6, cut_ms=[2.9 + 0.1 * seed] * 6)
     return space
 
 
@@ -132,7 +131,11 @@ def paged(folder: Path | Workspace, **options: Any) -> str:
 
 def altered(record: Record, **changes: Any) -> None:
     """Change the result of a finished trial."""
-    kept = {**record.kept, "result": {**record.result, **changes}}
+    sealed(record, {**record.kept, "result": {**record.result, **changes}})
+
+
+def sealed(record: Record, kept: dict[str, Any]) -> None:
+    """Put another content in the place of a finished trial's."""
     kept["sha256"] = hashlib.sha256(files.canonical(kept)).hexdigest()
     (record.folder / "trial.json").write_text(json.dumps(kept))
 
@@ -390,8 +393,27 @@ def test_it_says_how_to_see_it_again(page: str) -> None:
     settings = cells(page, "How it was done")
     assert settings["seeds finished"] == ["0, 1, 2, 3, 4"]
     assert settings["test images"] == ["500"]
-    assert settings["versions"] == ["sukashi 0.1.0, torch 2.15.0"]
+    assert settings["versions"] == [", ".join(f"{name} {version}" for name, version in code.versions().items())]
     assert settings["model.spec"] == ["sukashi:cifar_resnet20"]
+
+
+def test_trials_of_different_versions_are_told_apart(tmp_path: Path) -> None:
+    space = fill(tmp_path / "compared", ["drift", "random"], 2)
+    kept = space.records()[0].kept
+    kept["versions"]["torch"] = "1.0"
+    sealed(space.records()[0], kept)
+    result = sukashi.results(space.folder)
+    mixed = (
+        f"trials of this folder were done by different versions: 3 by torch {code.versions()['torch']} and 1 by torch "
+        "1.0; another folder makes them alike"
+    )
+    assert [made["trials"] for made in result.versions] == [3, 1]
+    assert json.loads((space.folder / "results.json").read_text())["versions"] == result.versions
+    assert f"note: {mixed}" in result.text()
+    page = Path(result.report).read_text()
+    assert _Reader(page).words.count(mixed) == 1
+    assert "torch 1.0" in cells(page, "How it was done")["versions of 1 trial"][0]
+    assert "torch 1.0" not in cells(page, "How it was done")["versions of 3 trials"][0]
 
 
 def test_one_seed_gives_no_verdict(tmp_path: Path) -> None:
@@ -427,7 +449,7 @@ def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
         class_names=[attack] * N_CLASSES,
         warnings=[f"2 bad images were left out: {attack}.png"],
     )
-    space.log("run", command=attack, versions={attack: attack}, hardware=attack)
+    space.log("run", command=attack, hardware=attack)
     page = paged(space)
     assert _Reader(page).words.count(attack) >= 10
     assert "script" not in {tag for tag, _ in _Reader(page).tags}
@@ -437,7 +459,7 @@ def test_markup_in_names_is_shown_and_not_run(tmp_path: Path) -> None:
 def test_warnings_are_shown_once(tmp_path: Path) -> None:
     space = fill(tmp_path / "compared", ["drift", "random"], 2, warnings=["3 bad images were left out: a.png, b.png"])
     for seed in range(2):
-        space.log("latency", contender="random", seed=seed, dense_ms=[5.2] * 6, cut_ms=[9.9] * 6)
+        space.log("latency", trial=a_trial("random", seed).key, dense_ms=[5.2] * 6, cut_ms=[9.9] * 6)
     before = Path(sukashi.results(space.folder).out, "results.json").read_bytes()
     assert b"3 bad images" in before
     assert b"times as long" not in before, "a clock decides it"

@@ -9,7 +9,9 @@ one, and compares each with its method. A twin shares no code with what it check
         several such by the names of their parts
 """
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,21 +50,5 @@ def oracle(registry: str, name: str, *, rtol: float = 1e-9, atol: float = 1e-12,
     return add
 
 
-from oracles import (  # noqa: E402, F401
-    accuracy,
-    attributed,
-    backtrace,
-    causal,
-    chefer,
-    covering,
-    deeplift,
-    drift,
-    faithfulness,
-    gradient,
-    lrp,
-    magnitude,
-    maps,
-    regions,
-    taylor,
-    wanda,
-)
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"oracles.{_module}")

@@ -185,6 +185,8 @@ def _options(kind: type[Settings], given: list[str], found: Mapping[str, Any]) -
 
 def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[str, Any]]:
     chosen: dict[str, dict[str, Any]] = {}
+    # package.module:function goes by the function's name too, which is what tables call it.
+    called = {method.rpartition(":")[2]: method for method in methods or ()}
     for setting in given:
         name, _, text = setting.partition("=")
         method, dot, option = name.rpartition(".")
@@ -194,6 +196,7 @@ def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[st
             if methods is None or len(methods) != 1:
                 raise UsageError(f"--set {setting}: with several methods give METHOD.NAME=VALUE")
             method = methods[0]
+        method = called.get(method, method)
         if methods is not None and method not in methods:
             raise UsageError(f"--set {setting} is for {method!r}, which is not among {', '.join(methods)}")
         try:

@@ -60,7 +60,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The kind and first line of somebody else's error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 

@@ -32,7 +32,8 @@ NOTE = "note: "
 class Trial:
     """A piece of an experiment that is done or not done.
 
-    `about` is all that decides what comes out, as JSON; its hash is the `key`. `needs` are the keys of trials whose
+    `about` is all that decides what comes out, as JSON, with a hash of the code of each method that has a part in it,
+    under "code"; its own hash is the `key`. `needs` are the keys of trials whose
     artefacts it reads. `run(desk)` does the work at a `workspace.Desk`, leaves artefacts and ends with
     `desk.finish(result)`; what it returns is told of this very call. `place` is its folder inside the experiment's,
     trials/KEY where nobody looks for it by name. `label` is what progress calls it. Processes that torchrun has started
@@ -82,6 +83,7 @@ class Result(BaseModel):
     """What an experiment found: typed, printable, JSON.
 
     `warnings` are sentences on what may make its figures mean something else, `notes` on how they came about.
+    `versions` are those by which its trials were done: {"trials": how many, package: its version}, one for each set.
     `out` is its folder, `report` its page, `finished` whether it was all there before this call: these, and what else
     `of_call` names, are no part of results.json.
     """
@@ -93,6 +95,7 @@ class Result(BaseModel):
 
     warnings: list[str] = []
     notes: list[str] = []
+    versions: list[dict[str, Any]] = []
     out: str = ""
     report: str = ""
     finished: bool = False

@@ -1,18 +1,30 @@
-"""Registries: registering a function is the only step that makes a method visible everywhere."""
+"""Registries: registering a function is the only step that makes a method visible everywhere.
+
+A method of one's own is registered by importing its file, or asked for as package.module:function, registered or not;
+packages that are installed offer theirs by the entry points `sukashi.criteria`, `sukashi.attributions`, ... which are
+loaded when they are asked for.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from sukashi.core.errors import UsageError, nearest
+from sukashi.core.code import code_of, has_file
+from sukashi.core.errors import SukashiError, UsageError, brief, nearest
+from sukashi.core.imported import imported, is_import
 from sukashi.core.types import Kind
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Gives = Callable[[str, Any, Mapping[str, Any]], None]
 FREE = "decides nothing"  # in the annotation of an option on which results do not depend
 BatchSize = Annotated[int, Field(ge=1), FREE]
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -22,7 +34,8 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
 class Method:
     """A registered function. Its name is the registry key, the CLI name and the value in the results.
 
-    `providers` make what it asks for by their names; their options are its options too.
+    `providers` make what it asks for by their names; their options are its options too. `gives(name, what it returned,
+    what it was given by name)` refuses what no method of its kind may return.
     """
 
     name: str
@@ -30,6 +43,7 @@ class Method:
     source: str
     facts: dict[str, Any]
     providers: tuple[Method, ...] = ()
+    gives: Gives | None = None
 
     @property
     def summary(self) -> str:
@@ -67,6 +81,19 @@ class Method:
         return found
 
     @property
+    def code(self) -> str:
+        """A hash of the code that it and its providers run: another one where they may give another result.
+
+        Raises UsageError as `code_of` does.
+        """
+        return "-".join([code_of(self.fn), *(provider.code for provider in self.providers)])
+
+    @property
+    def home(self) -> str:
+        """The module that its function is of."""
+        return _home(self.fn)
+
+    @property
     def keeps_journal(self) -> bool:
         """Whether the method can go on from a journal of what it has decided so far."""
         return "_journal" in inspect.signature(self.fn).parameters
@@ -94,7 +121,9 @@ class Method:
 
     @property
     def _annotations(self) -> dict[str, Any]:
-        found = get_type_hints(self.fn, include_extras=True)
+        # One without an annotation is of the type of its default.
+        bare = {name: Any if default is None else type(default) for name, default in self.own_options.items()}
+        found = bare | get_type_hints(self.fn, include_extras=True)
         for provider in self.providers:
             found |= provider._annotations
         return found
@@ -117,50 +146,165 @@ class Method:
         # Of a criterion (model, sites, data); an attribution (model, x, target, sites) refuses in words of its own.
         if "kinds" in self.facts and list(inspect.signature(self.fn).parameters)[1] == "sites":
             self.check_kinds(site.kind for site in (kwargs["sites"] if "sites" in kwargs else args[1]))
-        return self.fn(*args, **kwargs)
+        found = self.fn(*args, **kwargs)
+        if self.gives is not None:
+            self.gives(self.name, found, inspect.signature(self.fn).bind(*args, **kwargs).arguments)
+        return found
 
 
 class Registry:
-    """A named collection of methods; `register` is a decorator. `facts` are those of methods that say nothing else."""
+    """A named collection of methods; `register` is a decorator. `facts` are those of methods that say nothing else.
 
-    def __init__(self, noun: str, plural: str, **facts: Any) -> None:
+    `takes` is how the signature of its methods begins, as "model, sites, data, *, generator".
+    """
+
+    def __init__(self, noun: str, plural: str, *, takes: str = "", gives: Gives | None = None, **facts: Any) -> None:
         self.noun = noun
         self.plural = plural
+        self.takes = takes
+        self.gives = gives
         self.facts = facts
         self.providers: dict[str, Method] = {}
         self._methods: dict[str, Method] = {}
+        self._followers: list[Callable[[Method], None]] = []
 
     def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Function], Function]:
-        """Make a function a method of this registry; `source` cites the paper, `facts` are read by its users."""
+        """Make a function a method of this registry; `source` cites the paper, `facts` are read by its users.
+
+        Registered again, as when its file is loaded anew or a cell of a notebook runs twice, it takes its own place.
+        Raises UsageError for the name of a method of another module, and for a function that can't be one.
+        """
 
         def add(fn: Function) -> Function:
-            assert name == fn.__name__, f"registry key {name!r} and function {fn.__name__!r} differ"
-            assert name not in self._methods, f"{self.noun} {name!r} is registered twice"
-            self._methods[name] = self._method(fn, source, {**self.facts, **facts})
+            if name != fn.__name__:
+                raise UsageError(
+                    f"{self.noun} {name!r} is a function called {fn.__name__!r}: methods go by one name, call both the "
+                    "same"
+                )
+            self._check(fn)
+            self._take(self._methods, fn, source, {**self.facts, **facts})
+            for follow in self._followers:
+                follow(self._methods[name])
             return fn
 
         return add
 
     def provide(self, fn: Function) -> Function:
         """Make a function the provider of what it is named after, for methods registered later that ask for it."""
-        assert fn.__name__ not in self.providers, f"{fn.__name__!r} is provided twice"
-        self.providers[fn.__name__] = self._method(fn, "", {})
+        self._take(self.providers, fn, "", {})
         return fn
 
-    def _method(self, fn: Callable[..., Any], source: str, facts: dict[str, Any]) -> Method:
-        plain = Method(fn.__name__, fn, source, facts)
-        return replace(plain, providers=tuple(self.providers[name] for name in plain.asks if name in self.providers))
+    def each(self, follow: Callable[[Method], None]) -> None:
+        """Call `follow` with every method, those to come too."""
+        self._followers.append(follow)
+        for method in self:
+            follow(method)
+
+    def _take(self, known: dict[str, Method], fn: Callable[..., Any], source: str, facts: dict[str, Any]) -> None:
+        """Put a function in its place, which none of another module may have."""
+        name, before = fn.__name__, known.get(fn.__name__)
+        if before is not None and not _same(before.fn, fn):
+            raise UsageError(
+                f"{self.noun} {name!r} of {_home(fn)} has the name of that of {_home(before.fn)}: give yours another"
+            )
+        plain = Method(name, fn, source, facts, gives=self.gives)
+        known[name] = replace(plain, providers=tuple(self.providers[of] for of in plain.asks if of in self.providers))
+        if known[name].home.partition(".")[0] != "sukashi" and has_file(fn):
+            code_of(fn)  # its file is read now, as it is imported: it may be edited while it runs
+
+    def _check(self, fn: Callable[..., Any]) -> None:
+        """Refuse a function that is called otherwise than methods are, or whose annotations say nothing."""
+        first, _, named = (part.strip(" ,").replace(",", "").split() for part in self.takes.partition("*"))
+        parameters = inspect.signature(fn).parameters
+        rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if list(parameters)[: len(first)] != first or not (rest or set(named) <= set(parameters)):
+            raise UsageError(
+                f"{self.noun} {fn.__name__!r} of {_home(fn)} takes ({', '.join(parameters)}), and must begin with "
+                f"({self.takes})"
+            )
+        try:
+            get_type_hints(fn)
+        except Exception as error:  # whatever an annotation raises
+            raise UsageError(
+                f"annotations of {self.noun} {fn.__name__!r} of {_home(fn)} mean nothing ({brief(error)}): import what "
+                "they name, not only for type checkers"
+            ) from error
 
     def __getitem__(self, name: str) -> Method:
-        if name not in self._methods:
-            raise UsageError(f"unknown {self.noun} {name!r}{nearest(name, self._methods)}")
+        """The method of a name, or of one's own as package.module:function.
+
+        Raises UsageError for an unknown name, and for what can't be imported or is no such method.
+        """
+        if name in self._methods:
+            return self._methods[name]
+        if is_import(name):
+            return self._of(imported(name), name)
+        offered = self.offered(name)
+        if not offered:
+            known = dict.fromkeys([*self._methods, *(entry.name for entry in self.offered())])
+            raise UsageError(f"unknown {self.noun} {name!r}{nearest(name, known)}; or package.module:function")
+        said = [f"{entry.value} of {entry.dist.name if entry.dist else 'an unknown package'}" for entry in offered]
+        if len(said) > 1:
+            raise UsageError(f"{self.noun} {name!r} is offered by {' and by '.join(said)}: remove one of the packages")
+        try:
+            found = offered[0].load()
+        except SukashiError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever somebody's module raises
+            raise UsageError(
+                f"{self.noun} {name!r} is {said[0]}, which can't be imported ({brief(error)}): put that package right"
+            ) from error
+        return self._of(found, f"{offered[0].module}:{name}")
+
+    def is_found(self, name: str) -> bool:
+        """Whether another process finds a method by its name: it is sukashi's own, installed, or says where it is."""
+        return is_import(name) or self[name].home.partition(".")[0] == "sukashi" or bool(self.offered(name))
+
+    def offered(self, name: str | None = None) -> list[EntryPoint]:
+        """What installed packages offer, by a name or all of it; nothing of it is loaded."""
+        found = importlib.metadata.entry_points(group=f"sukashi.{self.plural}")
+        return [entry for entry in found if name in (None, entry.name)]
+
+    def named(self, name: str) -> str:
+        """What a method is called in results: that of package.module:function has the function's name."""
+        return self[name].name if is_import(name) else name
+
+    def _of(self, found: Any, said: str) -> Method:
+        """The method that a function is; one that nobody has registered is registered as it is."""
+        if not inspect.isfunction(found):
+            raise UsageError(f"{said} is of type {type(found).__name__}, and a {self.noun} is a function")
+        for method in self:
+            if inspect.unwrap(method.fn) is inspect.unwrap(found):
+                return method
+        name = said.rpartition(":")[2]
+        self.register(name, source=said)(found)
         return self._methods[name]
 
     def __iter__(self) -> Iterator[Method]:
-        return iter(self._methods.values())
+        return iter(list(self._methods.values()))
 
     def __contains__(self, name: object) -> bool:
         return name in self._methods
 
     def names(self) -> list[str]:
         return list(self._methods)
+
+
+def _home(fn: Callable[..., Any]) -> str:
+    """The module that a function is of."""
+    return str(inspect.unwrap(fn).__module__)
+
+
+def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether a function takes the place of another: it is that of the same lines, or of the same session."""
+    home, names = _home(one), (inspect.unwrap(one).__qualname__, inspect.unwrap(other).__qualname__)
+    return home == _home(other) and (home == "__main__" or names[0] == names[1])
+
+
+def fill(package: str, path: Iterable[str]) -> None:
+    """Import every file of a package by the order of their names, so that what they register is there; but those whose
+    name starts with _.
+    """
+    for name in sorted(module.name for module in pkgutil.iter_modules(path)):
+        if not name.startswith("_"):
+            importlib.import_module(f"{package}.{name}")

@@ -136,6 +136,7 @@ def _present(criterion: Callable[..., Scores], attribution: Method) -> None:
     criterion.__annotations__ = {p.name: p.annotation for p in [*kept, *passed]} | {"return": Scores}
     criterion.__name__ = criterion.__qualname__ = attribution.name
     criterion.__doc__ = (inspect.getdoc(attribution.fn) or "") + _AGGREGATION
+    criterion.__wrapped__ = attribution.fn  # type: ignore[attr-defined]
 
 
 def _reduced(values: Tensor, reduce: Reduce) -> Tensor:
@@ -147,7 +148,10 @@ def _reduced(values: Tensor, reduce: Reduce) -> Tensor:
     return total.abs() if reduce == "abs_sum" else total
 
 
-for _attribution in attributions:
-    if not set(_KINDS) <= set(_attribution.facts.get("kinds", _KINDS)):
-        continue
-    criteria.register(_attribution.name, source=_attribution.source, **_attribution.facts)(_criterion(_attribution))
+def _follow(attribution: Method) -> None:
+    """Make a criterion of an attribution that takes units."""
+    if set(_KINDS) <= set(attribution.facts.get("kinds", _KINDS)):
+        criteria.register(attribution.name, source=attribution.source, **attribution.facts)(_criterion(attribution))
+
+
+attributions.each(_follow)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -300,9 +299,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", own)
 
 
-PACKAGES = ("sukashi", "torch", "torchvision", "timm", "numpy")
-
-
 def plan_for(
     setting: Bench,
     criterion: str,
@@ -322,11 +318,6 @@ def plan_for(
     generator = torch.Generator().manual_seed(seed)
     outcome = method(setting.loaded.model, setting.found.sites, batch, generator=generator, **chosen)
     return rank(outcome) if isinstance(outcome, Scores) else outcome
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides results."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def hardware(device: torch.device) -> str:

@@ -27,7 +27,14 @@ REGISTRIES: dict[str, Registry] = {
 def rows(what: str) -> list[dict[str, str]]:
     """One dictionary a method, model or dataset: its name, and for methods what it gives and its source."""
     if what in REGISTRIES:
-        return [{"name": m.name, "summary": m.summary, "source": m.source} for m in REGISTRIES[what]]
+        registry = REGISTRIES[what]
+        own = [{"name": m.name, "summary": m.summary, "source": m.source} for m in registry]
+        # What packages offer is loaded when it is asked for.
+        return own + [
+            {"name": e.name, "summary": f"Of the package {e.dist.name if e.dist else '?'}.", "source": e.value}
+            for e in registry.offered()
+            if e.name not in registry
+        ]
     if what == "schedules":
         return [{"name": s.name, "summary": s.summary, "source": s.source} for s in SCHEDULES]
     names = {"models": models.names, "data": data.names}
@@ -79,7 +86,8 @@ def about(what: str, name: str) -> dict[str, Any]:
         raise UsageError(f"{what} have no options to show: give one of {', '.join(REGISTRIES)}, got {what!r}")
     method = REGISTRIES[what][name]
     options = {option: _written(value) for option, value in method.options.items() if not callable(value)}
-    return {"name": name, "documentation": inspect.getdoc(method.fn) or "", "source": method.source, "options": options}
+    documentation = inspect.getdoc(method.fn) or ""
+    return {"name": method.name, "documentation": documentation, "source": method.source, "options": options}
 
 
 def _written(value: Any) -> str:

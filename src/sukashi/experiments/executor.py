@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +22,10 @@ import pyarrow.parquet as pq
 from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
 from sukashi.core.experiment import Prepared, Result, Trial
-from sukashi.experiments.workspace import Desk, Workspace
-from sukashi.report import page
+from sukashi.experiments.methods import check_shared, named
+from sukashi.experiments.workspace import Desk, Workspace, versions_of
+from sukashi.report import page, words
+from sukashi.report.page import Page
 from sukashi.training.distributed import from_first, size
 
 _LOOK = 0.2  # seconds from one look at what other processes have finished to the next
@@ -38,15 +42,17 @@ def room_of(settings: Any) -> str:
 
 
 def prepare_of(settings: Any) -> Prepared:
-    """An experiment with its model and data loaded and checked."""
-    prepared: Prepared = part(room_of(settings), "run").prepare(settings)
+    """An experiment with its methods found, its model and data loaded, and all of it checked."""
+    prepared: Prepared = part(room_of(settings), "run").prepare(named(settings))
     return prepared
 
 
 def summarised(space: Workspace, **options: Any) -> Result:
     """The summary of a folder, whatever kind of experiment is in it."""
     found: Result = part(space.about["kind"], "summary").summary(space, **options)
-    return found.model_copy(update={"out": str(space.folder), "report": str(space.folder / page.REPORT)})
+    made = found.versions or versions_of(space.records())
+    report = str(space.folder / page.REPORT)
+    return found.model_copy(update={"out": str(space.folder), "report": report, "versions": made})
 
 
 def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
@@ -60,12 +66,22 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
     if jobs > 1 and "memory:" in settings.model_dump_json():
         raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
+    if jobs > 1:
+        check_shared(settings)
     if jobs > 1 and size() > 1:
         raise UsageError(f"the {size()} processes of torchrun train together: leave --jobs out")
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     room = room_of(settings)
     space.check_place(room)
     prepared = prepare_of(settings)
+    if first and (changed := space.changed(prepared.trials)):
+        n = len(changed)
+        names = words.listed(sorted(set().union(*changed.values())))
+        warnings.warn(
+            f"the code of {names} is not what it was: {n} finished trial{'s' if n > 1 else ''} of {space.folder} "
+            f"{'are' if n > 1 else 'is'} done again",
+            stacklevel=2,
+        )
     new = first and space.claim(room, prepared.identity, prepared.trials, settings.grows, prepared.shown)
     missing = [trial for trial in prepared.trials if not space.finished(trial)]
     try:
@@ -101,10 +117,16 @@ def conclude(space: Workspace, **options: Any) -> Result:
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
             files.write(space.folder / name, content)
-        page.write(space.folder, part(kind, "page").page(found, space))
+        page.write(space.folder, _dated(part(kind, "page").page(found, space), found))
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
         files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
     return found
+
+
+def _dated(made: Page, found: Result) -> Page:
+    """A page that says by which versions its trials were done, and takes note where these differ."""
+    noted = [*made.shown["warnings"], *words.mixed(found.versions)]
+    return replace(made, shown={**made.shown, "warnings": noted, "versions": found.versions})
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -219,7 +241,10 @@ def _child(folder: str) -> int:
     room, kind, given = json.loads(sys.stdin.read())
     try:
         settings = getattr(part(room, "settings"), kind).model_validate_json(json.dumps(given))
-        work(Workspace(folder), prepare_of(settings).trials)
+        space, trials = Workspace(folder), prepare_of(settings).trials
+        if {trial.key for trial in trials} - {key for key, _ in space.about["trials"]}:
+            raise UsageError("the code has changed since this run began: give the same command again")
+        work(space, trials)
     except SukashiError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return error.exit_code

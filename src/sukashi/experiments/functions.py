@@ -22,6 +22,7 @@ from sukashi.attributions import attributions
 from sukashi.core import progress
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.experiment import Result
+from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.schema import Settings, keyworded, keywords
 from sukashi.core.types import Preprocess, Site
 from sukashi.experiments.audit.settings import Audit
@@ -120,8 +121,9 @@ def attribute(
     network = model.model if isinstance(model, Loaded) else model
     network = network if isinstance(network, nn.Module) else load(network).model
     pixels = input_site(x)
-    attributions[attribution].check_options({name: value for name, value in options.items() if name != "objective"})
-    found = attributions[attribution](network, x, target, [pixels] if sites is None else list(sites), **options)
+    method, objective = attributions[attribution], options.pop("objective", CLASSIFICATION)
+    method.check_options(options)
+    found = method(network, x, target, [pixels] if sites is None else list(sites), objective, **options)
     return found[pixels] if sites is None else found
 
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import IO, Any
 
 from sukashi.core import files, progress
 from sukashi.core.bounded import from_json, read
+from sukashi.core.code import versions
 from sukashi.core.errors import DataError, UsageError, writing
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT, Arrays, Journal, unreadable
@@ -60,6 +62,11 @@ class Record:
     @property
     def result(self) -> dict[str, Any]:
         return dict(self.kept["result"])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what it was done by."""
+        return dict(self.kept["versions"])
 
     @property
     def key(self) -> str:
@@ -143,6 +150,7 @@ class Desk:
         kept = {
             "about": json.loads(self.trial.json),
             "needs": list(self.trial.needs),
+            "versions": versions(),
             "artefacts": dict(sorted(self._artefacts.items())),
             "result": json.loads(files.canonical(result)),
         }
@@ -214,7 +222,18 @@ class Workspace:
             return
         kept, asked = self.about, json.loads(files.canonical(identity))
         if not _grown(kept["identity"], asked, grows):
+            self._check_code(kept["identity"], asked, grows)
             files.refuse_other(self.folder, kept["identity"], asked)
+
+    def _check_code(self, kept: Mapping[str, Any], asked: Mapping[str, Any], grows: frozenset[str]) -> None:
+        """Refuse to make saved networks again by other code, which is in the identity where trials have places."""
+        before, now = kept.get("code", {}), asked.get("code", {})
+        names = [name for name, code in before.items() if now.get(name, code) != code]
+        if names and _grown({**kept, "code": {}}, {**asked, "code": {}}, grows):
+            raise UsageError(
+                f"{self.folder} has networks that were made while the code of {', '.join(names)} was another, and what "
+                "is saved is not replaced: choose another --out or remove the folder"
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -276,7 +295,10 @@ class Workspace:
 
     def record(self, key: str) -> Record:
         """The finished trial with that key."""
-        return self._record(key, dict(self.about["trials"])[key])
+        places = dict(self.about["trials"])
+        if key not in places:
+            raise UsageError(f"{self.folder} was given other trials by another run meanwhile: give the command again")
+        return self._record(key, places[key])
 
     def records(self) -> list[Record]:
         """Every finished trial, in the order of the experiment."""
@@ -288,6 +310,20 @@ class Workspace:
         if record.key != key:
             raise unreadable(record.folder / TRIAL, "it is of another trial")
         return record
+
+    def changed(self, trials: Sequence[Trial]) -> dict[str, list[str]]:
+        """{key: whose code is not what it was} of those trials that are finished but for the code of their methods."""
+        if not (self.folder / EXPERIMENT).exists():
+            return {}
+        abouts = [record.about for record in self.records()]
+        before = {_but_code(about): about["code"] for about in abouts if "code" in about}
+        found = {}
+        for trial in trials:
+            code, old = trial.about.get("code", {}), before.get(_but_code(trial.about), {})
+            names = [name for name in code if old.get(name) not in (None, code[name])]
+            if names and not (self.folder / trial.folder / TRIAL).exists():
+                found[trial.key] = names
+        return found
 
     @property
     def n_trials(self) -> int:
@@ -359,8 +395,19 @@ class Workspace:
         files.check_writable(self.folder)
 
 
+def versions_of(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Those by which trials were done: {"trials": how many, package: its version}, most trials first."""
+    found = Counter(files.canonical(record.versions) for record in records)
+    parted = [(n, from_json(of)) for of, n in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
+    return [{"trials": n, **{name: of.get(name) for name in versions()}} for n, of in parted]
+
+
 def _nothing(desk: Desk) -> None:
     raise AssertionError("a trial read from disk is not run")
+
+
+def _but_code(about: Mapping[str, Any]) -> bytes:
+    return files.canonical({name: value for name, value in about.items() if name != "code"})
 
 
 def _sha256(kept: Mapping[str, Any]) -> str:

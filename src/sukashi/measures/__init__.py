@@ -6,8 +6,25 @@ that goes by the measure's name, "part": ...}, never averaged. The fact `better`
 the way that is good. `inputs.measured` calls measures and makes once what several of them ask for.
 """
 
-from sukashi.core.registry import Registry
+from collections.abc import Mapping
+from typing import Any
 
-measures = Registry("measure", "measures", better="higher")
+from sukashi.core.errors import UsageError
+from sukashi.core.registry import Registry, fill
+from sukashi.core.types import Measurement
 
-from sukashi.measures import accuracy, faithfulness, maps, regions  # noqa: E402, F401
+
+def _measures(name: str, found: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what is no Measurement and no several of them by name."""
+    parts = found.values() if isinstance(found, Mapping) else [found]
+    for part in parts:
+        if not isinstance(part, Measurement):
+            raise UsageError(
+                f"{name} returned a value of type {type(part).__name__}, and a measure returns "
+                "Measurement(a value each image, batch.image_id, unit)"
+            )
+
+
+measures = Registry("measure", "measures", gives=_measures, better="higher")
+
+fill(__name__, __path__)

@@ -77,7 +77,10 @@ def measured(
             raise UsageError(f"{name} asks for what is not given: {', '.join(missing)}")
     found: dict[str, Measurement] = {}
     for name in names:
-        result = inputs.call(measures[name], options.get(name, {}))
+        method = measures[name]
+        result = inputs.call(method, options.get(name, {}))
+        if method.gives is not None:
+            method.gives(name, result, {})
         parts = {"": result} if isinstance(result, Measurement) else result
         found |= {f"{name}/{part}" if part else name: measurement for part, measurement in parts.items()}
     return found

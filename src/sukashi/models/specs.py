@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,6 +17,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from sukashi.core.errors import ModelError, UsageError, brief, nearest
+from sukashi.core.imported import imported, is_import
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
 from sukashi.models.checks import candidates, copied, named_outputs
@@ -157,15 +156,12 @@ def _torchvision(spec: str, options: Mapping[str, Any], pretrained: bool) -> Bui
 
 
 def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
-    module, _, name = spec.partition(":")
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) or not name.isidentifier():
+    name = spec.partition(":")[2]
+    if not is_import(spec):
         raise _unknown(spec)
     if pretrained:
         raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights, or load them in {name}")
-    try:
-        build = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a user's module raises
-        raise UsageError(f"cannot import {spec} ({brief(error)}): check the name and PYTHONPATH") from error
+    build = imported(spec)
     try:
         model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
     except Exception as error:  # whatever a user's function raises

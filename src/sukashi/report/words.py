@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sukashi.core.experiment import Result
@@ -86,4 +86,13 @@ def rows(cells: Sequence[Sequence[str]]) -> str:
 def where(result: Result) -> list[str]:
     """The last lines of what a command prints: whether anything was done, and where the page is."""
     done = ["", f"{result.out} was finished already: nothing was done"] if result.finished else []
-    return [*done, "", f"Report: {result.report}"]
+    return [*done, *(f"note: {note}" for note in mixed(result.versions)), "", f"Report: {result.report}"]
+
+
+def mixed(versions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where trials of one folder were done by different versions: by which, as far as these differ."""
+    if len(versions) < 2:
+        return []
+    differ = [name for name in versions[0] if name != "trials" and len({of.get(name) for of in versions}) > 1]
+    told = [f"{of['trials']} by {', '.join(f'{name} {of.get(name)}' for name in differ)}" for of in versions]
+    return [f"trials of this folder were done by different versions: {listed(told)}; another folder makes them alike"]

@@ -20,7 +20,7 @@ from sukashi.core.experiment import Prepared, Trial
 from sukashi.core.files import canonical
 from sukashi.experiments.audit.networks import POPULATIONS, Answers, opened, packed
 from sukashi.experiments.audit.settings import Audit
-from sukashi.experiments.bench import hardware, versions
+from sukashi.experiments.bench import hardware
 from sukashi.experiments.workspace import Desk
 
 # A folder each in `experiments/audit`.
@@ -74,7 +74,7 @@ def prepare(settings: Audit) -> Prepared:
     }
     kept = Trial(about, partial(_keep, answers, facts), label="answers")
     trials = [kept, *(trial for one in looking.values() for trial in one.trials(kept))]
-    return Prepared(identity, trials, log={"versions": versions(), "hardware": hardware(reference.device)})
+    return Prepared(identity, trials, log={"hardware": hardware(reference.device)})
 
 
 def _name(one: Answers) -> str:

@@ -27,14 +27,14 @@ class Audit(Opening):
         None,
         joined=True,
         default="saliency,integrated_gradients; for transformers chefer too",
-        help="Names, see `sukashi list attributions`.",
+        help="Names, see `sukashi list attributions`, or package.module:function of your own.",
     )
     measures: list[str] | None = option(
         None,
         joined=True,
         default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, with "
         "masks localisation,region_drop too",
-        help="Names, see `sukashi list measures`.",
+        help="Names, see `sukashi list measures`, or package.module:function of your own.",
     )
     masks: list[str] | None = option(
         None,

@@ -27,6 +27,7 @@ class Contender:
     criterion: str
     sampling: str
     seeds: tuple[int, ...]
+    keys: tuple[str, ...]
     results: list[dict[str, Any]]
     curves: list[Curve]
     plans: list[Plan]
@@ -98,6 +99,7 @@ def contenders(space: Workspace) -> list[Contender]:
                 criterion=records[0].about["criterion"],
                 sampling=sampling_of(records[0]),
                 seeds=tuple(record.about["seed"] for record in records),
+                keys=tuple(record.key for record in records),
                 results=[record.result for record in records],
                 curves=[curve_of(record) for record in records],
                 plans=[plan_of(record.arrays("plan")) for record in records],

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sukashi.core import progress
+from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.core.types import Plan
@@ -15,10 +16,11 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
 from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.criteria.pruning import check_options
-from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Bench, Source, hardware, plan_for
 from sukashi.experiments.compare import verdict
-from sukashi.experiments.compare.contenders import contenders, name_of, refused, save_curve
+from sukashi.experiments.compare.contenders import contenders, name_of, refused, sampling_of, save_curve
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.methods import codes
 from sukashi.experiments.reading import Reading
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import cost, curves
@@ -37,6 +39,8 @@ def prepare(settings: Compare) -> Prepared:
     setting = Source.of(settings).open(exclude=settings.exclude)
     ratios = sorted({0.0, *map(float, settings.ratios)})
     options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
+    measuring = code_of(curves.curve)
+    code = {name: {name: of, "curves": measuring} for name, of in codes(settings).items()}
     trials = [
         Trial(
             {
@@ -49,6 +53,7 @@ def prepare(settings: Compare) -> Prepared:
                 "ratios": ratios,
                 "mode": settings.mode,
                 "exclude": settings.exclude,
+                "code": code[name],
             },
             partial(_run, setting, settings),
             label=f"{name_of(name, sampling)}, seed {seed}",
@@ -62,7 +67,7 @@ def prepare(settings: Compare) -> Prepared:
         setting.identity(settings, ratios=ratios, options=options),
         trials,
         shown={"margin": settings.margin, "reading": _as_typed(settings)},
-        log={"versions": versions(), "hardware": hardware(setting.device)},
+        log={"hardware": hardware(setting.device)},
         before=partial(_try_samplings, setting),
         after=partial(_conclude, setting, settings),
     )
@@ -165,19 +170,15 @@ def _time(setting: Bench, space: Workspace) -> None:
 
     A clock decides these, so they are kept apart from the results, which every run gives alike.
     """
-    timed = {(entry["contender"], entry["seed"]) for entry in space.logged("latency")}
+    timed = {entry["trial"] for entry in space.logged("latency")}
     batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
-    missing = {}
-    for record in space.records():
-        about = record.about
-        key = name_of(about["criterion"], about["data"].get("sampling", "random")), about["seed"]
-        if key not in timed and "refused" not in record.result:
-            missing[key] = record
+    missing = [r for r in space.records() if r.key not in timed and "refused" not in r.result]
     with progress.task("latency", len(missing)) as shown:
-        for (name, seed), record in missing.items():
+        for record in missing:
+            name, seed = name_of(record.about["criterion"], sampling_of(record)), record.about["seed"]
             small = pruning.cut(setting.loaded, plan_of(record.arrays("plan"), setting.found.sites).mask(0.5))
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
-            space.log("latency", contender=name, seed=seed, dense_ms=dense, cut_ms=cut)
+            space.log("latency", trial=record.key, contender=name, seed=seed, dense_ms=dense, cut_ms=cut)
             shown.advance(note=name)
 
 

@@ -13,7 +13,11 @@ RATIOS = [round(0.05 * i, 2) for i in range(20)]
 class Contest(Settings):
     """Criteria, and how they are held against each other."""
 
-    criteria: list[str] = option(joined=True, examples=[["magnitude"]], help="Names, see `sukashi list criteria`.")
+    criteria: list[str] = option(
+        joined=True,
+        examples=[["magnitude"]],
+        help="Names, see `sukashi list criteria`, or package.module:function of your own.",
+    )
     ratios: list[Ratio] = option(RATIOS, help="Fractions of units removed.")
     seeds: int = option(3, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0.")
     sampling: list[str] = option(

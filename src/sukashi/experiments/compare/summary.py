@@ -322,8 +322,8 @@ def _costs(found: Sequence[Contender]) -> dict[str, dict[str, Any]]:
 
 def _latency(space: Workspace, found: Sequence[Contender]) -> dict[str, dict[str, float]]:
     """{contender: what its networks' times in the log come to}."""
-    clocks = {(entry["contender"], entry["seed"]): entry for entry in space.logged("latency")}
-    turns = {one.name: [clocks[one.name, seed] for seed in one.seeds if (one.name, seed) in clocks] for one in found}
+    clocks = {entry["trial"]: entry for entry in space.logged("latency")}
+    turns = {one.name: [clocks[key] for key in one.keys if key in clocks] for one in found}
     return {name: networks.timed(of) for name, of in turns.items() if of}
 
 

@@ -20,7 +20,8 @@ from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import check_sampling
 from sukashi.criteria.plans import plan_arrays
 from sukashi.criteria.pruning import check_options
-from sukashi.experiments.bench import Bench, Source, hardware, plan_for, versions
+from sukashi.experiments.bench import Bench, Source, hardware, plan_for
+from sukashi.experiments.methods import codes
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.targets import Search
 from sukashi.experiments.workspace import Desk, Workspace
@@ -45,6 +46,7 @@ def prepare(settings: Prune) -> Prepared:
         settings,
         round_to=_round_to(settings),
         options=registry[settings.criterion].deciding(settings.options),
+        code=codes(settings),
     )
     about["ratio_asked"] = about.pop("ratio")  # less may be removed
     pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
@@ -53,7 +55,7 @@ def prepare(settings: Prune) -> Prepared:
         trials.append(
             Trial({"onnx": pruned.key}, partial(_export, setting), needs=(pruned.key,), place="onnx", label="ONNX")
         )
-    log = {"versions": versions(), "hardware": hardware(setting.device)}
+    log = {"hardware": hardware(setting.device)}
     before = None if settings.target is None else partial(_check_target, setting, settings)
     return Prepared(about, trials, log=log, before=before, after=partial(_time, setting))
 

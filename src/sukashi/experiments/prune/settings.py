@@ -36,7 +36,7 @@ class Prune(Reading):
 
     kind: ClassVar[str] = "prune"
 
-    criterion: str = option(help="A name, see `sukashi list criteria`.")
+    criterion: str = option(help="A name, see `sukashi list criteria`, or package.module:function of your own.")
     out: str = option(path=True, decides=False, help="Folder for the cut model; an interrupted prune is resumed.")
     ratio: Ratio | None = option(
         None, help="Fraction to remove of units, or with a scope of weights; in [0, 1). Or else one of these targets:"

@@ -16,7 +16,8 @@ from typing import Any
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.criteria import criteria as registry
-from sukashi.experiments.bench import Bench, Source, hardware, versions
+from sukashi.experiments.bench import Bench, Source, hardware
+from sukashi.experiments.methods import codes
 from sukashi.experiments.schedule.checks import check, check_trained, trained
 from sukashi.experiments.schedule.levels import Level, Seed
 from sukashi.experiments.schedule.schedules import SCHEDULES
@@ -53,11 +54,12 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
         course,
         model=model,
         options={name: registry[name].deciding(course.options.get(name, {})) for name in course.criteria},
+        code=codes(course),
         **{name: used[name].identity() if name in used else None for name in TRAININGS},
     )
     shared = {name: identity[name] for name in ("model", "data", "scope", "exclude", "round_to")}
     trials = [trial for seed in seeds for trial in _trials(seed, course, given, shared)]
-    log = {"versions": versions(), "hardware": hardware(setting.device)}
+    log = {"hardware": hardware(setting.device)}
     return Prepared(identity, trials, {"notes": notes, "warnings": warned}, log)
 
 
@@ -83,6 +85,7 @@ def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> 
             needs = {"parent": parent.key} | ({"early": early.key} if early else {})
             options = registry[criterion].deciding(course.options.get(criterion, {}))
             about = {**shared, "rewinds": schedule.rewinds, "options": options, **needs}
+            about["code"] = {criterion: registry[criterion].code}
             make = partial(_next, seed, level, schedule.rewinds, needs)
             place = f"{name.replace('/', '-')}/{seed.seed}/{named(ratio)}"
             trial = _trial(seed, level, about, make, place, f"{name}, {at}, {ratio:.0%}", tuple(needs.values()))

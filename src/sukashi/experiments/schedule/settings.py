@@ -22,7 +22,8 @@ class Levels(Settings):
     criteria: list[str] = option(
         joined=True,
         examples=[["magnitude"]],
-        help="Names, see `sukashi list criteria`; with a scope those of single weights (wanda, magnitude, random), "
+        help="Names, see `sukashi list criteria`, or package.module:function of your own; with a scope those of "
+        "single weights (wanda, magnitude, random), "
         "else those of units.",
     )
     ratios: list[Ratio] = option(
@@ -58,7 +59,7 @@ class Course(Levels):
 
     kind: ClassVar[str] = "schedule"
     command: ClassVar[bool] = False
-    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "enforce_mask", "seeds", "options", "ratios"})
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "enforce_mask", "seeds", "options", "ratios", "code"})
 
     schedule: str = option(examples=["oneshot"], help="oneshot, iterative or lottery, see `sukashi list schedules`.")
     enforce_mask: list[bool] = option(
@@ -89,8 +90,9 @@ class Course(Levels):
             raise UsageError(
                 "enforce_mask = false is for single weights, and there is no scope: give one, or leave it out"
             )
+        called = {name.rpartition(":")[2] for name in self.criteria}
         for name in self.options:
-            if name not in self.criteria:
+            if name.rpartition(":")[2] not in called:
                 raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")
         if not (self.training.enforce_mask and self.finetuning.enforce_mask):
             raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
@@ -119,7 +121,7 @@ class Schedule(Memory, Levels, Training, Reading):
 
     kind: ClassVar[str] = "schedule"
     shared: ClassVar[bool] = True
-    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "options", "ratios"})
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "options", "ratios", "code"})
 
     how: str = option(argument=True, help="oneshot, iterative or lottery; see `sukashi list schedules`.")
     out: str = option(path=True, decides=False, help="Folder for the networks; an interrupted schedule is resumed.")

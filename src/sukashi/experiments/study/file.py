@@ -51,6 +51,7 @@ from sukashi.core.bounded import MAX_DEPTH
 from sukashi.core.bounded import read as content_of
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.schema import Settings, checked, option_of
+from sukashi.criteria import criteria as registry
 from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
 from sukashi.experiments.compare.settings import Contest
@@ -193,13 +194,22 @@ def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:
         _check_name(path, name)
-    compared = {name_of(name, how) for name in file.criteria for how in samplings_of(name, file.sampling)}
-    for contender in itertools.chain.from_iterable(file.pairs):
+    compared = {
+        name_of(registry.named(name), how) for name in file.criteria for how in samplings_of(name, file.sampling)
+    }
+    pairs = [[_contender(name) for name in pair] for pair in file.pairs]
+    for contender in itertools.chain.from_iterable(pairs):
         if contender not in compared:
             raise UsageError(
                 f"{path} pairs {contender!r}, which it does not compare{nearest(contender, sorted(compared))}"
             )
-    return file
+    return file.model_copy(update={"pairs": pairs})
+
+
+def _contender(name: str) -> str:
+    """A contender by the name that its criterion has in results."""
+    criterion, slash, sampling = name.partition("/")
+    return f"{registry.named(criterion)}{slash}{sampling}"
 
 
 def _check_name(path: Path, name: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.experiments.bench import versions
 from sukashi.experiments.executor import execute, prepare_of, room_of
 from sukashi.experiments.kinds import kinds
+from sukashi.experiments.methods import codes
 from sukashi.experiments.study.file import OUT
 from sukashi.experiments.study.settings import Study
 from sukashi.experiments.workspace import EXPERIMENT, TRIAL, Desk, Workspace
@@ -34,16 +34,18 @@ def prepare(settings: Study) -> Prepared:
         if OUT.search(str(asked)):
             # By what stands for the study's folder, so that it may be moved.
             unfilled = settings_of(asked, "$OUT", name).identity()
-            about |= {"settings": unfilled, "after": [trial.key for trial in trials]}
+            about |= {"settings": unfilled, "after": [trial.key for trial in trials], "code": codes(own)}
             needs = tuple(trial.key for trial in trials)
         else:
             with warnings.catch_warnings(action="ignore"):  # it is said when the experiment's turn comes
-                about["identity"] = dict(prepare_of(own).identity)
+                prepared = prepare_of(own)
+            about["identity"] = dict(prepared.identity)
+            about["trials"] = [trial.key for trial in prepared.trials]
             Workspace(own.out).check(room_of(own), about["identity"], own.grows)
         trials.append(Trial(about, partial(_run, own, name), needs=needs, label=name, together=True))
         _check_there(settings, trials[-1], own)
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
-    return Prepared(identity, trials, {"title": settings.title, "pairs": settings.pairs}, {"versions": versions()})
+    return Prepared(identity, trials, {"title": settings.title, "pairs": settings.pairs})
 
 
 def _check_there(settings: Study, trial: Trial, own: Any) -> None:

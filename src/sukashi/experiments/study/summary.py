@@ -14,7 +14,7 @@ from sukashi.core.experiment import Result
 from sukashi.experiments.compare.contenders import contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import summarised
-from sukashi.experiments.workspace import Workspace
+from sukashi.experiments.workspace import Workspace, versions_of
 from sukashi.report import words
 
 
@@ -64,6 +64,7 @@ def summary(space: Workspace) -> StudyResult:
             f"{space.folder} has {len(records)} of {space.n_trials} experiments finished: give the same command again"
         )
     found = {record.result["name"]: summarised(Workspace(space.folder / record.result["name"])) for record in records}
+    made = [trial for record in records for trial in Workspace(space.folder / record.result["name"]).records()]
     pairs = [
         _pair(name, space, first, second)
         for name, result in found.items()
@@ -74,6 +75,7 @@ def summary(space: Workspace) -> StudyResult:
     for pair, corrected in zip(tested, stats.holm([pair["p"] for pair in tested]).tolist(), strict=True):
         pair["p_holm"] = corrected
     return StudyResult(
+        versions=versions_of(made),
         title=space.shown["title"],
         experiments={name: {"kind": result.kind, **_kept(result)} for name, result in found.items()},
         pairs=pairs,

@@ -12,7 +12,7 @@ from sukashi.core import progress
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.data import Data
-from sukashi.experiments.bench import Bench, Source, hardware, versions
+from sukashi.experiments.bench import Bench, Source, hardware
 from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import accuracy
@@ -53,7 +53,7 @@ def prepare(settings: Train) -> Prepared:
     model = setting.about_model | about(loaded, images, chosen)["model"]
     described = setting.identity(settings, model=model, fine_tuned=tuned)
     trial = Trial(described, partial(_train, settings, loaded, images), place=".", label=settings.kind, together=True)
-    return Prepared(described, [trial], log={"versions": versions(), "hardware": hardware(device)})
+    return Prepared(described, [trial], log={"hardware": hardware(device)})
 
 
 def _train(settings: Train, loaded: Loaded, images: Data, desk: Desk) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sukashi.attributions import attributions as explainers
 from sukashi.attributions.maps import Channels, saliency_map
 from sukashi.core import progress
+from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError
 from sukashi.core.experiment import Trial
 from sukashi.core.types import Batch, Maps, pass_size
@@ -183,8 +184,12 @@ class Auditor:
             "reference": "itself, rounded" if network is self.reference else self.reference.identity,
             "attribution": [name, channels(name), explainers[name].deciding(self.options.get(name, {}))],
             "measures": {name: registry[name].deciding(self.options.get(name, {})) for name in self.measures},
+            "code": {"maps": code_of(saliency_map), name: explainers[name].code, **self._code(self.measures)},
             **self._about_images(network),
         }
+
+    def _code(self, measures: Sequence[str]) -> dict[str, str]:
+        return {name: registry[name].code for name in measures}
 
     def _about_images(self, network: Network) -> dict[str, Any]:
         images = {
@@ -196,7 +201,8 @@ class Auditor:
 
     def _about_regions(self, network: Network) -> dict[str, Any]:
         asked = {name: registry[name].deciding(self.options.get(name, {})) for name in self.regional}
-        return {"regions": asked, "network": network.identity, **self._about_images(network)}
+        code = self._code(self.regional)
+        return {"regions": asked, "network": network.identity, "code": code, **self._about_images(network)}
 
     def _run_regions(self, network: Network, desk: Desk) -> None:
         """What a network loses with regions of the images: a cell without maps."""
@@ -209,7 +215,7 @@ class Auditor:
                 shown.advance(len(part), note=f"regions, {network.label}")
         columns = {column: torch.cat(values).numpy() for column, values in found.items()}
         desk.save("cell", self._ids(network, rows) | {"silent": np.zeros(len(rows), dtype=bool)} | columns)
-        desk.finish({})
+        desk.finish(self._facts(self.regional))
 
     def _regions_of(self, network: Network, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         found = measured(self.regional, self._inputs(network, rows), self._options(self.regional))
@@ -219,7 +225,8 @@ class Auditor:
         about = self._about(self.reference, name)
         of = about.pop("attribution")
         measures = {measure: about["measures"][measure] for measure in self.similar}
-        return {**about, "reference": "itself, randomised", "sanity": of, "measures": measures}
+        code = {"maps": about["code"]["maps"], name: about["code"][name], **self._code(self.similar)}
+        return {**about, "reference": "itself, randomised", "sanity": of, "measures": measures, "code": code}
 
     def _run_sanity(self, name: str, desk: Desk) -> None:
         """How like the reference's maps are those it has when layers are drawn anew, from the logits downward."""
@@ -249,7 +256,11 @@ class Auditor:
     def _run(self, network: Network, name: str, desk: Desk) -> None:
         with progress.task("images", len(self.rows_of(network))) as shown:
             desk.save("cell", self._cell(network, name, shown))
-        desk.finish({})
+        desk.finish(self._facts(self.measures))
+
+    def _facts(self, measures: Sequence[str]) -> dict[str, Any]:
+        """What a summary has to know of measures, which may be nobody's but the caller's."""
+        return {"better": {name: registry[name].facts["better"] for name in measures}, "similarities": self.similar}
 
     @cached_property
     def _rounded(self) -> Network:

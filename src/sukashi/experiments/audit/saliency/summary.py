@@ -15,7 +15,6 @@ from sukashi.experiments.audit.saliency import places, sanity, verdict
 from sukashi.experiments.audit.saliency.values import Array, Cell, Cells, curves_table, values_table
 from sukashi.experiments.audit.saliency.verdict import CERTAIN, is_told, said, weight
 from sukashi.experiments.workspace import Record
-from sukashi.measures import measures as registry
 from sukashi.report import words
 
 PAIRS = 5  # of maps that changed most, for each attribution
@@ -112,9 +111,9 @@ def regions_of(records: Sequence[Record]) -> Cells:
 def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Each model against the reference by each attribution and measure, on the images for which both have a value.
 
-    {"model", "attribution", "measure", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm", "size",
-    "changed", "said"}: means over the images, their mean difference with a 95 % bootstrap interval, the p-value of the
-    paired t test before and after Holm's correction over all rows, the difference in standard deviations of the
+    {"model", "attribution", "measure", "better", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm",
+    "size", "changed", "said"}: means over the images, their mean difference with a 95 % bootstrap interval, the p-value
+    of the paired t test before and after Holm's correction over all rows, the difference in standard deviations of the
     reference's values, and in words. Where all images differ by the same, t has no value and p is that of the signs.
     A row of fewer than FEW images has not `changed`, whatever its p-value.
     """
@@ -126,7 +125,7 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
             cell = cells[name, network.label]
             at = _places(of_reference.image_ids, cell.image_ids)
             for measure in of_reference.values:
-                if _is_similarity(measure):
+                if cell.is_similarity(measure):
                     continue  # has no value of its own for each model: see `alike`
                 a, b = cell.values[measure], of_reference.values[measure][at]
                 both = np.isfinite(a) & np.isfinite(b)
@@ -141,6 +140,7 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
                         "model": network.label,
                         "attribution": name,
                         "measure": measure,
+                        "better": cell.better[measure.partition("/")[0]],
                         "reference": float(b.mean()),
                         "mean": float(a.mean()),
                         "p": p if p is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0,
@@ -168,7 +168,7 @@ def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: 
         for name in names
         for network in answers
         for measure, values in cells[name, network.label].values.items()
-        if _is_similarity(measure) and np.isfinite(values).any()
+        if cells[name, network.label].is_similarity(measure) and np.isfinite(values).any()
     }
     return [
         {"model": label, "attribution": name, "measure": measure} | bounds
@@ -216,11 +216,11 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
             if network.guesses:
                 continue
             cell = cells[name, network.label]
-            measure = next(filter(_is_similarity, cell.values), next(iter(cell.values), None))
+            measure = next(filter(cell.is_similarity, cell.values), next(iter(cell.values), None))
             if measure is None:
                 continue
             values, change = cell.values[measure], -cell.values[measure]
-            if not _is_similarity(measure):
+            if not cell.is_similarity(measure):
                 values = values - of_reference.values[measure][_places(of_reference.image_ids, cell.image_ids)]
                 change = np.abs(values)
             some = np.flatnonzero(np.isfinite(values))
@@ -235,11 +235,6 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
             class_name = answers[0].class_names[target[image_id]]
             found.append(about | {"target": class_name, "measure": measure, "value": value})
     return found
-
-
-def _is_similarity(measure: str) -> bool:
-    name = measure.partition("/")[0]
-    return "reference_maps" in registry[name].inputs
 
 
 def _places(of: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:

@@ -34,20 +34,29 @@ class Cell:
     Measures of similarity are of its maps and the reference's; in the reference's own cell, of its maps and those that
     it has when `rounded` otherwise.
 
-    `silent` (B,) marks maps that are constant or not finite, `curves` are ROAD's: {"morf accuracy": (B, P)}.
+    `silent` (B,) marks maps that are constant or not finite, `curves` are ROAD's: {"morf accuracy": (B, P)}. `better`
+    is "higher" or "lower" by measure, `similarities` are those of the measures that compare two maps.
     """
 
     image_ids: tuple[str, ...]
     silent: NDArray[np.bool_]
     values: dict[str, Array]
     curves: dict[str, Array]
+    better: dict[str, str]
+    similarities: tuple[str, ...]
+
+    def is_similarity(self, measure: str) -> bool:
+        """Whether a measure, or the one that it is a part of, compares two maps."""
+        return measure.partition("/")[0] in self.similarities
 
     @staticmethod
     def read(record: Record) -> Cell:
         kept = record.arrays("cell")
         ids, silent = tuple(kept.pop("image_ids").tolist()), kept.pop("silent")
         curves = {name: kept.pop(name) for name in list(kept) if name in CURVES}
-        return Cell(ids, silent, kept, curves)
+        # As the registry had them then: a measure of one's own need not be there now.
+        told = record.result
+        return Cell(ids, silent, kept, curves, told["better"], tuple(told["similarities"]))
 
 
 Cells = dict[tuple[str, str], Cell]  # by attribution and label

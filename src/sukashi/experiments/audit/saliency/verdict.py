@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sukashi.experiments.audit.networks import FEW, Answers
-from sukashi.measures import measures as registry
 from sukashi.report import words
 
 CERTAIN = 0.05  # corrected p-values below are changes
@@ -45,10 +44,9 @@ def said(row: Mapping[str, Any]) -> str:
         alone = " once corrected" if low > 0 or high < 0 else ""
         return f"no detectable change{alone} in {row['n']} images [{short(low)}, {short(high)}]"
     measure, _, part = row["measure"].partition("/")
-    method = registry[measure]
     words = WORDS.get(row["measure"]) or WORDS.get(measure, (f"better by {measure}", f"worse by {measure}"))
     rise = row["difference"] > 0
-    word = words[rise != (method.facts["better"] == "higher")].format(part)
+    word = words[rise != (row["better"] == "higher")].format(part)
     low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
     of_confidence = "" if is_told(row["measure"]) else ", which moves with confidence"
     return f"{word} by {short(abs(row['difference']))} [{short(low)}, {short(high)}]{of_confidence}"
