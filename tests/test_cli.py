@@ -481,7 +481,7 @@ def test_classes_in_another_order_need_a_map(sukashi, refused, tmp_path):
     refused(3, ["class 'bee' is number 1 of the model and 0 of the data", "give a --class-map"], *check, theirs)
     numbers = tmp_path / "map.json"
     for content, code, word in [
-        ('{"bee": 1, "dog": 0}', 3, "class_map has 'dog', which is no class of the data"),
+        ('{"bee": 1, "dog": 0}', 3, "--class-map has 'dog', which is no class of the data"),
         ('{"bee": 1}', 3, "--class-map must give each of bee, cat"),
         ('{"bee": "1"}', 2, '{"cat": 0, "dog": 1}'),
         ("bee", 2, '{"cat": 0, "dog": 1}'),

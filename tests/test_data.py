@@ -143,7 +143,7 @@ def test_calibration_keeps_ids_targets_and_pixels_together(digit_data):
 def test_calibration_names_the_class_with_too_few(tmp_path):
     (folder(tmp_path, n=4) / "train" / "dog" / "03.png").unlink()
     train = data.load(tmp_path).train
-    with pytest.raises(DataError, match=r"class 'dog' has 3 images in train, .* needs 4 .* --calibration 3 "):
+    with pytest.raises(DataError, match=r"class 'dog' has 3 images in train, .* needs 4 .* give calibration=3 "):
         train.calibration(4, 0)
     with pytest.raises(UsageError, match="at least 1, got 0"):
         train.calibration(0, 0)

@@ -204,6 +204,26 @@ def test_heads_that_have_no_layer_in_the_form_are_refused_before_any_unit_goes()
     assert [site.layer for site in Engine(model, left, data).sites] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
 
 
+class Summed(torch.nn.Module):
+    """Branches that are added up from the number 0, as `sum` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)
+        self.head = torch.nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(sum([self.second(self.first(x).relu())]).mean((2, 3)))
+
+
+def test_a_sum_may_start_from_a_number():
+    model, x = Summed().eval(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    site = finder.find(model, x).sites[0]
+    engine = Engine(model, [site], Batch(x, torch.zeros(2, dtype=torch.long), torch.arange(2)))
+    with engine.open(site) as suffix, torch.no_grad(), hooks.ablated(model, {site: torch.arange(4) != 1}):
+        torch.testing.assert_close(suffix.without(1), model(x))
+
+
 class Frozen(torch.nn.Module):
     """A norm that is frozen, slopes of PReLU, a norm behind a linear layer, a difference."""
 

@@ -466,8 +466,8 @@ def _in_place(
     return call, args, kwargs
 
 
-def _add_into(spare: Tensor, other: Tensor) -> Tensor:
-    if spare.shape != other.shape or spare.dtype != other.dtype:
+def _add_into(spare: Tensor, other: Tensor | float) -> Tensor:
+    if not isinstance(other, Tensor) or spare.shape != other.shape or spare.dtype != other.dtype:
         return spare + other
     return spare.add_(other)
 
