@@ -221,6 +221,7 @@ class Workspace:
         if not (self.folder / EXPERIMENT).exists():
             return
         kept, asked = self.about, json.loads(files.canonical(identity))
+        grows = grows | {"code"}  # with the methods
         if kept["kind"] != kind:
             raise UsageError(
                 f"{self.folder} is an existing output folder of another experiment ({kept['kind']}, now {kind}): "
