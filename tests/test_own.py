@@ -127,6 +127,11 @@ def test_prune_and_schedule_take_it_too(mine):
     levels = sukashi.schedule(NET, how="oneshot", criteria="mine:last", out="levels", **given, **ASKED)
     assert {row["contender"] for row in levels.levels} == {"last"}
     assert Path("levels/last/0/0.50/recipe.json").exists()
+    more = sukashi.schedule(NET, how="oneshot", criteria=["mine:last", "magnitude"], out="levels", **given, **ASKED)
+    assert {row["contender"] for row in more.levels} == {"last", "magnitude"}
+    mine(PLAIN.replace("-s.axis", "s.axis"))
+    with pytest.raises(UsageError, match="levels has networks that were made while the code of last was another"):
+        sukashi.schedule(NET, how="oneshot", criteria=["mine:last", "magnitude"], out="levels", **given, **ASKED)
 
 
 def test_a_study_file_takes_it_with_its_pairs(mine):

@@ -221,6 +221,7 @@ class Workspace:
         if not (self.folder / EXPERIMENT).exists():
             return
         kept, asked = self.about, json.loads(files.canonical(identity))
+        grows = grows | {"code"}  # with the methods
         if not _grown(kept["identity"], asked, grows):
             self._check_code(kept["identity"], asked, grows)
             files.refuse_other(self.folder, kept["identity"], asked)

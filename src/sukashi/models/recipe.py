@@ -77,7 +77,7 @@ class Recipe(Strict):
     provenance: dict[str, Any]
     mask: MaskRecipe | None = None
     trained_on: tuple[TrainedRecipe, ...] | None = None
-    sha256: str | None = None
+    sha256: str
 
 
 def recipe_sha256(path: Path) -> str:

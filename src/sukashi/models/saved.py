@@ -83,7 +83,7 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
     )
     probe(loaded, noise(loaded.preprocess))
     # Last: what cannot be is refused with a reason of its own, this is left for what could.
-    if recipe.sha256 not in (None, digest(recipe.model_dump())):
+    if recipe.sha256 != digest(recipe.model_dump()):
         raise ModelError(
             f"{folder / RECIPE} is not as it was written, its hash is another; what it says of classes, preprocessing "
             "or cuts may be wrong: restore the folder"
@@ -139,6 +139,7 @@ def contents(loaded: Loaded, provenance: Mapping[str, Any]) -> dict[str, bytes]:
         trained_on=None
         if loaded.trained_on is None
         else tuple(TrainedRecipe(**one._asdict()) for one in loaded.trained_on),
+        sha256="",  # of the others
     )
     whole = recipe.model_dump()
     return files | {RECIPE: json.dumps(whole | {"sha256": digest(whole)}, allow_nan=False).encode()}

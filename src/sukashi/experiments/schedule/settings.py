@@ -59,7 +59,7 @@ class Course(Levels):
 
     kind: ClassVar[str] = "schedule"
     command: ClassVar[bool] = False
-    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "enforce_mask", "seeds", "options", "ratios", "code"})
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "enforce_mask", "seeds", "options", "ratios"})
 
     schedule: str = option(examples=["oneshot"], help="oneshot, iterative or lottery, see `sukashi list schedules`.")
     enforce_mask: list[bool] = option(
@@ -121,7 +121,7 @@ class Schedule(Memory, Levels, Training, Reading):
 
     kind: ClassVar[str] = "schedule"
     shared: ClassVar[bool] = True
-    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "options", "ratios", "code"})
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "options", "ratios"})
 
     how: str = option(argument=True, help="oneshot, iterative or lottery; see `sukashi list schedules`.")
     out: str = option(path=True, decides=False, help="Folder for the networks; an interrupted schedule is resumed.")
