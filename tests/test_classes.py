@@ -98,7 +98,12 @@ def test_numbers_of_the_objective_are_those_of_the_chosen_logits():
         expected = getattr(CLASSIFICATION, said)
         assert torch.equal(getattr(few, said)(logits, target), expected(logits[:, list(CHOSEN)], target))
         assert torch.equal(getattr(all_of_them, said)(logits, target), expected(logits, mapped))
-    assert (few.chance(10), all_of_them.chance(10)) == (1 / 3, 1 / 10)
+    assert few.chance(target) == all_of_them.chance(target) == 1 / 3
+    assert torch.equal(few.answer(logits), logits[:, list(CHOSEN)].argmax(1))
+    wanted = [CHOSEN.index(k) if k in CHOSEN else -1 for k in logits.argmax(1).tolist()]
+    assert all_of_them.answer(logits).tolist() == wanted
+    torch.testing.assert_close(few.probabilities(logits), logits[:, list(CHOSEN)].softmax(1))
+    torch.testing.assert_close(all_of_them.probabilities(logits), logits.softmax(1)[:, list(CHOSEN)])
     with pytest.raises(DataError, match="target 3 is no class of a model with 10 logits"):
         few.check(logits, target + 1)
     with pytest.raises(DataError, match="target 8 is no class of a model with 6 logits"):
@@ -175,15 +180,16 @@ COMPARED = {**ASKED, "calibration": 6, "criteria": ["random", "cswap"], "ratios"
 
 def test_a_comparison_counts_the_data_s_classes(ten, tmp_path):
     found = {}
-    for among, chance in (("data", 1 / 3), ("model", 0.1)):
+    for among in ("data", "model"):
         found[among] = sukashi.compare(ten, out=tmp_path / among, among=among, **COMPARED).to_json()
         trials = [json.loads(path.read_text()) for path in (tmp_path / among).rglob("trial.json")]
         assert len(trials) == 2
         for figures in (trial["result"] for trial in trials):
-            assert figures["chance"] == chance
+            assert figures["chance"] == 1 / 3, "one answer for all, of three equal classes"
             assert figures["class_names"] == ONLY
-            assert figures["class_counts"] == [20, 20, 20]
-            assert {len(row) for row in figures["class_accuracy"]} == {3}
+    found_answers = [np.load(path)["answer"] for path in (tmp_path / "model").rglob("curve.npz")]
+    assert {int(answer) for answers in found_answers for answer in np.unique(answers)} <= {-1, 0, 1, 2}
+    assert any((answers == -1).any() for answers in found_answers), "a class of the model alone"
     assert found["data"]["sauce"] != found["model"]["sauce"]
     with pytest.raises(UsageError, match=r"data.sha256 was"):
         sukashi.compare(ten, out=tmp_path / "data", among="model", **COMPARED)

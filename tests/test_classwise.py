@@ -68,7 +68,7 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
         assert area.low < area.mean < area.high
     perfect = classwise.auc(np.eye(3)[target], target, 3)[1]
     assert (perfect.mean, perfect.high) == (1.0, 1.0)
-    assert perfect.low < 0.8, "12 images on one side"
+    assert perfect.low < 0.9, "12 images on one side"
 
 
 def test_calibration_is_the_mean_over_bins():

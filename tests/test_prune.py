@@ -82,9 +82,20 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weig
     assert result.n_images == len(test)
     assert result.pruned["accuracy"] == pytest.approx(masked.mean().item())
     assert result.dense["accuracy"] == pytest.approx(right(case.model, test).mean().item())
-    for k in range(10):
-        assert result.pruned["class_accuracy"][k] == pytest.approx(masked[test.target == k].mean().item())
-    assert result.class_counts == [int((test.target == k).sum()) for k in range(10)]
+    for row in result.classes["rows"]:
+        own = test.target == int(row["name"])
+        assert row["n"] == int(own.sum())
+        assert row["pruned"]["sensitivity"]["mean"] == pytest.approx(masked[own].mean().item())
+    assert len(result.classes["rows"]) == 10
+    counts = np.array(result.classes["confusion"]["pruned"])
+    assert counts.sum() == len(test)
+    assert np.diag(counts).sum() == masked.sum()
+    change = result.classes["accuracy_change"]
+    assert change["low"] <= result.pruned["accuracy"] - result.dense["accuracy"] <= change["high"]
+    with torch.no_grad():
+        odds = models.load(str(out)).model(test.x).softmax(1)
+    surer = float((odds.amax(1) - (odds.argmax(1) == test.target).float()).mean())
+    assert result.classes["overconfidence"]["pruned"]["mean"] == pytest.approx(surer, abs=1e-5)
     assert result.pruned["bytes"] == (out / "model.safetensors").stat().st_size
     assert Path(result.report).is_file()
     assert result.latency["low"] <= result.latency["factor"] <= result.latency["high"]
@@ -95,11 +106,11 @@ def test_what_lies_in_the_folder(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, out, cnn_weights)
     assert set(contents(out)) == {
         *("experiment.json", "trial.json", "log.jsonl", ".lock", "results.json", "results.parquet", "report.html"),
-        *("model.safetensors", "recipe.json", "plan.npz", "figures/layers.png"),
+        *("model.safetensors", "recipe.json", "plan.npz", "answers.npz", "figures/layers.png"),
     }
     (record,) = Workspace(out).records()
     assert record.folder == out
-    assert set(record.kept["artefacts"]) == {"model.safetensors", "recipe.json", "plan.npz"}
+    assert set(record.kept["artefacts"]) == {"model.safetensors", "recipe.json", "plan.npz", "answers.npz"}
     provenance = json.loads((out / "recipe.json").read_text())["provenance"]
     found = {"ratio": 0.5, "target": None, "layers": result.layers}
     assert provenance == {**record.about, **found, "units_removed": result.units_removed}
@@ -315,7 +326,7 @@ def test_a_network_that_breaks_on_the_test_images_leaves_nothing(cnn_weights, tm
     def broken(model, batch):
         raise ModelError("the network gives NaN or Inf on test images")
 
-    monkeypatch.setattr(accuracy, "accuracy", broken)
+    monkeypatch.setattr(accuracy, "outputs", broken)
     with pytest.raises(ModelError, match="NaN or Inf"):
         prune("magnitude", 0.5, tmp_path / "out", cnn_weights)
     assert not (tmp_path / "out").exists()

@@ -92,6 +92,13 @@ class Classification:
         """How much speaks for each image's target: its probability (B,), in float64 so that a tiny one is not zero."""
         return self.answers(output).double().softmax(1).gather(1, self.place(target)[:, None])[:, 0]
 
+    def probabilities(self, output: Tensor) -> Tensor:
+        """The probability of each of the data's classes (B, K), float64: of what is held against each other."""
+        found = self.answers(output).double().softmax(1)
+        if self.outputs is None or self.among == "data":
+            return found
+        return found[:, torch.tensor(self.outputs, device=output.device)]
+
     def explained(self, output: Tensor, target: Tensor) -> Tensor:
         """What an attribution explains of each image: the target's logit (B,). Raises as `check` does."""
         self.check(output, target)

@@ -38,23 +38,25 @@ def by_class(outcome: NDArray[Any], classes: tuple[Tensor, Tensor], n_classes: i
     return [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
 
 
-class Tested(NamedTuple):
+class Replies(NamedTuple):
     """What a network answers: of each image (B,) the class it is given, -1 for one that the data does not have, the
-    class it has, whether that is right, and its id."""
+    class it has, whether that is right, and its id; where they were asked for, the probabilities (B, K) of the data's
+    classes."""
 
     answer: NDArray[np.int32]
     target: NDArray[np.int32]
     correct: NDArray[np.uint8]
     image_ids: tuple[str, ...]
+    probability: NDArray[np.float32] | None = None
 
 
-def tested(model: nn.Module, images: Batch | Iterable[Batch]) -> Tested:
+def replies(model: nn.Module, images: Batch | Iterable[Batch], *, probabilities: bool = False) -> Replies:
     """What a network answers to images; on the model's device, in passes of `types.pass_size`.
 
     Raises DataError where there are no images, and as `outputs` does.
     """
     device = next(model.parameters()).device
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     ids: list[str] = []
     batches = list(images.in_passes()) if isinstance(images, Batch) else images
     with progress.task("batches", len(batches) if isinstance(batches, Sized) else 0) as shown:
@@ -64,18 +66,21 @@ def tested(model: nn.Module, images: Batch | Iterable[Batch]) -> Tested:
                 there = replace(there, x=there.x.to(memory_format=torch.channels_last))
                 found = outputs(model, there)
                 objective = part.objective
-                parts.append((objective.answer(found), there.target, objective.outcome(found, there.target)))
+                more = [objective.probabilities(found).float()] if probabilities else []
+                parts.append((objective.answer(found), there.target, objective.outcome(found, there.target), *more))
                 ids += part.image_id
             shown.advance()
     if not ids:
         raise DataError("there are no images to measure accuracy on: give a split that holds some")
-    answer, target, correct = (torch.cat(of).cpu().numpy() for of in zip(*parts, strict=True))
-    return Tested(answer.astype(np.int32), target.astype(np.int32), correct, tuple(ids))
+    answer, target, correct, *rest = (torch.cat(of).cpu().numpy() for of in zip(*parts, strict=True))
+    return Replies(
+        answer.astype(np.int32), target.astype(np.int32), correct, tuple(ids), probability=rest[0] if rest else None
+    )
 
 
 def evaluate(model: nn.Module, images: Batch | Iterable[Batch]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """(B,) 1 where an image is right, and the images' ids (B,). Raises as `tested` does."""
-    found = tested(model, images)
+    """(B,) 1 where an image is right, and the images' ids (B,). Raises as `replies` does."""
+    found = replies(model, images)
     return found.correct, found.image_ids
 
 

@@ -14,7 +14,7 @@ from sukashi.core import progress, stats
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.stats import Interval
 from sukashi.core.types import Batch, Curve, Mask, Plan, Site
-from sukashi.measures.accuracy import Tested, tested
+from sukashi.measures.accuracy import Replies, replies
 from sukashi.measures.cost import flops, n_parameters
 from sukashi.network import surgery
 
@@ -55,13 +55,13 @@ def curve(
     if first is None:
         raise DataError("there are no images to measure accuracy on: give a split that holds some")
     example = first.x[:1].to(device)
-    measured: dict[int, tuple[float, int, Tested]] = {}
+    measured: dict[int, tuple[float, int, Replies]] = {}
     with progress.task("curve", len(counts)) as task:
         for n_removed in counts:
             keep = plan.mask_of(n_removed).keep
             small = copy.deepcopy(model).to(device)
             surgery.MODES[mode](small, Mask({site: keep[site] for site in sites}))
-            found = tested(small, images)
+            found = replies(small, images)
             if n_removed and found.image_ids != measured[0][2].image_ids:
                 raise DataError("the images change from one pass to the next: give batches in a fixed order")
             gone = 1 - n_parameters(small) / n_dense if mode == "cut" else n_removed / plan.n_units

@@ -18,7 +18,6 @@ from sukashi.report.figures import INK
 
 Array = NDArray[np.float64]
 
-N_WORST = 5
 KEPT = "#0072B2"
 CATEGORY_COLOURS = {"critical": "#0072B2", "neutral": "#C9CDD2", "detrimental": "#D55E00", "": "#EEF0F2"}
 # Each figure of a network: what the page calls it, and how it is printed.
@@ -113,15 +112,6 @@ def slower(latency: Mapping[str, Mapping[str, float]]) -> list[str]:
         "reason, see --round-to."
         for name, of in latency.items()
         if of["low"] > 1
-    ]
-
-
-def worst_classes(about: Mapping[str, Any], dense: Array, cut: Array) -> list[dict[str, Any]]:
-    lost = dense - cut
-    order = [int(k) for k in np.argsort(-lost, kind="stable") if np.isfinite(lost[k])][:N_WORST]
-    return [
-        {"name": about["class_names"][k], "n": about["class_counts"][k], "dense": dense[k], "cut": cut[k]}
-        for k in order
     ]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sukashi.criteria.plans import plan_of
-from sukashi.experiments.prune.summary import PruneResult, reached
+from sukashi.experiments.prune.summary import NETWORKS, PruneResult, reached
 from sukashi.experiments.workspace import Workspace
-from sukashi.report import words
+from sukashi.report import classes, words
 from sukashi.report.networks import MODES, cost_table, draw_categories, draw_layers, has_categories, layer_rows
 from sukashi.report.page import Page
 
@@ -45,7 +45,9 @@ def page(result: PruneResult, space: Workspace) -> Page:
             "costs": cost_table(costs, {"pruned": result.latency} if result.latency else {}, note),
             "layers": layers,
             "target": reached(result.target, result.ratio) if result.target else "",
-            "worst": result.worst_classes,
+            "classes": result.classes,
+            "networks": NETWORKS,
+            "overall": classes.overall(result.classes, NETWORKS),
             "settings": dict(words.flat(space.identity)) | {"test images": f"{result.n_images:,}"},
             "mode": MODES["sparse" if sparse else result.mode],
             "run": (space.logged("run") or [{}])[-1],

@@ -14,7 +14,7 @@ import torch
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.core.types import Batch, Mask
+from sukashi.core.types import Mask
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import check_sampling
@@ -26,12 +26,13 @@ from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.targets import Search
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
-from sukashi.measures.accuracy import by_class
+from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded
 from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
 
 LATENCY_BATCH = 32
+MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
 
 
 def prepare(settings: Prune) -> Prepared:
@@ -119,9 +120,14 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     test, removed = setting.test(), mask.n_removed / mask.n_units
     units = settings.scope is None
     batch = _batch(setting)
-    figures = {name: _figures(setting, of, test, batch) for name, of in (("dense", dense), ("pruned", small))}
+    both = {"dense": dense, "pruned": small}
+    answers = {name: accuracy.replies(of.model, test, probabilities=True) for name, of in both.items()}
+    figures = {
+        name: {"accuracy": float(answers[name].correct.mean()), **cost.size(of.model, batch)}
+        for name, of in both.items()
+    }
     if not units:
-        for name, loaded in (("dense", dense), ("pruned", small)):
+        for name, loaded in both.items():
             zeros = sparsity.zeros(loaded.model, mask)
             figures[name] |= {"zeros_in_masked_layers": zeros["sparsity"], "zeros_in_all": zeros["zeros"]}
     about = desk.trial.about
@@ -130,6 +136,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     provenance = {**about, **found, "units_removed" if units else "weights_removed": removed}
     for name, content in models.contents(small, provenance).items():
         desk.save(name, content)
+    desk.save("answers", _answers(answers, setting.data.n_classes))
     desk.finish(
         {
             **figures,
@@ -138,11 +145,10 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
             "weights_removed": None if units else removed,
             "n_images": len(test),
             "class_names": list(setting.data.class_names),
-            "class_counts": test.objective.counts(test.target, setting.data.n_classes).tolist(),
             "notes": list(setting.data.notes),
             "warnings": [
                 *setting.data.warnings,
-                *setting.doubts(_correct(setting, dense, test), test),
+                *setting.doubts(answers["dense"].correct, test),
                 *_cautions(settings, mask),
                 *_doubts_of_target(setting, target),
             ],
@@ -185,19 +191,19 @@ def _batch(setting: Bench) -> torch.Tensor:
     return setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
 
 
-def _figures(setting: Bench, loaded: Loaded, test: Batch, batch: torch.Tensor) -> dict[str, Any]:
-    correct = _correct(setting, loaded, test)
-    return {
-        "accuracy": float(correct.mean()),
-        **cost.size(loaded.model, batch),
-        "class_accuracy": by_class(correct, test.objective.classes(test.target), setting.data.n_classes),
+def _answers(answers: Mapping[str, Replies], n_classes: int) -> dict[str, np.ndarray]:
+    """What both networks answer to the test images; probabilities where they are few enough to keep."""
+    found: dict[str, np.ndarray] = {
+        "image_ids": np.array(answers["dense"].image_ids, dtype=np.str_),
+        "target": answers["dense"].target,
     }
-
-
-def _correct(setting: Bench, loaded: Loaded, test: Batch) -> np.ndarray:
-    """(B,) 1 where an image is right."""
-    found = [accuracy.accuracy(loaded.model, part.to(setting.device)).values for part in test.split(128)]
-    return torch.cat(found).cpu().numpy()
+    for name, of in answers.items():
+        assert of.probability is not None
+        found |= {f"{name} answer": of.answer, f"{name} correct": of.correct}
+        found[f"{name} confidence"] = of.probability.max(axis=1)
+        if n_classes <= MOST_CLASSES:
+            found[f"{name} probability"] = of.probability
+    return found
 
 
 def _layers(setting: Bench, mask: Mask, small: Loaded) -> list[dict[str, Any]]:

@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.core.stats import share
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import onnx
-from sukashi.report import networks, words
+from sukashi.report import classes, networks, words
+
+NETWORKS = "dense", "pruned"
 
 
 class PruneResult(Result):
     """A pruned network beside the dense one.
 
-    `dense` and `pruned` hold accuracy, class_accuracy (None for a class without images), parameters, flops (of an
-    image), peak_bytes (of a batch) and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too.
-    Fractions removed are of all units, of the weights in scope, and of all parameters. `ratio` is where the plan was
-    cut: as asked, or found for a `target`, which holds its name, what was asked and what was reached. `layers` counts
-    the units before and after, from input to output, with a scope the weights. `latency` of a batch is what a clock
-    decides, and so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its 95 %
-    interval, low to high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes,
-    `infer` the script that asks it about images.
+    `dense` and `pruned` hold accuracy, parameters, flops (of an image), peak_bytes (of a batch) and bytes (of the
+    file); with a scope zeros_in_masked_layers and zeros_in_all too. `classes` is what both make of each class:
+    sensitivity, specificity, AUC, balanced accuracy, calibration, confusion, see `report.classes.compared`. Fractions
+    removed are of all units, of the weights in scope, and of all parameters. `ratio` is where the plan was cut: as
+    asked, or found for a `target`, which holds its name, what was asked and what was reached. `layers` counts the units
+    before and after, from input to output, with a scope the weights. `latency` of a batch is what a clock decides, and
+    so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its 95 % interval, low to
+    high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes, `infer` the script
+    that asks it about images.
     """
 
     kind: ClassVar[str] = "prune"
@@ -47,9 +48,8 @@ class PruneResult(Result):
     latency: dict[str, float]
     n_images: int
     class_names: list[str]
-    class_counts: list[int]
+    classes: dict[str, Any]
     layers: list[dict[str, Any]]
-    worst_classes: dict[str, Any] | None
     onnx: str | None
     onnx_bytes: int | None
     infer: str | None
@@ -66,12 +66,13 @@ class PruneResult(Result):
         rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
         said = [words.table(*networks.layer_rows(self.layers)), ""] if self.layers else []
-        said.append(words.table(["", "dense", "pruned"], rows))
+        rows += [[noun, *values] for noun, values in classes.overall(self.classes, NETWORKS)]
+        said += [words.table(["", "dense", "pruned"], rows), "", classes.text(self.classes, NETWORKS)]
         if self.target is not None:
             said += ["", reached(self.target, self.ratio)]
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
-        said += self.remarks(*self.slower())
+        said += ["", *self.remarks(*self.slower()), "", self.verdict, self.rule]
         return "\n".join([*said, "", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)])
 
     def shipped(self, folder: str = "") -> list[str]:
@@ -90,8 +91,7 @@ class PruneResult(Result):
         """A row for each of the two networks."""
         about = {"model": self.model, "data": self.data, "criterion": self.criterion, "n_images": self.n_images}
         return [
-            {**about, "network": name, **{key: value for key, value in figures.items() if key != "class_accuracy"}}
-            for name, figures in (("dense", self.dense), ("pruned", self.pruned))
+            {**about, "network": name, **figures} for name, figures in (("dense", self.dense), ("pruned", self.pruned))
         ]
 
 
@@ -105,8 +105,7 @@ def summary(space: Workspace) -> PruneResult:
     clocked = space.logged("latency")[-1:]
     latency = networks.timed(clocked) if clocked else {}
     dense, pruned, scope = found["dense"], found["pruned"], about["scope"]
-    classes = (np.array(of["class_accuracy"], dtype=np.float64) for of in (dense, pruned))
-    within = share(round(pruned["accuracy"] * found["n_images"]), found["n_images"])
+    by_class = classes.compared(records[0].arrays("answers"), found["class_names"], NETWORKS)
     return PruneResult(
         model=about["model"]["spec"],
         data=about["data"]["spec"],
@@ -117,20 +116,15 @@ def summary(space: Workspace) -> PruneResult:
         ratio=found.get("ratio", about["ratio_asked"]),
         target=found.get("target"),
         **{name: found[name] for name in ("units_removed", "weights_removed", "n_images", "class_names")},
-        **{name: found[name] for name in ("class_counts", "layers", "dense", "pruned")},
+        **{name: found[name] for name in ("layers", "dense", "pruned")},
         parameters_removed=1 - pruned["parameters"] / dense["parameters"],
         latency=latency,
-        worst_classes={
-            "where": "The pruned network",
-            "what": "pruned",
-            "rows": networks.worst_classes(found, *classes),
-        },
+        classes=by_class,
         onnx=f"onnx/{onnx.ONNX}" if exported else None,
         onnx_bytes=len(exported[0].read(onnx.ONNX)) if exported else None,
         infer=f"onnx/{onnx.INFER}" if exported and exported[0].has(onnx.INFER) else None,
-        verdict=_verdict(dense, pruned, latency, scope),
-        rule=f"Measured on {found['n_images']:,} test images; the 95% interval of the pruned network's accuracy is "
-        f"{words.percent(within.low)} to {words.percent(within.high)} (Wilson's).",
+        verdict=_verdict(dense, pruned, latency, scope, classes.fallen(by_class["rows"], NETWORKS)),
+        rule=_rule(found["n_images"], pruned["accuracy"], by_class["accuracy_change"]),
         warnings=found["warnings"],
         notes=found["notes"],
     )
@@ -155,11 +149,26 @@ def reached(target: Mapping[str, Any], ratio: float) -> str:
     return f"{noun}: {left} (asked: at most {words.percent(asked)}){at}."
 
 
+def _rule(n_images: int, accuracy: float, change: Mapping[str, float]) -> str:
+    """What more images could make of the accuracy and of its change."""
+    within = share(round(accuracy * n_images), n_images)
+    return (
+        f"On {words.several(n_images, 'test image')}; 95% intervals for new ones: the pruned network's accuracy "
+        f"{words.percent(within.low)} to {words.percent(within.high)}, its change {100 * change['low']:+.1f} to "
+        f"{100 * change['high']:+.1f} points."
+    )
+
+
 def _verdict(
-    dense: Mapping[str, Any], pruned: Mapping[str, Any], latency: Mapping[str, float], scope: str | None
+    dense: Mapping[str, Any],
+    pruned: Mapping[str, Any],
+    latency: Mapping[str, float],
+    scope: str | None,
+    fallen: str,
 ) -> str:
     change = 100 * (pruned["accuracy"] - dense["accuracy"])
-    parts = [
+    parts = [fallen] if fallen else []
+    parts += [
         f"accuracy goes from {words.percent(dense['accuracy'])} to {words.percent(pruned['accuracy'])} ({change:+.1f})"
     ]
     if scope is not None:
