@@ -153,7 +153,7 @@ def study(
 def report(
     folder: Annotated[Path, typer.Argument(help="The --out of any command.")],
     margin: Annotated[
-        float | None, typer.Option(help="Of a compare: accuracy may be this much lower and count as lossless.")
+        float | None, typer.Option(help="Of a compare: how much lower accuracy may be, 0.01 for one point.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

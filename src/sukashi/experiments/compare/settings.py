@@ -28,7 +28,11 @@ class Contest(Settings):
         "cut", help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units."
     )
     margin: float = option(
-        0.01, gt=0, lt=1, decides=False, help="Accuracy may be this much lower and count as lossless."
+        0.01,
+        gt=0,
+        lt=1,
+        decides=False,
+        help="How much lower accuracy may be where a cut is said to be shown to cost no more: 0.01 for one point.",
     )
     options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)
 
