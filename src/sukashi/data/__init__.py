@@ -1,9 +1,9 @@
 """Datasets with image ids that never change, checked before anything is computed from them.
 
-`dataset` is what comes of them, `images` turns one file into numbers, `splits` samples and batches, `folders`, `listed` (CSV), `parquet`, `shapes` and
-`downloads` know where images come from, `masks` where in them the evidence is. Everything random (held-out,
-calibration, limit) ranks images by a hash of their id, so a choice does not depend on their order, on other images or
-on a generator's state.
+`dataset` is what comes of them, `images` turns one file into numbers, `splits` samples and batches, `folders`, `listed`
+(CSV), `parquet`, `shapes` and `downloads` know where images come from, `masks` where in them the evidence is.
+Everything random (held-out, calibration, limit) ranks images by a hash of their id, so a choice does not depend on
+their order, on other images or on a generator's state.
 """
 
 from __future__ import annotations
