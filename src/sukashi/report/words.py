@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ def percent(value: float) -> str:
 
 
 def printed(value: float | None, form: str) -> str:
-    """A figure for people: 270 k, 81.6 M, 1.1 MB, 5.31."""
+    """A figure for people: 270 k, 81.6 M, 1.1 MB; milliseconds in three digits, as 0.0531, 5.31 or 1,234."""
     if value is None:
         return "–"
     if form == "percent":
         return percent(value)
-    if form == "number":
-        return f"{value:.2f}"
+    if form == "ms":
+        return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
     prefixes = iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)
     while value >= 999.5:

@@ -61,7 +61,7 @@ class PruneResult(Result):
         removed = [("units removed", self.units_removed), ("weights removed", self.weights_removed)]
         rows = [[noun, *values] for noun, values in told]
         if self.latency:
-            times = [f"{self.latency[name]:.2f}" for name in ("dense_ms", "cut_ms")]
+            times = [words.printed(self.latency[name], "ms") for name in ("dense_ms", "cut_ms")]
             rows += [["latency, ms", *times], ["", "", f"× {networks.factor(self.latency)}"]]
         rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
