@@ -28,8 +28,8 @@ WORDS = (
     Word(
         "SAUCE",
         "100 times the area under accuracy against the fraction removed, from the dense network to nothing left, "
-        "closed by a straight line to what one answer for all images gets right. 100 would be a network that never errs "
-        "however much is cut.",
+        "closed by a straight line to what one answer for all images gets right. 100 would be a network that never "
+        "errs however much is cut.",
     ),
     Word("relative SAUCE", "SAUCE divided by the dense network's accuracy.", "[Rr]elative SAUCE"),
     Word(

@@ -81,7 +81,7 @@ class Table:
     def tex(self) -> bytes:
         """A `tabular` for the package booktabs, small print in brackets, each row on a line."""
         rows, names = self.rows, self.columns
-        width = max(len(row) for row in (names, *rows))
+        width = max(map(len, rows), default=len(names))
         lines = [
             f"% {_tex(self.caption)}; needs \\usepackage{{booktabs}}",
             f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",

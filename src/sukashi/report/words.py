@@ -46,6 +46,12 @@ def several(n: int, noun: str, plural: str = "") -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
+def between(counts: Sequence[int]) -> str:
+    """480 to 492, or 500 where all are."""
+    least, most = min(counts), max(counts)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
 def seeds(n: int) -> str:
     """1 seed, 2 seeds."""
     return several(n, "seed")

@@ -144,7 +144,7 @@ def reached(target: Mapping[str, Any], ratio: float) -> str:
         return f"File size: {words.printed(found, 'bytes')} (asked: at most {words.printed(asked, 'bytes')}){at}."
     if name == "max_drop":
         return (
-            f"Accuracy: shown to be at most {100 * asked:g} points lower on {target['n_images']:,} {target['images']} "
+            f"Accuracy: shown to be at most {words.points(asked)} lower on {target['n_images']:,} {target['images']} "
             f"images that neither calibrated nor are reported on ({target['lost']} lost, {target['gained']} gained; "
             f"Tango's test, one-sided 97.5%), and at every smaller ratio in steps of 0.02{at}."
         )

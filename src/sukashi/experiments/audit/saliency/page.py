@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from sukashi.experiments.audit.saliency.verdict import is_told
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.report import figures, words
-from sukashi.report.figures import MARKERS, Drawn
+from sukashi.report.figures import MARKERS, WIDTH, Drawn
 
 PANEL = (3.7, 2.9)
 # Pixels of a gallery: of a picture with what is around it, the gap, a line above, what stands below and at the left; a
@@ -231,7 +232,7 @@ def draw_curves(
     figure, panels = _panels(len(names), len(groups))
     together = "" in groups
     if together:
-        figure.set_figwidth(2 * PANEL[0])  # as wide again for the names of all models
+        figure.set_size_inches(WIDTH, PANEL[1] * len(names) + 0.3 * math.ceil((1 + len(groups[""])) / 2))
     share = np.array(percentages) / 100
     for i, name in enumerate(names):
         for j, (group, of_group) in enumerate(groups.items()):
@@ -264,7 +265,8 @@ def draw_curves(
             if not together:
                 axes.legend(frameon=False, fontsize=7.5, loc="best")
     if together:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+        handles, named = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, named, frameon=False, fontsize=9, loc="outside lower left", ncols=2)
     return figures.drawn(figure)
 
 
