@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -106,4 +108,8 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def command() -> str:
-    return shlex.join(["sukashi", *sys.argv[1:]])
+    """This command line as it can be given again: in its folder, and with what Python finds modules by."""
+    program = ["python", "-m", "sukashi"] if Path(sys.argv[0]).name == "__main__.py" else ["sukashi"]
+    path = os.environ.get("PYTHONPATH")
+    where = f"PYTHONPATH={shlex.quote(path)} " if path else ""
+    return f"cd {shlex.quote(os.getcwd())} && {where}{shlex.join([*program, *sys.argv[1:]])}"

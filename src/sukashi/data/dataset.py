@@ -83,7 +83,7 @@ class Data:
         whole = "" if groups is None else f" in whole groups ({len(set(groups))} of them)"
         return [
             f"{self.name} has no test split: {HELD_OUT:.0%} of each class held out by seed {self.held_out_by}{whole}, "
-            f"{len(self.test)} images"
+            f"{len(self.test)} image{'s' if len(self.test) != 1 else ''}"
         ]
 
     def noting(self, *notes: str, warnings: Sequence[str] = ()) -> Data:

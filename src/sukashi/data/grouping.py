@@ -61,7 +61,7 @@ def shared(splits: Mapping[str, Split]) -> list[str]:
             n = [sum(group in both for group in split.groups or ()) for split in (a, b)]
             told.append(
                 f"{len(both)} group{'s' if len(both) > 1 else ''} ({', '.join(sorted(both)[:_SHOWN])}"
-                f"{', ...' if len(both) > _SHOWN else ''}) are in {first} ({n[0]} images) and in {second} ({n[1]}): "
-                "accuracy can flatter"
+                f"{', ...' if len(both) > _SHOWN else ''}) are in {first} ({n[0]} image{'s' * (n[0] != 1)}) "
+                f"and in {second} ({n[1]}): accuracy can flatter"
             )
     return told

@@ -143,8 +143,8 @@ class Split:
         for number, count in enumerate(self.counts.tolist()):
             if count < n_per_class:
                 raise DataError(
-                    f"class {self.class_names[number]!r} has {count} images in {self.name}, a calibration set needs "
-                    f"{n_per_class} of every class: give calibration={fewest} or add images"
+                    f"class {self.class_names[number]!r} has {count} image{'s' * (count != 1)} in {self.name}, "
+                    f"a calibration set needs {n_per_class} of every class: give calibration={fewest} or add images"
                 )
 
     def limit(self, n: int, seed: int = 0) -> Split:

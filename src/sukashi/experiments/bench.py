@@ -173,7 +173,8 @@ class Bench:
         rows = [[site.layer, site.kind, str(site.n_units)] for site in self.sites]
         refused = [f"not cut: {layer}: {reason}" for layer, reason in self.found.refused.items()]
         n_units = sum(site.n_units for site in self.sites)
-        named = f"{self.source.model} on {self.source.data}: {len(rows)} sites, {n_units} units"
+        counts = f"{words.several(len(rows), 'site')}, {words.several(n_units, 'unit')}"
+        named = f"{self.source.model} on {self.source.data}: {counts}"
         return "\n".join([named, words.table(["site", "kind", "units"], rows), *refused])
 
     @property
@@ -282,7 +283,7 @@ class Ranking:
 
     def __repr__(self) -> str:
         first = ", ".join(f"{row['layer']}[{row['unit']}]" for row in self.table()[:5])
-        return f"{self.plan.method}: {self.plan.n_units} units, first to go {first}, ..."
+        return f"{self.plan.method}: {words.several(self.plan.n_units, 'unit')}, first to go {first}, ..."
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from sukashi.experiments.executor import summarised
 from sukashi.experiments.schedule.schedules import SCHEDULES
 from sukashi.experiments.workspace import EXPERIMENT, Workspace
 from sukashi.measures import measures
+from sukashi.report import words
 
 REGISTRIES: dict[str, Registry] = {
     "criteria": criteria,
@@ -65,7 +66,8 @@ def _experiment(folder: Path) -> dict[str, Any]:
         row |= {"kind": space.about["kind"], **{name: _spec(identity.get(name)) for name in ("model", "data")}}
         row |= {"finished": len(space.records()), "trials": space.n_trials}
         if row["finished"] < row["trials"]:
-            return row | {"found": f"{row['finished']} of {row['trials']} trials: give its command again to go on"}
+            far = f"{row['finished']} of {words.several(row['trials'], 'trial')}"
+            return row | {"found": f"{far}: give its command again to go on"}
         return row | {"found": summarised(space).to_json()["verdict"]}
     except SukashiError as error:
         return {"finished": None, "trials": None, **row, "found": str(error)}

@@ -47,10 +47,10 @@ from sukashi.experiments.study.file import read
 from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.experiments.train.summary import TrainResult
-from sukashi.experiments.workspace import Workspace
+from sukashi.experiments.workspace import EXPERIMENT, Workspace
 from sukashi.models import Loaded
 from sukashi.network.sites import input_site
-from sukashi.report import waiting
+from sukashi.report import waiting, words
 from sukashi.training.distributed import from_first
 
 # A name, a saved folder, a module, or a network as `load` and `Ranking.cut` give it.
@@ -356,6 +356,12 @@ def results(folder: str | Path, **options: Any) -> Result:
     DataError where a file is broken.
     """
     space = Workspace(folder)
+    inside = sorted(str(path.parent) for path in space.folder.glob(f"*/{EXPERIMENT}"))
+    if inside and not (space.folder / EXPERIMENT).exists():
+        raise UsageError(
+            f"{folder} is no experiment but holds {words.several(len(inside), 'experiment')}: "
+            f"give {' or '.join(inside)}"
+        )
     kind = space.about["kind"]
     _, *known = inspect.signature(part(kind, "summary").summary).parameters
     for name in options:

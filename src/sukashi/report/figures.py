@@ -1,11 +1,15 @@
-"""Figures: colours, axes, PNGs."""
+"""Figures: colours, axes, files."""
 
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -30,6 +34,10 @@ COLOURS = {
 }
 OTHERS = ("#6699CC", "#888800", "#004488", "#BB5566", "#225555", "#EE8866")
 INK, FAINT = "#1F2933", "#D9DEE4"
+# Lines are told apart by these where colours are not seen, as in grey print.
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h", "p")
+# Inches: as wide as a page's column. Drawn so, a label of 9 points is still read on a telephone, 400 pixels wide.
+WIDTH, DPI = 5.4, 160
 
 
 def colour(criterion: str, place: int) -> str:
@@ -37,18 +45,33 @@ def colour(criterion: str, place: int) -> str:
     return COLOURS.get(criterion) or OTHERS[place % len(OTHERS)]
 
 
-def level(axes: Axes, height: float, name: str, style: str) -> None:
-    """A named horizontal line."""
+def level(axes: Axes, height: float, name: str, style: str, *, left: bool = False) -> None:
+    """A line at a height with its name at the right, or at the left."""
     axes.axhline(height, color=INK, linewidth=0.9, linestyle=style)
     axes.annotate(
-        name, (1, height), (-3, 3), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=8
+        name,
+        (0 if left else 1, height),
+        (3 if left else -3, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="bottom",
+        color=INK,
+        fontsize=9,
     )
 
 
 def bars(axes: Axes, x: Any, mean: Any, low: Any, high: Any, **style: Any) -> None:
     """Means with their intervals as a line of points with bars."""
     below, above = np.maximum(mean - low, 0), np.maximum(high - mean, 0)
-    axes.errorbar(x, mean, (below, above), marker="o", markersize=4, elinewidth=1, capsize=2.5, **style)
+    axes.errorbar(x, mean, (below, above), **{"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2.5, **style})
+
+
+def within(axes: Axes, values: Sequence[float]) -> None:
+    """A vertical axis of shares around values that are some: no tick says below 0 or above 1."""
+    low, high = min(values), max(values)
+    room = max(0.05 * (high - low), 0.01)
+    axes.set_ylim(max(low - room, 0), min(high + room, 1) + 0.1 * room)  # a point at 1 is not cut in half
 
 
 def calm(axes: Axes) -> None:
@@ -60,10 +83,31 @@ def calm(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG: equal figures give equal bytes. A `$` in a name is a dollar, and starts no formula."""
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as it is kept: equal figures give equal bytes."""
+
+    png: bytes
+    svg: bytes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the PNG's header."""
+        width, height = struct.unpack(">II", self.png[16:24])
+        return width, height
+
+
+def drawn(figure: Figure) -> Drawn:
+    """The figure as PNG and SVG. A `$` in a name is a dollar, and starts no formula."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=160, metadata={"Software": None})  # else the version is stamped on it
-    return content.getvalue()
+    # Without these a version, a date and random names are stamped on them.
+    nobody = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    kept = {}
+    with rc_context({"svg.hashsalt": "sukashi"}):
+        for form, metadata in nobody.items():
+            content = io.BytesIO()
+            figure.savefig(content, format=form, dpi=DPI, metadata=metadata)
+            kept[form] = content.getvalue()
+            figure.set_layout_engine("none")  # both in the places that were found for the first
+    return Drawn(**kept)

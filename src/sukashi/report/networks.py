@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sukashi.core.stats import ratio
 from sukashi.core.types import Plan
 from sukashi.report import figures, words
-from sukashi.report.figures import INK
+from sukashi.report.figures import INK, WIDTH, Drawn
 
 Array = NDArray[np.float64]
 
@@ -74,7 +74,7 @@ def cost_table(
         dense_ms = statistics.median(of["dense_ms"] for of in latency.values())
         times = [dense_ms, *(latency[name]["cut_ms"] if name in latency else None for name in [*columns][1:])]
         told = [f"× {factor(latency[name])}" if name in latency else "" for name in columns]
-        rows.append(("latency, ms", [words.printed(ms, "number") for ms in times], told))
+        rows.append(("latency, ms", [words.printed(ms, "ms") for ms in times], told))
     return {"columns": list(columns), "rows": rows, "note": note} if rows else None
 
 
@@ -140,11 +140,11 @@ def _share(part: int, whole: int) -> str:
     return words.percent(part / whole)
 
 
-def draw_layers(layers: Sequence[Mapping[str, Any]]) -> bytes:
+def draw_layers(layers: Sequence[Mapping[str, Any]]) -> Drawn:
     """The share of its units that each layer keeps, as a bar, from input (above) to output."""
     n, longest = len(layers), max(len(of["layer"]) for of in layers)
     height, size = (0.24, 9) if n <= 40 else (0.17, 7)
-    figure = Figure(figsize=(4.4 + 0.06 * longest, 0.5 + height * n), layout="constrained")
+    figure = Figure(figsize=(min(4.4 + 0.06 * longest, WIDTH), 0.5 + height * n), layout="constrained")
     axes = figure.subplots()
     figures.calm(axes)
     axes.grid(False)
@@ -156,27 +156,42 @@ def draw_layers(layers: Sequence[Mapping[str, Any]]) -> bytes:
     axes.spines["bottom"].set_bounds(0, 1)
     axes.set_yticks(range(n), [of["layer"] for of in layers], fontsize=size)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    return figures.png(figure)
+    return figures.drawn(figure)
 
 
-def draw_categories(plans: Mapping[str, Sequence[Plan]]) -> bytes:
+def categories_alt(plans: Mapping[str, Sequence[Plan]]) -> str:
+    """What `draw_categories` shows in words: the share of each category among all units."""
+    told = []
+    for name, of in plans.items():
+        shares = {
+            category: float(np.mean([(plan.category == category).mean() for plan in of]))
+            for category in CATEGORY_COLOURS
+        }
+        said = [f"{words.percent(share)} {category or 'undecided'}" for category, share in shares.items() if share]
+        told.append(f"{name} {', '.join(said)}")
+    return f"Of all units are by {'; '.join(told)}. Layer by layer in the figure."
+
+
+def draw_categories(plans: Mapping[str, Sequence[Plan]]) -> Drawn:
     """Stacked shares of a site's units, sites from input to output: the paper's figure 12."""
-    figure = Figure(figsize=(8.4, 1.2 + 1.6 * len(plans)), layout="constrained")
-    rows = figure.subplots(len(plans), sharex=True, squeeze=False)[:, 0]
     layers = [site.layer for site in next(iter(plans.values()))[0].sites]
+    figure = Figure(figsize=(max(WIDTH, 0.16 * len(layers)), 1.4 + 1.4 * len(plans)), layout="constrained")
+    rows = figure.subplots(len(plans), sharex=True, squeeze=False)[:, 0]
     for axes, (criterion, of_criterion) in zip(rows, plans.items(), strict=True):
         bottom = np.zeros(len(layers))
         for category, colour in CATEGORY_COLOURS.items():
             share = _shares(of_criterion, category)
             if share.any():
-                axes.bar(np.arange(len(layers)), share, 0.84, bottom, color=colour, label=category or "undecided")
+                # Hatched, that it is told from the critical in grey print too.
+                how = {"hatch": "////", "edgecolor": "white", "linewidth": 0} if category == "detrimental" else {}
+                axes.bar(range(len(layers)), share, 0.84, bottom, color=colour, label=category or "undecided", **how)
             bottom += share
         axes.set(ylim=(0, 1), xlim=(-0.6, len(layers) - 0.4), yticks=[0, 0.5, 1])
         axes.set_title(criterion, loc="left", fontsize=10, color=INK)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         figures.calm(axes)
         axes.grid(False)
-    rows[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    rows[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
     handles = {label: handle for axes in rows for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
-    return figures.png(figure)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figures.drawn(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ def percent(value: float) -> str:
 
 
 def printed(value: float | None, form: str) -> str:
-    """A figure for people: 270 k, 81.6 M, 1.1 MB, 5.31."""
+    """A figure for people: 270 k, 81.6 M, 1.1 MB; milliseconds in three digits, as 0.0531, 5.31 or 1,234."""
     if value is None:
         return "–"
     if form == "percent":
         return percent(value)
-    if form == "number":
-        return f"{value:.2f}"
+    if form == "ms":
+        return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
     prefixes = iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)
     while value >= 999.5:
@@ -43,6 +44,12 @@ def points(share: float) -> str:
 def several(n: int, noun: str, plural: str = "") -> str:
     """1 seed, 2 seeds, 1,000 images, 3 criteria."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def between(counts: Sequence[int]) -> str:
+    """480 to 492, or 500 where all are."""
+    least, most = min(counts), max(counts)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def seeds(n: int) -> str:

@@ -38,7 +38,7 @@ def splits(data: Data, training: Training) -> tuple[Split, Split | None, tuple[s
         validation,
         (
             f"{data.name} has no validation split: {training.validation:.0%} of each class of the training split held "
-            f"out by the hash of the images' ids, {len(validation)} images",
+            f"out by the hash of the images' ids, {len(validation)} image{'s' if len(validation) != 1 else ''}",
         ),
     )
 
@@ -80,7 +80,8 @@ def check_training(
         )
     if validation is not None and len(validation) < n_processes:
         raise UsageError(
-            f"{len(validation)} validation images leave some of {n_processes} processes without one: hold out more"
+            f"validation images, {len(validation)} in number, leave some of {n_processes} processes without one: "
+            "hold out more"
         )
     if loaded.mask is not None:
         sparsity.check_fits(loaded.model, loaded.mask)

@@ -8,12 +8,13 @@ from sukashi.experiments.audit.networks import FEW, POPULATIONS
 from sukashi.experiments.audit.run import subject
 from sukashi.experiments.audit.summary import CLASSES, AuditResult, answers_of
 from sukashi.experiments.workspace import Workspace
+from sukashi.report.figures import Drawn
 from sukashi.report.page import Page
 from sukashi.report.words import flat, listed
 
 
 def page(result: AuditResult, space: Workspace) -> Page:
-    figures: dict[str, bytes] = {}
+    figures: dict[str, Drawn] = {}
     panels: dict[str, dict[str, Any]] = {}
     for name, found in result.subjects.items():
         drawn, panels[name] = subject(name, "page").panel(result, found, space)

@@ -73,7 +73,8 @@ def summary(space: Workspace) -> AuditResult:
     records = space.records()
     if len(records) < space.n_trials:
         raise UsageError(
-            f"{space.folder} has {len(records)} of {space.n_trials} trials finished: give the same audit command again"
+            f"{space.folder} has {len(records)} of {words.several(space.n_trials, 'trial')} finished: "
+            "give the same audit command again"
         )
     answers, facts = answers_of(space)
     found = {
@@ -125,10 +126,10 @@ def _audited(answers: Sequence[Answers]) -> list[str]:
         some = [f"{n} {name}" for name, n in counts.items() if n]
         none = [name for name, n in counts.items() if not n]
         if len(counts) > CLASSES:
-            most, least = max(counts.values()), min(n for n in counts.values() if n)
-            some = [f"{least if least == most else f'{least} to {most}'} of each of {len(some)} classes"]
-            none = [f"{len(none)} classes"] if none else []
-        images = f"{len(one.rows)} image{'s' if len(one.rows) > 1 else ''}"
+            few = words.between([n for n in counts.values() if n])
+            some = [f"{few} of each of {words.several(len(some), 'class', 'classes')}"]
+            none = [words.several(len(none), "class", "classes")] if none else []
+        images = words.several(len(one.rows), "image")
         said = f"{images}: {', '.join(some)}{f', none of {words.listed(none)}' if none else ''}"
         found.setdefault(said, []).append(one.label)
     return [f"audited ({', '.join(labels)}): {said}" for said, labels in found.items()]
@@ -142,7 +143,7 @@ def _gone(answers: Sequence[Answers]) -> list[str]:
         right = {name: (first.right_of_class[name], one.right_of_class[name]) for name in gone[:NAMED]}
         told = [f"{name} ({first.label}: {a:.0%} right, {one.label}: {b:.0%})" for name, (a, b) in right.items()]
         if gone:
-            more = [f"{len(gone) - NAMED} more classes"] if len(gone) > NAMED else []
+            more = [f"{words.several(len(gone) - NAMED, 'more class', 'more classes')}"] if len(gone) > NAMED else []
             found.append(
                 f"{one.label} is audited on no image of {words.listed([*told, *more])}: no figure here tells of "
                 f"{'that class' if len(gone) == 1 else 'those classes'}"

@@ -61,7 +61,7 @@ class CheckResult(Result):
         right = share(self.n_right, self.n_images)
         return (
             f"read as {self.reads}; right on {self.n_right} of {self.n_images} test images "
-            f"({words.percent(self.n_right / self.n_images)}, 95 % interval {words.percent(right.low)} to "
+            f"({words.percent(self.n_right / self.n_images)}, 95% interval {words.percent(right.low)} to "
             f"{words.percent(right.high)}): is this what you know of your model? --size, --mean, --std and "
             "--resize say how images are read"
         )
@@ -69,12 +69,15 @@ class CheckResult(Result):
     def text(self) -> str:
         rows = [[site["layer"], site["kind"], str(site["units"])] for site in self.sites]
         said = [self.asked, "", words.table(["site", "kind", "units"], rows), ""]
-        said.append(f"{len(self.sites)} sites, {self.units} units, {self.parameters:,} parameters")
+        said.append(
+            f"{words.several(len(self.sites), 'site')}, {words.several(self.units, 'unit')}, "
+            f"{words.several(self.parameters, 'parameter')}"
+        )
         said += [f"not cut: {layer}: {reason}" for layer, reason in self.refused.items()]
         few = ", ".join(self.class_names[:SHOWN]) + (", ..." if len(self.class_names) > SHOWN else "")
         said.append(f"{len(self.class_names)} classes: {few}")
         for split, counts in self.class_counts.items():
-            said.append(f"{split}: {sum(counts)} images, {min(counts)} to {max(counts)} a class")
+            said.append(f"{split}: {words.several(sum(counts), 'image')}, {words.between(counts)} a class")
         width = max(map(len, self.estimated_seconds), default=0)
         said += [f"{name:{width}s} about {words.duration(of)}" for name, of in self.estimated_seconds.items()]
         said += [f"{name}: {reason}" for name, reason in self.cannot.items()]

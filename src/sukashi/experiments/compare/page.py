@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,8 +20,8 @@ from sukashi.experiments.workspace import Workspace
 from sukashi.measures import curves
 from sukashi.measures.curves import THRESHOLDS
 from sukashi.report import figures, words
-from sukashi.report.figures import COLOURS, OTHERS
-from sukashi.report.networks import MODES, cost_table, draw_categories, has_categories, slower
+from sukashi.report.figures import COLOURS, MARKERS, OTHERS, WIDTH, Drawn
+from sukashi.report.networks import MODES, categories_alt, cost_table, draw_categories, has_categories, slower
 from sukashi.report.page import Page
 
 DASHES = {"random": "-", "confidence": ":", "clustering": "--"}
@@ -29,9 +31,7 @@ REMOVED = {"cut": "parameters removed", "zero": "units zeroed"}
 
 def page(result: CompareResult, space: Workspace) -> Page:
     found = contenders(space)
-    others = itertools.cycle(OTHERS)
-    of_criterion = {name: COLOURS.get(name) or next(others) for name in sorted({one.criterion for one in found})}
-    colours = {one.name: of_criterion[one.criterion] for one in found}
+    colours = _colours(found)
     with_categories = {one.name: one.plans for one in found if has_categories(one.plans)}
     drawn = {
         "curves": _draw_curves(found, colours, REMOVED[result.mode], units=False),
@@ -48,6 +48,8 @@ def page(result: CompareResult, space: Workspace) -> Page:
             "title": f"{result.model} on {result.data}",
             "warnings": [*result.warnings, *slower(result.latency)],
             "colours": colours,
+            "alts": _alts(result),
+            "categories_alt": categories_alt(with_categories),
             "removed": REMOVED[result.mode],
             "fractions": THRESHOLDS,
             "differences": [pair for pair in result.differences if pair["first"] == leader],
@@ -72,19 +74,53 @@ def page(result: CompareResult, space: Workspace) -> Page:
     )
 
 
+def curves_alt(result: Mapping[str, Any]) -> str:
+    """What the curves of a comparison show, in words: SAUCE of each contender and its accuracy where half is gone."""
+    told = []
+    for name in result["contenders"]:
+        half = result["accuracy_at"][name]["0.5"]
+        said = "not measured at 50%" if half is None else f"accuracy {words.percent(half['mean'])} at 50%"
+        told.append(f"{name} SAUCE {result['sauce'][name]['mean']:.1f}, {said}")
+    return f"Accuracy against the fraction of {REMOVED[result['mode']]}: {'; '.join(told)}."
+
+
+def _alts(result: CompareResult) -> dict[str, str]:
+    told = []
+    for name, levels in result.levels.items():
+        at = min(levels, key=lambda level: abs(level["ratio_asked"] - 0.5))
+        told.append(f"{name} {words.percent(at['accuracy']['mean'])} at {words.percent(at['units_removed'])}")
+    return {
+        "curves": curves_alt(result.to_json()),
+        "units": f"Accuracy against the fraction of units removed: {'; '.join(told)}.",
+    }
+
+
+def draw_curves(space: Workspace, mode: str) -> Drawn:
+    """Accuracy against what is gone, a line for each contender."""
+    found = contenders(space)
+    return _draw_curves(found, _colours(found), REMOVED[mode], units=False)
+
+
+def _colours(found: Sequence[Contender]) -> dict[str, str]:
+    others = itertools.cycle(OTHERS)
+    of_criterion = {name: COLOURS.get(name) or next(others) for name in sorted({one.criterion for one in found})}
+    return {one.name: of_criterion[one.criterion] for one in found}
+
+
 def _by_units(curve: Curve, n_units: int) -> Curve:
     """The same curve against the share of units."""
     return replace(curve, fraction=curve.n_removed / n_units)
 
 
-def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed: str, *, units: bool) -> bytes:
+def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed: str, *, units: bool) -> Drawn:
     """Accuracy against what is gone, of units or of what the curves count. Two seeds bound nothing: their points."""
-    figure = Figure(figsize=(9.2, 5.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2 + 0.2 * math.ceil(len(found) / 2)), layout="constrained")
     axes = figure.subplots()
     result = found[0].results[0]
     figures.level(axes, result["dense_accuracy"], "dense", "--")
-    figures.level(axes, result["chance"], "one answer for all", ":")
-    for one in reversed(found):  # the best is drawn last, on top
+    figures.level(axes, result["chance"], "one answer for all", ":", left=True)
+    marks = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(sorted(one.name for one in found))}
+    for place, one in reversed(list(enumerate(found))):  # the best is drawn last, on top
         drawn = [_by_units(curve, one.plans[0].n_units) if units else curve for curve in one.curves]
         fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
         line = [found for found in curves.at(drawn, fractions.tolist()) if found is not None]
@@ -96,10 +132,13 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
             linestyle=DASHES[one.sampling],
             linewidth=1.8,
             label=f"{one.name}  {mean:.1f}",
+            marker=marks[one.name],
+            markersize=4,
+            markevery=(2 * place % 10, 10),
         )
         if len(drawn) != 2:
             low, high = ([getattr(point, name) for point in line] for name in ("low", "high"))
-            axes.fill_between(fractions, low, high, color=colours[one.name], alpha=0.15, linewidth=0)
+            axes.fill_between(fractions, low, high, color=colours[one.name], alpha=0.12, linewidth=0)
         for curve in drawn:
             after_pass = np.isnan(curve.ratio)
             if len(drawn) == 2:
@@ -109,8 +148,8 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
                 curve.fraction[after_pass],
                 curve.accuracy[after_pass],
                 linestyle="",
-                marker="o",
-                markersize=5.5,
+                marker=marks[one.name],
+                markersize=6.5,
                 zorder=5,
                 color=colours[one.name],
                 markeredgecolor="white",
@@ -120,14 +159,16 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     handles, labels = axes.get_legend_handles_labels()
-    # Beside the curves: among them no place is free of one network's curves or another's.
+    # Below the curves: among them no place is free of one network's curves or another's.
     figure.legend(
         handles[::-1],
         labels[::-1],
         title="criterion, SAUCE",
         frameon=False,
         alignment="left",
-        loc="outside right center",
+        loc="outside lower left",
+        ncols=2 if max(map(len, labels)) < 30 else 1,
+        fontsize=9,
     )
     figures.calm(axes)
-    return figures.png(figure)
+    return figures.drawn(figure)

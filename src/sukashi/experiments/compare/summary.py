@@ -89,7 +89,7 @@ class CompareResult(Result):
     rule: str
 
     def text(self) -> str:
-        header = ["criterion", "SAUCE", "95 % interval", f"{words.points(self.margin)} lower at most, up to", *_GONE]
+        header = ["criterion", "SAUCE", "95% interval", f"{words.points(self.margin)} lower at most, up to", *_GONE]
         found = []
         for name in self.contenders:
             sauce, free = self.sauce[name], self.lossless[name]

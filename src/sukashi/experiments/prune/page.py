@@ -8,7 +8,15 @@ from sukashi.criteria.plans import plan_of
 from sukashi.experiments.prune.summary import NETWORKS, PruneResult, reached
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import classes, words
-from sukashi.report.networks import MODES, cost_table, draw_categories, draw_layers, has_categories, layer_rows
+from sukashi.report.networks import (
+    MODES,
+    categories_alt,
+    cost_table,
+    draw_categories,
+    draw_layers,
+    has_categories,
+    layer_rows,
+)
 from sukashi.report.page import Page
 
 
@@ -44,6 +52,7 @@ def page(result: PruneResult, space: Workspace) -> Page:
             "warnings": [*result.warnings, *result.slower()],
             "costs": cost_table(costs, {"pruned": result.latency} if result.latency else {}, note),
             "layers": layers,
+            "categories_alt": categories_alt({plans[0].method: plans}) if plans else "",
             "target": reached(result.target, result.ratio) if result.target else "",
             "classes": result.classes,
             "networks": NETWORKS,

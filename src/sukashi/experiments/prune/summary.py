@@ -61,7 +61,7 @@ class PruneResult(Result):
         removed = [("units removed", self.units_removed), ("weights removed", self.weights_removed)]
         rows = [[noun, *values] for noun, values in told]
         if self.latency:
-            times = [f"{self.latency[name]:.2f}" for name in ("dense_ms", "cut_ms")]
+            times = [words.printed(self.latency[name], "ms") for name in ("dense_ms", "cut_ms")]
             rows += [["latency, ms", *times], ["", "", f"× {networks.factor(self.latency)}"]]
         rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
@@ -138,7 +138,7 @@ def reached(target: Mapping[str, Any], ratio: float) -> str:
         return f"File size: {words.printed(found, 'bytes')} (asked: at most {words.printed(asked, 'bytes')}){at}."
     if name == "max_drop":
         return (
-            f"Accuracy: shown to be at most {100 * asked:g} points lower on {target['n_images']:,} {target['images']} "
+            f"Accuracy: shown to be at most {words.points(asked)} lower on {target['n_images']:,} {target['images']} "
             f"images that neither calibrated nor are reported on ({target['lost']} lost, {target['gained']} gained; "
             f"Tango's test, one-sided 97.5%), and at every smaller ratio in steps of 0.02{at}."
         )

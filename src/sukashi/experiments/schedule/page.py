@@ -10,6 +10,7 @@ from sukashi.experiments.schedule.settings import LEAKY
 from sukashi.experiments.schedule.summary import ScheduleResult, removed
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import figures, words
+from sukashi.report.figures import MARKERS, WIDTH, Drawn
 from sukashi.report.page import Page
 
 
@@ -21,6 +22,9 @@ def page(result: ScheduleResult, space: Workspace) -> Page:
         {"accuracy": draw(result)},
         {
             "result": result,
+            "alt": _alt(result),
+            "images": words.several(result.n_images, "test image"),
+            "seeds": words.seeds(result.seeds),
             "title": f"{result.schedule}: {result.model}, {names}{scope}",
             "warnings": result.warnings,
             "gone": [removed(row) for row in result.levels],
@@ -30,9 +34,21 @@ def page(result: ScheduleResult, space: Workspace) -> Page:
     )
 
 
-def draw(result: ScheduleResult) -> bytes:
-    """Accuracy by level with intervals, a line for each contender; as a PNG."""
-    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+def _alt(result: ScheduleResult) -> str:
+    """What the figure shows, in words."""
+    told = [f"dense {words.percent(result.dense_accuracy['mean'])}"]
+    for name in result.contenders:
+        rows = [row for row in result.levels if row["contender"] == name]
+        told.append(
+            f"{name} "
+            + ", ".join(f"{words.percent(row['accuracy']['mean'])} at {words.percent(removed(row))}" for row in rows)
+        )
+    return f"Accuracy by the fraction of the {result.removes} that was removed: {'; '.join(told)}."
+
+
+def draw(result: ScheduleResult) -> Drawn:
+    """Accuracy by level with intervals, a line for each contender."""
+    figure = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(result.contenders)), layout="constrained")
     axes = figure.subplots()
     dense = result.dense_accuracy
     axes.axhspan(dense["low"], dense["high"], color=figures.FAINT, alpha=0.5, linewidth=0)
@@ -44,10 +60,28 @@ def draw(result: ScheduleResult) -> bytes:
         # Side by side, that intervals at one level do not hide each other.
         x = np.array([removed(row) for row in rows]) + 0.006 * (place - (len(result.contenders) - 1) / 2)
         style = ":" if name.endswith(LEAKY) else "-"
-        figures.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.6, label=name)
+        figures.bars(
+            axes,
+            x,
+            mean,
+            low,
+            high,
+            color=colour,
+            linestyle=style,
+            linewidth=1.6,
+            label=name,
+            marker=MARKERS[place % len(MARKERS)],
+        )
+    bounds = [row["accuracy"][key] for row in result.levels for key in ("low", "high")]
+    figures.within(axes, [*bounds, dense["low"], dense["high"]])
     axes.set(xlabel=f"fraction of the {result.removes} that was removed", ylabel="accuracy on test images")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.legend(
+        frameon=False,
+        fontsize=9,
+        loc="outside lower left",
+        ncols=2 if all(len(n) < 24 for n in result.contenders) else 1,
+    )
     figures.calm(axes)
-    return figures.png(figure)
+    return figures.drawn(figure)

@@ -54,8 +54,8 @@ class ScheduleResult(Result):
         of_weights = self.removes == "weights"
         header = [
             *("contender", f"{self.removes} removed", "asked for"),
-            *("zeros at the end" if of_weights else "parameters removed", "accuracy, %", "95 % interval"),
-            *("against dense, points", "95 % interval"),
+            *("zeros at the end" if of_weights else "parameters removed", "accuracy, %", "95% interval"),
+            *("against dense, points", "95% interval"),
         ]
         rows = []
         for row in self.levels:
@@ -101,7 +101,8 @@ def summary(space: Workspace) -> ScheduleResult:
     records = space.records()
     if len(records) < space.n_trials:
         raise UsageError(
-            f"{space.folder} has {len(records)} of {space.n_trials} networks finished: give the same command again"
+            f"{space.folder} has {len(records)} of {words.several(space.n_trials, 'network')} finished: "
+            "give the same command again"
         )
     identity = space.identity
     found = of_outcomes([_outcome(record) for record in records if record.about["until"] is None], identity)
@@ -181,8 +182,8 @@ def cautions(found: Mapping[str, Any], round_to: int) -> list[str]:
     said, least = [], stats.least_images(LOST, level=_level(found["contenders"]))
     if found["n_images"] < least:
         said.append(
-            f"{found['n_images']} test images can't show that accuracy is at most {100 * LOST:g} points lower, "
-            f"{least} are needed"
+            f"{words.several(found['n_images'], 'test image')} can't show that accuracy is at most "
+            f"{words.points(LOST)} lower, {least} are needed"
         )
     for name in found["contenders"]:
         rows = [row for row in rows_of(found, name) if _apart(removed(row), row["ratio_asked"])]
@@ -238,11 +239,11 @@ def _verdict(found: Mapping[str, Any]) -> str:
     names = list(filter(_enforced, found["contenders"])) or found["contenders"]
     furthest = {name: max(gone) for name in names if (gone := [removed(row) for row in _shown(found, name)])}
     if not furthest:
-        return f"At no level is accuracy shown to be at most {100 * LOST:g} points lower"
+        return f"At no level is accuracy shown to be at most {words.points(LOST)} lower"
     most = max(furthest.values())
     who = words.listed([name for name in furthest if furthest[name] == most])
     return (
-        f"Accuracy is at most {100 * LOST:g} points lower at {words.percent(most)} of the {found['removes']} removed "
+        f"Accuracy is at most {words.points(LOST)} lower at {words.percent(most)} of the {found['removes']} removed "
         f"({who})"
     )
 
@@ -263,7 +264,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         said.append(
             f"{name}: "
             + (f"at {words.listed([*map(level, safe[:-1]), level(safe[-1], of)])}" if safe else "at no level")
-            + f" accuracy is shown to be at most {100 * LOST:g} points lower; at {level(row)}{leak} it is "
+            + f" accuracy is shown to be at most {words.points(LOST)} lower; at {level(row)}{leak} it is "
             f"{100 * last['mean']:+.1f} points from the dense network's ({100 * last['low']:+.1f} to "
             f"{100 * last['high']:+.1f})."
         )

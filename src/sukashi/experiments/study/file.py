@@ -215,7 +215,7 @@ def _contender(name: str) -> str:
 def _check_name(path: Path, name: str) -> None:
     if not re.fullmatch(r"[\w-]+", name):
         raise UsageError(f"{path}: such a name becomes a folder, so it must be letters, digits, _ or -: {name!r}")
-    if name in ("trials", "figures"):
+    if name in ("trials", "figures", "tables"):
         raise UsageError(f"{path}: {name!r} is a folder of the study's own: choose another name")
 
 

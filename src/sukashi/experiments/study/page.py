@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sukashi.experiments.compare.page import REMOVED
+from sukashi.experiments.compare.page import REMOVED, curves_alt, draw_curves
 from sukashi.experiments.study.summary import StudyResult, so
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures.curves import THRESHOLDS
@@ -15,22 +15,25 @@ from sukashi.report.page import Page
 
 
 def page(result: StudyResult, space: Workspace) -> Page:
-    modes = {found["mode"] for found in result.experiments.values() if found["kind"] == "compare"}
-    mode = modes.pop() if len(modes) == 1 else "cut"
-    drawn = {name: space.folder / name / "figures" / "curves.png" for name in result.experiments}
+    compared = {name: found for name, found in result.experiments.items() if found["kind"] == "compare"}
+    drawn = {name: draw_curves(Workspace(space.folder / name), found["mode"]) for name, found in compared.items()}
+    told = {name: _told(found) for name, found in result.experiments.items()}
     return Page(
         "experiments/study/page.html.j2",
-        {name: path.read_bytes() for name, path in drawn.items() if path.is_file()},
+        drawn,
         {
             "result": result,
             "so": so,
             "points_of": words.points,
-            "title": ", ".join(result.experiments),
+            "title": f"Study of {words.several(len(told), 'experiment')}",
+            "compared": compared,
+            "alts": {name: curves_alt(found) for name, found in compared.items()},
+            "told": told,
+            "modes": list(dict.fromkeys(MODES[found["mode"]] for found in compared.values())),
             "warnings": [],
             "fractions": [f"{fraction:g}" for fraction in THRESHOLDS],
-            "removed": REMOVED[mode],
-            "mode": MODES[mode],
-            "settings": {name: _told(found) for name, found in result.experiments.items()},
+            "removed": REMOVED,
+            "settings": told,
             "run": (space.logged("run") or [{}])[-1],
         },
     )

@@ -42,7 +42,7 @@ class StudyResult(Result):
             said = "no seed in common"
             if pair["mean"] is not None:
                 said = (
-                    f"{pair['mean']:+.1f} of SAUCE, 95 % interval {pair['low']:.1f} to {pair['high']:.1f}, p "
+                    f"{pair['mean']:+.1f} of SAUCE, 95% interval {pair['low']:.1f} to {pair['high']:.1f}, p "
                     f"{words.p_value(pair['p_holm'])} (Holm): {so(pair)}"
                 )
             parts.append(f"{pair['model']}: {pair['first']} minus {pair['second']}: {said}")
@@ -61,7 +61,8 @@ def summary(space: Workspace) -> StudyResult:
     records = space.records()
     if len(records) < space.n_trials:
         raise UsageError(
-            f"{space.folder} has {len(records)} of {space.n_trials} experiments finished: give the same command again"
+            f"{space.folder} has {len(records)} of {words.several(space.n_trials, 'experiment')} finished: "
+            "give the same command again"
         )
     found = {record.result["name"]: summarised(Workspace(space.folder / record.result["name"])) for record in records}
     made = [trial for record in records for trial in Workspace(space.folder / record.result["name"]).records()]

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import figures, words
-from sukashi.report.figures import INK
+from sukashi.report.figures import INK, WIDTH, Drawn
 from sukashi.report.page import Page
 
 
@@ -22,6 +22,7 @@ def page(result: TrainResult, space: Workspace) -> Page:
         {"epochs": _draw_epochs(result.history, result.epoch)},
         {
             "result": result,
+            "epochs_alt": _alt(result.history, result.epoch),
             "title": f"{result.model}, {told}",
             "warnings": result.warnings,
             "classes": list(zip(result.class_names, result.class_counts, result.class_accuracy, strict=True)),
@@ -31,24 +32,37 @@ def page(result: TrainResult, space: Workspace) -> Page:
     )
 
 
-def _draw_epochs(history: Sequence[Mapping[str, Any]], chosen: int) -> bytes:
-    """Losses and, beside them, accuracy and learning rate by epoch."""
-    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
-    losses, right = figure.subplots(1, 2)
+def _alt(history: Sequence[Mapping[str, Any]], chosen: int) -> str:
+    """What the figure shows, in words: the first epoch and the one whose weights were kept."""
+    kept = next(entry for entry in history if entry["epoch"] == chosen)
+    told = [
+        f"training loss {history[0]['train_loss']:.3g} in the first epoch, {kept['train_loss']:.3g} in epoch {chosen}"
+    ]
+    if kept["val_loss"] is not None:
+        told.append(f"validation loss {kept['val_loss']:.3g} and accuracy {words.percent(kept['val_accuracy'])} there")
+    return f"By epoch, {words.several(len(history), 'epoch')}: {'; '.join(told)}."
+
+
+def _draw_epochs(history: Sequence[Mapping[str, Any]], chosen: int) -> Drawn:
+    """Losses and, below them, accuracy or learning rate by epoch."""
+    figure = Figure(figsize=(WIDTH, 5), layout="constrained")
+    losses, right = figure.subplots(2, 1, sharex=True)
     epochs = [entry["epoch"] for entry in history]
     validated = history[0]["val_loss"] is not None
     losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", ms=3, color="#0072B2", label="training")
     if validated:
-        losses.plot(epochs, [entry["val_loss"] for entry in history], "o-", ms=3, color="#D55E00", label="validation")
+        losses.plot(epochs, [entry["val_loss"] for entry in history], "s--", ms=3, color="#D55E00", label="validation")
         right.plot(epochs, [entry["val_accuracy"] for entry in history], "o-", ms=3, color="#D55E00", label="accuracy")
+        figures.within(right, [entry["val_accuracy"] for entry in history])
         right.yaxis.set_major_formatter(PercentFormatter(1))
     else:
         right.plot(epochs, [entry["lr"] for entry in history], "o-", ms=3, color=INK)
-    losses.set(xlabel="epoch", ylabel="cross entropy")
-    right.set(xlabel="epoch", ylabel="accuracy on validation images" if validated else "learning rate")
+    losses.set(ylabel="cross entropy")
+    right.set(xlabel="epoch", ylabel="validation accuracy" if validated else "learning rate")
     losses.legend(frameon=False)
     for axes in (losses, right):
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figures.calm(axes)
-    return figures.png(figure)
+    return figures.drawn(figure)

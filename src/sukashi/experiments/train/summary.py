@@ -47,10 +47,10 @@ class TrainResult(Result):
     resumed: int | None = None
 
     def text(self) -> str:
-        before = "" if self.accuracy_before is None else f" (before: {self.accuracy_before:.4f})"
-        rows = [["test accuracy", f"{self.accuracy:.4f}{before}"]]
+        before = "" if self.accuracy_before is None else f" (before: {words.percent(self.accuracy_before)})"
+        rows = [["test accuracy", f"{words.percent(self.accuracy)}{before}"]]
         if self.validation["accuracy"] is not None:
-            rows.append(["validation accuracy", f"{self.validation['accuracy']:.4f}"])
+            rows.append(["validation accuracy", words.percent(self.validation["accuracy"])])
         rows.append(["epochs", f"{self.epochs}, weights of epoch {self.epoch}"])
         if self.images_per_second is not None:
             rows.append(["images a second", f"{self.images_per_second:.0f}"])
@@ -80,7 +80,7 @@ def summary(space: Workspace) -> TrainResult:
         verdict += f", {words.percent(before)} before ({100 * (found['accuracy'] - before):+.1f})"
     timed = [logged["epochs"] for logged in space.logged("speed") if logged["trial"] == key]
     speed: dict[str, Any] = _speed(timed[-1]) if timed else {}
-    epochs = f"{found['epochs']} epoch{'s' if found['epochs'] > 1 else ''}"
+    epochs = words.several(found["epochs"], "epoch")
     return TrainResult(
         model=records[0].about["model"]["spec"],
         verdict=f"{verdict}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from sukashi.experiments.audit.saliency.values import ORDERS, Array
 from sukashi.experiments.audit.saliency.verdict import is_told
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.workspace import Record, Workspace
-from sukashi.report import figures
+from sukashi.report import figures, words
+from sukashi.report.figures import MARKERS, WIDTH, Drawn
 
 PANEL = (3.7, 2.9)
 # Pixels of a gallery: of a picture with what is around it, the gap, a line above, what stands below and at the left; a
@@ -44,7 +46,7 @@ class Picture:
     marked: str
 
 
-def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tuple[dict[str, bytes], dict[str, Any]]:
+def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tuple[dict[str, Drawn], dict[str, Any]]:
     """The figures of the panel, and what its template shows."""
     records = space.records()
     curves = {key: cell.curves for key, cell in cells_of(records).items()}
@@ -54,7 +56,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     figures = {"changes": draw_changes(told, drawn)} if drawn else {}
     if any("morf accuracy" in of_cell for of_cell in curves.values()):
         figures["morf"] = draw_curves(told, curves, ORDERS["morf"])
-    alts: dict[str, str] = {}
+    alts = {"changes": _changes_alt(found, drawn), "morf": _morf_alt(curves)}
     for name, of_name in pictures.items():
         signed = any((found < 0).any() for picture in of_name for found in picture.maps.values())
         for part, some in (
@@ -65,7 +67,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
                 figures[f"{part}-{name}"] = draw_gallery(some, signed)
         wrong = [f"{p.title}, wrong: {', '.join(p.wrong)}" if p.wrong else p.title for p in of_name if not p.marked]
         alts[f"gallery-{name}"] = (
-            f"{name} maps of {', '.join(p for p in of_name[0].maps)} over images of {'; '.join(wrong)}"
+            f"{name} maps of {', '.join(p for p in of_name[0].maps)} over {len(wrong)} images, of {'; '.join(wrong)}"
         )
         alts[f"changed-{name}"] = "; ".join(
             f"{row['image_id']}, {row['target']}: {row['measure']} of the {name} maps of {result.reference} and "
@@ -107,6 +109,28 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     return figures, shown
 
 
+def _changes_alt(found: Mapping[str, Any], measures: Sequence[str]) -> str:
+    """The figure of changes in words."""
+    told = [
+        f"{row['model']}, {row['attribution']}, {row['measure']} {row['difference']:+.3f}"
+        for row in found["comparisons"]
+        if row["measure"] in measures and row["low"] is not None
+    ]
+    return f"Differences from the reference: {'; '.join(told)}." if told else "No difference was measured (0 models)."
+
+
+def _morf_alt(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> str:
+    """The curves in words: accuracy where half of the pixels that ROAD takes are gone."""
+    told = []
+    for (name, label), of in curves.items():
+        values = of.get("morf accuracy", np.empty((0, 1)))
+        values = values[np.isfinite(values).all(1)]
+        if len(values):
+            share = ORDERS["morf"][values.shape[1] // 2]
+            told.append(f"{label}, {name} {words.percent(values.mean(0)[values.shape[1] // 2])} at {share:g}%")
+    return f"Accuracy where the most relevant pixels are removed: {'; '.join(told)}."
+
+
 def settings(space: Workspace) -> dict[str, Any]:
     """What was measured, and how the maps were made: the channels and options of each attribution."""
     made = [record.about["attribution"] for record in space.records() if "attribution" in record.about]
@@ -143,7 +167,7 @@ def series(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     return found if any(models[0]["ratio"] < models[-1]["ratio"] for models in found.values()) else {"": others}
 
 
-def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
+def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> Drawn:
     """Differences from the reference with intervals: a row of panels a measure, a column an attribution."""
     groups, names = series(result), result["attributions"]
     by_ratio = "" not in groups
@@ -164,7 +188,18 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
                 mean, low, high = (np.array([row[key] for _, row in known]) for key in ("difference", "low", "high"))
                 colour = figures.colour(group.partition(",")[0], place) if group else figures.OTHERS[0]
                 style = "-" if by_ratio else "none"
-                figures.bars(axes, x, mean, low, high, color=colour, linestyle=style, linewidth=1.5, label=group)
+                figures.bars(
+                    axes,
+                    x,
+                    mean,
+                    low,
+                    high,
+                    color=colour,
+                    linestyle=style,
+                    linewidth=1.5,
+                    label=group,
+                    marker=MARKERS[place % len(MARKERS)],
+                )
                 guesses = [i for i, (model, _) in enumerate(known) if model["guesses"]]
                 hollow: dict[str, Any] = {"markersize": 4, "markerfacecolor": "white", "color": colour, "zorder": 3}
                 if guesses:
@@ -186,18 +221,18 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> bytes:
     if by_ratio:
         handles, named = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, named, frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(named)))
-    return figures.png(figure)
+    return figures.drawn(figure)
 
 
 def draw_curves(
     result: Mapping[str, Any], curves: Mapping[tuple[str, str], Mapping[str, Array]], percentages: Sequence[float]
-) -> bytes:
+) -> Drawn:
     """Accuracy while the most relevant pixels go: a row for each attribution, a column for each series of models."""
     groups, names = series(result), result["attributions"]
     figure, panels = _panels(len(names), len(groups))
     together = "" in groups
     if together:
-        figure.set_figwidth(2 * PANEL[0])  # as wide again for the names of all models
+        figure.set_size_inches(WIDTH, PANEL[1] * len(names) + 0.3 * math.ceil((1 + len(groups[""])) / 2))
     share = np.array(percentages) / 100
     for i, name in enumerate(names):
         for j, (group, of_group) in enumerate(groups.items()):
@@ -230,8 +265,9 @@ def draw_curves(
             if not together:
                 axes.legend(frameon=False, fontsize=7.5, loc="best")
     if together:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
-    return figures.png(figure)
+        handles, named = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, named, frameon=False, fontsize=9, loc="outside lower left", ncols=2)
+    return figures.drawn(figure)
 
 
 def changed(pictures: Sequence[Picture], reference: str) -> list[Picture]:
@@ -248,7 +284,7 @@ def changed(pictures: Sequence[Picture], reference: str) -> list[Picture]:
     ]
 
 
-def draw_gallery(pictures: Sequence[Picture], signed: bool) -> bytes:
+def draw_gallery(pictures: Sequence[Picture], signed: bool) -> Drawn:
     """Images and, beside each, every map laid over it: shares of a map's total, on one scale of colours a row.
 
     The colours are those of the legend below, where a map is 0 the grey image is seen. `signed` is said of all maps of
@@ -291,7 +327,7 @@ def draw_gallery(pictures: Sequence[Picture], signed: bool) -> bytes:
     write(SIDE - 6, middle, "against\nthe class" if signed else "does not\nmatter", ha="right")
     write(2 * SIDE + 6, middle, "for\nthe class" if signed else "matters\nmost", ha="left")
     axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height + BOTTOM, 0))
-    return figures.png(figure)
+    return figures.drawn(figure)
 
 
 def _laid_over(grey: Array, level: Array, signed: bool) -> Array:

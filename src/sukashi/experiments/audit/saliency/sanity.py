@@ -82,10 +82,14 @@ def doubts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each attribution: how like its maps are whatever the network learned, by the first similarity."""
     last = {row["attribution"]: row for row in rows if row["measure"] == rows[0]["measure"]}
     return [
-        f"{name}: with all {row['layers']} layers of the reference drawn anew {row['measure']} with its own map is "
+        f"{name}: with {_all(row['layers'])} of the reference drawn anew {row['measure']} with its own map is "
         f"{row['mean']:.2f}{_interval(row)}: {_so(row)}."
         for name, row in last.items()
     ]
+
+
+def _all(n_layers: int) -> str:
+    return "the one layer" if n_layers == 1 else f"all {n_layers} layers"
 
 
 def _interval(row: Mapping[str, Any]) -> str:

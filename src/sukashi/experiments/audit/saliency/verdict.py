@@ -8,6 +8,7 @@ from typing import Any
 
 from sukashi.experiments.audit.networks import FEW, Answers
 from sukashi.report import words
+from sukashi.report.words import between
 
 CERTAIN = 0.05  # corrected p-values below are changes
 # What it means that a measure is higher, or lower, in the sense of its fact `better`.
@@ -97,7 +98,7 @@ def verdict(
         said.append(f"{_whose(guessing, others)} {verb} no more right than guessing would.")
     if few:
         verb = "has" if len(few) == 1 else "have"
-        n = _range([len(network.rows) for network in few])
+        n = between([len(network.rows) for network in few])
         said.append(f"{_whose(few, others)} {verb} too few images to say anything ({n}).")
     if rest:
         of_rest = f"Of the other {len(rest)}: " if said and len(rest) > 1 else ""
@@ -152,7 +153,7 @@ def _of_faithfulness(told: Sequence[Mapping[str, Any]], labels: Sequence[str], r
     rows = [row for row in told if row["measure"] == measure]
     changes = [row for row in rows if row["changed"]]
     name = "How faithful maps are (ROAD)" if measure == "road" else measure.replace("_", " ").capitalize()
-    n = _range([row["n"] for row in rows])
+    n = between([row["n"] for row in rows])
     if not changes:
         return f"{name} is not shown to change in {n} images, which does not show that it is the same."
     most = _most(changes)
@@ -196,12 +197,6 @@ def _whose(some: Sequence[Answers], others: Sequence[Answers]) -> str:
     return words.listed([n.label for n in some]) if len(some) <= NAMED else f"{len(some)} of {len(others)} models"
 
 
-def _range(counts: Sequence[int]) -> str:
-    """480, or 480 to 492."""
-    low, high = min(counts), max(counts)
-    return f"{low}" if low == high else f"{low} to {high}"
-
-
 def lines(told: Sequence[Mapping[str, Any]], names: Sequence[str], n_models: int) -> list[str]:
     """A sentence for each attribution: in how many models its maps became what, and where most."""
     found = []
@@ -218,7 +213,7 @@ def lines(told: Sequence[Mapping[str, Any]], names: Sequence[str], n_models: int
             if words
         ]
         if of_name and not phrases:
-            phrases = [f"no detectable change on average in {_range([row['n'] for row in of_name])} images"]
+            phrases = [f"no detectable change on average in {between([row['n'] for row in of_name])} images"]
         found += [f"{name}: {'; '.join(phrases)}."] if phrases else []
     return found
 
