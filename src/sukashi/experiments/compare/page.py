@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sukashi.core.bracketed import plain
 from sukashi.core.types import Curve
 from sukashi.experiments.compare import verdict
 from sukashi.experiments.compare.contenders import Contender, contenders
@@ -30,8 +31,9 @@ REMOVED = {"cut": "parameters removed", "zero": "units zeroed"}
 def page(result: CompareResult, space: Workspace) -> Page:
     found = contenders(space)
     others = itertools.cycle(OTHERS)
-    of_criterion = {name: COLOURS.get(name) or next(others) for name in sorted({one.criterion for one in found})}
-    colours = {one.name: of_criterion[one.criterion] for one in found}
+    methods = {one.name: plain(one.criterion) for one in found}
+    of_method = {name: COLOURS.get(name) or next(others) for name in sorted(set(methods.values()))}
+    colours = {name: of_method[method] for name, method in methods.items()}
     with_categories = {one.name: one.plans for one in found if has_categories(one.plans)}
     drawn = {
         "curves": _draw_curves(found, colours, REMOVED[result.mode], units=False),
@@ -84,6 +86,7 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
     result = found[0].results[0]
     figures.level(axes, result["dense_accuracy"], "dense", "--")
     figures.level(axes, result["chance"], "one answer for all", ":")
+    dashes = figures.dashes({one.name: (one.criterion, DASHES[one.sampling]) for one in found})
     for one in reversed(found):  # the best is drawn last, on top
         drawn = [_by_units(curve, one.plans[0].n_units) if units else curve for curve in one.curves]
         fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
@@ -93,7 +96,7 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
             fractions,
             [point.mean for point in line],
             color=colours[one.name],
-            linestyle=DASHES[one.sampling],
+            linestyle=dashes[one.name],
             linewidth=1.8,
             label=f"{one.name}  {mean:.1f}",
         )

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
+from sukashi.core.bracketed import plain
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEEDS, Ratio, Settings, checked, option
 from sukashi.experiments.reading import OPTIONS, Reading
@@ -90,7 +91,7 @@ class Course(Levels):
             raise UsageError(
                 "enforce_mask = false is for single weights, and there is no scope: give one, or leave it out"
             )
-        called = {name.rpartition(":")[2] for name in self.criteria}
+        called = {plain(name).rpartition(":")[2] for name in self.criteria}
         for name in self.options:
             if name.rpartition(":")[2] not in called:
                 raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")

@@ -207,6 +207,10 @@ def _outcome(record: Record) -> Outcome:
     return Outcome(about["contender"], about["seed"], about["ratio_asked"], correct, record.result)
 
 
+def criterion_of(contender: str) -> str:
+    return contender.removesuffix(f"/{LEAKY}")
+
+
 def _enforced(name: str) -> bool:
     return not name.endswith(f"/{LEAKY}")
 
