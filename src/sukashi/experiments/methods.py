@@ -29,8 +29,8 @@ def named(settings: Kind) -> Kind:
     Options are by these names too: of drift[share=0.2] those of drift, and that share. The one criterion of a cut is
     drift then, and has that option.
 
-    Raises UsageError for what can't be imported, for options of one method under two names, and for one method with
-    equal options twice.
+    Raises UsageError for what can't be imported, for options of one method under two names, or of a name that has them
+    in brackets, and for one method with equal options twice.
     """
     names: dict[str, str] = {}
     changed: dict[str, Any] = {}
@@ -40,6 +40,9 @@ def named(settings: Kind) -> Kind:
             names |= {name: registry.named(name) for name in _listed(given)}
             changed[field] = names[given] if isinstance(given, str) else [names[name] for name in given]
     options = getattr(settings, "options", {})
+    for name in () if hasattr(settings, "criterion") else options:
+        if plain(name) != name:
+            raise UsageError(f"options of {name} stand in its name: write them there, those given for it too")
     if hasattr(settings, "criterion"):
         changed["criterion"], chosen = parted(changed["criterion"])
         changed["options"] = {**options, **chosen}

@@ -50,9 +50,9 @@ def seeds(n: int) -> str:
     return several(n, "seed")
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], last: str = "and") -> str:
     """One, two and three."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
