@@ -1,6 +1,6 @@
-"""Writes the tables of settings into the pages here: `python docs/tables.py` after a setting has changed.
+"""Writes the tables of settings and of results' columns into the pages here: `python docs/tables.py` after a change.
 
-A table stands between `<!-- settings: KIND -->` and `<!-- end -->`.
+A table stands between `<!-- settings: KIND -->`, or `<!-- columns: RESULT -->`, and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,40 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, default_of, option_of
+from sukashi.experiments.audit.summary import AuditResult
+from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.prune.summary import PruneResult
+from sukashi.experiments.schedule.summary import ScheduleResult
 from sukashi.experiments.study.settings import ComparisonFile, ModelTable, ScheduleFile
+from sukashi.experiments.study.summary import StudyResult
+from sukashi.experiments.train.summary import TrainResult
 from sukashi.training.settings import Training
 
 KINDS: dict[str, type[Settings]] = {
     kind.__name__: kind for kind in (ComparisonFile, ScheduleFile, ModelTable, Training)
 }
-PAGE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS: dict[str, type[Result]] = {
+    kind.__name__: kind for kind in (CompareResult, PruneResult, ScheduleResult, TrainResult, AuditResult, StudyResult)
+}
+PAGE = re.compile(r"(<!-- (settings|columns): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def written(page: str) -> str:
     """A page with its tables as the settings are now."""
-    return PAGE.sub(lambda found: found[1] + table(KINDS[found[2]]) + found[3], page)
+    return PAGE.sub(lambda found: found[1] + _of(found[2], found[3]) + found[4], page)
+
+
+def _of(what: str, name: str) -> str:
+    return table(KINDS[name]) if what == "settings" else columns(RESULTS[name])
+
+
+def columns(kind: type[Result]) -> str:
+    """A row for each column of a result's table."""
+    types = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    rows = [f"| `{name}` | {types[of]} | {told} |" for name, (of, told) in kind.columns.items()]
+    return "\n".join(["| column | type | what it holds |", "|---|---|---|", *rows, ""])
 
 
 def table(kind: type[Settings]) -> str:

@@ -187,7 +187,7 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("args", [[], ["--help"]])
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
 def test_help_names_every_command(sukashi, args):
     found = sukashi(*args)
     assert (found.code, found.err) == (0, "")
@@ -209,6 +209,7 @@ def test_version(sukashi):
     [
         (["prnue"], ["prnue", "'prune'", "--help"]),
         (["prune"], ["Missing argument", "sukashi prune --help"]),
+        (["list"], ["say what to list: criteria, attributions, measures, schedules, models or data"]),
         (["list", "foo"], ["'foo'", "criteria, attributions, measures, schedules, models, data"]),
         (["list", "criterai"], ["did you mean 'criteria'?"]),
         (["compare", "--ratoi", "0.5"], ["--ratoi", "--ratios"]),

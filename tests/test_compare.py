@@ -218,11 +218,19 @@ def test_the_table_has_a_row_for_each_measured_point_and_pass(compared):
     point = compared.passes["cswap"][0][0]
     assert first == {
         "model": SPEC,
+        "weights_sha256": Workspace(compared.out).identity["model"]["weights_sha256"],
         "data": "digits",
         "contender": "cswap",
+        "criterion": "cswap",
+        "sampling": "random",
+        "options": "{}",
+        "calibration": 8,
+        "mode": "cut",
         "seed": 0,
         "point": "pass",
+        "pass": 1,
         "ratio_asked": None,
+        "n_units_removed": round(32 * point["units_removed"]),
         "units_removed": point["units_removed"],
         "parameters_removed": point["parameters_removed"],
         "flops_removed": point["flops_removed"],
@@ -230,6 +238,20 @@ def test_the_table_has_a_row_for_each_measured_point_and_pass(compared):
         "n_images": 100,
         "sauce": compared.sauces["cswap"][0],
     }
+
+
+def test_a_frame_is_the_table(compared):
+    pytest.importorskip("pandas")
+    frame = compared.frame()
+    assert list(frame.columns) == list(compared.columns)
+    assert frame.attrs["sauce"] == compared.columns["sauce"][1]
+    of_ratio = frame[frame.point == "ratio"]
+    means = of_ratio.pivot_table(index="ratio_asked", columns="contender", values="accuracy")
+    for name in COMPARED:
+        expected = np.mean([[point["accuracy"] for point in points] for points in compared.curves[name]], axis=0)
+        assert means[name].to_list() == pytest.approx(expected)
+    zeroed = compared.model_copy(update={"curves": {}, "passes": {}, "contenders": []}).frame()
+    assert zeroed["parameters_removed"].dtype == "float64"
 
 
 def test_what_is_printed(compared):

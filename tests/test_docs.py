@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,10 @@ def test_commands_on_digits_run_in_order(page, trained_cnn, alone):
 
 
 def test_the_notebook_of_the_readme_runs(capsys):
-    code = "\n".join(block for block in python_of(ROOT / "README.md") if "def small" not in block)
+    blocks = [block for block in python_of(ROOT / "README.md") if "def small" not in block]
+    if find_spec("pandas") is None:
+        blocks = [block for block in blocks if ".frame()" not in block]
+    code = "\n".join(blocks)
     told = {}
     exec(compile(code.replace("range(10)", "range(2)"), "README.md", "exec"), told)
     assert "2 sites, 96 units" in capsys.readouterr().out

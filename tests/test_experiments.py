@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -353,7 +354,17 @@ def test_what_was_found_is_told_alike_in_every_way(experiment):
     rows = result.table()
     assert rows
     assert {tuple(row) for row in rows} == {tuple(rows[0])}, "equal keys in equal order"
-    assert pq.read_table(experiment.out / "results.parquet").to_pylist() == rows
+    assert list(rows[0]) == list(result.columns), "every column says what it holds"
+    read = pq.read_table(experiment.out / "results.parquet")
+    assert read.to_pylist() == rows
+    told = {field.name: field.metadata[b"description"].decode() for field in read.schema}
+    assert told == {name: said for name, (_, said) in result.columns.items()}
+    header, shown = result.overview()
+    assert shown
+    assert {len(row) for row in shown} == {len(header)}
+    html = result._repr_html_()
+    assert escape(result.verdict) in html
+    assert escape(shown[0][0]) in html
     assert result.text().endswith(f"Report: {experiment.out / 'report.html'}")
     assert repr(result) == str(result) == result.text()
     page = (experiment.out / "report.html").read_text()

@@ -1,16 +1,20 @@
 """The functions of the face as a newcomer calls them: what is wrong with a call is said in our words."""
 
 import inspect
+import sys
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import sukashi
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.schema import Settings, option
 from sukashi.experiments import functions, kinds
+from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.workspace import Workspace
 from sukashi.report.networks import slower, timed
 
 NET = "sukashi:digits_cnn"
@@ -46,7 +50,7 @@ def test_the_function_of_a_folder_is_called_by_its_name(weigh):
     assert set(inspect.signature(function).parameters) == {"model", "scale", "out", "command"}
     assert "Weigh a model." in function.__doc__
     settings, command, jobs = function(model="m", scale=2.0)
-    assert (settings.model, settings.scale, command, jobs) == ("m", 2.0, "sukashi.weigh(...)", 1)
+    assert (settings.model, settings.scale, command, jobs) == ("m", 2.0, "sukashi.weigh(model='m', scale=2.0)", 1)
     assert {"weigh", "prune", "Preprocess"} <= set(dir(sukashi))
 
 
@@ -116,3 +120,27 @@ def test_a_cut_network_is_printed_in_a_line():
     said = f"the last cut removed 16 of 32 units and left {after:,} of 3,506 parameters"
     assert repr(small) == f"{NET}: 10 classes, {after:,} parameters; {said}"
     assert repr(bench.loaded) == f"{NET}: 10 classes, 3,506 parameters"
+
+
+def test_a_page_says_the_call_from_python(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    few = {"ratios": [np.float32(0.3)], "seeds": 1, "calibration": 2, "test_images": 20}
+    found = sukashi.compare(net, images(30), "magnitude", out=tmp_path / "out", **few)
+    (run,) = Workspace(found.out).logged("run")
+    assert run["command"] == (
+        f"sukashi.compare(model=model, data=data, criteria=['magnitude'], out='{tmp_path / 'out'}', ratios=[0.3], "
+        "seeds=1, calibration=2, test_images=20)"
+    )
+
+
+def test_a_frame_needs_pandas_and_says_how_to_have_it(monkeypatch):
+    found = CompareResult.model_construct()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match="pip install pandas"):
+        found.frame()
+
+
+@pytest.mark.parametrize("call", [lambda: sukashi.load("m", weight="w"), lambda: sukashi.study("f", dat="d")])
+def test_a_keyword_that_is_misspelt_is_refused_with_the_nearest(call):
+    with pytest.raises(UsageError, match=r"has no keyword '\w+': did you mean '(weights|data)'"):
+        call()

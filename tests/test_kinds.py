@@ -62,7 +62,7 @@ def test_python_may_give_paths_numbers_of_numpy_and_one_name_for_a_list():
             "data": Path("images"),
             "criteria": "drift",
             "out": Path("a") / "b",
-            "ratios": np.array([0.25, 0.5], np.float32),
+            "ratios": np.array([0.3, 0.5], np.float32),
             "seeds": np.int64(2),
             "margin": np.float32(0.5),
             "sampling": ("random",),
@@ -71,7 +71,7 @@ def test_python_may_give_paths_numbers_of_numpy_and_one_name_for_a_list():
         },
     )
     assert (asked.model, asked.data, asked.out, asked.criteria) == ("folder", "images", "a/b", ["drift"])
-    assert (asked.ratios, asked.seeds, asked.margin) == ([0.25, 0.5], 2, 0.5)
+    assert (asked.ratios, asked.seeds, asked.margin) == ([0.3, 0.5], 2, 0.5)
     assert (asked.sampling, asked.only, asked.options) == (["random"], ["cat", "dog"], {"drift": {"share": 0.5}})
     assert [type(value) for value in (*asked.ratios, asked.seeds, asked.margin)] == [float, float, int, float]
     json.dumps(asked.identity())
@@ -96,6 +96,7 @@ def test_a_file_is_strict():
     [
         ("criteria", {"drift"}, "criteria must be a list"),  # a set has no order
         ("seeds", "3", "seeds must be a whole number like 3, got '3'"),
+        ("seeds", [0, 1], r"seeds is how many there are, counted from 0, got \[0, 1\]: give seeds=2"),
         ("seeds", 10**6, "seeds must be at most 1000, got 1000000"),
         ("margin", float("nan"), "margin must be a finite number"),
         ("device", "gpu", "device must be auto, cpu or cuda, got 'gpu'"),
@@ -228,7 +229,7 @@ def test_settings_import_no_torch():
 
 def test_every_listed_option_can_be_set_as_it_is_printed():
     seen = 0
-    for what, registry in catalogue.REGISTRIES.items():
+    for what, registry in ((what, catalogue.registry_of(what)) for what in catalogue.METHODS):
         for method in registry:
             for option, text in catalogue.about(what, method.name)["options"].items():
                 given = values(Audit, {"options": [f"{method.name}.{option}={text}"]})["options"][method.name]

@@ -18,15 +18,18 @@ from rich.text import Text
 from sukashi.cli.console import command, print_json, say, show_text, to_stdout, unsaid, warn, warned, working
 from sukashi.cli.options import is_said, parameters, spelled, values
 from sukashi.core import progress
+from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
 from sukashi.experiments.kinds import kinds
+from sukashi.report import words
 
 app = typer.Typer(
     name="sukashi",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 JobsOption = Annotated[
     int,
@@ -103,7 +106,9 @@ def demo(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="criteria, attributions, schedules, models, data or measures.")],
+    what: Annotated[
+        str | None, typer.Argument(help="criteria, attributions, schedules, models, data or measures.")
+    ] = None,
     name: Annotated[str | None, typer.Argument(help="One of them: what it computes and its options.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -111,6 +116,8 @@ def list_(
     with working():
         from sukashi.experiments import catalogue
 
+        if what is None:
+            raise UsageError(f"say what to list: {words.listed(catalogue.LISTS, 'or')}, as in `sukashi list criteria`")
         rows = catalogue.rows(what)
         method = None if name is None else catalogue.about(what, name)
     if as_json:

@@ -14,10 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from sukashi.core.bounded import MAX_BYTES, from_json, read
+from sukashi.core.bracketed import plain
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
 
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
+# One of those that commas part, but for commas after a backslash and in brackets, as in drift[share=0.2,steps=3].
+_NAME = re.compile(r"(?:\\,|\[(?:[^\[\]]|\[[^\[\]]*\])*\]|[^,])+")
 
 
 def parameters(kind: type[Settings]) -> list[inspect.Parameter]:
@@ -133,7 +136,7 @@ def _number(field: FieldInfo) -> Any:
 
 
 def _names(text: str) -> list[str]:
-    names = (name.replace("\\,", ",").strip() for name in re.split(r"(?<!\\),", text))
+    names = (name.replace("\\,", ",").strip() for name in _NAME.findall(text))
     return [name for name in names if name]
 
 
@@ -179,12 +182,15 @@ def _span(ratios: list[float]) -> str:
 def _options(kind: type[Settings], given: list[str], found: Mapping[str, Any]) -> dict[str, Any]:
     """--set NAME=VALUE; values are JSON where they can be, else text. By method, where settings are of several."""
     if "criterion" in kind.model_fields:
-        return _by_method(given, [found["criterion"]]).get(found["criterion"], {})
+        criterion = plain(found["criterion"])
+        return _by_method(given, [criterion]).get(criterion, {})
     return _by_method(given, found.get("criteria"))
 
 
 def _by_method(given: list[str], methods: list[str] | None) -> dict[str, dict[str, Any]]:
     chosen: dict[str, dict[str, Any]] = {}
+    # Of all contenders that are this method, and have no such option in their names.
+    methods = methods and list(dict.fromkeys(map(plain, methods)))
     # package.module:function goes by the function's name too, which is what tables call it.
     called = {method.rpartition(":")[2]: method for method in methods or ()}
     for setting in given:

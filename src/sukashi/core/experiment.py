@@ -20,12 +20,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from sukashi.core.errors import UsageError
+
+Columns = Mapping[str, tuple[type, str]]
+"""Of each column of a table its type, and what it holds."""
 NOTE = "note: "
 """How a line of `Result.text` begins that tells no more than how things were done."""
+SHOWN = 20  # rows in a notebook
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Result(BaseModel):
 
     kind: ClassVar[str]
     of_call: ClassVar[tuple[str, ...]] = ("out", "report", "finished")
+    columns: ClassVar[Columns] = {}
+    """Those of `table`, and of results.parquet."""
 
     warnings: list[str] = []
     notes: list[str] = []
@@ -110,8 +118,40 @@ class Result(BaseModel):
         raise NotImplementedError
 
     def table(self) -> list[dict[str, Any]]:
-        """Tidy rows, all with the same keys: `pandas.DataFrame(result.table())`."""
+        """Tidy rows, all with the same keys."""
         raise NotImplementedError
+
+    def frame(self) -> Any:
+        """`table` as a pandas.DataFrame; what columns hold is in its `attrs`, by name.
+
+        Raises UsageError where pandas is not installed, which sukashi does without.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError("a DataFrame needs pandas, which is not installed: pip install pandas") from None
+        frame = pandas.DataFrame(self.table(), columns=list(self.columns) or None)
+        numbers = {name: "float64" for name, (kind, _) in self.columns.items() if kind is float}
+        frame = frame.astype(numbers)  # a column of None alone is one of NaN
+        frame.attrs |= {name: told for name, (_, told) in self.columns.items()}
+        return frame
+
+    def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Header and rows of the table that tells most, as text."""
+        rows = self.table()
+        return [*rows[0]] if rows else [], [[str(value) for value in row.values()] for row in rows]
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what the result says in a sentence, what to take note of, and its main table."""
+        header, rows = self.overview()
+        said = [f"<p><strong>{escape(self.to_json().get('verdict', ''))}</strong></p>"]
+        said += [f"<p>{escape(f'warning: {warning}')}</p>" for warning in self.warnings]
+        for kind, row in [("th", header), *(("td", row) for row in rows[:SHOWN])]:
+            cells = "".join(f'<{kind} style="text-align: left">{escape(cell)}</{kind}>' for cell in row)
+            said.append(f"{'<table>' * (kind == 'th')}<tr>{cells}</tr>")
+        more = f"<p>{len(rows) - SHOWN} more rows: .frame()</p>" if len(rows) > SHOWN else ""
+        page = f"<p>Report: {escape(self.report)}</p>" if self.report else ""
+        return "\n".join([*said, f"</table>{more}{page}"])
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and words; None for what has no value."""

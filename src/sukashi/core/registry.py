@@ -12,12 +12,13 @@ import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from sukashi.core.bracketed import joined, parted
 from sukashi.core.code import code_of, has_file
 from sukashi.core.errors import SukashiError, UsageError, brief, nearest
 from sukashi.core.imported import imported, is_import
@@ -35,7 +36,8 @@ class Method:
     """A registered function. Its name is the registry key, the CLI name and the value in the results.
 
     `providers` make what it asks for by their names; their options are its options too. `gives(name, what it returned,
-    what it was given by name)` refuses what no method of its kind may return.
+    what it was given by name)` refuses what no method of its kind may return. `chosen` are the options that stand in
+    its name, as in drift[share=0.2].
     """
 
     name: str
@@ -44,6 +46,7 @@ class Method:
     facts: dict[str, Any]
     providers: tuple[Method, ...] = ()
     gives: Gives | None = None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -78,7 +81,12 @@ class Method:
         found = dict(self.own_options)
         for provider in self.providers:
             found |= provider.options
-        return found
+        return found | dict(self.chosen)
+
+    @property
+    def plain(self) -> str:
+        """Its name without options."""
+        return self.fn.__name__
 
     @property
     def code(self) -> str:
@@ -142,6 +150,7 @@ class Method:
                 )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**self.chosen, **kwargs}
         self.check_options({name: value for name, value in kwargs.items() if name in self.options})
         # Of a criterion (model, sites, data); an attribution (model, x, target, sites) refuses in words of its own.
         if "kinds" in self.facts and list(inspect.signature(self.fn).parameters)[1] == "sites":
@@ -231,12 +240,17 @@ class Registry:
             ) from error
 
     def __getitem__(self, name: str) -> Method:
-        """The method of a name, or of one's own as package.module:function.
+        """The method of a name, or of one's own as package.module:function, with the options that follow in brackets.
 
-        Raises UsageError for an unknown name, and for what can't be imported or is no such method.
+        Raises UsageError for an unknown name or option, and for what can't be imported or is no such method.
         """
         if name in self._methods:
             return self._methods[name]
+        name, chosen = parted(name)
+        if chosen:
+            found = self[name]
+            found.check_options(chosen)
+            return replace(found, name=joined(found.name, chosen), chosen=chosen)
         if is_import(name):
             return self._of(imported(name), name)
         offered = self.offered(name)
@@ -258,6 +272,7 @@ class Registry:
 
     def is_found(self, name: str) -> bool:
         """Whether another process finds a method by its name: it is sukashi's own, installed, or says where it is."""
+        name, _ = parted(name)
         return is_import(name) or self[name].home.partition(".")[0] == "sukashi" or bool(self.offered(name))
 
     def offered(self, name: str | None = None) -> list[EntryPoint]:
@@ -266,8 +281,11 @@ class Registry:
         return [entry for entry in found if name in (None, entry.name)]
 
     def named(self, name: str) -> str:
-        """What a method is called in results: that of package.module:function has the function's name."""
-        return self[name].name if is_import(name) else name
+        """What a method is called in results: that of package.module:function has the function's name, options in
+        brackets are in order.
+        """
+        method, chosen = parted(name)
+        return joined(self[method].name if is_import(method) else method, chosen)
 
     def _of(self, found: Any, said: str) -> Method:
         """The method that a function is; one that nobody has registered is registered as it is."""

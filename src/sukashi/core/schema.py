@@ -18,7 +18,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -152,6 +152,16 @@ def check_ratio(ratio: float) -> float:
 Ratio = Annotated[float, AfterValidator(check_ratio)]
 
 
+def _count(seeds: object) -> object:
+    """Seeds as a number of them. Raises UsageError for a list."""
+    if isinstance(seeds, list | tuple | range):
+        raise UsageError(f"seeds is how many there are, counted from 0, got {seeds}: give seeds={len(seeds)}")
+    return seeds
+
+
+Seeds = Annotated[int, BeforeValidator(_count)]
+
+
 # As a command.
 
 
@@ -179,6 +189,20 @@ def command_of(settings: Settings) -> str:
         else:
             options += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(["sukashi", settings.kind, *arguments, *options])
+
+
+def call_of(kind: type[Settings], given: Mapping[str, Any]) -> str:
+    """The call from Python that has these keywords; what was in memory goes by the name of its setting."""
+    order = [*(name for name in ("model", "models", "data") if name in given)]
+    order += [name for name in given if name not in order]
+    said = []
+    for name in order:
+        value = given[name]
+        if value is not None:
+            plain = _plain(value, kind.model_fields.get(name))
+            held = "memory:" in str(plain)
+            said.append(f"{name}={name if held else repr(plain)}")
+    return f"sukashi.{kind.kind}({', '.join(said)})"
 
 
 def _set(options: Mapping[str, Any], method: str = "") -> Iterator[str]:
@@ -262,7 +286,11 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _scalar(part) for key, part in value.items()}
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of NumPy or torch
-        return value.item()
+        import numpy as np
+
+        number = value.item()
+        # 0.3 of float32 means 0.3, and not the 0.30000001192092896 that it is.
+        return float(str(np.float32(number))) if isinstance(number, float) and value.dtype.itemsize < 8 else number
     return value
 
 

@@ -1,34 +1,35 @@
-"""What there is: the rows that `sukashi list` prints."""
+"""What there is: the rows that `sukashi list` prints. What is not asked about is not imported."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from sukashi import data, models
-from sukashi.attributions import attributions
+from sukashi.core.bracketed import plain
 from sukashi.core.errors import SukashiError, UsageError, nearest
 from sukashi.core.registry import Registry
-from sukashi.criteria import criteria
-from sukashi.experiments.executor import summarised
-from sukashi.experiments.schedule.schedules import SCHEDULES
 from sukashi.experiments.workspace import EXPERIMENT, Workspace
-from sukashi.measures import measures
 from sukashi.report import words
 
-REGISTRIES: dict[str, Registry] = {
-    "criteria": criteria,
-    "attributions": attributions,
-    "measures": measures,
-}
+METHODS = ("criteria", "attributions", "measures")
+LISTS = (*METHODS, "schedules", "models", "data")
+
+
+def registry_of(what: str) -> Registry:
+    """The registry of a kind of methods, in the room of its name."""
+    registry: Registry = getattr(importlib.import_module(f"sukashi.{what}"), what)
+    return registry
 
 
 def rows(what: str) -> list[dict[str, str]]:
     """One dictionary a method, model or dataset: its name, and for methods what it gives and its source."""
-    if what in REGISTRIES:
-        registry = REGISTRIES[what]
+    if what not in LISTS:
+        raise UsageError(f"unknown list {what!r}{nearest(what, LISTS)}")
+    if what in METHODS:
+        registry = registry_of(what)
         own = [{"name": m.name, "summary": m.summary, "source": m.source} for m in registry]
         # What packages offer is loaded when it is asked for.
         return own + [
@@ -37,11 +38,10 @@ def rows(what: str) -> list[dict[str, str]]:
             if e.name not in registry
         ]
     if what == "schedules":
+        from sukashi.experiments.schedule.schedules import SCHEDULES
+
         return [{"name": s.name, "summary": s.summary, "source": s.source} for s in SCHEDULES]
-    names = {"models": models.names, "data": data.names}
-    if what not in names:
-        raise UsageError(f"unknown list {what!r}{nearest(what, [*REGISTRIES, 'schedules', *names])}")
-    return [{"name": name} for name in names[what]()]
+    return [{"name": name} for name in importlib.import_module(f"sukashi.{what}").names()]
 
 
 def experiments(folder: Path) -> list[dict[str, Any]]:
@@ -59,6 +59,8 @@ def experiments(folder: Path) -> list[dict[str, Any]]:
 
 
 def _experiment(folder: Path) -> dict[str, Any]:
+    from sukashi.experiments.executor import summarised
+
     space = Workspace(folder)
     row: dict[str, Any] = {"folder": str(folder), "kind": None, "model": None, "data": None}
     try:
@@ -83,10 +85,12 @@ def about(what: str, name: str) -> dict[str, Any]:
     An option that is no JSON, such as a function, can only be given from Python and is left to the documentation.
     """
     if what == "schedules":
+        from sukashi.experiments.schedule.schedules import SCHEDULES
+
         return SCHEDULES.about(name)
-    if what not in REGISTRIES:
-        raise UsageError(f"{what} have no options to show: give one of {', '.join(REGISTRIES)}, got {what!r}")
-    method = REGISTRIES[what][name]
+    if what not in METHODS:
+        raise UsageError(f"{what} have no options to show: give one of {', '.join(METHODS)}, got {what!r}")
+    method = registry_of(what)[plain(name)]
     options = {option: _written(value) for option, value in method.options.items() if not callable(value)}
     documentation = inspect.getdoc(method.fn) or ""
     return {"name": method.name, "documentation": documentation, "source": method.source, "options": options}

@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 
 from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
-from sukashi.core.experiment import Prepared, Result, Trial
+from sukashi.core.experiment import Columns, Prepared, Result, Trial
 from sukashi.experiments.methods import check_shared, named
 from sukashi.experiments.workspace import Desk, Workspace, versions_of
 from sukashi.report import page, words
 from sukashi.report.page import Page
 from sukashi.training.distributed import from_first, size
 
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _LOOK = 0.2  # seconds from one look at what other processes have finished to the next
 
 
@@ -115,7 +116,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
         for folder in (space.folder, space.folder / "figures"):
             files.remove_drafts(folder)
         more = tables(space) if tables else {}
-        for name, content in {"results.parquet": _parquet(found.table()), **more}.items():
+        for name, content in {"results.parquet": _parquet(found.table(), found.columns), **more}.items():
             files.write(space.folder / name, content)
         page.write(space.folder, _dated(part(kind, "page").page(found, space), found))
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
@@ -129,9 +130,11 @@ def _dated(made: Page, found: Result) -> Page:
     return replace(made, shown={**made.shown, "warnings": noted, "versions": found.versions})
 
 
-def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _parquet(rows: Sequence[Mapping[str, Any]], columns: Columns) -> bytes:
+    """A table whose fields say what they hold, under "description" in their metadata."""
     content = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), content)
+    told = [pa.field(name, _TYPES[of], metadata={"description": said}) for name, (of, said) in columns.items()]
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], pa.schema(told) if told else None), content)
     return content.getvalue()
 
 

@@ -10,9 +10,9 @@ import functools
 import inspect
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from sukashi.core import progress
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.experiment import Result
 from sukashi.core.objective import CLASSIFICATION
-from sukashi.core.schema import Settings, keyworded, keywords
+from sukashi.core.schema import Settings, call_of, keyworded, keywords
 from sukashi.core.types import Preprocess, Site
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.audit.summary import AuditResult
@@ -57,8 +57,24 @@ from sukashi.training.distributed import from_first
 Network = str | Path | nn.Module | Loaded
 # A name, a folder, tensors (images, targets), a torch Dataset or DataLoader, or {"train": such, "test": such}.
 Images = Any
+_Found = TypeVar("_Found")
 
 
+def _spelled(function: Callable[..., _Found]) -> Callable[..., _Found]:
+    """A function that names the nearest of its keywords where it is given one that it does not have."""
+
+    @functools.wraps(function)
+    def checked(*given: Any, **named: Any) -> _Found:
+        known = inspect.signature(function).parameters
+        for name in named:
+            if name not in known:
+                raise UsageError(f"sukashi.{function.__name__} has no keyword {name!r}{nearest(name, known)}")
+        return function(*given, **named)
+
+    return checked
+
+
+@_spelled
 def load(
     model: Network,
     *,
@@ -323,6 +339,7 @@ def schedule(
     return cast(ScheduleResult | None, _run(Schedule, {**named, **settings}, command, jobs))
 
 
+@_spelled
 def study(
     file: str | Path,
     *,
@@ -403,11 +420,12 @@ def _run(kind: type[Settings], given: dict[str, Any], command: str | None, jobs:
     if "jobs" in given:
         raise UsageError(f"sukashi.{kind.kind} takes no jobs, its work is not shared by processes: leave jobs out")
     given = _given(**given)
+    command = command or call_of(kind, given)
     if given.get("out") is None:
         given["out"] = from_first(tempfile.mkdtemp(prefix="sukashi-") if progress.first() else None)
     settings = keywords(kind, given, known=("command", "jobs"))
     with waiting.shown():
-        return execute(settings, command=command or f"sukashi.{kind.kind}(...)", jobs=jobs)
+        return execute(settings, command=command, jobs=jobs)
 
 
 def _given(**given: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def fallen(rows: Sequence[Mapping[str, Any]], networks: Sequence[str]) -> str:
     """Covid-19 falls from 88 to 0%, for a heading; empty where no class fell."""
     first, second = networks
     told = [
-        f"{row['name']} falls from {100 * row[first]['sensitivity']['mean']:.0f} to "
+        f"{words.of_class(row['name'])} falls from {100 * row[first]['sensitivity']['mean']:.0f} to "
         f"{100 * row[second]['sensitivity']['mean']:.0f}%"
         for row in rows
         if row["fell"]

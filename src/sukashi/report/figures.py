@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from sukashi.core.bracketed import plain
 
 # Okabe and Ito's palette, told apart with any colour vision; a criterion keeps its colour in every report.
 COLOURS = {
@@ -33,6 +36,8 @@ COLOURS = {
     "gradient_x_activation": "#8C6D1F",
 }
 OTHERS = ("#6699CC", "#888800", "#004488", "#BB5566", "#225555", "#EE8866")
+# Of lines of one colour, beside those that a sampling or a mask has: a criterion with options in its name.
+DASHES: tuple[Any, ...] = ("-.", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (9, 2, 2, 2)), (0, (5, 5)))
 INK, FAINT = "#1F2933", "#D9DEE4"
 # Lines are told apart by these where colours are not seen, as in grey print.
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h", "p")
@@ -43,6 +48,17 @@ WIDTH, DPI = 5.4, 160
 def colour(criterion: str, place: int) -> str:
     """The criterion's own colour in every report, or one by its place among others."""
     return COLOURS.get(criterion) or OTHERS[place % len(OTHERS)]
+
+
+def dashes(contenders: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """How the line of each contender is drawn, of its (criterion, usual dash): another dash for other options."""
+    found: dict[str, Any] = {}
+    places: Counter[str] = Counter()
+    for name, (criterion, usual) in sorted(contenders.items()):
+        method = plain(criterion)
+        found[name] = usual if criterion == method else DASHES[places[method] % len(DASHES)]
+        places[method] += criterion != method
+    return found
 
 
 def level(axes: Axes, height: float, name: str, style: str, *, left: bool = False) -> None:

@@ -52,14 +52,19 @@ def between(counts: Sequence[int]) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
+def of_class(name: str) -> str:
+    """A class by its name, and one whose name is a number as what it is: class 3."""
+    return f"class {name}" if name.isdigit() else name
+
+
 def seeds(n: int) -> str:
     """1 seed, 2 seeds."""
     return several(n, "seed")
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], last: str = "and") -> str:
     """One, two and three."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

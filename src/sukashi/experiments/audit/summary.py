@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 
 from sukashi.core.errors import UsageError
-from sukashi.core.experiment import Result
+from sukashi.core.experiment import Columns, Result
 from sukashi.experiments.audit.networks import Answers, unpacked
 from sukashi.experiments.audit.run import subject
+from sukashi.experiments.columns import as_json, shared
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import words
 
@@ -27,14 +28,40 @@ class AuditResult(Result):
                n_images, images_of_class (how many of each class it is audited on), right_of_class (the share of the
                test images of each class that it gets right)
     audited    the same in words
+    options    of each attribution and measure, those that were given
     saliency   what its maps are like, see `audit.saliency.summary`; and so for each subject that was looked at
 
     `verdict` and `lines` are the sentences the page begins with.
     """
 
     kind: ClassVar[str] = "audit"
+    columns: ClassVar[Columns] = {
+        "subject": (str, "what was looked at"),
+        **shared("data"),
+        "reference_model": (str, "the network that others are held against"),
+        "model": (str, "the network beside it"),
+        "attribution": (str, "what made the maps; empty where a measure reads none"),
+        "attribution_options": (str, "its options, those that were given, as JSON"),
+        "measure": (str, "what was measured of each image"),
+        "measure_options": (str, "its options, those that were given, as JSON"),
+        "better": (str, "whether higher or lower is better; none where neither is"),
+        "n": (int, "images on which both networks have a value"),
+        "reference": (float, "mean over these images of the reference's value"),
+        "mean": (float, "mean over these images of the model's value"),
+        "difference": (float, "mean of the model's value less the reference's on the same image"),
+        "low": (float, "its 95 % interval, a bootstrap over images: from"),
+        "high": (float, "to"),
+        "p": (float, "of the paired t test"),
+        "p_holm": (float, "the same after Holm's correction over all rows"),
+        "changed": (bool, "whether it is shown to have changed"),
+        "size": (float, "the difference in standard deviations of the reference's values; none where these are equal"),
+        "weight": (str, "the size in a word"),
+        "said": (str, "what was found, in words"),
+    }
 
     reference: str
+    data: str
+    options: dict[str, dict[str, Any]]
     n_images: int
     models: list[dict[str, Any]]
     verdict: str
@@ -54,11 +81,19 @@ class AuditResult(Result):
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
-        return [
-            {"subject": name, **row}
-            for name, found in self.subjects.items()
-            for row in subject(name, "summary").rows(found)
-        ]
+        """A row for each comparison of a model with the reference."""
+        rows = []
+        for name, found in self.subjects.items():
+            for row in subject(name, "summary").rows(found):
+                measure = row["measure"].partition("/")[0]  # of one concept, or one class
+                whole = {
+                    **row,
+                    **{"subject": name, "data": self.data, "reference_model": self.reference},
+                    "attribution_options": as_json(self.options.get(row["attribution"], {})),
+                    "measure_options": as_json(self.options.get(measure, {})),
+                }
+                rows.append({column: whole[column] for column in self.columns})
+        return rows
 
 
 def answers_of(space: Workspace) -> tuple[list[Answers], dict[str, Any]]:
@@ -82,6 +117,8 @@ def summary(space: Workspace) -> AuditResult:
     }
     return AuditResult(
         reference=answers[0].label,
+        data=space.identity["data"]["spec"],
+        options={name: of for what in ("attributions", "measures") for name, of in space.identity[what].items()},
         n_images=len(answers[0].right),
         models=[
             {

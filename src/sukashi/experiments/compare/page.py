@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sukashi.core.bracketed import plain
 from sukashi.core.types import Curve
 from sukashi.experiments.compare import verdict
 from sukashi.experiments.compare.contenders import Contender, contenders
@@ -102,9 +103,11 @@ def draw_curves(space: Workspace, mode: str) -> Drawn:
 
 
 def _colours(found: Sequence[Contender]) -> dict[str, str]:
+    """A colour for each contender: that of its method, whatever its options."""
     others = itertools.cycle(OTHERS)
-    of_criterion = {name: COLOURS.get(name) or next(others) for name in sorted({one.criterion for one in found})}
-    return {one.name: of_criterion[one.criterion] for one in found}
+    methods = {one.name: plain(one.criterion) for one in found}
+    of_method = {name: COLOURS.get(name) or next(others) for name in sorted(set(methods.values()))}
+    return {name: of_method[method] for name, method in methods.items()}
 
 
 def _by_units(curve: Curve, n_units: int) -> Curve:
@@ -120,6 +123,7 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
     figures.level(axes, result["dense_accuracy"], "dense", "--")
     figures.level(axes, result["chance"], "one answer for all", ":", left=True)
     marks = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(sorted(one.name for one in found))}
+    dashes = figures.dashes({one.name: (one.criterion, DASHES[one.sampling]) for one in found})
     for place, one in reversed(list(enumerate(found))):  # the best is drawn last, on top
         drawn = [_by_units(curve, one.plans[0].n_units) if units else curve for curve in one.curves]
         fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
@@ -129,7 +133,7 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
             fractions,
             [point.mean for point in line],
             color=colours[one.name],
-            linestyle=DASHES[one.sampling],
+            linestyle=dashes[one.name],
             linewidth=1.8,
             label=f"{one.name}  {mean:.1f}",
             marker=marks[one.name],

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sukashi.core import progress
+from sukashi.core.bracketed import plain
 from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
@@ -53,7 +54,7 @@ def prepare(settings: Compare) -> Prepared:
                 "ratios": ratios,
                 "mode": settings.mode,
                 "exclude": settings.exclude,
-                "code": code[name],
+                "code": code[plain(name)],
             },
             partial(_run, setting, settings),
             label=f"{name_of(name, sampling)}, seed {seed}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from sukashi.core.schema import MAX_SEEDS, Ratio, Settings, option
+from sukashi.core.schema import MAX_SEEDS, Ratio, Seeds, Settings, option
 from sukashi.experiments.reading import OPTIONS, Reading
 
 RATIOS = [round(0.05 * i, 2) for i in range(20)]
@@ -19,7 +19,7 @@ class Contest(Settings):
         help="Names, see `sukashi list criteria`, or package.module:function of your own.",
     )
     ratios: list[Ratio] = option(RATIOS, help="Fractions of units removed.")
-    seeds: int = option(3, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0.")
+    seeds: Seeds = option(3, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0.")
     sampling: list[str] = option(
         ["random"], joined=True, help="Calibration images: random, confidence, clustering or several of them."
     )

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sukashi.core import stats
-from sukashi.core.experiment import Result
+from sukashi.core.bracketed import plain
+from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import holm
+from sukashi.experiments.columns import as_json, shared
 from sukashi.experiments.compare import verdict
 from sukashi.experiments.compare.contenders import Contender, contenders, refused
 from sukashi.experiments.workspace import Workspace
@@ -27,6 +29,7 @@ class CompareResult(Result):
     """Criteria held against each other. A contender is a criterion, followed by "/" and a sampling that isn't random.
 
     contenders      best mean SAUCE first; the dictionaries are by contender
+    methods         of each contender its criterion, sampling and options
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
     chance          what one answer for all images gets right at best: the share of the largest class
     sauce, relative_sauce   100 times the area under accuracy; intervals are for new seeds and new test images
@@ -55,10 +58,25 @@ class CompareResult(Result):
 
     kind: ClassVar[str] = "compare"
     of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "speed")
+    columns: ClassVar[Columns] = {
+        **shared("model", "weights_sha256", "data"),
+        "contender": (str, "what competes: a criterion, with its options and sampling where its name tells them"),
+        **shared("criterion", "sampling", "options", "calibration"),
+        "mode": (str, "cut: the network got smaller; zero: units are silent, and only units are counted"),
+        **shared("seed"),
+        "point": (str, "ratio: a ratio that was asked for; pass: after a pass of a progressive criterion"),
+        "pass": (int, "which pass, from 1; none of a ratio"),
+        "ratio_asked": (float, "the fraction of UNITS that was asked to go; none after a pass"),
+        **shared("n_units_removed", "units_removed", "parameters_removed", "flops_removed", "accuracy", "n_images"),
+        "sauce": (float, "of this seed: 100 times the area under accuracy, the same in all rows of its curve"),
+    }
 
     model: str
+    weights_sha256: str
     data: str
+    calibration: int
     contenders: list[str]
+    methods: dict[str, dict[str, Any]]
     seeds: dict[str, list[int]]
     n_images: int
     removes: str
@@ -88,7 +106,7 @@ class CompareResult(Result):
     lines: list[str]
     rule: str
 
-    def text(self) -> str:
+    def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         header = ["criterion", "SAUCE", "95% interval", f"{words.points(self.margin)} lower at most, up to", *_GONE]
         found = []
         for name in self.contenders:
@@ -102,9 +120,12 @@ class CompareResult(Result):
                     f"{self.evaluations[name]:,.0f}",
                 ]
             )
+        return [*header, "image evaluations"], found
+
+    def text(self) -> str:
         return "\n".join(
             [
-                words.table([*header, "image evaluations"], found),
+                words.table(*self.overview()),
                 "",
                 f"dense accuracy {words.percent(self.dense_accuracy)} on {words.several(self.n_images, 'test image')}",
                 *self.remarks(*networks.slower(self.latency)),
@@ -122,10 +143,16 @@ class CompareResult(Result):
         return [
             {
                 "model": self.model,
+                "weights_sha256": self.weights_sha256,
                 "data": self.data,
                 "contender": name,
+                **self.methods[name],
+                "options": as_json(self.methods[name]["options"]),
+                "calibration": self.calibration,
+                "mode": self.mode,
                 "seed": seed,
                 "point": kind,
+                "pass": number if kind == "pass" else None,
                 **{key: value for key, value in point.items() if key != "removed"},
                 "n_images": self.n_images,
                 "sauce": self.sauces[name][place],
@@ -133,7 +160,7 @@ class CompareResult(Result):
             for kind, points in (("ratio", self.curves), ("pass", self.passes))
             for name in self.contenders
             for place, seed in enumerate(self.seeds[name])
-            for point in points[name][place]
+            for number, point in enumerate(points[name][place], 1)
         ]
 
 
@@ -154,8 +181,18 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
     levels = {one.name: [_level(one, ratio, mode) for ratio in identity["ratios"]] for one in found}
     return CompareResult(
         model=identity["model"]["spec"],
+        weights_sha256=identity["model"]["weights_sha256"],
         data=identity["data"]["spec"],
+        calibration=identity["data"]["calibration"],
         contenders=[one.name for one in found],
+        methods={
+            one.name: {
+                "criterion": plain(one.criterion),
+                "sampling": one.sampling,
+                "options": identity["options"][one.criterion],
+            }
+            for one in found
+        },
         seeds={one.name: list(one.seeds) for one in found},
         n_images=n_images,
         removes="parameters" if mode == "cut" else "units",
@@ -266,6 +303,7 @@ def _points(one: Contender, mode: str, *, passes: bool) -> list[list[dict[str, A
             {
                 "ratio_asked": None if passes else float(curve.ratio[row]),
                 "removed": float(curve.fraction[row]),
+                "n_units_removed": int(curve.n_removed[row]),
                 "units_removed": int(curve.n_removed[row]) / plan.n_units,
                 "parameters_removed": float(curve.fraction[row]) if mode == "cut" else None,
                 "flops_removed": float(1 - curve.flops[row] / curve.flops[0]) if curve.flops[0] else None,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sukashi.core import stats
+from sukashi.core.bracketed import folder_of, plain
 from sukashi.core.schema import command_of, keywords
 from sukashi.experiments.compare.contenders import Contender
 from sukashi.experiments.prune.settings import Prune
@@ -75,7 +76,7 @@ def headline(
 
 def fall(names: Sequence[str], change: classwise.Change) -> str:
     """Covid-19 falls from 88 to 0 %."""
-    return f"{names[change.number]} falls from {100 * change.dense.mean:.0f} to {100 * change.cut.mean:.0f}%"
+    return f"{words.of_class(names[change.number])} falls from {100 * change.dense.mean:.0f} to {100 * change.cut.mean:.0f}%"
 
 
 def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: str) -> tuple[str, list[str]]:
@@ -102,23 +103,23 @@ def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: st
 def command(space: Workspace, best: Contender, ratio: float) -> str:
     """What makes the network that the headline is about, of the first seed, to the unit."""
     given, identity = space.shown["reading"], space.identity
-    options = identity["options"][best.criterion]
+    options, criterion = identity["options"][best.criterion], plain(best.criterion)
     if str(given["model"]).startswith("memory:") or str(given["data"]).startswith("memory:"):
         said = "".join(f", {name}={value!r}" for name, value in options.items())
         sampled = "" if best.sampling == "random" else f', sampling="{best.sampling}"'
-        return f'sukashi.open(model, data).rank("{best.criterion}"{sampled}{said}).cut({ratio:g}, round_to=1)'
+        return f'sukashi.open(model, data).rank("{criterion}"{sampled}{said}).cut({ratio:g}, round_to=1)'
     settings = keywords(
         Prune,
         {
             **given,
-            "criterion": best.criterion,
+            "criterion": criterion,
             "ratio": ratio,
             "sampling": best.sampling,
             "mode": identity["mode"],
             "exclude": identity["exclude"],
             **({"round_to": 1} if identity["mode"] == "cut" else {}),
             "options": {name: value for name, value in options.items() if value is not None},
-            "out": f"runs/{best.criterion}-{round(100 * ratio)}",
+            "out": f"runs/{folder_of(best.criterion)}-{round(100 * ratio)}",
         },
     )
     return command_of(settings)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sukashi.core.errors import UsageError
-from sukashi.core.experiment import Result
+from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import share
+from sukashi.experiments.columns import as_json, shared
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import onnx
 from sukashi.report import classes, networks, words
@@ -31,10 +32,29 @@ class PruneResult(Result):
 
     kind: ClassVar[str] = "prune"
     of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "verdict")
+    columns: ClassVar[Columns] = {
+        **shared("model", "weights_sha256", "data", "criterion", "sampling", "options", "calibration", "seed"),
+        "mode": (str, "cut: the network got smaller; zero: units are silent; sparse: single weights are zero"),
+        **shared("scope", "ratio_asked"),
+        "ratio": (float, "where the order of the criterion was cut: as asked, or found for a target"),
+        "network": (str, "dense: as it was given; pruned: what is left of it"),
+        **shared("units_removed", "weights_removed", "parameters_removed", "flops_removed", "accuracy", "n_images"),
+        "parameters": (int, "its parameters"),
+        "flops": (int, "its FLOPs on one image"),
+        "peak_bytes": (int, "memory at its peak for one batch, in bytes"),
+        "bytes": (int, "of its file of weights"),
+        "zeros_in_masked_layers": (float, "with a scope: the share of the masked layers' weights that is zero"),
+        "zeros_in_all": (float, "with a scope: the share of all parameters that is zero"),
+    }
 
     model: str
+    weights_sha256: str
     data: str
     criterion: str
+    sampling: str
+    options: dict[str, Any]
+    calibration: int
+    seed: int
     scope: str | None
     mode: str
     ratio_asked: float | None
@@ -56,7 +76,7 @@ class PruneResult(Result):
     verdict: str
     rule: str
 
-    def text(self) -> str:
+    def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned})
         removed = [("units removed", self.units_removed), ("weights removed", self.weights_removed)]
         rows = [[noun, *values] for noun, values in told]
@@ -65,9 +85,12 @@ class PruneResult(Result):
             rows += [["latency, ms", *times], ["", "", f"× {networks.factor(self.latency)}"]]
         rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
-        said = [words.table(*networks.layer_rows(self.layers)), ""] if self.layers else []
         rows += [[noun, *values] for noun, values in classes.overall(self.classes, NETWORKS)]
-        said += [words.table(["", "dense", "pruned"], rows), "", classes.text(self.classes, NETWORKS)]
+        return ["", "dense", "pruned"], rows
+
+    def text(self) -> str:
+        said = [words.table(*networks.layer_rows(self.layers)), ""] if self.layers else []
+        said += [words.table(*self.overview()), "", classes.text(self.classes, NETWORKS)]
         if self.target is not None:
             said += ["", reached(self.target, self.ratio)]
         if self.scope is not None:
@@ -89,10 +112,20 @@ class PruneResult(Result):
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each of the two networks."""
-        about = {"model": self.model, "data": self.data, "criterion": self.criterion, "n_images": self.n_images}
-        return [
-            {**about, "network": name, **figures} for name, figures in (("dense", self.dense), ("pruned", self.pruned))
-        ]
+        dense, of_weights = self.dense, self.weights_removed is not None
+        rows = []
+        for name, figures in (("dense", dense), ("pruned", self.pruned)):
+            gone = {
+                "network": name,
+                "options": as_json(self.options),
+                "units_removed": None if of_weights else self.units_removed if name == "pruned" else 0.0,
+                "weights_removed": None if not of_weights else self.weights_removed if name == "pruned" else 0.0,
+                "parameters_removed": 1 - figures["parameters"] / dense["parameters"],
+                "flops_removed": 1 - figures["flops"] / dense["flops"] if dense["flops"] else None,
+            }
+            found = {**dict(self), **gone, **figures}
+            rows.append({column: found.get(column) for column in self.columns})
+        return rows
 
 
 def summary(space: Workspace) -> PruneResult:
@@ -108,8 +141,10 @@ def summary(space: Workspace) -> PruneResult:
     by_class = classes.compared(records[0].arrays("answers"), found["class_names"], NETWORKS)
     return PruneResult(
         model=about["model"]["spec"],
+        weights_sha256=about["model"]["weights_sha256"],
         data=about["data"]["spec"],
-        criterion=about["criterion"],
+        calibration=about["data"]["calibration"],
+        **{name: about[name] for name in ("criterion", "sampling", "options", "seed")},
         scope=scope,
         mode="sparse" if scope else about["mode"],
         ratio_asked=about["ratio_asked"],

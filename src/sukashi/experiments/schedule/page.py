@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sukashi.core.bracketed import plain
 from sukashi.experiments.schedule.settings import LEAKY
-from sukashi.experiments.schedule.summary import ScheduleResult, removed
+from sukashi.experiments.schedule.summary import ScheduleResult, criterion_of, removed
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import figures, words
 from sukashi.report.figures import MARKERS, WIDTH, Drawn
@@ -53,13 +54,14 @@ def draw(result: ScheduleResult) -> Drawn:
     dense = result.dense_accuracy
     axes.axhspan(dense["low"], dense["high"], color=figures.FAINT, alpha=0.5, linewidth=0)
     figures.level(axes, dense["mean"], "dense", "--")
+    criteria = {name: criterion_of(name) for name in result.contenders}
+    dashes = figures.dashes({name: (of, ":" if name.endswith(LEAKY) else "-") for name, of in criteria.items()})
     for place, name in enumerate(result.contenders):
         rows = [row for row in result.levels if row["contender"] == name]
         mean, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("mean", "low", "high"))
-        colour = figures.colour(name.partition("/")[0], place)
+        colour = figures.colour(plain(criteria[name]), place)
         # Side by side, that intervals at one level do not hide each other.
         x = np.array([removed(row) for row in rows]) + 0.006 * (place - (len(result.contenders) - 1) / 2)
-        style = ":" if name.endswith(LEAKY) else "-"
         figures.bars(
             axes,
             x,
@@ -67,7 +69,7 @@ def draw(result: ScheduleResult) -> Drawn:
             low,
             high,
             color=colour,
-            linestyle=style,
+            linestyle=dashes[name],
             linewidth=1.6,
             label=name,
             marker=MARKERS[place % len(MARKERS)],

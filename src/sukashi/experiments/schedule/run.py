@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from sukashi.core.bracketed import folder_of, plain
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.criteria import criteria as registry
@@ -85,9 +86,9 @@ def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> 
             needs = {"parent": parent.key} | ({"early": early.key} if early else {})
             options = registry[criterion].deciding(course.options.get(criterion, {}))
             about = {**shared, "rewinds": schedule.rewinds, "options": options, **needs}
-            about["code"] = {criterion: registry[criterion].code}
+            about["code"] = {plain(criterion): registry[criterion].code}
             make = partial(_next, seed, level, schedule.rewinds, needs)
-            place = f"{name.replace('/', '-')}/{seed.seed}/{named(ratio)}"
+            place = f"{folder_of(name)}/{seed.seed}/{named(ratio)}"
             trial = _trial(seed, level, about, make, place, f"{name}, {at}, {ratio:.0%}", tuple(needs.values()))
             yield trial
             if schedule.parent == "previous":

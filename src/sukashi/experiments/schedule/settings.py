@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
+from sukashi.core.bracketed import plain
 from sukashi.core.errors import UsageError
-from sukashi.core.schema import MAX_SEEDS, Ratio, Settings, checked, option
+from sukashi.core.schema import MAX_SEEDS, Ratio, Seeds, Settings, checked, option
 from sukashi.experiments.reading import OPTIONS, Reading
 from sukashi.experiments.train.settings import Memory
 from sukashi.training.settings import Finetuning, Training
@@ -42,7 +43,7 @@ class Levels(Settings):
         "the units of.",
     )
     round_to: int = option(8, ge=1, help="Without a scope: each site keeps a multiple of this many units.")
-    seeds: int = option(
+    seeds: Seeds = option(
         1, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0; each trains a dense network and all levels."
     )
     rewind: int = option(0, ge=0, help="Of lottery: the epoch to whose weights it goes back; 0 is the start.")
@@ -90,9 +91,9 @@ class Course(Levels):
             raise UsageError(
                 "enforce_mask = false is for single weights, and there is no scope: give one, or leave it out"
             )
-        called = {name.rpartition(":")[2] for name in self.criteria}
+        called = {plain(name).rpartition(":")[2] for name in self.criteria}
         for name in self.options:
-            if name.rpartition(":")[2] not in called:
+            if plain(name).rpartition(":")[2] not in called:
                 raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")
         if not (self.training.enforce_mask and self.finetuning.enforce_mask):
             raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")

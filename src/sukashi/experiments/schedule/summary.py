@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sukashi.core import stats
+from sukashi.core.bracketed import plain
 from sukashi.core.errors import UsageError
-from sukashi.core.experiment import Result
+from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import Interval
+from sukashi.experiments.columns import as_json, shared
 from sukashi.experiments.schedule.settings import LEAKY
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.report import words
@@ -25,6 +27,7 @@ SAME = 0.01  # fractions removed that are further apart are not the same level
 class ScheduleResult(Result):
     """Networks pruned and trained to several levels.
 
+    options  of each criterion
     levels   of each contender and ratio, ascending: ratio_asked; whether its networks, of every seed, and those before
              it are `shown` to be at most 2 points less accurate; units_removed or weights_removed (with a scope; the
              other is None), the mean fraction that was removed of the dense network's; parameters_removed; the share
@@ -35,9 +38,29 @@ class ScheduleResult(Result):
     """
 
     kind: ClassVar[str] = "schedule"
+    columns: ClassVar[Columns] = {
+        **shared("model", "weights_sha256", "data"),
+        "schedule": (str, "what a level starts from, and whether it rewinds"),
+        "contender": (str, f"a criterion; with /{LEAKY} its masks hold at the start of a level only"),
+        **shared("criterion", "options", "calibration", "scope", "ratio_asked"),
+        "shown": (bool, "whether this level, and every one before it, is shown to be at most 2 points less accurate"),
+        **shared("units_removed", "weights_removed", "parameters_removed"),
+        "zeros_in_masked_layers": (float, "the share of the masked layers' weights that is zero in the end"),
+        "n_seeds": (int, "seeds that all figures of a row are over"),
+        **shared("n_images"),
+        "accuracy_mean": (float, "the share of the test images that are right, mean over seeds"),
+        "accuracy_low": (float, "its 95 % interval, for new seeds and new images: from"),
+        "accuracy_high": (float, "to"),
+        "difference_mean": (float, "accuracy less that of the dense network of the same seed, mean over seeds"),
+        "difference_low": (float, "its 95 % interval, for new seeds and new images: from"),
+        "difference_high": (float, "to"),
+    }
 
     model: str
+    weights_sha256: str | None
     data: str
+    calibration: int
+    options: dict[str, dict[str, Any]]
     schedule: str
     scope: str | None
     removes: str
@@ -50,7 +73,7 @@ class ScheduleResult(Result):
     verdict: str
     lines: list[str]
 
-    def text(self) -> str:
+    def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         of_weights = self.removes == "weights"
         header = [
             *("contender", f"{self.removes} removed", "asked for"),
@@ -70,8 +93,11 @@ class ScheduleResult(Result):
                     f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
                 ]
             )
+        return header, rows
+
+    def text(self) -> str:
         mean, low, high = (100 * self.dense_accuracy[name] for name in ("mean", "low", "high"))
-        said = [words.table(header, rows), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f})", ""]
+        said = [words.table(*self.overview()), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f})", ""]
         said += [self.verdict, *self.lines, *self.remarks()]
         return "\n".join([*said, *words.where(self)])
 
@@ -80,8 +106,10 @@ class ScheduleResult(Result):
         flat = []
         for row in self.levels:
             bounds = {f"{name}_{key}": value for name in ("accuracy", "difference") for key, value in row[name].items()}
-            plain = {key: value for key, value in row.items() if key not in ("accuracy", "difference")}
-            flat.append({"model": self.model, "data": self.data, "schedule": self.schedule, **plain, **bounds})
+            criterion = criterion_of(row["contender"])
+            about = {"criterion": plain(criterion), "options": as_json(self.options[criterion]), "n_seeds": self.seeds}
+            found = {**dict(self), **row, **bounds, **about}
+            flat.append({column: found[column] for column in self.columns})
         return flat
 
 
@@ -108,7 +136,13 @@ def summary(space: Workspace) -> ScheduleResult:
     found = of_outcomes([_outcome(record) for record in records if record.about["until"] is None], identity)
     found["warnings"] = [*space.shown["warnings"], *found["warnings"]]
     return ScheduleResult(
-        model=identity["model"]["spec"], data=identity["data"]["spec"], notes=space.shown["notes"], **found
+        model=identity["model"]["spec"],
+        weights_sha256=identity["model"]["weights_sha256"],
+        data=identity["data"]["spec"],
+        calibration=identity["data"]["calibration"],
+        options=identity["options"],
+        notes=space.shown["notes"],
+        **found,
     )
 
 
@@ -206,6 +240,10 @@ def _outcome(record: Record) -> Outcome:
     about, arrays = record.about, record.arrays("correct")
     correct = np.unpackbits(arrays["correct"], count=int(arrays["n"])).astype(bool)
     return Outcome(about["contender"], about["seed"], about["ratio_asked"], correct, record.result)
+
+
+def criterion_of(contender: str) -> str:
+    return contender.removesuffix(f"/{LEAKY}")
 
 
 def _enforced(name: str) -> bool:

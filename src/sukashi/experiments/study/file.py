@@ -52,6 +52,7 @@ from sukashi.core.bounded import read as content_of
 from sukashi.core.errors import UsageError, nearest
 from sukashi.core.schema import Settings, checked, option_of
 from sukashi.criteria import criteria as registry
+from sukashi.criteria.calibration import SAMPLINGS
 from sukashi.experiments.compare.contenders import name_of
 from sukashi.experiments.compare.run import samplings_of
 from sukashi.experiments.compare.settings import Contest
@@ -208,7 +209,9 @@ def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
 
 def _contender(name: str) -> str:
     """A contender by the name that its criterion has in results."""
-    criterion, slash, sampling = name.partition("/")
+    criterion, slash, sampling = name.rpartition("/")
+    if sampling not in SAMPLINGS:  # a slash may stand in the brackets of a criterion's options
+        return registry.named(name)
     return f"{registry.named(criterion)}{slash}{sampling}"
 
 

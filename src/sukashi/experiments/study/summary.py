@@ -10,7 +10,7 @@ import numpy as np
 
 from sukashi.core import stats
 from sukashi.core.errors import UsageError
-from sukashi.core.experiment import Result
+from sukashi.core.experiment import Columns, Result
 from sukashi.experiments.compare.contenders import contenders
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.executor import summarised
@@ -28,6 +28,11 @@ class StudyResult(Result):
 
     kind: ClassVar[str] = "study"
     of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "verdicts", "texts")
+    columns: ClassVar[Columns] = {
+        "name": (str, "of the experiment, and of its folder, which has a table of its own"),
+        "kind": (str, "what it is, by its command"),
+        "verdict": (str, "what it found; none where a clock has a part in it"),
+    }
 
     title: str
     experiments: dict[str, dict[str, Any]]

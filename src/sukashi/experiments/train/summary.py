@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sukashi.core.errors import UsageError
-from sukashi.core.experiment import Result
+from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import share
+from sukashi.experiments.columns import shared
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import words
 
@@ -26,8 +28,20 @@ class TrainResult(Result):
 
     kind: ClassVar[str] = "train"
     of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "images_per_second", "waiting", "resumed")
+    columns: ClassVar[Columns] = {
+        **shared("model", "weights_sha256", "data", "seed"),
+        "epoch": (int, "counted from 1"),
+        "train_loss": (float, "mean over the training images of the epoch, with what regularises it"),
+        "val_loss": (float, "of the validation images after it; none where nothing was held out"),
+        "val_accuracy": (float, "the share of the validation images that are right after it"),
+        "lr": (float, "learning rate at its end"),
+        "saved": (bool, "whether the saved weights are those of this epoch"),
+    }
 
     model: str
+    weights_sha256: str
+    data: str
+    seed: int
     accuracy: float
     accuracy_before: float | None
     n_images: int
@@ -46,7 +60,7 @@ class TrainResult(Result):
     waiting: float | None = None
     resumed: int | None = None
 
-    def text(self) -> str:
+    def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         before = "" if self.accuracy_before is None else f" (before: {words.percent(self.accuracy_before)})"
         rows = [["test accuracy", f"{words.percent(self.accuracy)}{before}"]]
         if self.validation["accuracy"] is not None:
@@ -57,14 +71,18 @@ class TrainResult(Result):
             rows.append(["waiting for images", f"{self.waiting:.1%}"])
         if self.zeros_in_masked_layers is not None:
             rows.append(["zeros", f"{self.zeros_in_masked_layers:.1%} of the masked layers' weights"])
-        said = [words.rows(rows), *self.remarks()]
+        return rows[0], rows[1:]
+
+    def text(self) -> str:
+        said = [words.table(*self.overview()), *self.remarks()]
         if self.resumed:
             said += ["", f"Went on from step {self.resumed}"]
         return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each epoch."""
-        return [{"model": self.model, **entry} for entry in self.history]
+        about = {"model": self.model, "weights_sha256": self.weights_sha256, "data": self.data, "seed": self.seed}
+        return [{**about, **entry, "saved": entry["epoch"] == self.epoch} for entry in self.history]
 
 
 def summary(space: Workspace) -> TrainResult:
@@ -72,7 +90,7 @@ def summary(space: Workspace) -> TrainResult:
     records = space.records()
     if not records:
         raise UsageError(f"{space.folder} holds no finished network: give the same command again to go on training")
-    found, key = records[0].result, records[0].key
+    found, key, about = records[0].result, records[0].key, records[0].about
     reached = share(round(found["accuracy"] * found["n_images"]), found["n_images"])
     before = found["accuracy_before"]
     verdict = f"{words.percent(found['accuracy'])} of {found['n_images']:,} test images are right"
@@ -82,7 +100,10 @@ def summary(space: Workspace) -> TrainResult:
     speed: dict[str, Any] = _speed(timed[-1]) if timed else {}
     epochs = words.several(found["epochs"], "epoch")
     return TrainResult(
-        model=records[0].about["model"]["spec"],
+        model=about["model"]["spec"],
+        weights_sha256=about["model"]["weights_sha256"],
+        data=about["data"]["spec"],
+        seed=about["seed"],
         verdict=f"{verdict}.",
         rule=f"Weights of epoch {found['epoch']} of {epochs}. The 95% interval of the accuracy is "
         f"{words.percent(reached.low)} to {words.percent(reached.high)} (Wilson's); the test images chose nothing.",

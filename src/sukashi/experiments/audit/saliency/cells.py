@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sukashi.attributions import attributions as explainers
 from sukashi.attributions.maps import Channels, saliency_map
 from sukashi.core import progress
+from sukashi.core.bracketed import plain
 from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError
 from sukashi.core.experiment import Trial
@@ -47,7 +48,7 @@ OF_TRANSFORMERS = ("insertion", "deletion")
 
 
 def channels(name: str) -> Channels:
-    return CHANNELS.get(name, "sum")
+    return CHANNELS.get(plain(name), "sum")
 
 
 def explaining(

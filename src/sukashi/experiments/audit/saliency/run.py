@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sukashi.attributions import attributions as explainers
+from sukashi.core.bracketed import plain
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
 from sukashi.experiments.audit.networks import Network
@@ -49,8 +50,11 @@ def check(settings: Audit) -> None:
     for name in settings.attributions or ():
         explainers[name]
     for name in settings.measures or ():
+        if plain(name) != name:
+            method = plain(name)
+            raise UsageError(f"an audit has a measure once, got {name!r}: give {method}, and --set {method}.NAME=VALUE")
         if not registry[name].inputs & {"maps", "masks"}:
             known = [method.name for method in registry if method.inputs & {"maps", "masks"}]
             raise UsageError(f"{name} measures no saliency maps and no regions: choose from {', '.join(known)}")
     for name, chosen in settings.options.items():
-        (explainers if name in explainers else registry)[name].check_options(chosen)
+        (explainers if plain(name) in explainers else registry)[name].check_options(chosen)
