@@ -31,6 +31,7 @@ COMMANDS = {
     "train": ["sukashi:digits_cnn", *NET, "--epochs", "1"],
     "finetune": ["made", "--data", "digits", "--test-images", "20", "--epochs", "1"],
     "check": ["sukashi:digits_cnn", *FEW, "--limit", "1"],
+    "export": ["made"],
     "prune": ["sukashi:digits_cnn", *FEW, "--criterion", "taylor", "--ratio", "0.5"],
     "compare": ["sukashi:digits_cnn", *FEW, "--criteria", "magnitude,taylor", "--ratios", "0.5", "--seeds", "1"],
     "schedule": [

@@ -76,7 +76,8 @@ def headline(
 
 def fall(names: Sequence[str], change: classwise.Change) -> str:
     """Covid-19 falls from 88 to 0 %."""
-    return f"{words.of_class(names[change.number])} falls from {100 * change.dense.mean:.0f} to {100 * change.cut.mean:.0f}%"
+    before, after = (f"{100 * of.mean:.0f}" for of in (change.dense, change.cut))
+    return f"{words.of_class(names[change.number])} falls from {before} to {after}%"
 
 
 def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: str) -> tuple[str, list[str]]:
