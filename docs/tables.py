@@ -1,6 +1,6 @@
-"""Writes the tables of settings into the pages here: `python docs/tables.py` after a setting has changed.
+"""Writes the tables of settings and the glossary into the pages here: `python docs/tables.py` after one has changed.
 
-A table stands between `<!-- settings: KIND -->` and `<!-- end -->`.
+A table stands between `<!-- settings: KIND -->` and `<!-- end -->`, the words between `<!-- words -->` and that.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ from pydantic.fields import FieldInfo
 
 from sukashi.core.schema import Settings, default_of, option_of
 from sukashi.experiments.study.settings import ComparisonFile, ModelTable, ScheduleFile
+from sukashi.report.glossary import WORDS
 from sukashi.training.settings import Training
 
 KINDS: dict[str, type[Settings]] = {
     kind.__name__: kind for kind in (ComparisonFile, ScheduleFile, ModelTable, Training)
 }
 PAGE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GLOSSARY = re.compile(r"(<!-- words -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def written(page: str) -> str:
-    """A page with its tables as the settings are now."""
-    return PAGE.sub(lambda found: found[1] + table(KINDS[found[2]]) + found[3], page)
+    """A page with its tables as the settings are now, and its words as pages of results explain them."""
+    told = PAGE.sub(lambda found: found[1] + table(KINDS[found[2]]) + found[3], page)
+    return GLOSSARY.sub(lambda found: found[1] + glossary() + found[2], told)
+
+
+def glossary() -> str:
+    """A paragraph for each word."""
+    words = sorted(WORDS, key=lambda word: word.name.lower())
+    return "\n".join(f"**{word.name}**: {word.means}\n" for word in words)
 
 
 def table(kind: type[Settings]) -> str:
