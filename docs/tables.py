@@ -1,6 +1,8 @@
-"""Writes the tables of settings and of results' columns into the pages here: `python docs/tables.py` after a change.
+"""Writes the tables of settings and of results' columns, and the glossary, into the pages here: `python docs/tables.py`
+after a change.
 
-A table stands between `<!-- settings: KIND -->`, or `<!-- columns: RESULT -->`, and `<!-- end -->`.
+A table stands between `<!-- settings: KIND -->`, or `<!-- columns: RESULT -->`, and `<!-- end -->`, the words between
+`<!-- words -->` and that.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from sukashi.experiments.schedule.summary import ScheduleResult
 from sukashi.experiments.study.settings import ComparisonFile, ModelTable, ScheduleFile
 from sukashi.experiments.study.summary import StudyResult
 from sukashi.experiments.train.summary import TrainResult
+from sukashi.report.glossary import WORDS
 from sukashi.training.settings import Training
 
 KINDS: dict[str, type[Settings]] = {
@@ -29,11 +32,13 @@ RESULTS: dict[str, type[Result]] = {
     kind.__name__: kind for kind in (CompareResult, PruneResult, ScheduleResult, TrainResult, AuditResult, StudyResult)
 }
 PAGE = re.compile(r"(<!-- (settings|columns): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GLOSSARY = re.compile(r"(<!-- words -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def written(page: str) -> str:
-    """A page with its tables as the settings are now."""
-    return PAGE.sub(lambda found: found[1] + _of(found[2], found[3]) + found[4], page)
+    """A page with its tables as the settings are now, and its words as pages of results explain them."""
+    told = PAGE.sub(lambda found: found[1] + _of(found[2], found[3]) + found[4], page)
+    return GLOSSARY.sub(lambda found: found[1] + glossary() + found[2], told)
 
 
 def _of(what: str, name: str) -> str:
@@ -45,6 +50,12 @@ def columns(kind: type[Result]) -> str:
     types = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     rows = [f"| `{name}` | {types[of]} | {told} |" for name, (of, told) in kind.columns.items()]
     return "\n".join(["| column | type | what it holds |", "|---|---|---|", *rows, ""])
+
+
+def glossary() -> str:
+    """A paragraph for each word."""
+    words = sorted(WORDS, key=lambda word: word.name.lower())
+    return "\n".join(f"**{word.name}**: {word.means}\n" for word in words)
 
 
 def table(kind: type[Settings]) -> str:

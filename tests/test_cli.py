@@ -174,7 +174,7 @@ def strict(text):
 
 def contents(folder):
     """Every file's bytes but those a clock decides."""
-    clocks = {"log.jsonl", "report.html"}
+    clocks = {"log.jsonl", "report.html", "costs.csv", "costs.tex"}
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in clocks}
 
 
@@ -523,7 +523,9 @@ def test_folders_that_exist_are_left_as_they_are(sukashi, refused, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
     assert "was finished already: nothing was done" in sukashi(*prune, cut).out
     after = {path: path.read_bytes() for path in before}
-    assert {path.name for path in before if after[path] != before[path]} <= {"log.jsonl", "report.html"}
+    assert {path.name for path in before if after[path] != before[path]} <= {
+        *("log.jsonl", "report.html", "costs.csv", "costs.tex")
+    }
 
 
 def test_a_comparison_refused_in_its_first_trial_leaves_nothing(sukashi, refused, tmp_path):

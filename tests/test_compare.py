@@ -68,7 +68,9 @@ def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_
     found, expected = contents(out), contents(Workspace(compared.out).folder)
     assert found.keys() == expected.keys()
     # The page shows times that were measured.
-    assert {name for name in expected if found[name] != expected[name]} <= {"log.jsonl", "report.html"}
+    assert {name for name in expected if found[name] != expected[name]} <= {
+        *("log.jsonl", "report.html", "tables/costs.csv", "tables/costs.tex")
+    }
     assert {name: found[name] for name in before} == before
     with pytest.raises(UsageError, match="seeds was 2, now 1"):
         compare(COMPARED, out, cnn_weights, seeds=1)

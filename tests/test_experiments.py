@@ -309,7 +309,9 @@ def test_results_do_not_depend_on_the_log(experiment):
         log.unlink()
     assert kept(sukashi.results(experiment.out)) == kept(experiment.result)
     differ = differing(experiment.out, experiment.finished)
-    assert {name for name in differ if not name.endswith(("log.jsonl", "report.html"))} <= {"figures/cost.png"}
+    assert {name for name in differ if not name.endswith(("log.jsonl", "report.html"))} <= {
+        *("tables/costs.csv", "tables/costs.tex", "tables/settings.csv", "tables/settings.tex")
+    }
 
 
 def test_all_that_decides_results_is_in_the_identity(experiment):
@@ -373,6 +375,35 @@ def test_what_was_found_is_told_alike_in_every_way(experiment):
     assert sorted(p.stem for p in experiment.out.glob("figures/*")) == sorted(
         p.stem for p in experiment.finished.glob("figures/*")
     )
+
+
+def test_its_page_is_for_narrow_screens_keyboards_and_ears_too(experiment):
+    """What a browser need not be asked about; tests/test_report.py asks one, where there is one."""
+    page = (experiment.out / "report.html").read_text()
+    tables = re.findall("<table.*?</table>", page, re.DOTALL)
+    assert tables
+    for table in tables:
+        assert len(re.search("<caption>(.*?)</caption>", table)[1]) > 5
+        assert all("scope=" in head for head in re.findall(r"<th\b[^>]*>", table))
+        assert re.search('<th scope="(row|rowgroup)"', table)
+    for region in re.findall(r"<div[^>]*scroll[^>]*>", page):
+        assert re.search('role="region" tabindex="0" aria-label=".', region)
+    for picture in re.findall("<img[^>]*>", page):
+        assert re.search(r'width="\d+" height="\d+" alt="[^"]*\d', picture), "an alternative text with values"
+    assert page.count("<details") == page.count("<summary")
+    anchors = re.findall(' id="(.*?)"', page)
+    assert len(set(anchors)) == len(anchors)
+    assert set(re.findall(' href="#(.*?)"', page)) <= set(anchors)
+    contents = re.search("<nav.*?</nav>", page, re.DOTALL)[0]
+    assert re.findall('<h2 id="(.*?)">', page) == re.findall('href="#(.*?)"', contents)
+    beside = {href for href in re.findall(' href="([^#].*?)"', page) if href.startswith(("figures/", "tables/"))}
+    assert beside == {
+        str(path.relative_to(experiment.out))
+        for name in ("figures", "tables")
+        for path in (experiment.out / name).iterdir()
+    }
+    names = re.findall('data-name="(.*?)"', page)
+    assert len(set(names)) == len(names) == len(tables)
 
 
 def test_json_is_one_object(experiment, capsys, monkeypatch):

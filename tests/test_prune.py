@@ -106,7 +106,12 @@ def test_what_lies_in_the_folder(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, out, cnn_weights)
     assert set(contents(out)) == {
         *("experiment.json", "trial.json", "log.jsonl", ".lock", "results.json", "results.parquet", "report.html"),
-        *("model.safetensors", "recipe.json", "plan.npz", "answers.npz", "figures/layers.png"),
+        *("model.safetensors", "recipe.json", "plan.npz", "answers.npz", "figures/layers.png", "figures/layers.svg"),
+        *(
+            f"tables/{name}.{form}"
+            for name in ("all-classes", "classes", "confusion-dense", "confusion-pruned", "costs", "layers", "settings")
+            for form in ("csv", "tex")
+        ),
     }
     (record,) = Workspace(out).records()
     assert record.folder == out

@@ -1,10 +1,12 @@
 """Pages of comparisons and of networks: what they say, that they say it safely, and that they need nothing else."""
 
+import csv
 import hashlib
 import html.parser
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +27,11 @@ from sukashi.core.stats import crossed, least_images
 from sukashi.core.types import Curve, Plan, Site
 from sukashi.criteria.plans import plan_arrays
 from sukashi.experiments.compare.contenders import save_curve
+from sukashi.experiments.train import page as train_page
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.measures import curves
-from sukashi.report import figures, networks
+from sukashi.report import figures, glossary, networks, tables
+from sukashi.report.words import printed
 
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
 SITES = tuple(Site(f"layer{1 + i // 4}.{i % 4}.conv1", "channel", 16 * 2 ** (i // 4)) for i in range(12))
@@ -225,10 +229,94 @@ def test_every_figure_is_also_a_file(compared: Path, page: str) -> None:
         assert {tuple(bytes.fromhex(wanted[name][1:])) for name in shown} <= seen
 
 
-def test_the_same_results_give_the_same_page(compared: Path, page: str) -> None:
-    before = {path.name: path.read_bytes() for path in (compared / "figures").iterdir()}
+def test_every_table_is_also_a_file_that_says_the_same(compared: Path, page: str) -> None:
+    with (compared / "tables" / "criteria.csv").open() as file:
+        header, *rows = csv.reader(file)
+    until = "at most 5 points lower, up to"
+    assert header == [
+        *("criterion", "SAUCE", "SAUCE: 95% interval", "seeds", f"{until} --ratio", f"{until} parameters"),
+        *(f"{until} FLOPs", f"{until} accuracy", f"{until} accuracy: 95% interval"),
+    ]
+    shown = cells(page, "")
+    for name, sauce, within, *others in rows:
+        assert shown[name][0] == f"{sauce} {within}"
+        assert " ".join(shown[name][1:]) == " ".join(others)
+    with (compared / "tables" / "ratios.csv").open() as file:
+        measured = list(csv.DictReader(file))
+    assert [row["criterion"] for row in measured[::4]] == [row[0] for row in rows], "said in each of its rows"
+    tex = (compared / "tables" / "costs.tex").read_text()
+    assert r"latency, ms & 5.20 & 3.10 ($\times$ 0.60 (0.56 to 0.63)) &" in tex
+    assert r"data.spec & cifar10 \\" in (compared / "tables" / "settings.tex").read_text()
+
+
+def test_tables_know_spans_groups_and_what_latex_reads() -> None:
+    (table,) = tables.tables_of(
+        """<table data-name="a" data-groups="by"><caption>50% of <b>x_1</b></caption>
+        <thead><tr><th rowspan="2">model</th><th colspan="2">so</th></tr><tr><th>p</th><th>q</th></tr></thead>
+        <tbody><tr><th colspan="3">lrp</th></tr>
+        <tr><th>a &amp; b</th><td>1 <small title="low">0 – 2</small></td><td>#</td>
+        </tr></tbody></table>"""
+    )
+    assert table.columns == ["by", "model", "so p", "so q"]
+    assert table.csv().decode() == "by,model,so p,so p: low,so q\nlrp,a & b,1,0 – 2,#\n"
+    assert table.tex().decode().splitlines()[1:] == [
+        *(r"\begin{tabular}{lrrr}", r"\toprule", r"by & model & so p & so q \\", r"\midrule"),
+        *(r"lrp & a \& b & 1 (0 -- 2) & \# \\", r"\bottomrule", r"\end{tabular}"),
+    ]
+    assert table.tex().decode().startswith(r"% 50\% of x\_1; needs \usepackage{booktabs}")
+
+
+def test_files_of_an_earlier_page_are_gone(compared: Path, page: str) -> None:
+    for name in ("figures/old.png", "tables/old.csv", "tables/note.txt"):
+        (compared / name).write_text("old")
     assert paged(compared) == page
-    assert {path.name: path.read_bytes() for path in (compared / "figures").iterdir()} == before
+    assert not (compared / "figures" / "old.png").exists()
+    assert not (compared / "tables" / "old.csv").exists()
+    (compared / "tables" / "note.txt").unlink()  # of somebody else
+
+
+def test_words_are_explained_where_a_page_first_says_them(page: str) -> None:
+    assert re.search('<a class="word" href="#word-sauce" title="100 times the area', page)
+    assert page.count('href="#word-sauce"') == 1
+    listed = re.findall('<dt id="word-(.*?)">', page)
+    assert {"sauce", "relative-sauce", "criterion", "unit", "holm", "tango", "critical", "flops"} <= set(listed)
+    assert not {"gini", "rewinding", "wilson"} & set(listed), "of other pages"
+    said = glossary.explained('<pre>dense</pre><p class="dense">condensed, relative SAUCE</p><!-- words -->')
+    assert said.startswith('<pre>dense</pre><p class="dense">condensed, <a class="word" href="#word-relative-sauce"')
+    assert re.findall('<dt id="(.*?)">', said) == ["word-relative-sauce", "word-sauce"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+def test_on_a_telephone_nothing_but_tables_and_wide_figures_scrolls_sideways(
+    compared: Path, page: str, tmp_path: Path
+) -> None:
+    """Chromium makes no window of 400 pixels, so that the page is a frame of one that tells its width."""
+    (tmp_path / "frame.html").write_text(
+        f"""<iframe id="f" src="{(compared / "report.html").as_uri()}" width="400" height="900"></iframe>
+        <p id="said"></p><script>onload = () => {{ const page = document.getElementById("f").contentDocument.documentElement;
+        document.getElementById("said").textContent = `${{page.scrollWidth}} of ${{page.clientWidth}}`; }}</script>"""
+    )
+    asked = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--allow-file-access-from-files",
+        "--dump-dom",
+    ]
+    asked += [f"--user-data-dir={tmp_path}/profile", (tmp_path / "frame.html").as_uri()]
+    seen = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search('<p id="said">(.*?)</p>', seen)[1] == "400 of 400"
+
+
+def test_the_same_results_give_the_same_page(compared: Path, page: str) -> None:
+    def beside() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for name in ("figures", "tables") for path in (compared / name).iterdir()}
+
+    before = beside()
+    assert paged(compared) == page
+    assert beside() == before
 
 
 def test_the_verdict_names_the_leader_its_lead_and_the_rule(page: str) -> None:
@@ -682,4 +770,29 @@ def test_a_dollar_in_a_name_is_a_dollar_in_every_text_of_a_figure():
     axes.set_xticks([0, 1], ["$x^$", "y"])
     axes.annotate("$^$", (0, 0))
     axes.bar(["$1_$", "$2_$"], [1, 2])
-    assert figures.png(figure).startswith(b"\x89PNG")
+    assert figures.drawn(figure).png.startswith(b"\x89PNG")
+
+
+def test_axes_of_shares_stay_within_them_and_epochs_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(train_page.figures, "drawn", drawn.append)
+    for accuracies in ([0.99], [0.2, 1.0], [0.0]):
+        entry = {"train_loss": 0.5, "val_loss": 0.25, "lr": 0.05}
+        history = [{**entry, "epoch": i + 1, "val_accuracy": of} for i, of in enumerate(accuracies)]
+        train_page._draw_epochs(history, 1)
+        losses, right = drawn[-1].axes
+        assert 0 <= right.get_ylim()[0] < min(accuracies) or min(accuracies) == 0
+        assert max(accuracies) < right.get_ylim()[1] <= 1.01
+        assert losses.get_ylim()[0] == 0
+        low, high = right.get_xlim()
+        assert [tick for tick in right.get_xticks() if low <= tick <= high] == list(range(1, len(accuracies) + 1))
+
+
+def test_milliseconds_have_three_digits() -> None:
+    told = [printed(ms, "ms") for ms in (0.05312, 5.2, 53.12, 531.2, 5312.0, 0.0, None)]
+    assert told == ["0.0531", "5.20", "53.1", "531", "5,312", "0", "–"]
+
+
+def test_a_folder_of_several_experiments_names_them(compared: Path) -> None:
+    with pytest.raises(UsageError, match=f"is no experiment but holds 1 experiment: give {compared}$"):
+        sukashi.results(compared.parent)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -83,10 +84,15 @@ def bars(axes: Axes, x: Any, mean: Any, low: Any, high: Any, **style: Any) -> No
     axes.errorbar(x, mean, (below, above), **{"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2.5, **style})
 
 
+def percents(axis: Axis) -> None:
+    """Ticks of shares as percents: 2.5% is not 2%, and 50% not 50.0%."""
+    axis.set_major_formatter(lambda x, _: f"{100 * x:g}%")
+
+
 def within(axes: Axes, values: Sequence[float]) -> None:
     """A vertical axis of shares around values that are some: no tick says below 0 or above 1."""
     low, high = min(values), max(values)
-    room = max(0.05 * (high - low), 0.01)
+    room = max(0.05 * (high - low), 0.02)
     axes.set_ylim(max(low - room, 0), min(high + room, 1) + 0.1 * room)  # a point at 1 is not cut in half
 
 

@@ -64,14 +64,15 @@ WORDS = (
     Word("dense", "The network before anything was removed."),
     Word(
         "lossless",
-        "Shown to lose no more accuracy than a margin: the lower end of an interval of the change lies above it. A "
-        "margin of .01 is one point.",
+        "Shown by a test on the same images to lose at most a margin of accuracy, at a ratio and at every smaller one. "
+        "A margin of .01 is one point.",
         "lossless(?:ly)?",
     ),
     Word("point", "A percentage point, .01 of accuracy: from 95% to 94% is one point.", "points"),
     Word(
         "scope",
-        "Among which single weights the smallest are looked for: those of a row (one output), of a layer, or all.",
+        "Among which single weights the least important are looked for: those of a row (one output), of a layer, of "
+        "all layers (global), or so many of every few (as 2:4).",
     ),
     Word(
         "mode zero",
@@ -93,7 +94,7 @@ WORDS = (
     Word(
         "ROAD",
         "Remove and debias: pixels are taken in the order of a map and filled from what is around them; how much more "
-        "accuracy goes with the most relevant first than with the least relevant first.",
+        "accuracy goes where the most relevant go first than where the least relevant do.",
         "ROAD|road",
     ),
     Word("AOPC", "How much accuracy goes, on average over the steps, as the most relevant pixels do.", "AOPC|aopc"),
@@ -125,14 +126,9 @@ WORDS = (
         "What is left of a map's likeness to itself when each weight is moved by as little as other rounding would.",
         "rounding alone(?: leaves| does)?|rounded otherwise",
     ),
-    Word("critical", "Of a unit: removing it costs accuracy."),
-    Word("neutral", "Of a unit: removing it changes nothing that could be measured."),
-    Word("detrimental", "Of a unit: removing it helps."),
-    Word(
-        "taps",
-        "Where attributions of inner layers are read: what a layer gives, before the function that follows it.",
-        "taps?",
-    ),
+    Word("critical", "Of a unit: a test shows that the network does worse without it."),
+    Word("neutral", "Of a unit: no test shows that the network does better or worse without it."),
+    Word("detrimental", "Of a unit: a test shows that the network does better without it."),
     Word(
         "calibration images",
         "Training images that a criterion looks at to score units; none of them is tested on.",
@@ -158,13 +154,17 @@ WORDS = (
         "Weights that were removed are set to zero again after each step of training, so that they stay so.",
         "enforced?|enforcing(?: a mask)?",
     ),
-    Word("FLOPs", "Multiplications and additions that one image takes, in floating point.", "FLOPs"),
+    Word(
+        "FLOPs",
+        "Operations that one image takes in convolutions, matrix products and attention; a multiply-add is two.",
+        "FLOPs",
+    ),
 )
 
 _PARTS = re.compile(r"(<style>.*?</style>|<[^>]*>)", re.DOTALL)
 # In these no word is explained: they are names, links, or code; in the first no word counts.
 _UNREAD = ("title", "pre", "code")
-_PLAIN = (*_UNREAD, "h1", "h2", "h3", "a", "summary", "caption", "td", "th")
+_PLAIN = (*_UNREAD, "header", "h2", "h3", "a", "summary", "caption", "td", "th")
 
 
 def explained(page: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from sukashi.core.bracketed import plain
 from sukashi.experiments.schedule.settings import LEAKY
@@ -77,8 +76,8 @@ def draw(result: ScheduleResult) -> Drawn:
     bounds = [row["accuracy"][key] for row in result.levels for key in ("low", "high")]
     figures.within(axes, [*bounds, dense["low"], dense["high"]])
     axes.set(xlabel=f"fraction of the {result.removes} that was removed", ylabel="accuracy on test images")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    figures.percents(axes.xaxis)
+    figures.percents(axes.yaxis)
     figure.legend(
         frameon=False,
         fontsize=9,

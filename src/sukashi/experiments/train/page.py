@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
@@ -54,15 +54,16 @@ def _draw_epochs(history: Sequence[Mapping[str, Any]], chosen: int) -> Drawn:
         losses.plot(epochs, [entry["val_loss"] for entry in history], "s--", ms=3, color="#D55E00", label="validation")
         right.plot(epochs, [entry["val_accuracy"] for entry in history], "o-", ms=3, color="#D55E00", label="accuracy")
         figures.within(right, [entry["val_accuracy"] for entry in history])
-        right.yaxis.set_major_formatter(PercentFormatter(1))
+        figures.percents(right.yaxis)
     else:
         right.plot(epochs, [entry["lr"] for entry in history], "o-", ms=3, color=INK)
     losses.set(ylabel="cross entropy")
+    losses.set_ylim(bottom=0)
     right.set(xlabel="epoch", ylabel="validation accuracy" if validated else "learning rate")
     losses.legend(frameon=False)
     for axes in (losses, right):
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=":")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figures.calm(axes)
     return figures.drawn(figure)

@@ -67,7 +67,7 @@ class TrainResult(Result):
             rows.append(["validation accuracy", words.percent(self.validation["accuracy"])])
         rows.append(["epochs", f"{self.epochs}, weights of epoch {self.epoch}"])
         if self.images_per_second is not None:
-            rows.append(["images a second", f"{self.images_per_second:.0f}"])
+            rows.append(["images a second", f"{self.images_per_second:,.0f}"])
             rows.append(["waiting for images", f"{self.waiting:.1%}"])
         if self.zeros_in_masked_layers is not None:
             rows.append(["zeros", f"{self.zeros_in_masked_layers:.1%} of the masked layers' weights"])

@@ -210,7 +210,7 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> Drawn:
                 axes.set_ylabel(f"{measure}, change")
             axes.margins(y=0.2)
             if by_ratio:
-                axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}%")  # 2.5% is not 2%
+                figures.percents(axes.xaxis)
                 if i == len(measures) - 1:
                     axes.set_xlabel("removed")
             else:
