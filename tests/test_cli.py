@@ -777,7 +777,7 @@ def test_compare_and_report(sukashi, tmp_path, weights):
     before = contents(tmp_path / "out")
     shown = sukashi(*args)
     assert shown.code == 0
-    assert f"dense accuracy {result['dense_accuracy']:.3f}" in shown.out
+    assert f"dense accuracy {result['dense_accuracy']:.1%}" in shown.out
     assert shown.out.endswith(f"Report: {tmp_path / 'out' / 'report.html'}\n")
     assert contents(tmp_path / "out") == before
     assert (tmp_path / "out" / "log.jsonl").read_text().count('"event":"latency"') == len(timed) == 4, "timed once"
@@ -898,7 +898,7 @@ def test_an_audit(sukashi, refused, tmp_path, weights):
     assert {row["said"].partition(" in ")[0] for row in result["saliency"]["comparisons"]} == {"no detectable change"}
     shown = sukashi(*args)
     assert (shown.code, shown.err) == (0, "")
-    assert "on average gini and deletion do not tell the maps of digits_cnn (2) from" in shown.out
+    assert "Gini is not shown to change in" in shown.out
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in shown.out
     refused(2, ["deletion.step was 16, now 8"], *args[:-1], "deletion.step=8")
     refused(2, ["no option 'stpe'", "'step'"], *args[:-1], "deletion.stpe=8")
@@ -1025,7 +1025,7 @@ def test_ls_lists_experiments_with_what_they_found(sukashi, tmp_path, refused):
     assert [Path(row["folder"]).name for row in rows] == ["a", "broken", "b"]
     assert (rows[0]["kind"], rows[0]["data"], rows[0]["found"]) == ("compare", "digits", done["verdict"])
     assert "this version reads" in rows[1]["found"]
-    assert rows[2]["found"] == "0 of 1 trials: give its command again to go on"
+    assert rows[2]["found"] == "0 of 1 trial: give its command again to go on"
     assert done["verdict"].split()[0] in sukashi("ls", tmp_path / "runs").out
     refused(2, ["is no folder: give one with experiments"], "ls", tmp_path / "nothere")
     refused(2, ["holds no experiment"], "ls", tmp_path / "runs" / "a" / "figures")

@@ -193,6 +193,9 @@ def kept(result):
 # Kills.
 
 
+CLOCKS = ("log.jsonl", "report.html", "costs.csv", "costs.tex")  # files that hold times
+
+
 def test_killed_anywhere_and_given_again_it_ends_in_the_same_bytes(made):
     assert len(made.left) in (SNAPSHOTS, SNAPSHOTS + 1)
     assert any(list(left.rglob(".*.tmp")) for left in made.left)
@@ -200,7 +203,7 @@ def test_killed_anywhere_and_given_again_it_ends_in_the_same_bytes(made):
         put(left, made.out)
         result = perform(made)
         assert kept(result) == kept(made.result), left.name
-        clocks = {name for name in differing(made.out, made.finished) if name.endswith(("log.jsonl", "report.html"))}
+        clocks = {name for name in differing(made.out, made.finished) if name.endswith(CLOCKS)}
         assert differing(made.out, made.finished) == clocks, left.name
         # From one log of times and speeds pages have the same bytes too.
         for log in made.finished.rglob("log.jsonl"):
@@ -215,7 +218,7 @@ def test_processes_that_share_its_trials_end_in_the_same_bytes(made, monkeypatch
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for each of two, as for one here
     put(made.home / "nowhere", made.out)
     assert kept(perform(made, jobs=2)) == kept(made.result)
-    differ = {name for name in differing(made.out, made.finished) if not name.endswith(("log.jsonl", "report.html"))}
+    differ = {name for name in differing(made.out, made.finished) if not name.endswith(CLOCKS)}
     assert differ == set()
 
 

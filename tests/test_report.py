@@ -293,7 +293,8 @@ def test_on_a_telephone_nothing_but_tables_and_wide_figures_scrolls_sideways(
     """Chromium makes no window of 400 pixels, so that the page is a frame of one that tells its width."""
     (tmp_path / "frame.html").write_text(
         f"""<iframe id="f" src="{(compared / "report.html").as_uri()}" width="400" height="900"></iframe>
-        <p id="said"></p><script>onload = () => {{ const page = document.getElementById("f").contentDocument.documentElement;
+        <p id="said"></p><script>onload = () => {{
+        const page = document.getElementById("f").contentDocument.documentElement;
         document.getElementById("said").textContent = `${{page.scrollWidth}} of ${{page.clientWidth}}`; }}</script>"""
     )
     asked = [
@@ -324,7 +325,7 @@ def test_the_verdict_names_the_leader_its_lead_and_the_rule(page: str) -> None:
     gaps = crossed(areas("drift") - areas("amp"))
     assert (
         f"drift leads: SAUCE {areas('drift').mean():.1f}, {gaps.mean:.1f} above amp, the next best (95% interval "
-        f"{gaps.low:.1f} to {gaps.high:.1f}, 5 seeds)." in words
+        f"{gaps.low:.1f} to {gaps.high:.1f}, 5 seeds, p < 0.0001 corrected)." in words
     )
     assert "p < 0.05 after Holm's correction over all 21 pairs" in words
 

@@ -175,7 +175,8 @@ def who_leads(found: Sequence[Contender], pairs: Sequence[Mapping[str, Any]]) ->
         "A criterion leads when a t test of SAUCE, paired by seed and image, separates it from every other one "
         f"(p < 0.05 after Holm's correction over {pairs_of(len(pairs))})."
     )
-    span = f"95% interval {runner['low']:.1f} to {runner['high']:.1f}, {words.seeds(runner['n'])}"
+    p = words.p_value(runner["p_holm"])
+    span = f"95% interval {runner['low']:.1f} to {runner['high']:.1f}, {words.seeds(runner['n'])}, p {p} corrected"
     open_ = [pair["second"] for pair in against if pair["p_holm"] >= 0.05]
     if not open_:
         return (
