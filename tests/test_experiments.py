@@ -22,7 +22,7 @@ from sukashi.core.files import FORMAT
 from sukashi.core.schema import option_of
 from sukashi.experiments.bench import Source
 from sukashi.experiments.kinds import kinds
-from sukashi.experiments.reading import Architecture
+from sukashi.experiments.reading import Architecture, Pixels
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import cost
 
@@ -321,14 +321,21 @@ def test_all_that_decides_results_is_in_the_identity(experiment):
     if experiment.kind == "study":
         return  # whose experiments are trials, each with its own identity
     kind = kinds()[experiment.kind]
-    # Of weights there is a hash; a ratio is never told without what it is.
-    other = {"weights": "weights_sha256", "ratio": "ratio_asked", "how": "schedule"}
+    # Of weights there is a hash, of how images are read what came of it; a ratio is never told without what it is.
+    other = {"weights": "weights_sha256", "ratio": "ratio_asked", "how": "schedule", "size": "height"}
+    other |= {"resize": "shorter"}
     of_networks = {"models"} if experiment.kind == "audit" else set()
     found = set(names_in(Workspace(experiment.out).identity))
     deciding = {name for name, field in kind.model_fields.items() if option_of(field).decides}
     asked = {other.get(name, name) for name in deciding - of_networks}
     if experiment.kind == "audit":
-        asked -= {*Architecture.model_fields, "weights_sha256"}  # of each model a digest
+        asked -= {
+            *Architecture.model_fields,
+            *Pixels.model_fields,
+            "weights_sha256",
+            "height",
+            "shorter",
+        }  # of each model a digest
     assert asked <= found, asked - found
 
 

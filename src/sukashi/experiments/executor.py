@@ -113,7 +113,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
     kind, found = space.about["kind"], summarised(space, **options)
     tables = getattr(part(kind, "summary"), "tables", None)
     with space.held():
-        for folder in (space.folder, space.folder / "figures"):
+        for folder in (space.folder, *(space.folder / name for name in page.FOLDERS)):
             files.remove_drafts(folder)
         more = tables(space) if tables else {}
         for name, content in {"results.parquet": _parquet(found.table(), found.columns), **more}.items():

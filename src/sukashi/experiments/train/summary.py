@@ -82,7 +82,8 @@ class TrainResult(Result):
     def table(self) -> list[dict[str, Any]]:
         """A row for each epoch."""
         about = {"model": self.model, "weights_sha256": self.weights_sha256, "data": self.data, "seed": self.seed}
-        return [{**about, **entry, "saved": entry["epoch"] == self.epoch} for entry in self.history]
+        rows = [{**about, **entry, "saved": entry["epoch"] == self.epoch} for entry in self.history]
+        return [{column: row[column] for column in self.columns} for row in rows]
 
 
 def summary(space: Workspace) -> TrainResult:
