@@ -48,5 +48,8 @@ class Told(Result):
 
 def test_a_result_is_json_and_prints_itself():
     told = Told(values={"a": [1.0, math.nan, -math.inf]}, out="here")
-    assert told.to_json() == {"out": "here", "report": "", "finished": False, "values": {"a": [1.0, None, None]}}
+    assert told.to_json() == {
+        **{"out": "here", "report": "", "finished": False, "warnings": [], "notes": [], "versions": []},
+        "values": {"a": [1.0, None, None]},
+    }
     assert (repr(told), str(told)) == ("1 values", "1 values")

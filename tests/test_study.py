@@ -510,7 +510,7 @@ def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_lat
         ('kind = "prune"', 'kind = "study"', r"kind of \[experiments.half\] must be one"),
         ("ratio = 0.5", "ratios = 0.5", r"\[experiments.half\] has an unknown key 'ratios': did you mean 'ratio'"),
         ("ratio = 0.5", "ratio = 1.5", r"\[experiments.half\]: ratio must be in \[0, 1\), got 1.5"),
-        ("ratio = 0.5\n", "", r"\[experiments.half\] has no 'ratio'"),
+        ("ratio = 0.5\n", "", r"\[experiments.half\]: how much goes is said by one of ratio, target_flops"),
         ("test_images = 60", "tset_images = 60", "has an unknown key 'tset_images': did you mean 'test_images'"),
         ("test_images = 60", "test_images = 'x'", r"test_images must be a whole number like 2000, got 'x'"),
         ("[experiments.half]", '[experiments."../half"]', "letters, digits, _ or -: '../half'"),

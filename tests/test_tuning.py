@@ -76,7 +76,7 @@ def test_what_a_clock_says_is_in_the_log(trained):
     # Of equally many images in each epoch: the harmonic mean.
     speeds = [entry["images_per_second"] for entry in logged["epochs"]]
     assert trained.images_per_second == pytest.approx(2 / sum(1 / speed for speed in speeds))
-    assert f"images a second      {trained.images_per_second:.0f}" in trained.text()
+    assert f"images a second      {trained.images_per_second:,.0f}" in trained.text()
 
 
 def test_the_same_call_again_says_that_it_is_finished(trained, monkeypatch):
@@ -160,7 +160,7 @@ def test_fine_tuning_keeps_the_cut_and_improves_it(trained, tmp_path):
     shapes = [tensor.shape for tensor in loaded.model.state_dict().values()]
     assert shapes == [tensor.shape for tensor in cut.model.state_dict().values()]
     assert tuned.accuracy > tuned.accuracy_before
-    assert f"{tuned.accuracy:.4f} (before: {tuned.accuracy_before:.4f})" in tuned.text()
+    assert f"{tuned.accuracy:.1%} (before: {tuned.accuracy_before:.1%})" in tuned.text()
 
 
 def test_fine_tuning_keeps_the_mask(trained, tmp_path):

@@ -83,7 +83,7 @@ class Table:
         rows, names = self.rows, self.columns
         width = max(map(len, rows), default=len(names))
         lines = [
-            f"% {_tex(self.caption)}; needs \\usepackage{{booktabs}}",
+            f"% {_tex(_spaced(self.caption))}; needs \\usepackage{{booktabs}}",
             f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
         ]
         lines.append("\\toprule")
@@ -129,7 +129,7 @@ class _Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if "caption" in self.open:
-            self.tables[-1].caption = _spaced(self.tables[-1].caption + data)
+            self.tables[-1].caption += data
         if not {"th", "td"} & set(self.open):
             return
         cell = self._row()[-1]
