@@ -5,7 +5,7 @@
                *.npz *.safetensors ...   the artefacts
                under_way/  what an unfinished trial goes on from: its journal, its checkpoints
     log.jsonl              when, where and how fast: the one file that differs between a resumed and an undisturbed run
-    results.json  report.html  figures/  *.parquet
+    results.json  report.html  figures/  tables/  *.parquet
 
 A trial may have a place of its own in the folder. Every file but the `.jsonl` appears whole or not at all, and all but
 log.jsonl hold the same bytes however often the run was killed on the way. Several processes may work on one folder: a

@@ -85,7 +85,6 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     shown = {
         "found": found,
         "rows": {(row["model"], row["attribution"], row["measure"]): row for row in found["comparisons"]},
-        "n_series": 2 if "" in (groups := series(told)) else len(groups),
         "unspoken": [
             measure
             for measure in dict.fromkeys(row["measure"] for row in found["comparisons"])
