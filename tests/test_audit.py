@@ -521,17 +521,17 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     saved.save(tmp_path / "blind", blind, provenance={"trained": True})
     asked = {"attributions": ["saliency"], "measures": ["gini", "ssim"], "population": "all", **READING}
     result = sukashi.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
-    assert result.verdict.endswith("blind gets no more right than guessing would.")
+    assert result.verdict.endswith("blind is not shown to get more right than one answer for all.")
     assert [model["guesses"] for model in result.models] == [False, True]
     result = sukashi.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
-    assert "blind, the reference, gets no more right than guessing would. " in result.verdict
+    assert "blind, the reference, is not shown to get more right than one answer for all. " in result.verdict
     result = sukashi.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
     assert result.lines == result.saliency["moved"] == []
     (note,) = (note for note in result.warnings if note.startswith("trained after the cut: "))
     assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
     result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)
-    first = "blind gets no more right than guessing would. Of the other 2: Maps of "
+    first = "blind is not shown to get more right than one answer for all. Of the other 2: Maps of "
     assert result.models[1]["label"].endswith("blind")
     assert first in result.verdict
     assert not any("blind" in line for line in result.lines)
@@ -540,7 +540,7 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     ]
     assert last_names == [{"noisy"}, {"blind", "noisy", "same"}]
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
-    assert "blind: not shown to get more of the 40 test images right than guessing would" in page
+    assert "blind: not shown to get more of the 40 test images right than one answer for all" in page
 
 
 def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(folders, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def test_a_drop_is_shown_on_images_that_neither_calibrate_nor_test(small, cnn_we
         **{"n_images": len(batch), "gained": gained, "lost": lost},
     }
     assert f"on {len(batch):,} train images that neither calibrated nor are reported on" in result.text()
-    assert any("of the training split" in note for note in result.notes)
+    assert any("of the training split" in said for said in result.warnings)
 
 
 def test_the_first_images_of_a_drop_are_those_that_training_holds_out(cnn_weights):
@@ -300,3 +300,21 @@ def test_layers_that_lose_units_together_are_one_row():
     assert rows["layer1.0.conv1"]["with"] == []
     assert [*rows] == sorted(rows), "conv1, layer1, layer2, ..."
     assert "conv1 and 3 with it" in layer_rows(layers)[1][0]
+
+
+def test_a_drop_is_refused_where_rounding_leaves_nothing_to_remove(cnn_weights, tmp_path):
+    with pytest.raises(UsageError, match="no ratio removes a unit; give a smaller round_to"):
+        prune(tmp_path / "out", cnn_weights, round_to=64, max_drop=0.5)
+
+
+def test_a_group_that_calibrates_is_judged_by_none_of_its_images(cnn_weights):
+    asked = {**GIVEN, **CUT, "weights": str(cnn_weights), "max_drop": 0.2, "groups": r"(\d*)\d$", "calibration": 2}
+    settings = Prune(**asked)
+    setting = Source.of(settings).open()
+    train = setting.data.train
+    own = dict(zip(train.image_ids, train.groups, strict=True))
+    assert 100 < len(set(own.values())) < len(train)
+    used = {own[name] for name in setting.calibration(0, "random").image_id}
+    found = targets.Search(setting, settings, 1, setting.example)._held_out()
+    assert len(found) > 50
+    assert not used & {own[name] for name in found.image_ids}

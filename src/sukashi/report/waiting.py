@@ -111,10 +111,10 @@ class _Line:
         self.lines.say()
 
     def __str__(self) -> str:
-        said = [f"{self.title} {self.done}/{self.total}"]
+        said = [f"{self.title} {self.done}" + (f"/{self.total}" if self.total else "")]
         if self.note:
             said.append(self.note)
-        if self.done:
+        if self.done and self.total:
             left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
             said.append(f"about {words.duration(left)} left")
         return ", ".join(said)

@@ -54,9 +54,9 @@ def _left_out(result: AuditResult) -> list[str]:
     found = []
     if guessing:
         found.append(
-            f"{', '.join(guessing)}: not shown to get more of the {result.n_images} test images right than guessing "
-            "would (95% interval). Their figures stand below and are left out of the sentences above: the maps of a "
-            "network that does not know the classes say nothing of its reasons."
+            f"{', '.join(guessing)}: not shown to get more of the {result.n_images} test images right than one "
+            "answer for all (95% interval). Their figures stand below and are left out of the sentences above: the "
+            "maps of a network that does not know the classes say nothing of its reasons."
         )
     if few:
         found.append(

@@ -188,12 +188,16 @@ def _time_advised(setting: Bench, settings: Compare, space: Workspace) -> None:
     found = contenders(space)
     ratios = verdict.furthest(found, settings.margin)
     best = verdict.advised(found, ratios)
-    if best is None or verdict.speed_of(space, best, ratios[best.name]):
+    if best is None:
+        return
+    timed = verdict.speed_of(space, best, ratios[best.name])
+    missing = [size for size in SPEED_BATCHES if str(size) not in timed]
+    if not missing:
         return
     plan = plan_of(plan_arrays(best.plans[0]), setting.found.sites)
     small = pruning.cut(setting.loaded, plan.mask(ratios[best.name]))
-    with progress.task("latency of the advised cut", len(SPEED_BATCHES)) as shown:
-        for size in SPEED_BATCHES:
+    with progress.task("latency of the advised cut", len(missing)) as shown:
+        for size in missing:
             batch = setting.example[:1].repeat(size, 1, 1, 1)
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
             said = {"contender": best.name, "ratio": ratios[best.name], "batch_size": size}

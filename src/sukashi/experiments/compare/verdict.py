@@ -11,6 +11,7 @@ import numpy as np
 from sukashi.core import stats
 from sukashi.core.bracketed import folder_of, plain
 from sukashi.core.schema import command_of, keywords
+from sukashi.criteria import criteria as registry
 from sukashi.experiments.compare.contenders import Contender
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.workspace import Workspace
@@ -108,22 +109,37 @@ def command(space: Workspace, best: Contender, ratio: float) -> str:
     if str(given["model"]).startswith("memory:") or str(given["data"]).startswith("memory:"):
         said = "".join(f", {name}={value!r}" for name, value in options.items())
         sampled = "" if best.sampling == "random" else f', sampling="{best.sampling}"'
-        return f'sukashi.open(model, data).rank("{criterion}"{sampled}{said}).cut({ratio:g}, round_to=1)'
+        ranked = f'rank("{criterion}", seed={best.seeds[0]}{sampled}{said})'
+        return f"sukashi.open(model, data).{ranked}.cut({ratio:g}, round_to=1)"
     settings = keywords(
         Prune,
         {
             **given,
-            "criterion": criterion,
+            "criterion": _spec(criterion),
             "ratio": ratio,
             "sampling": best.sampling,
             "mode": identity["mode"],
             "exclude": identity["exclude"],
             **({"round_to": 1} if identity["mode"] == "cut" else {}),
-            "options": {name: value for name, value in options.items() if value is not None},
+            "options": _unusual(criterion, options),
+            "seed": best.seeds[0],
             "out": f"runs/{folder_of(best.criterion)}-{round(100 * ratio)}",
         },
     )
     return command_of(settings)
+
+
+def _spec(criterion: str) -> str:
+    """What another process finds a criterion by: one of somebody's own by its module too."""
+    if criterion not in registry or registry[criterion].home.partition(".")[0] in ("sukashi", "__main__"):
+        return criterion
+    return f"{registry[criterion].home}:{registry[criterion].fn.__name__}"
+
+
+def _unusual(criterion: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not the method's defaults; all, where the method is not known here."""
+    usual = registry[criterion].options if criterion in registry else {}
+    return {name: value for name, value in options.items() if name not in usual or usual[name] != value}
 
 
 def speed_of(space: Workspace, best: Contender, ratio: float) -> dict[str, dict[str, Any]]:

@@ -119,6 +119,11 @@ class Search:
         images = split.whole(self.setting.loaded.preprocess, self.setting.source.workers)
         dense, _ = accuracy.evaluate(self.setting.loaded.model, images)
         ratios, gained, lost = self._distinct(plan), list[int](), list[int]()
+        if not ratios:
+            raise UsageError(
+                f"{self._said()} can't be looked for: with widths rounded up to multiples of {self.round_to} no ratio "
+                "removes a unit; give a smaller round_to, 1 for exact ratios"
+            )
         with progress.task(self.name, len(ratios)) as task:
             for ratio in ratios:
                 right, _ = accuracy.evaluate(self._cut(plan, ratio), images)
@@ -150,8 +155,12 @@ class Search:
         else:
             batch = self.setting.calibration(self.settings.seed, self.settings.sampling)
             used = set(batch.image_id)
-            rest = data.train.subset([row for row, name in enumerate(data.train.image_ids) if name not in used])
-            found = rest.validation(min(1.0, at_most / max(1, len(rest))))[1]
+            train, groups = data.train, data.train.groups
+            if groups is not None:  # whoever calibrates is not judged by another image
+                taken = {group for name, group in zip(train.image_ids, groups, strict=True) if name in used}
+                used |= {name for name, group in zip(train.image_ids, groups, strict=True) if group in taken}
+            rest = train.subset([row for row, name in enumerate(train.image_ids) if name not in used])
+            found = rest if len(rest) <= at_most else rest.validation(at_most / len(rest))[1]
         least = stats.least_images(self.asked)
         if len(found) < least:
             raise UsageError(

@@ -81,8 +81,7 @@ def needs(regions: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
         measure, _, concept = row["measure"].partition("/")
         if row["changed"]:
             gone = "Without the {} (imputed)" if measure == "region_drop" else "With the {} alone (all else imputed)"
-            found.append(
-                f"{gone.format(concept)} {row['model']} loses {100 * row['mean']:.1f} points of accuracy, {reference} "
-                f"{100 * row['reference']:.1f}."
-            )
+            both = (row["mean"], row["reference"])
+            own, other = (f"{'loses' if of >= 0 else 'gains'} {100 * abs(of):.1f}" for of in both)
+            found.append(f"{gone.format(concept)} {row['model']} {own} points of accuracy, {reference} {other}.")
     return found
