@@ -106,10 +106,10 @@ def pointing_game(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measuremen
 
     Raises UsageError for masks that are not boolean, of another shape or of other images.
     """
-    highest = maps.values.flatten(1).argmax(1, keepdim=True)
+    highest = _highest(maps.values, 1)
     found = {}
     for concept, inside in _inside(maps, masks).items():
-        hit = inside.gather(1, highest)[:, 0].double().where(inside.any(1), torch.nan)
+        hit = (inside & highest).any(1).double().where(inside.any(1), torch.nan)
         found[concept] = Measurement(_told(hit, maps.values), maps.image_id, "hits")
     return found
 

@@ -15,6 +15,7 @@ from sukashi import models
 from sukashi.core import files, stats
 from sukashi.core.errors import ModelError, UsageError, writing
 from sukashi.core.experiment import Result
+from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import pass_size
 from sukashi.experiments.bench import Source
 from sukashi.experiments.export.settings import Export
@@ -123,7 +124,8 @@ def agree(whole: bytes, content: bytes, parts: Iterable[torch.Tensor]) -> dict[s
             )
         worst = max(worst, float(np.abs(np.stack(found) - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
-        n_same += int((np.stack(found).argmax(2) == expected.argmax(1)).all(axis=0).sum())
+        answer, *answers = (CLASSIFICATION.answer(torch.from_numpy(of)) for of in (expected, *found))
+        n_same += int(torch.stack([answer == other for other in answers]).all(0).sum())
         n += len(expected)
     same = stats.share(n_same, n)
     return {
