@@ -17,6 +17,7 @@ from sukashi import data
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Preprocess
 from sukashi.data.tree import is_masks
+from sukashi.experiments.audit.saliency.sanity import doubts as sanity_doubts
 from sukashi.experiments.audit.saliency.sanity import randomised
 from sukashi.models import saved
 
@@ -352,3 +353,25 @@ def test_layers_are_drawn_anew_from_the_logits_down_and_the_network_is_left_as_f
         seen.append(n_layers)
     assert seen[-1] == len(order)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_sanity_says_is_what_its_interval_allows():
+    row = {
+        "attribution": "lrp",
+        "measure": "rank_correlation",
+        "layers": 4,
+        "n": 40,
+        "mean": 0.3,
+        "low": 0.2,
+        "high": 0.4,
+    }
+    for low, high, said in [
+        (0.6, 0.8, "most of such a map does not depend on what the network learned."),
+        (0.2, 0.4, "part of such a map does not depend on what the network learned."),
+        (-0.05, 0.3, "such maps depend on what the network learned, for the most part."),
+        (0.05, 0.7, "can't be told from so few images."),
+    ]:
+        (line,) = sanity_doubts([row | {"low": low, "high": high}])
+        assert line.endswith(said)
+    assert sanity_doubts([row | {"n": 19}]) == [], "too few images"
+    assert sanity_doubts([row | {"measure": "top_overlap"}]) == [], "unrelated maps overlap too"

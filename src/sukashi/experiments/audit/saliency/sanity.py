@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sukashi.experiments.audit.networks import FEW
 from sukashi.experiments.audit.saliency.values import Array
 from sukashi.experiments.workspace import Record
 from sukashi.network import hooks
@@ -79,8 +80,9 @@ def values(records: Sequence[Record], names: Sequence[str]) -> tuple[list[dict[s
 
 
 def doubts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each attribution: how like its maps are whatever the network learned, by the first similarity."""
-    last = {row["attribution"]: row for row in rows if row["measure"] == rows[0]["measure"]}
+    """A sentence for each attribution: how like its maps are whatever the network learned, by rank correlation, which
+    is 0 of maps that have nothing to do with each other."""
+    last = {row["attribution"]: row for row in rows if row["measure"] == "rank_correlation" and row["n"] >= FEW}
     return [
         f"{name}: with {_all(row['layers'])} of the reference drawn anew {row['measure']} with its own map is "
         f"{row['mean']:.2f}{_interval(row)}: {_so(row)}."
@@ -97,7 +99,9 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _so(row: Mapping[str, Any]) -> str:
-    least = row["mean"] if row["low"] is None else row["low"]
-    if least < PART:
-        return "such maps depend on what the network learned"
-    return f"{'most' if least >= MOST else 'part'} of such a map does not depend on what the network learned"
+    if row["low"] >= PART:
+        share = "most" if row["low"] >= MOST else "part"
+        return f"{share} of such a map does not depend on what the network learned"
+    if row["high"] < MOST:
+        return "such maps depend on what the network learned, for the most part"
+    return "how much of such a map depends on what the network learned can't be told from so few images"
