@@ -950,3 +950,16 @@ def test_grey_of_fewer_than_16_bits_is_read_as_so_many(tmp_path, bits, most):
     said = [said for said in found.warnings if "16-bit" in said]
     assert [f"holds a value above {2**bits - 1:,}" in one for one in said] == ([] if bits == 16 else [True])
     assert any(note.startswith("6 image(s) of ") and f"divided by {2**bits - 1}" in note for note in found.notes)
+
+
+def test_a_hidden_folder_is_no_near_name_and_a_name_of_ours_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".git", "digit2", "photos"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=r"unknown data 'digit', and no such folder: did you mean 'digits'"):
+        data.load("digit")
+    with pytest.raises(UsageError, match=r"no such folder: did you mean photos\?"):
+        data.load("photo")
+    with pytest.raises(UsageError) as refused:
+        data.load("gitt")
+    assert ".git" not in str(refused.value)

@@ -179,7 +179,8 @@ def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: 
     if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
         return path.stem, parquet.parquet(path, [path], label, groups, max_pixels)
     if not path.is_dir():
-        known = f", and no such folder{_beside(path) or nearest(str(spec), names())}"
+        near = nearest(str(spec), names())  # a name of ours first: folders lie beside by chance
+        known = f", and no such folder{near if 'did you mean' in near else _beside(path) or near}"
         raise UsageError(f"unknown data {str(spec)!r}{': it is no folder' if path.exists() else known}")
     return path.resolve().name, _in_folder(path, label, groups, max_pixels)
 
@@ -187,7 +188,11 @@ def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: 
 def _beside(path: Path) -> str:
     """What lies beside a path that is not there and is called almost so, as the end of an error; or ""."""
     with contextlib.suppress(OSError):
-        around = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".parquet"]
+        around = [
+            entry.name
+            for entry in path.parent.iterdir()
+            if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix == ".parquet")
+        ]
         if close := difflib.get_close_matches(path.name, sorted(around), n=3, cutoff=0.6):
             return f": did you mean {' or '.join(str(path.parent / name) for name in close)}?"
     return ""
