@@ -31,7 +31,7 @@ class TrainResult(Result):
     columns: ClassVar[Columns] = {
         **shared("model", "weights_sha256", "data", "seed"),
         "epoch": (int, "counted from 1"),
-        "train_loss": (float, "mean over the training images of the epoch, with what regularises it"),
+        "train_loss": (float, "mean over the training images of the epoch, while it trained"),
         "val_loss": (float, "of the validation images after it; none where nothing was held out"),
         "val_accuracy": (float, "the share of the validation images that are right after it"),
         "lr": (float, "learning rate at its end"),
