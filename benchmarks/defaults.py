@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from itertools import product
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 
 from sukashi import data as datasets
 from sukashi import models
-from sukashi.core import stats
 from sukashi.criteria import criteria
 from sukashi.measures import curves
 from sukashi.network import sites as finder
@@ -62,14 +62,14 @@ def main() -> None:
                 generator = torch.Generator().manual_seed(seed)
                 plan = criteria[name](loaded.model, sites, batch, generator=generator, **options)
                 curve = curves.curve(loaded.model, sites, plan, RATIOS, test)
-                areas.append(curves.sauce(curve.fraction, curve.accuracy, test.objective.chance(loaded.n_classes)))
+                areas.append(curves.sauce(curve.fraction, curve.accuracy, test.objective.chance(test.target)))
                 at = int((curve.n_removed == plan.passes[0]).argmax())
                 passes.append(f"{curve.fraction[at]:.2f} -> {curve.accuracy[at]:.2f}")
             said = f"{name} " + " ".join(f"{key}={value}" for key, value in options.items())
-            interval = stats.interval(areas)
-            found[said.strip()] = {"mean": round(interval.mean, 1), "by_seed": [round(area, 1) for area in areas]}
+            mean = statistics.fmean(areas)
+            found[said.strip()] = {"mean": round(mean, 1), "by_seed": [round(area, 1) for area in areas]}
             print(
-                f"{said:60s} {interval.mean:6.1f}  {found[said.strip()]['by_seed']}  {passes}  "
+                f"{said:60s} {mean:6.1f}  {found[said.strip()]['by_seed']}  {passes}  "
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )

@@ -84,11 +84,6 @@ class Method:
         return found | dict(self.chosen)
 
     @property
-    def plain(self) -> str:
-        """Its name without options."""
-        return self.fn.__name__
-
-    @property
     def code(self) -> str:
         """A hash of the code that it and its providers run: another one where they may give another result.
 
@@ -100,6 +95,11 @@ class Method:
     def home(self) -> str:
         """The module that its function is of."""
         return _home(self.fn)
+
+    @property
+    def spec(self) -> str:
+        """What another process finds it by: package.module:function."""
+        return f"{self.home}:{self.fn.__name__}"
 
     @property
     def keeps_journal(self) -> bool:

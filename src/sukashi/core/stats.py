@@ -31,31 +31,15 @@ class Interval:
     n: int
 
 
-def interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Mean over axis 0 with Student's t interval: m ± t_{n-1, (1+level)/2} s / sqrt(n), s with n - 1.
-
-    `values` (n, ...), such as one accuracy or one whole curve a seed.
-
-    Raises: UsageError for no values, NaN or Inf, or a level outside (0, 1).
-    """
-    x = _checked(values, level)
-    n, mean = len(x), x.mean(axis=0)
-    if n == 1:
-        return Interval(_plain(mean), None, None, 1)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * x.std(axis=0, ddof=1) / math.sqrt(n)
-    return Interval(_plain(mean), _plain(mean - half), _plain(mean + half), n)
-
-
 def bootstrap(
     values: ArrayLike, *, generator: np.random.Generator, level: float = 0.95, n_resamples: int = 10_000
 ) -> Interval:
     """Mean over axis 0 with the percentile bootstrap interval (Efron 1979): quantiles of resampled means.
 
     `values` (n,), or (n, ...) where all columns are drawn alike: each gets what it would alone, to the last bit, and
-    the draws, which are most of the work, are made once. It is too narrow below some 20 values, where `interval` holds
-    its level under near-normality.
+    the draws, which are most of the work, are made once. It is too narrow below some 20 values.
 
-    Raises: as `interval`.
+    Raises: UsageError for no values, NaN or Inf, or a level outside (0, 1).
     """
     x = _checked(values, level)
     n, shape = len(x), x.shape[1:]
@@ -127,7 +111,7 @@ def crossed(values: ArrayLike, *, level: float = 0.95, bounds: tuple[float, floa
 
     A mean of values within `bounds` has an interval within them: that of `score` with c in place of z.
 
-    Raises: as `interval`, and UsageError for one image.
+    Raises: as `bootstrap`, and UsageError for one image.
     """
     x = _checked(values, level)
     of_seeds, of_images = _variances(x)
@@ -184,7 +168,7 @@ def ratio(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interv
     pairs no test can show anything at 95 %, and the bounds are 0 and Inf. Of two networks timed in turns, what disturbs
     both of a turn alike is in no ratio, and what disturbs one now and then moves no median.
 
-    Raises: as `interval`, and UsageError for what is not positive or not as many.
+    Raises: as `bootstrap`, and UsageError for what is not positive or not as many.
     """
     x, y = _checked(first, level), _checked(second, level)
     if x.shape != y.shape or (x <= 0).any() or (y <= 0).any():

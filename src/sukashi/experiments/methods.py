@@ -84,7 +84,7 @@ def check_shared(settings: Settings) -> None:
         for name in _listed(getattr(settings, field, None)):
             if not registry.is_found(name):
                 home = registry[name].home
-                remedy = f"as {home}:{registry[name].plain}" if home != "__main__" else f"from a file, as FILE:{name}"
+                remedy = f"as {registry[name].spec}" if home != "__main__" else f"from a file, as FILE:{name}"
                 raise UsageError(
                     f"{registry.noun} {name!r} was registered in this process, and others don't know it: give it "
                     f"{remedy}, or jobs=1"

@@ -76,11 +76,15 @@ def compared(arrays: Mapping[str, NDArray[Any]], names: Sequence[str], networks:
 def fallen(rows: Sequence[Mapping[str, Any]], networks: Sequence[str]) -> str:
     """Covid-19 falls from 88 to 0%, for a heading; empty where no class fell."""
     first, second = networks
+    return falls(
+        [(row["name"], *(row[name]["sensitivity"]["mean"] for name in (first, second))) for row in rows if row["fell"]]
+    )
+
+
+def falls(classes: Sequence[tuple[str, float, float]]) -> str:
+    """Covid-19 falls from 88 to 0%: what became of classes, (name, share before, share after); empty for none."""
     told = [
-        f"{words.of_class(row['name'])} falls from {100 * row[first]['sensitivity']['mean']:.0f} to "
-        f"{100 * row[second]['sensitivity']['mean']:.0f}%"
-        for row in rows
-        if row["fell"]
+        f"{words.of_class(name)} falls from {100 * before:.0f} to {100 * after:.0f}%" for name, before, after in classes
     ]
     more = [f"{words.several(len(told) - HEADED, 'more class', 'more classes')} fall"] if len(told) > HEADED else []
     return words.listed([*told[:HEADED], *more]) if told else ""

@@ -17,6 +17,7 @@ from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import classwise, curves
 from sukashi.report import networks, words
+from sukashi.report.classes import falls
 
 ENOUGH_SEEDS = 5
 
@@ -66,19 +67,13 @@ def headline(
     if not fallen:
         return f"{verb} {gone}: {accuracy}, shown to be {lower}.", []
     names = best.results[0]["class_names"]
-    told = words.listed([fall(names, change) for change in fallen[:3]])
+    told = falls([(names[change.number], change.dense.mean, change.cut.mean) for change in fallen])
     cut = "are cut" if mode == "cut" else "are silenced"
     return (
         f"{told} where {gone} {cut}, though accuracy as a whole, {words.percent(at['accuracy'].mean)} instead of "
         f"{words.percent(dense)}, is shown to be {lower}.",
         ["So the figure of all images hides what happens to a class: look at the classes below before you cut so far."],
     )
-
-
-def fall(names: Sequence[str], change: classwise.Change) -> str:
-    """Covid-19 falls from 88 to 0 %."""
-    before, after = (f"{100 * of.mean:.0f}" for of in (change.dense, change.cut))
-    return f"{words.of_class(names[change.number])} falls from {before} to {after}%"
 
 
 def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: str) -> tuple[str, list[str]]:
@@ -133,7 +128,7 @@ def _spec(criterion: str) -> str:
     """What another process finds a criterion by: one of somebody's own by its module too."""
     if criterion not in registry or registry[criterion].home.partition(".")[0] in ("sukashi", "__main__"):
         return criterion
-    return f"{registry[criterion].home}:{registry[criterion].fn.__name__}"
+    return registry[criterion].spec
 
 
 def _unusual(criterion: str, options: Mapping[str, Any]) -> dict[str, Any]:
