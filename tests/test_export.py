@@ -241,3 +241,10 @@ def test_what_one_who_runs_it_should_know(shipped, tmp_path, monkeypatch):
     held = sukashi.export(tmp_path / "held")
     assert ["nobody knows how these were made of images" in note for note in held.notes] == [True]
     assert onnx.infer_script(Preprocess(8, 8, 4, (0.0,) * 4, (1.0,) * 4)) is None
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(UsageError, match=r"there is no folder '.*nowhere': give a saved network's"):
+        sukashi.export(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="is no folder that a file could lie in"):
+        sukashi.export("sukashi:digits_cnn")

@@ -141,6 +141,10 @@ def _place(asked: Export) -> Path:
     name = onnx.ONNX_FP16 if asked.fp16 else onnx.ONNX
     if asked.file is not None:
         return Path(asked.file) if asked.file.endswith(".onnx") else Path(asked.file) / name
+    if ":" not in asked.model and not Path(asked.model).exists():
+        raise UsageError(
+            f"there is no folder {asked.model!r}: give a saved network's, or a model's name with --out FILE"
+        )
     if not Path(asked.model).is_dir():
         raise UsageError(f"{asked.model} is no folder that a file could lie in: say where, --out FILE.onnx")
     return Path(asked.model) / "onnx" / name
