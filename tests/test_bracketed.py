@@ -94,9 +94,8 @@ def test_options_of_a_name_that_has_them_stand_there():
 
 def test_a_method_is_asked_for_with_options():
     method = criteria["drift[slack=2,share=0.2]"]
-    assert (method.name, method.plain, method.code) == (
+    assert (method.name, method.code) == (
         "drift[share=0.2,slack=2]",
-        "drift",
         criteria["drift"].code,
     )
     assert (method.options["share"], method.options["scout"]) == (0.2, criteria["drift"].options["scout"])
