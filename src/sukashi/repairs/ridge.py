@@ -1,0 +1,71 @@
+"""Ridge regression towards what a layer is, from sums over rows that come in parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Of the mean square of what is read. Below the first nothing changes any more, at the last hardly anything is refitted.
+DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Sums:
+    """What least squares need of rows x (R, N) that are read and r (R, M) that are missing in what is written.
+
+        gram = sum x' x,  cross = sum x' r,  missing = sum |r|^2
+
+    all in float64, so that parts add up to the whole.
+    """
+
+    def __init__(self) -> None:
+        self.gram = self.cross = self.missing = torch.zeros((), dtype=torch.float64)
+        self.n_rows = 0
+
+    def add(self, x: Tensor, r: Tensor) -> None:
+        x, r = x.double(), r.double()
+        self.gram = self.gram + x.T @ x
+        self.cross = self.cross + x.T @ r
+        self.missing = self.missing + r.square().sum()
+        self.n_rows += len(x)
+
+    def __add__(self, other: Sums) -> Sums:
+        both = Sums()
+        both.gram, both.cross, both.missing = (
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.missing + other.missing,
+        )
+        both.n_rows = self.n_rows + other.n_rows
+        return both
+
+    def change(self, damping: float, free: int = 0) -> Tensor:
+        """(N, M) the change D that minimises  sum |x D - r|^2 + lambda |D|^2,  lambda = damping * mean(diag(gram)).
+
+        The last `free` rows of D, the intercept's, cost nothing.
+        """
+        diagonal = self.gram.diagonal()
+        n = len(diagonal) - free
+        penalty = torch.zeros_like(diagonal)
+        penalty[:n] = damping * diagonal[:n].mean()
+        # What is always zero has no part in what is written, and must not make the system singular.
+        penalty[diagonal + penalty <= 0] = 1.0
+        factor, failed = torch.linalg.cholesky_ex(self.gram + torch.diag(penalty))
+        if failed:
+            return torch.zeros_like(self.cross)
+        return torch.cholesky_solve(self.cross, factor)
+
+    def error(self, change: Tensor) -> float:
+        """sum |x D - r|^2 over the rows."""
+        fitted = (change * (self.gram @ change)).sum() - 2 * (change * self.cross).sum()
+        return float(fitted + self.missing)
+
+
+def refitted(fit: Sums, held_out: Sums, free: int = 0) -> Tensor:
+    """(N, M) the change for all rows, at the damping under which that of `fit` errs least on `held_out`; zero where
+    none errs less there than no change does.
+    """
+    errors = [held_out.error(fit.change(damping, free)) for damping in DAMPING]
+    best = min(range(len(DAMPING)), key=errors.__getitem__)
+    if not errors[best] < float(held_out.missing):
+        return torch.zeros_like(fit.cross)
+    return (fit + held_out).change(DAMPING[best], free)

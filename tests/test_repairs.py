@@ -1,0 +1,259 @@
+"""Repairs: each against a literal form in float64, and what must hold of any."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from torch import nn
+
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.core.types import Batch
+from sukashi.network import hooks, surgery
+from sukashi.repairs import repairs
+from sukashi.repairs.ridge import DAMPING
+from sukashi.repairs.rows import places, windows, written
+
+N_IMAGES = 30
+
+
+def images(*shape, n=N_IMAGES):
+    x = torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return Batch(x, torch.zeros(n, dtype=torch.long), tuple(map(str, range(n))))
+
+
+def network(seed=0):
+    """Convolutions with and without BatchNorm, a pooling and two linear layers."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(6, 5, 3, stride=2, bias=False), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(45, 7), nn.ReLU(), nn.Linear(7, 3)),
+    )
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+    return net.double().eval()
+
+
+# Of the network: two channels of the first layer, one of the second (nine inputs of the linear layer), two of the third.
+CUT = {
+    "0": {"out": [0, 2, 3, 5]},
+    "2": {"in": [0, 2, 3, 5], "out": [0, 1, 3, 4]},
+    "3": {"out": [0, 1, 3, 4]},
+    "6": {"in": [i for i in range(45) if i // 9 != 2], "out": [1, 2, 3, 5, 6]},
+    "8": {"in": [1, 2, 3, 5, 6]},
+}
+ZERO = {"2": {"zero in": [1, 4]}, "6": {"zero in": list(range(18, 27))}, "8": {"zero in": [0, 4]}}
+
+
+def cut(dense, table):
+    small = copy.deepcopy(dense)
+    surgery.replay(small, table)
+    return small
+
+
+def repaired(name, dense, table, data, **options):
+    small = cut(dense, table)
+    with torch.no_grad():
+        repairs[name](small, dense, table, data, **options)
+    return small
+
+
+def read_and_written(model, layer, x):
+    seen = {}
+
+    def leave(name, module, read, output):
+        if name == layer:
+            seen["both"] = read.detach(), output.detach()
+
+    with torch.no_grad(), hooks.followed(model, lambda name, module: None, leave):
+        model(x)
+    return seen["both"]
+
+
+def rows_of(layer, x, y):
+    """The literal rows: unfolded windows, and what is written, image by image and position by position."""
+    if isinstance(layer, nn.Linear):
+        return x, y
+    unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return unfolded.transpose(1, 2).flatten(0, 1), y.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def least_squares(x, y, w, b, damping):
+    """min |x w + b - y|^2 + lambda |w - w0|^2 by one dense solve of the rows with those of the penalty below them."""
+    n, m = x.shape[1], y.shape[1]
+    weight = (damping * x.square().sum(0).mean()).sqrt()
+    below = torch.cat([weight * torch.eye(n, dtype=x.dtype), torch.zeros(n, 1, dtype=x.dtype)], 1)
+    a = torch.cat([torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), below])
+    found = torch.linalg.lstsq(a, torch.cat([y, weight * w.T]), driver="gelsd").solution
+    assert found.shape == (n + 1, m)
+    return found[:-1].T, found[-1]
+
+
+def literal_refit(dense, table, x):
+    small = cut(dense, table)
+    held_out = torch.arange(len(x)) % 5 == 4
+    for name, norm in (("2", "3"), ("6", None), ("8", None)):
+        layer = small.get_submodule(name)
+        read = read_and_written(small, name, x)[0]
+        target = read_and_written(dense, name, x)[1]
+        kept = table[name].get("out")
+        target = target if kept is None else target[:, kept]
+        parts = [rows_of(layer, read[part], target[part]) for part in (~held_out, held_out)]
+        w, b = layer.weight.detach().flatten(1), layer.bias
+        errors = []
+        for damping in DAMPING:
+            fit_w, fit_b = least_squares(*parts[0], w, b, damping)
+            errors.append((parts[1][0] @ fit_w.T + fit_b - parts[1][1]).square().sum())
+        whole = rows_of(layer, read, target)
+        new_w, new_b = least_squares(*whole, w, b, DAMPING[int(torch.stack(errors).argmin())])
+        with torch.no_grad():
+            layer.weight.copy_(new_w.view_as(layer.weight))
+            if b is not None:
+                b.copy_(new_b)
+            else:
+                small.get_submodule(norm).running_mean.sub_(new_b)
+    return small
+
+
+def test_refit_is_least_squares_of_all_rows():
+    dense, data = network(), images(2, 8, 8)
+    found, expected = repaired("refit", dense, CUT, data), literal_refit(dense, CUT, data.x)
+    for (name, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), name
+
+
+@pytest.mark.parametrize("name", repairs.names())
+@pytest.mark.parametrize("batch_size", [1, 7, N_IMAGES])
+def test_parts_add_up_to_the_whole(name, batch_size):
+    dense, data = network(), images(2, 8, 8)
+    whole = repaired(name, dense, CUT, data, batch_size=10 * N_IMAGES)
+    parts = repaired(name, dense, CUT, data, batch_size=batch_size)
+    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("table", [CUT, ZERO], ids=["cut", "zero"])
+def test_refit_comes_nearer_to_what_the_dense_network_says(table):
+    dense, data = network(), images(2, 8, 8)
+    new = torch.randn(200, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        before, after = (
+            (model(new) - dense(new)).square().mean()
+            for model in (cut(dense, table), repaired("refit", dense, table, images(2, 8, 8, n=200)))
+        )
+    assert after < 0.7 * before
+
+
+def test_what_was_silenced_stays_silent():
+    dense = network()
+    found = repaired("refit", dense, ZERO, images(2, 8, 8))
+    for name, sides in ZERO.items():
+        weight = found.get_submodule(name).weight
+        assert not weight[:, sides["zero in"]].any()
+        assert not torch.equal(weight, cut(dense, ZERO).get_submodule(name).weight)
+
+
+def test_a_cut_that_takes_nothing_changes_nothing():
+    dense = network()
+    table = {"2": {"in": [*range(6)]}, "6": {"in": [*range(45)]}, "8": {"in": [*range(7)]}}
+    found = repaired("refit", dense, table, images(2, 8, 8))
+    for a, b in zip(found.state_dict().values(), dense.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_unit_that_others_make_up_for_is_not_missed():
+    dense = network()
+    with torch.no_grad():  # channel 1 of the first layer is twice channel 0: ReLU keeps that
+        dense[0].weight[1], dense[0].bias[1] = 2 * dense[0].weight[0], 2 * dense[0].bias[0]
+    table = {"0": {"out": [0, 2, 3, 4, 5]}, "2": {"in": [0, 2, 3, 4, 5]}}
+    data = images(2, 8, 8, n=100)
+    new = torch.randn(20, 2, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        off = [(model(new) - dense(new)).abs().max() for model in (cut(dense, table), repaired("refit", dense, table, data))]
+    assert off[1] < 1e-4 * off[0]
+
+
+def test_norm_is_what_all_images_have_together():
+    dense, data = network(), images(2, 8, 8)
+    found = repaired("norm", dense, CUT, data)
+    read = read_and_written(found, "3", data.x)[0].transpose(0, 1).flatten(1)
+    assert torch.allclose(found[3].running_mean, read.mean(1), rtol=1e-10)
+    assert torch.allclose(found[3].running_var, read.var(1), rtol=1e-10)
+    for name, tensor in cut(dense, CUT).state_dict().items():
+        assert "running" in name or torch.equal(tensor, found.state_dict()[name])
+
+
+def test_norms_before_a_cut_are_left_alone():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    dense = dense.append(nn.Linear(64, 2)).double().eval()
+    table = {"2": {"out": [0, 1]}, "3": {"out": [0, 1]}, "5": {"in": [*range(32)]}}
+    found = repaired("norm", dense, table, images(2, 8, 8))
+    assert torch.equal(found[1].running_mean, dense[1].running_mean)
+    assert not torch.equal(found[3].running_mean, dense[3].running_mean[:2])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 3), (5,)),
+        (nn.Linear(5, 3), (6, 5)),
+        (nn.Linear(5, 3), (4, 3, 5)),
+        (nn.Conv1d(3, 4, 3, stride=2, padding=1, dilation=2), (3, 15)),
+        (nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (3, 9, 8)),
+        (nn.Conv2d(3, 4, 3, padding="same"), (3, 6, 7)),
+        (nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect"), (3, 6, 7)),
+        (nn.Conv2d(3, 4, 3, dilation=2), (3, 9, 8)),
+        (Conv2dSame(3, 4, 3, stride=2), (3, 7, 8)),
+        (nn.Conv3d(2, 3, (1, 2, 3), padding=1), (2, 3, 4, 5)),
+    ],
+    ids=str,
+)
+def test_a_layer_is_linear_in_its_windows(layer, shape):
+    layer, x = layer.double(), torch.randn(6, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        for n in (4, 10**6):
+            at = places(layer, y, n, np.random.default_rng(0))
+            made = windows(layer, x, at) @ layer.weight.flatten(1).T + layer.bias
+            assert torch.allclose(made, written(layer, y, at), atol=1e-12)
+            assert at.shape[1] <= n
+            assert all(len(set(row)) == len(row) for row in at.tolist())
+
+
+def test_places_of_an_image_do_not_depend_on_batches():
+    layer, y = nn.Conv2d(1, 1, 1), torch.zeros(9, 1, 5, 5)
+    draw = np.random.default_rng(3)
+    parts = torch.cat([places(layer, part, 7, draw) for part in y.split(2)])
+    assert torch.equal(parts, places(layer, y, 7, np.random.default_rng(3)))
+
+
+def test_what_cannot_be_repaired_is_refused_by_name():
+    dense = network()
+    with pytest.raises(ModelError, match="nothing that reads what was cut has weights to refit"):
+        repairs["refit"](dense, dense, {"0": {"out": [0]}}, images(2, 8, 8))
+    with pytest.raises(UsageError, match="at least 5 images"):
+        repairs["refit"](cut(dense, CUT), dense, CUT, images(2, 8, 8, n=4))
+    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(144, 2)).double()
+    with pytest.raises(ModelError, match="no BatchNorm lies behind"):
+        repairs["norm"](plain, plain, {"0": {"out": [0]}}, images(2, 8, 8))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.again(self.again(self.first(x)))
+
+
+def test_a_layer_that_runs_twice_is_refused_by_name():
+    model = Twice().double()
+    with pytest.raises(ModelError, match="layer 'again' is called 2 times"):
+        repairs["refit"](model, model, {"again": {"in": [*range(4)]}}, images(4))
