@@ -23,6 +23,7 @@ ROOMS = [
     "models",
     "attributions",
     "measures",
+    "repairs",
     "criteria",
     "training",
     "report",
@@ -32,7 +33,7 @@ ROOMS = [
 ]
 
 # Registries are made in a package's __init__, which then imports the files that fill them.
-REGISTRIES = {"attributions", "criteria", "measures"}
+REGISTRIES = {"attributions", "criteria", "measures", "repairs"}
 FACES = {*REGISTRIES, "data", "models"}
 
 HOOKING = r"register_\w*hook|_\w+_hooks"

@@ -13,11 +13,13 @@ import torch
 
 from sukashi import models
 from sukashi.core.errors import UsageError
+from sukashi.core.precision import exact
 from sukashi.core.types import Batch, Mask, Plan, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.criteria import criteria as registry
 from sukashi.models import Loaded
 from sukashi.network import hooks, sparsity, surgery
+from sukashi.repairs import repairs
 
 ROUND_TO = 8
 
@@ -61,6 +63,29 @@ def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
         last_cut=f"the last cut {said} and left {after:,} of {before:,} parameters",
         weights_sha256=models.digest(model),
         mask=loaded.mask and _cut_along(loaded, loaded.mask, table),
+    )
+
+
+def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
+    """A copy of a network that was cut from a dense one, with what the cut took given back by a repair on some images;
+    the given one is left alone.
+
+    Raises UsageError for a repair that there is not and a network that was not cut from this one, ModelError where the
+    repair can do nothing for it.
+    """
+    method, n_before = repairs[repair], len(dense.cuts)
+    if small.spec != dense.spec or small.cuts[:n_before] != dense.cuts or len(small.cuts) == n_before:
+        raise UsageError(
+            f"a {small.spec} that was cut {len(small.cuts)} times was not cut from this {dense.spec}, which was cut "
+            f"{n_before} times: give the network before the cut, and the cut one"
+        )
+    if small.mask is not None:
+        raise UsageError("single weights of this network are zero and must stay so, and a repair changes all: cut first")
+    model = copy.deepcopy(small.model)
+    with exact():
+        method(model, dense.model, surgery.together(small.cuts[n_before:]), data)
+    return replace(
+        small, model=model, last_cut=f"{small.last_cut}; repaired by {repair}", weights_sha256=models.digest(model)
     )
 
 

@@ -30,6 +30,7 @@ from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
 from sukashi.network import sites
 from sukashi.network.sites import Found
+from sukashi.repairs import NONE
 from sukashi.report import words
 
 
@@ -161,7 +162,8 @@ class Bench:
 
         Raises UsageError for a criterion or option that there is not, and whatever the criterion raises.
         """
-        return Ranking(self, plan_for(self, criterion, seed, sampling=sampling, options=options))
+        plan = plan_for(self, criterion, seed, sampling=sampling, options=options)
+        return Ranking(self, plan, seed, sampling)
 
     def accuracy(self, network: nn.Module | Loaded | None = None) -> float:
         """The share of the test images that a network gets right, by default the one that was opened."""
@@ -263,14 +265,22 @@ class Ranking:
 
     bench: Bench
     plan: Plan
+    seed: int
+    sampling: str
 
-    def cut(self, ratio: float, *, round_to: int = pruning.ROUND_TO) -> Loaded:
+    def cut(self, ratio: float, *, round_to: int = pruning.ROUND_TO, repair: str = NONE) -> Loaded:
         """The network without round(ratio * units) units, less what rounding each site to a multiple of `round_to`
-        gives back (1: the exact ratio); `.model` is the module, `models.save` writes it.
+        gives back (1: the exact ratio), and mended by a `repair`, as "refit", on the images that ranked; `.model` is
+        the module, `models.save` writes it.
 
-        Raises UsageError for a ratio outside [0, 1).
+        Raises UsageError for a ratio outside [0, 1) and a repair that there is not, and what the repair raises.
         """
-        return pruning.cut(self.bench.loaded, pruning.round_mask(self.plan, ratio, round_to))
+        mask = pruning.round_mask(self.plan, ratio, round_to)
+        small = pruning.cut(self.bench.loaded, mask)
+        if repair == NONE or not mask.n_removed:
+            return small
+        images = self.bench.calibration(self.seed, self.sampling)
+        return pruning.repaired(small, self.bench.loaded, images, repair)
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each unit, first to go first: layer, unit, category and effect (the method's own measure)."""

@@ -14,7 +14,7 @@ from sukashi.core.registry import Registry
 from sukashi.experiments.workspace import EXPERIMENT, Workspace
 from sukashi.report import words
 
-METHODS = ("criteria", "attributions", "measures")
+METHODS = ("criteria", "attributions", "measures", "repairs")
 LISTS = (*METHODS, "schedules", "models", "data")
 
 

@@ -14,6 +14,7 @@ _SHARED: Columns = {
     "data": (str, "the images, as they were named"),
     "criterion": (str, "by which units or weights go"),
     "sampling": (str, "how calibration images were chosen"),
+    "repair": (str, "what mended the cut network, by the same images; none: nothing"),
     "options": (str, "of the criterion, those that were given, as JSON"),
     "calibration": (int, "calibration images a class"),
     "seed": (int, "of all that is drawn"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ def curve(
     images: Batch | Iterable[Batch],
     device: torch.device | str | None = None,
     mode: str = "cut",
+    repair: Callable[[nn.Module, surgery.Table], None] | None = None,
 ) -> Curve:
     """Which images a network gets right, dense and physically cut at each ratio of units and after each pass of a plan.
 
@@ -39,6 +40,7 @@ def curve(
     copy over those of the model. With `mode="zero"` units are silenced in a copy that keeps its parameters, and
     `fraction` is that of the units. No count is rounded; the same cut is evaluated once. `images` is one batch, or
     batches that can be gone through again in the same order; `device` is where the copies run (default: the model's).
+    `repair` is given each copy that lost something, and what that was, and may change its weights in place.
 
     Raises UsageError for a plan of other sites or a ratio outside [0, 1), DataError for images that change from pass to
     pass, ModelError for logits that are not finite.
@@ -60,7 +62,9 @@ def curve(
         for n_removed in counts:
             keep = plan.mask_of(n_removed).keep
             small = copy.deepcopy(model).to(device)
-            surgery.MODES[mode](small, Mask({site: keep[site] for site in sites}))
+            table = surgery.MODES[mode](small, Mask({site: keep[site] for site in sites}))
+            if repair is not None and n_removed:
+                repair(small, table)
             found = replies(small, images)
             if n_removed and found.image_ids != measured[0][2].image_ids:
                 raise DataError("the images change from one pass to the next: give batches in a fixed order")

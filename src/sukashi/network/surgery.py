@@ -104,6 +104,25 @@ def replay(model: nn.Module, table: Mapping[str, Mapping[str, Sequence[int]]]) -
             remove(layers[name], side.removeprefix("zero "), torch.tensor(kept))
 
 
+def together(tables: Sequence[Table]) -> Table:
+    """What several cuts, one after another, come to: positions that stay are those of the first network, positions that
+    are silenced those of the last.
+    """
+    found: Table = {}
+    for table in tables:
+        for name, sides in table.items():
+            known = found.setdefault(name, {})
+            for side, positions in sides.items():
+                before = known.get(side)
+                if side.startswith("zero "):
+                    known[side] = sorted({*(before or ()), *positions})
+                    continue
+                if silent := set(known.get(f"zero {side}", ())):
+                    known[f"zero {side}"] = [now for now, old in enumerate(positions) if old in silent]
+                known[side] = list(positions) if before is None else [before[position] for position in positions]
+    return found
+
+
 def _whole(kept: Sequence[int], size: int) -> bool:
     """Whether positions are whole blocks of a size."""
     return all(n == size for n in Counter(position // size for position in kept).values())

@@ -51,14 +51,17 @@ def colour(criterion: str, place: int) -> str:
     return COLOURS.get(criterion) or OTHERS[place % len(OTHERS)]
 
 
-def dashes(contenders: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """How the line of each contender is drawn, of its (criterion, usual dash): another dash for other options."""
+def dashes(contenders: Mapping[str, tuple[str, str | None]]) -> dict[str, Any]:
+    """How the line of each contender is drawn, of its (criterion, usual dash): another dash for other options, and
+    where None is usual.
+    """
     found: dict[str, Any] = {}
     places: Counter[str] = Counter()
     for name, (criterion, usual) in sorted(contenders.items()):
         method = plain(criterion)
-        found[name] = usual if criterion == method else DASHES[places[method] % len(DASHES)]
-        places[method] += criterion != method
+        other = usual is None or criterion != method
+        found[name] = DASHES[places[method] % len(DASHES)] if other else usual
+        places[method] += other
     return found
 
 

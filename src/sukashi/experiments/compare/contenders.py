@@ -15,17 +15,19 @@ from sukashi.core.types import Curve, Plan
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.workspace import Desk, Record, Workspace
 from sukashi.measures import curves
+from sukashi.repairs import NONE
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """The finished trials of a criterion with a sampling, by seed."""
+    """The finished trials of a criterion with a sampling and a repair, by seed."""
 
     name: str
     criterion: str
     sampling: str
+    repair: str
     seeds: tuple[int, ...]
     keys: tuple[str, ...]
     results: list[dict[str, Any]]
@@ -67,9 +69,17 @@ class Contender:
         }
 
 
-def name_of(criterion: str, sampling: str) -> str:
-    """What a trial stands for: its criterion, and how images were sampled where not at random."""
-    return criterion if sampling == "random" else f"{criterion}/{sampling}"
+def name_of(criterion: str, sampling: str, repair: str = NONE) -> str:
+    """What competes: a criterion, how images were sampled where not at random, and what repairs its cuts, as in
+    taylor/confidence+refit.
+    """
+    sampled = criterion if sampling == "random" else f"{criterion}/{sampling}"
+    return sampled if repair == NONE else f"{sampled}+{repair}"
+
+
+def named(record: Record) -> str:
+    """What a trial stands for."""
+    return name_of(record.about["criterion"], sampling_of(record), repair_of(record))
 
 
 def contenders(space: Workspace) -> list[Contender]:
@@ -81,7 +91,7 @@ def contenders(space: Workspace) -> list[Contender]:
     by_name: dict[str, list[Record]] = {}
     for record in space.records():
         if "refused" not in record.result:
-            by_name.setdefault(name_of(record.about["criterion"], sampling_of(record)), []).append(record)
+            by_name.setdefault(named(record), []).append(record)
     if not by_name:
         reasons = list(refused(space).values())
         if reasons and len(space.records()) == space.n_trials:
@@ -98,6 +108,7 @@ def contenders(space: Workspace) -> list[Contender]:
                 name=name,
                 criterion=records[0].about["criterion"],
                 sampling=sampling_of(records[0]),
+                repair=repair_of(records[0]),
                 seeds=tuple(record.about["seed"] for record in records),
                 keys=tuple(record.key for record in records),
                 results=[record.result for record in records],
@@ -113,7 +124,7 @@ def contenders(space: Workspace) -> list[Contender]:
 def refused(space: Workspace) -> dict[str, str]:
     """Why contenders are left out that refused the model."""
     return {
-        name_of(record.about["criterion"], sampling_of(record)): record.result["refused"]
+        named(record): record.result["refused"]
         for record in space.records()
         if "refused" in record.result
     }
@@ -121,6 +132,10 @@ def refused(space: Workspace) -> dict[str, str]:
 
 def sampling_of(record: Record) -> str:
     return str(record.about["data"].get("sampling", "random"))
+
+
+def repair_of(record: Record) -> str:
+    return str(record.about.get("repair", NONE))
 
 
 def save_curve(desk: Desk, curve: Curve) -> None:

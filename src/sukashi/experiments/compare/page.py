@@ -20,12 +20,19 @@ from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import curves
 from sukashi.measures.curves import THRESHOLDS
+from sukashi.repairs import NONE
 from sukashi.report import figures, words
 from sukashi.report.figures import COLOURS, MARKERS, OTHERS, WIDTH, Drawn
 from sukashi.report.networks import MODES, categories_alt, cost_table, draw_categories, has_categories, slower
 from sukashi.report.page import Page
 
-DASHES = {"random": "-", "confidence": ":", "clustering": "--"}
+DASHES = {
+    ("random", NONE): "-",
+    ("confidence", NONE): ":",
+    ("clustering", NONE): "--",
+    ("random", "refit"): "--",
+    ("random", "norm"): ":",
+}
 # What the fraction on the axis is of.
 REMOVED = {"cut": "parameters removed", "zero": "units zeroed"}
 
@@ -123,7 +130,7 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
     figures.level(axes, result["dense_accuracy"], "dense", "--")
     figures.level(axes, result["chance"], "one answer for all", ":", left=True)
     marks = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(sorted(one.name for one in found))}
-    dashes = figures.dashes({one.name: (one.criterion, DASHES[one.sampling]) for one in found})
+    dashes = figures.dashes({one.name: (one.criterion, DASHES.get((one.sampling, one.repair))) for one in found})
     for place, one in reversed(list(enumerate(found))):  # the best is drawn last, on top
         drawn = [_by_units(curve, one.plans[0].n_units) if units else curve for curve in one.curves]
         fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+from torch import nn
 
 from sukashi.core import progress
 from sukashi.core.bracketed import plain
 from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.core.types import Plan
+from sukashi.core.precision import exact
+from sukashi.core.types import Batch, Plan
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
@@ -19,12 +23,15 @@ from sukashi.criteria.plans import plan_arrays, plan_of
 from sukashi.criteria.pruning import check_options
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for
 from sukashi.experiments.compare import verdict
-from sukashi.experiments.compare.contenders import contenders, name_of, refused, sampling_of, save_curve
-from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.compare.contenders import contenders, name_of, named, refused, repair_of, save_curve
+from sukashi.experiments.compare.settings import Compare, Contest
 from sukashi.experiments.methods import codes
 from sukashi.experiments.reading import Reading
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import cost, curves
+from sukashi.network.surgery import Table
+from sukashi.repairs import NONE, repairs
+from sukashi.repairs import check as check_repair
 
 LATENCY_BATCH = 32
 SPEED_BATCHES = 1, 32
@@ -32,7 +39,8 @@ SPEED_BATCHES = 1, 32
 
 def prepare(settings: Compare) -> Prepared:
     """Each (criterion, sampling, seed) is a trial: its plan comes from calibration images, its curve from physically
-    cut networks (no rounding), or with mode zero from networks that keep their shape.
+    cut networks (no rounding), or with mode zero from networks that keep their shape. Each repair of these cuts is a
+    trial more, with the same plan.
 
     Raises UsageError for settings that contradict each other, and whatever loading raises.
     """
@@ -42,9 +50,11 @@ def prepare(settings: Compare) -> Prepared:
     options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
     measuring = code_of(curves.curve)
     code = {name: {name: of, "curves": measuring} for name, of in codes(settings).items()}
-    trials = [
-        Trial(
-            {
+    run, trials = partial(_run, setting, settings), []
+    # Seed by seed, so that an interrupted comparison has all criteria side by side.
+    for seed, name in itertools.product(range(settings.seeds), settings.criteria):
+        for sampling in samplings_of(name, settings.sampling):
+            about = {
                 "model": setting.about_model,
                 # Random sampling goes without saying.
                 "data": setting.about_data | ({} if sampling == "random" else {"sampling": sampling}),
@@ -55,15 +65,14 @@ def prepare(settings: Compare) -> Prepared:
                 "mode": settings.mode,
                 "exclude": settings.exclude,
                 "code": code[plain(name)],
-            },
-            partial(_run, setting, settings),
-            label=f"{name_of(name, sampling)}, seed {seed}",
-        )
-        # Seed by seed, so that an interrupted comparison has all criteria side by side.
-        for seed in range(settings.seeds)
-        for name in settings.criteria
-        for sampling in samplings_of(name, settings.sampling)
-    ]
+            }
+            cut = Trial(about, run, label=f"{name_of(name, sampling)}, seed {seed}")
+            trials.append(cut)
+            for repair in repairs_of(settings):
+                mended = about | {"repair": repair, "plan": cut.key}
+                mended["code"] = about["code"] | {repair: repairs[repair].code}
+                label = f"{name_of(name, sampling, repair)}, seed {seed}"
+                trials.append(Trial(mended, run, needs=(cut.key,), label=label))
     return Prepared(
         setting.identity(settings, ratios=ratios, options=options),
         trials,
@@ -84,6 +93,11 @@ def samplings_of(criterion: str, samplings: Sequence[str]) -> list[str]:
     return list(samplings) if registry[criterion].facts.get("needs_data", True) else ["random"]
 
 
+def repairs_of(settings: Contest) -> list[str]:
+    """The repairs that compete beside the cut as it is, which always does."""
+    return [repairs.named(name) for name in settings.repair if name != NONE]
+
+
 def _check(settings: Compare) -> None:
     criteria, samplings = settings.criteria, settings.sampling
     for name in criteria:
@@ -98,6 +112,12 @@ def _check(settings: Compare) -> None:
         check_sampling(how)
     if not samplings or len(set(samplings)) != len(samplings):
         raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
+    for name in settings.repair:
+        check_repair(name)
+    if not settings.repair or len(set(settings.repair)) != len(settings.repair):
+        raise UsageError(
+            f"repair must be different names out of {NONE}, {', '.join(repairs.names())}, got {settings.repair}"
+        )
 
 
 def _try_samplings(setting: Bench, missing: Sequence[Trial]) -> None:
@@ -117,11 +137,16 @@ def _run(setting: Bench, settings: Compare, desk: Desk) -> None:
 
 def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     about = desk.trial.about
-    mode, sites = about["mode"], setting.found.sites
-    kept = desk.arrays("plan")
+    mode, sites, sampling = about["mode"], setting.found.sites, about["data"].get("sampling", "random")
+    mend, kept = None, desk.arrays("plan")
+    if "repair" in about:
+        cut = desk.needed(about["plan"])
+        if "refused" in cut.result:
+            return desk.finish({"refused": cut.result["refused"]})
+        kept = cut.arrays("plan")
+        mend = _mend(setting, about["repair"], setting.calibration(about["seed"], sampling))
     plan = None if kept is None else plan_of(kept, sites)
     if plan is None:
-        sampling = about["data"].get("sampling", "random")
         plan = plan_for(
             *(setting, about["criterion"], about["seed"]),
             sampling=sampling,
@@ -130,7 +155,7 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
         )
     desk.save("plan", plan_arrays(plan))
     test = setting.test()
-    curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode)
+    curve = curves.curve(setting.loaded.model, sites, plan, about["ratios"], test, mode=mode, repair=mend)
     save_curve(desk, curve)
     dense, chance = curve.correct[0], test.objective.chance(test.target)
     desk.finish(
@@ -141,13 +166,24 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
             "dense_accuracy": float(dense.mean()),
             "chance": chance,
             "class_names": list(setting.data.class_names),
-            # A network with silent units costs what the dense one does.
-            **({"cost": _cost(setting, plan)} if mode == "cut" else {}),
+            # A network with silent units costs what the dense one does, a repaired one what the cut one does.
+            **({"cost": _cost(setting, plan)} if mode == "cut" and mend is None else {}),
             "n_evaluations": plan.n_evaluations,
             "warnings": [*setting.data.warnings, *setting.doubts(dense, test)],
             "notes": list(setting.data.notes),
         }
     )
+
+
+def _mend(setting: Bench, repair: str, images: Batch) -> Callable[[nn.Module, Table], None]:
+    """What a repair makes of a network that was cut from the bench's, and of what was cut."""
+    method, dense = repairs[repair], setting.loaded.model
+
+    def mend(model: nn.Module, table: Table) -> None:
+        with exact():
+            method(model, dense, table, images)
+
+    return mend
 
 
 def _cost(setting: Bench, plan: Plan) -> dict[str, dict[str, int]]:
@@ -173,10 +209,12 @@ def _time(setting: Bench, space: Workspace) -> None:
     """
     timed = {entry["trial"] for entry in space.logged("latency")}
     batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
-    missing = [r for r in space.records() if r.key not in timed and "refused" not in r.result]
+    # A repaired network takes as long as the cut one.
+    done = [r for r in space.records() if "refused" not in r.result and repair_of(r) == NONE]
+    missing = [r for r in done if r.key not in timed]
     with progress.task("latency", len(missing)) as shown:
         for record in missing:
-            name, seed = name_of(record.about["criterion"], sampling_of(record)), record.about["seed"]
+            name, seed = named(record), record.about["seed"]
             small = pruning.cut(setting.loaded, plan_of(record.arrays("plan"), setting.found.sites).mask(0.5))
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
             space.log("latency", trial=record.key, contender=name, seed=seed, dense_ms=dense, cut_ms=cut)

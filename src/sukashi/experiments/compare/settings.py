@@ -23,6 +23,12 @@ class Contest(Settings):
     sampling: list[str] = option(
         ["random"], joined=True, help="Calibration images: random, confidence, clustering or several of them."
     )
+    repair: list[str] = option(
+        ["none"],
+        joined=True,
+        help="What mends each cut, without labels: norm, refit, see `sukashi list repairs`; the cut as it is competes "
+        "too.",
+    )
     exclude: list[str] = option([], help="Layers whose sites are left alone, by name or pattern as 'blocks.*.fc1'.")
     mode: Literal["cut", "zero"] = option(
         "cut", help="cut: layers get smaller. zero: units are silenced, shapes stay, shares are of units."
@@ -42,7 +48,7 @@ class Compare(Contest, Reading):
 
     kind: ClassVar[str] = "compare"
     shared: ClassVar[bool] = True
-    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "sampling", "options"})
+    grows: ClassVar[frozenset[str]] = frozenset({"criteria", "seeds", "sampling", "repair", "options"})
 
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted comparison is resumed.")
     skip_refused: bool = option(

@@ -26,10 +26,11 @@ Bounds = dict[str, Any]  # {"mean", "low", "high", "n"}, low and high None where
 
 
 class CompareResult(Result):
-    """Criteria held against each other. A contender is a criterion, followed by "/" and a sampling that isn't random.
+    """Criteria held against each other. A contender is a criterion, followed by "/" and a sampling that isn't random and
+    by "+" and what repairs its cuts.
 
     contenders      best mean SAUCE first; the dictionaries are by contender
-    methods         of each contender its criterion, sampling and options
+    methods         of each contender its criterion, sampling, repair and options
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
     chance          what one answer for all images gets right at best: the share of the largest class
     sauce, relative_sauce   100 times the area under accuracy; intervals are for new seeds and new test images
@@ -61,7 +62,7 @@ class CompareResult(Result):
     columns: ClassVar[Columns] = {
         **shared("model", "weights_sha256", "data"),
         "contender": (str, "what competes: a criterion, with its options and sampling where its name tells them"),
-        **shared("criterion", "sampling", "options", "calibration"),
+        **shared("criterion", "sampling", "repair", "options", "calibration"),
         "mode": (str, "cut: the network got smaller; zero: units are silent, and only units are counted"),
         **shared("seed"),
         "point": (str, "ratio: a ratio that was asked for; pass: after a pass of a progressive criterion"),
@@ -189,6 +190,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
             one.name: {
                 "criterion": plain(one.criterion),
                 "sampling": one.sampling,
+                "repair": one.repair,
                 "options": identity["options"][one.criterion],
             }
             for one in found

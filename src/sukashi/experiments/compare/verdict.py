@@ -16,6 +16,7 @@ from sukashi.experiments.compare.contenders import Contender
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import classwise, curves
+from sukashi.repairs import NONE
 from sukashi.report import networks, words
 from sukashi.report.classes import falls
 
@@ -105,7 +106,8 @@ def command(space: Workspace, best: Contender, ratio: float) -> str:
         said = "".join(f", {name}={value!r}" for name, value in options.items())
         sampled = "" if best.sampling == "random" else f', sampling="{best.sampling}"'
         ranked = f'rank("{criterion}", seed={best.seeds[0]}{sampled}{said})'
-        return f"sukashi.open(model, data).{ranked}.cut({ratio:g}, round_to=1)"
+        mended = "" if best.repair == NONE else f', repair="{best.repair}"'
+        return f"sukashi.open(model, data).{ranked}.cut({ratio:g}, round_to=1{mended})"
     settings = keywords(
         Prune,
         {
@@ -113,12 +115,13 @@ def command(space: Workspace, best: Contender, ratio: float) -> str:
             "criterion": _spec(criterion),
             "ratio": ratio,
             "sampling": best.sampling,
+            "repair": best.repair,
             "mode": identity["mode"],
             "exclude": identity["exclude"],
             **({"round_to": 1} if identity["mode"] == "cut" else {}),
             "options": _unusual(criterion, options),
             "seed": best.seeds[0],
-            "out": f"runs/{folder_of(best.criterion)}-{round(100 * ratio)}",
+            "out": f"runs/{folder_of(best.name)}-{round(100 * ratio)}",
         },
     )
     return command_of(settings)

@@ -30,6 +30,8 @@ from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded
 from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
+from sukashi.repairs import NONE
+from sukashi.repairs import check as check_repair
 
 LATENCY_BATCH = 32
 MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
@@ -73,6 +75,9 @@ def _check(settings: Prune) -> None:
     check_options(settings.criterion, settings.options)
     registry[settings.criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(settings.sampling)
+    check_repair(settings.repair)
+    if settings.repair != NONE and scope is not None:
+        raise UsageError(f"repair {settings.repair} is for units that went, and scope {scope} removes single weights")
     if target is not None and scope is not None:
         raise UsageError(f"{target[0]} is for units, and scope {scope} removes single weights: give a ratio of these")
     if scope is None:
@@ -173,7 +178,10 @@ def _cut(
         ratio, reached = search.ratio(plan, desk.journal)
         target = {"name": search.name, "asked": search.asked, **reached}
     mask = pruning.round_mask(plan, ratio, _round_to(settings))
-    return mask, pruning.cut(dense, mask, settings.mode), ratio, target
+    small = pruning.cut(dense, mask, settings.mode)
+    if settings.repair != NONE and mask.n_removed:
+        small = pruning.repaired(small, dense, setting.calibration(settings.seed, settings.sampling), settings.repair)
+    return mask, small, ratio, target
 
 
 def _search(setting: Bench, settings: Prune) -> Search:

@@ -88,6 +88,11 @@ class Prune(Reading):
     sequential: bool = option(False, help="With a scope: layer by layer, those before it already pruned.")
     seed: int = option(0, ge=0, le=MAX_SEED, help="Draws calibration images and random scores.")
     sampling: str = option("random", help="Calibration images: random, confidence or clustering.")
+    repair: str = option(
+        "none",
+        help="Then mend the cut network by the calibration images, without labels: norm, refit, see `sukashi list "
+        "repairs`.",
+    )
     options: dict[str, Any] = option({}, help="Options of the criterion.")
 
     @model_validator(mode="after")
