@@ -4,6 +4,7 @@ bench = sukashi.open(model, data)                           for a notebook: benc
 sukashi.attribute(model, x, target, "lrp")                  what each pixel, or unit, had to do with a logit
 sukashi.check(model, data)                                  what would happen
 sukashi.prune(model, data, criterion, ratio, out=folder)    cut for real, and save
+sukashi.repair(cut, model, data)                            what the cut took given back, without training
 sukashi.compare(model, data, criteria, out=folder)          criteria over ratios and seeds
 sukashi.train(model, data, out=folder, epochs=20)           train, from random weights or given ones
 sukashi.finetune(folder, data, out=folder, epochs=5)        train on, cuts and masks kept
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         load,
         open,
         prune,
+        repair,
         results,
         schedule,
         study,
@@ -51,6 +53,7 @@ __all__ = [
     "load",
     "open",
     "prune",
+    "repair",
     "results",
     "schedule",
     "study",

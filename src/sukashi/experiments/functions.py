@@ -25,6 +25,7 @@ from sukashi.core.experiment import Result
 from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.schema import Settings, call_of, keyworded, keywords
 from sukashi.core.types import Preprocess, Site
+from sukashi.criteria import pruning
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.bench import Bench, Source
@@ -116,6 +117,34 @@ def open(model: Network, data: Images, **settings: Any) -> Bench:
     source = Source.of(keywords(Reading, _given(model=model, data=data, **settings)))
     with waiting.shown():
         return source.open()
+
+
+@keyworded(Reading)
+def repair(
+    cut: Network,
+    model: Network,
+    data: Images,
+    repair: str = "refit",
+    *,
+    seed: int = 0,
+    sampling: str = "random",
+    **settings: Any,
+) -> Loaded:
+    """A network that was cut, with what the cut took given back by the repair of that name, see `sukashi list repairs`.
+
+    `cut` is a saved folder or what `Ranking.cut` gives, `model` the network before the cut. A repair looks at
+    `calibration` training images a class, drawn by `seed`, and not at their classes; it is in closed form. `models.save`
+    writes what comes back.
+
+    Raises UsageError for a repair that there is not and a network that was not cut from `model`, ModelError where the
+    repair can do nothing for it.
+    """
+    source = Source.of(keywords(Reading, _given(model=model, data=data, **settings)))
+    with waiting.shown():
+        setting = source.open(units=False)
+        small = cut if isinstance(cut, Loaded) else load(cut)
+        small.model.to(setting.device)
+        return pruning.repaired(small, setting.loaded, setting.calibration(seed, sampling), repair)
 
 
 def attribute(

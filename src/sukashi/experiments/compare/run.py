@@ -74,7 +74,7 @@ def prepare(settings: Compare) -> Prepared:
                 label = f"{name_of(name, sampling, repair)}, seed {seed}"
                 trials.append(Trial(mended, run, needs=(cut.key,), label=label))
     return Prepared(
-        setting.identity(settings, ratios=ratios, options=options),
+        setting.identity(settings, ratios=ratios, options=options, repair=[NONE, *repairs_of(settings)]),
         trials,
         shown={"margin": settings.margin, "reading": _as_typed(settings)},
         log={"hardware": hardware(setting.device)},

@@ -1,0 +1,149 @@
+"""Repairs in experiments: what competes, what is saved, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import sukashi
+from sukashi import models
+from sukashi.core.errors import ModelError, UsageError
+from sukashi.criteria import pruning
+from sukashi.criteria.plans import plan_of
+from sukashi.experiments.compare.contenders import curve_of, named
+from sukashi.experiments.workspace import Workspace
+from sukashi.network import surgery
+
+SPEC = "sukashi:digits_cnn"
+FEW = {"calibration": 8, "test_images": 100, "width": 8}
+
+
+def compare(criteria, out, weights, **settings):
+    return sukashi.compare(
+        SPEC, "digits", criteria, out=out, weights=weights, **{**FEW, "ratios": [0.3, 0.6], "seeds": 1, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(cnn_weights, tmp_path_factory):
+    return compare(["magnitude"], tmp_path_factory.mktemp("repaired") / "out", cnn_weights, repair=["refit"])
+
+
+@pytest.fixture(scope="module")
+def pruned(cnn_weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    return sukashi.prune(
+        *(SPEC, "digits", "magnitude", 0.6), out=out, weights=cnn_weights, round_to=1, repair="refit", **FEW
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(cnn_weights):
+    return sukashi.open(SPEC, "digits", weights=cnn_weights, **FEW)
+
+
+def test_a_repaired_criterion_competes_beside_its_cut_with_the_same_plan(compared, bench):
+    assert sorted(compared.contenders) == ["magnitude", "magnitude+refit"]
+    records = {named(record): record for record in Workspace(compared.out).records()}
+    plans = [plan_of(records[name].arrays("plan"), bench.sites) for name in ("magnitude", "magnitude+refit")]
+    assert np.array_equal(plans[0].unit, plans[1].unit) and np.array_equal(plans[0].site, plans[1].site)
+    cut = pruning.cut(bench.loaded, plans[0].mask(0.6))
+    test = bench.test()
+    for name, network in (
+        ("magnitude", cut),
+        ("magnitude+refit", pruning.repaired(cut, bench.loaded, bench.calibration(0), "refit")),
+    ):
+        curve = curve_of(records[name])
+        with torch.no_grad():
+            assert np.array_equal(curve.correct[-1], (network.model(test.x).argmax(1) == test.target).numpy())
+        assert curve.correct[0].mean() == pytest.approx(compared.dense_accuracy)
+    assert compared.methods["magnitude+refit"] == {
+        **compared.methods["magnitude"],
+        "repair": "refit",
+    }
+    assert compared.sauce["magnitude+refit"]["mean"] > compared.sauce["magnitude"]["mean"]
+
+
+def test_the_advised_command_makes_the_repaired_network(cnn_weights, tmp_path, compared):
+    found = sukashi.results(compared.out, margin=0.4)
+    assert found.advice["contender"] == "magnitude+refit"
+    assert " --repair refit" in found.advice["command"]
+
+
+def test_a_comparison_grows_by_repairs(compared, cnn_weights, tmp_path):
+    first = compare(["magnitude"], tmp_path / "out", cnn_weights)
+    (before,) = [record.key for record in Workspace(first.out).records()]
+    grown = compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["none", "refit"])
+    assert before in {record.key for record in Workspace(grown.out).records()}
+    assert grown.sauces == compared.sauces
+    with_options = compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["refit", "refit[positions=2]"])
+    assert "magnitude+refit[positions=2]" in with_options.contenders
+
+
+def test_a_repaired_cut_is_saved_and_rebuilt(pruned, bench):
+    again = sukashi.load(pruned.out)
+    made = bench.rank("magnitude").cut(0.6, round_to=1, repair="refit")
+    plain = bench.rank("magnitude").cut(0.6, round_to=1)
+    x = bench.test().x
+    with torch.no_grad():
+        assert torch.equal(again.model(x), made.model(x))
+        assert not torch.allclose(again.model(x), plain.model(x))
+    assert pruned.pruned["accuracy"] == pytest.approx(bench.accuracy(made))
+    assert json.loads((Workspace(pruned.out).folder / models.RECIPE).read_text())["provenance"]["repair"] == "refit"
+    assert "refit" in pruned.text()
+
+
+def test_a_cut_that_is_there_is_repaired_as_prune_does(pruned, bench, cnn_weights):
+    plain = bench.rank("magnitude").cut(0.6, round_to=1)
+    mended = sukashi.repair(plain, SPEC, "digits", weights=cnn_weights, **FEW)
+    assert mended.weights_sha256 == models.digest(sukashi.load(pruned.out).model)
+    assert plain.weights_sha256 != mended.weights_sha256
+    assert "repaired by refit" in repr(mended)
+
+
+def test_two_cuts_are_one(bench):
+    ranking = bench.rank("magnitude")
+    once = pruning.cut(bench.loaded, ranking.plan.mask(0.6))
+    # The same units in two steps.
+    first = ranking.plan.mask(0.3)
+    half = pruning.cut(bench.loaded, first)
+    rest = surgery.renumber(bench.sites, first)
+    keep = {
+        new: ranking.plan.mask(0.6).keep[old][first.keep[old]] for new, old in zip(rest, bench.sites, strict=True)
+    }
+    twice = pruning.cut(half, type(first)(keep))
+    images = bench.calibration(0)
+    found = [pruning.repaired(network, bench.loaded, images, "refit").weights_sha256 for network in (once, twice)]
+    assert found[0] == found[1]
+
+
+def test_what_was_silenced_before_a_cut_is_renumbered():
+    tables = [
+        {"a": {"out": [0, 2, 3, 5]}, "b": {"in": [0, 2, 3, 5], "zero out": [1]}},
+        {"a": {"out": [1, 3]}, "b": {"in": [1, 3], "out": [1, 2]}, "c": {"zero in": [4]}},
+        {"c": {"zero in": [2], "in": [1, 2, 4]}},
+    ]
+    assert surgery.together(tables) == {
+        "a": {"out": [2, 5]},
+        "b": {"in": [2, 5], "out": [1, 2], "zero out": [0]},
+        "c": {"in": [1, 2, 4], "zero in": [1, 2]},
+    }
+
+
+def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path):
+    def prune(**more):
+        sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=tmp_path / "out", weights=cnn_weights, **FEW, **more)
+
+    with pytest.raises(UsageError, match="unknown repair 'refitt'; did you mean 'refit'|unknown repair 'refitt'"):
+        prune(repair="refitt")
+    with pytest.raises(UsageError, match="repair refit is for units that went"):
+        prune(repair="refit", scope="global")
+    with pytest.raises(UsageError, match="repair must be different names"):
+        compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["refit", "refit"])
+    with pytest.raises(ModelError, match="no BatchNorm lies behind what was cut"):
+        prune(repair="norm")
+    with pytest.raises(UsageError, match="was not cut from this"):
+        pruning.repaired(bench.loaded, bench.loaded, bench.calibration(0), "refit")
+    assert not (tmp_path / "out").exists()
