@@ -11,8 +11,9 @@ from sukashi.criteria import criteria
 from sukashi.measures import measures
 from sukashi.measures.inputs import measured
 from sukashi.network import sites as finder
+from sukashi.repairs import repairs
 
-REGISTRIES = {"attributions": attributions, "criteria": criteria, "measures": measures}
+REGISTRIES = {"attributions": attributions, "criteria": criteria, "measures": measures, "repairs": repairs}
 
 
 def names(registry):

@@ -8,11 +8,11 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
+from oracles import ORACLES
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Batch
-from sukashi.network import hooks, surgery
+from sukashi.network import surgery
 from sukashi.repairs import repairs
-from sukashi.repairs.ridge import DAMPING
 from sukashi.repairs.rows import places, windows, written
 
 N_IMAGES = 30
@@ -63,68 +63,15 @@ def repaired(name, dense, table, data, **options):
     return small
 
 
-def read_and_written(model, layer, x):
-    seen = {}
-
-    def leave(name, module, read, output):
-        if name == layer:
-            seen["both"] = read.detach(), output.detach()
-
-    with torch.no_grad(), hooks.followed(model, lambda name, module: None, leave):
-        model(x)
-    return seen["both"]
-
-
-def rows_of(layer, x, y):
-    """The literal rows: unfolded windows, and what is written, image by image and position by position."""
-    if isinstance(layer, nn.Linear):
-        return x, y
-    unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return unfolded.transpose(1, 2).flatten(0, 1), y.flatten(2).transpose(1, 2).flatten(0, 1)
-
-
-def least_squares(x, y, w, b, damping):
-    """min |x w + b - y|^2 + lambda |w - w0|^2 by one dense solve of the rows with those of the penalty below them."""
-    n, m = x.shape[1], y.shape[1]
-    weight = (damping * x.square().sum(0).mean()).sqrt()
-    below = torch.cat([weight * torch.eye(n, dtype=x.dtype), torch.zeros(n, 1, dtype=x.dtype)], 1)
-    a = torch.cat([torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), below])
-    found = torch.linalg.lstsq(a, torch.cat([y, weight * w.T]), driver="gelsd").solution
-    assert found.shape == (n + 1, m)
-    return found[:-1].T, found[-1]
-
-
-def literal_refit(dense, table, x):
-    small = cut(dense, table)
-    held_out = torch.arange(len(x)) % 5 == 4
-    for name, norm in (("2", "3"), ("6", None), ("8", None)):
-        layer = small.get_submodule(name)
-        read = read_and_written(small, name, x)[0]
-        target = read_and_written(dense, name, x)[1]
-        kept = table[name].get("out")
-        target = target if kept is None else target[:, kept]
-        parts = [rows_of(layer, read[part], target[part]) for part in (~held_out, held_out)]
-        w, b = layer.weight.detach().flatten(1), layer.bias
-        errors = []
-        for damping in DAMPING:
-            fit_w, fit_b = least_squares(*parts[0], w, b, damping)
-            errors.append((parts[1][0] @ fit_w.T + fit_b - parts[1][1]).square().sum())
-        whole = rows_of(layer, read, target)
-        new_w, new_b = least_squares(*whole, w, b, DAMPING[int(torch.stack(errors).argmin())])
-        with torch.no_grad():
-            layer.weight.copy_(new_w.view_as(layer.weight))
-            if b is not None:
-                b.copy_(new_b)
-            else:
-                small.get_submodule(norm).running_mean.sub_(new_b)
-    return small
-
-
-def test_refit_is_least_squares_of_all_rows():
-    dense, data = network(), images(2, 8, 8)
-    found, expected = repaired("refit", dense, CUT, data), literal_refit(dense, CUT, data.x)
-    for (name, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), name
+@pytest.mark.parametrize("name", repairs.names())
+def test_a_repair_is_its_oracle(name):
+    dense, data, twin = network(), images(2, 8, 8), ORACLES["repairs", name]
+    found, expected = repaired(name, dense, CUT, data), cut(dense, CUT)
+    twin(expected, dense, CUT, data.x, {"2": "3"})
+    changed = [key for key, tensor in cut(dense, CUT).state_dict().items() if not tensor.equal(found.state_dict()[key])]
+    assert changed
+    for (key, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+        torch.testing.assert_close(a, b, rtol=twin.rtol, atol=twin.atol, msg=key)
 
 
 @pytest.mark.parametrize("name", repairs.names())
@@ -176,16 +123,6 @@ def test_a_unit_that_others_make_up_for_is_not_missed():
     with torch.no_grad():
         off = [(model(new) - dense(new)).abs().max() for model in (cut(dense, table), repaired("refit", dense, table, data))]
     assert off[1] < 1e-4 * off[0]
-
-
-def test_norm_is_what_all_images_have_together():
-    dense, data = network(), images(2, 8, 8)
-    found = repaired("norm", dense, CUT, data)
-    read = read_and_written(found, "3", data.x)[0].transpose(0, 1).flatten(1)
-    assert torch.allclose(found[3].running_mean, read.mean(1), rtol=1e-10)
-    assert torch.allclose(found[3].running_var, read.var(1), rtol=1e-10)
-    for name, tensor in cut(dense, CUT).state_dict().items():
-        assert "running" in name or torch.equal(tensor, found.state_dict()[name])
 
 
 def test_norms_before_a_cut_are_left_alone():

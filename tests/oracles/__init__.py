@@ -7,6 +7,7 @@ one, and compares each with its method. A twin shares no code with what it check
     attribution(model, image, target, site, **options) -> (U, positions) of one image (C, H, W)
     measure(what it asks for by name, maps and masks as tensors, **options) -> one number an image, as a list, or
         several such by the names of their parts
+    repair(cut network, dense, table, x, norms), in place
 """
 
 import importlib
