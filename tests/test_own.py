@@ -192,6 +192,32 @@ def near(maps: Maps, reference_maps: Maps):
     assert sukashi.results("audited").saliency == found
 
 
+def test_contenders_that_differ_in_signs_that_no_folder_has_have_files_of_their_own(mine):
+    mine(PLAIN.replace("power=1.0", "power=1.0, of='x'"))
+    both = ['mine:last[of="x y"]', 'mine:last[of="x, y"]']
+    given = {"ratios": [0.5], "epochs": 1, "round_to": 1, "batch_size": 512}
+    levels = sukashi.schedule(NET, how="oneshot", criteria=both, out="levels", **given, **ASKED)
+    assert set(levels.contenders) == {'last[of="x y"]', 'last[of="x, y"]'}
+    assert len(list(Path("levels").glob("last*/0/0.50/recipe.json"))) == 2
+
+
+def test_figures_of_an_attribution_with_a_path_in_its_options_are_files_that_the_page_links_to(mine):
+    mine(
+        """
+def shine(model, x, target, sites, objective, *, of="x"):
+    return {site: x.reshape(len(x), site.n_units, *x.shape[2:]) for site in sites}
+"""
+    )
+    given = {"data": "digits", "width": 8, "test_images": 20, "population": "all", "measures": ["gini"]}
+    both = ['mine:shine[of="../a/b"]', 'mine:shine[of="../a b"]']
+    found = sukashi.audit([NET, NET], attributions=both, out="audited", **given)
+    linked = re.findall(r'href="(figures/gallery-[^"]*)"', Path(found.report).read_text())
+    drawn = {f"figures/{path.name}" for path in Path("audited/figures").glob("gallery-*")}
+    assert len(drawn) == 4
+    assert set(linked) == drawn
+    assert not [name for name in drawn if set(name) & set(" []\"'%")], "links as they stand"
+
+
 def test_an_attribution_of_units_is_a_criterion_too(mine):
     mine(
         """
