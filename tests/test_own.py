@@ -424,6 +424,23 @@ def test_what_a_method_imports_of_its_own_is_its_code(mine, change):
     assert criteria["mine:last"].code != before
 
 
+@pytest.mark.parametrize("raised", ["RuntimeError('no')", "SystemExit('no')", "KeyboardInterrupt"])
+@pytest.mark.parametrize(
+    "line", ["from pack.signs import sign", "import pack.deep.signs", "from pack.deep import signs"]
+)
+def test_what_a_method_may_import_is_read_and_not_run(mine, line, raised):
+    Path("pack/deep").mkdir(parents=True)
+    Path("pack/__init__.py").write_text(f"raise {raised}")
+    signs = Path("pack/signs.py" if "deep" not in line else "pack/deep/signs.py")
+    mine(PLAIN.replace("    return", f"    if power > 9:\n        {line}\n\n    return", 1))
+    codes = set()
+    for sign in (1, -1):
+        signs.write_text(f"raise {raised}\nsign = {sign}")
+        codes.add(criteria["mine:last"].code)
+    assert len(codes) == 2
+    assert "pack" not in sys.modules
+
+
 def test_code_is_that_which_runs_until_it_is_loaded_anew(mine):
     before = criteria["mine:last"].code
     Path("mine.py").write_text(PLAIN.replace("-s.axis", "s.axis"))
