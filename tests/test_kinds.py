@@ -15,7 +15,7 @@ from sukashi import data
 from sukashi.cli.options import parameters, values
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import checked, default_of, keywords, option_of
-from sukashi.criteria import pruning
+from sukashi.criteria import plans
 from sukashi.experiments import catalogue
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
@@ -241,8 +241,8 @@ def test_every_listed_option_can_be_set_as_it_is_printed():
 
 def test_defaults_are_those_of_the_functions_below():
     assert Images.model_fields["max_pixels"].default == data.MAX_PIXELS
-    assert Schedule.model_fields["round_to"].default == pruning.ROUND_TO
-    assert option_of(Prune.model_fields["round_to"]).default == str(pruning.ROUND_TO)
+    assert Schedule.model_fields["round_to"].default == plans.ROUND_TO
+    assert option_of(Prune.model_fields["round_to"]).default == str(plans.ROUND_TO)
     assert Train.model_fields["memory"].default * 2**30 == loop.MEMORY
 
 

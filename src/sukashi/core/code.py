@@ -31,7 +31,10 @@ from sukashi.core.errors import UsageError, brief
 
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "numpy")
 # They speak, count and look up, and decide no number.
-_IDLE = {"sukashi", *(f"sukashi.core.{name}" for name in ("code", "errors", "imported", "progress", "registry"))}
+_IDLE = {
+    *("sukashi", "sukashi.report.words"),
+    *(f"sukashi.core.{name}" for name in ("code", "errors", "imported", "progress", "registry")),
+}
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice)
 

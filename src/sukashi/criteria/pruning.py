@@ -8,41 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from sukashi import models
 from sukashi.core.errors import UsageError
-from sukashi.core.types import Batch, Mask, Plan, Scores, Site
+from sukashi.core.types import Batch, Mask, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.criteria import criteria as registry
 from sukashi.models import Loaded
 from sukashi.network import hooks, sparsity, surgery
-
-ROUND_TO = 8
-
-
-def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
-    """The mask of a ratio, each site's kept units rounded up to a multiple of `round_to` (1 = the exact ratio).
-
-    Odd widths are slow on most hardware. Rounding only gives back, the last units removed of a site first, so never
-    more is removed than was asked for, and a unit never goes before another that the plan removes earlier. A site
-    without enough units for the next multiple stays whole. The ratio that comes out is
-    `mask.n_removed / mask.n_units`; small networks lose much of what was asked for.
-
-    Raises UsageError for a ratio outside [0, 1) or a `round_to` below 1.
-    """
-    check_round_to(round_to)
-    mask = plan.mask(ratio)
-    order = plan.site[: mask.n_removed], plan.unit[: mask.n_removed]
-    keep = {}
-    for position, site in enumerate(plan.sites):
-        n_kept = int(mask.keep[site].sum())
-        n_back = min(-n_kept % round_to, site.n_units - n_kept)
-        gone = order[1][order[0] == position]
-        keep[site] = mask.keep[site].clone()
-        keep[site][torch.from_numpy(gone[len(gone) - n_back :].astype(np.int64))] = True
-    return Mask(keep)
 
 
 def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
@@ -136,12 +110,6 @@ def sparse(loaded: Loaded, mask: Mask) -> Loaded:
     sparsity.enforce(model, mask)
     both = Mask({**(loaded.mask.keep if loaded.mask else {}), **mask.keep})
     return replace(loaded, model=model, weights_sha256=models.digest(model), mask=both)
-
-
-def check_round_to(round_to: int) -> None:
-    """Refuse a multiple below 1."""
-    if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
 
 
 def check_options(criterion: str, options: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
 from sukashi.core.schema import Settings, option
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
-from sukashi.criteria import calibration, pruning
+from sukashi.criteria import calibration, plans, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
@@ -264,13 +264,13 @@ class Ranking:
     bench: Bench
     plan: Plan
 
-    def cut(self, ratio: float, *, round_to: int = pruning.ROUND_TO) -> Loaded:
+    def cut(self, ratio: float, *, round_to: int = plans.ROUND_TO) -> Loaded:
         """The network without round(ratio * units) units, less what rounding each site to a multiple of `round_to`
         gives back (1: the exact ratio); `.model` is the module, `models.save` writes it.
 
         Raises UsageError for a ratio outside [0, 1).
         """
-        return pruning.cut(self.bench.loaded, pruning.round_mask(self.plan, ratio, round_to))
+        return pruning.cut(self.bench.loaded, plans.round_mask(self.plan, ratio, round_to))
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each unit, first to go first: layer, unit, category and effect (the method's own measure)."""

@@ -9,6 +9,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import share
 from sukashi.experiments.columns import as_json, shared
+from sukashi.experiments.prune.targets import BY_SETTING
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import onnx
 from sukashi.report import classes, networks, words
@@ -167,21 +168,7 @@ def summary(space: Workspace) -> PruneResult:
 
 def reached(target: Mapping[str, Any], ratio: float) -> str:
     """What was reached of a target, and what was asked, in a sentence."""
-    name, asked, found = target["name"], target["asked"], target["reached"]
-    at = f"; it is the plan at ratio {ratio:.4f}"
-    if name == "target_size":
-        return f"File size: {words.printed(found, 'bytes')} (asked: at most {words.printed(asked, 'bytes')}){at}."
-    if name == "max_drop":
-        return (
-            f"Accuracy: shown to be at most {words.points(asked)} lower on {target['n_images']:,} {target['images']} "
-            f"images that neither calibrated nor are reported on ({target['lost']} lost, {target['gained']} gained; "
-            f"Tango's test, one-sided 97.5%), and at every smaller ratio in steps of 0.02{at}."
-        )
-    noun = {"target_flops": "FLOPs", "target_params": "Parameters", "target_latency": "Latency"}[name]
-    within = f" ({words.percent(target['low'])} to {words.percent(target['high'])})" if name == "target_latency" else ""
-    how = f" in the search, {target['batch_size']} images at once" if within else ""
-    left = f"{words.percent(found)}{within} of the dense network's{how}"
-    return f"{noun}: {left} (asked: at most {words.percent(asked)}){at}."
+    return f"{BY_SETTING[target['name']].told(target)}; it is the plan at ratio {ratio:.4f}."
 
 
 def _rule(n_images: int, accuracy: float, change: Mapping[str, float]) -> str:
