@@ -19,7 +19,9 @@ from sukashi.core.imported import imported
 from sukashi.core.registry import Registry
 from sukashi.criteria import criteria
 from sukashi.experiments import catalogue, executor
+from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.study.file import read
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import cost, measures
 
@@ -451,11 +453,98 @@ def test_code_is_that_which_runs_until_it_is_loaded_anew(mine):
 
 def test_an_edit_of_sukashi_changes_the_methods_that_read_it_and_no_other(monkeypatch):
     before = {method.name: method.code for method in criteria}
-    known = code._read_before["sukashi.criteria.engine"]
-    monkeypatch.setitem(code._read_before, "sukashi.criteria.engine", code._Source(known.spec, "edited", known.imports))
+    edited(monkeypatch, "sukashi.criteria.engine")
     changed = {method.name for method in criteria if method.code != before[method.name]}
     assert {"cswap", "cbp", "amp", "drift"} <= changed
     assert not changed & {"magnitude", "random", "taylor", "wanda", "lrp"}
+
+
+def edited(monkeypatch, module):
+    """A module of sukashi whose code is another from now on."""
+    sources = code.sources(module)
+    known = code._read_before[module]
+    monkeypatch.setitem(code._read_before, module, code._Source(known.spec, "edited", known.imports))
+    assert code.sources(module) != sources
+
+
+@pytest.mark.parametrize(
+    ("module", "done_again"),
+    [
+        ("sukashi.network.perturbed", {"saliency, dense", "saliency, randomised", "saliency, gallery"}),
+        (
+            "sukashi.attributions.maps",
+            {"saliency, dense", "saliency, randomised", "saliency, gallery", "saliency, half"},
+        ),
+    ],
+)
+def test_an_audit_measures_again_what_an_edit_of_sukashi_changes(monkeypatch, module, done_again):
+    for name in ("dense", "half"):
+        sukashi.prune(NET, criterion="magnitude", ratio=0.5, out=name, **ASKED)
+    given = {"data": "digits", "test_images": 20, "population": "all", "out": "audited", "sanity": True}
+    asked = Audit(models=["dense", "half"], attributions=["saliency"], measures=["gini", "rank_correlation"], **given)
+
+    def labels():
+        return {trial.key: trial.label for trial in executor.prepare_of(asked).trials}
+
+    before = labels()
+    edited(monkeypatch, module)
+    after = labels()
+    assert {after[key] for key in after.keys() - before.keys()} == done_again
+    assert len(after) == 5
+
+
+@pytest.mark.parametrize(("asked", "named"), [({"target_flops": 0.9}, "target_flops"), ({"ratio": 0.5}, None)])
+def test_a_ratio_that_was_searched_for_by_other_code_is_not_taken_for_that_of_this(monkeypatch, asked, named):
+    def prune():
+        return sukashi.prune(NET, criterion="magnitude", out="out", round_to=1, **asked, **ASKED)
+
+    assert not prune().finished
+    edited(monkeypatch, "sukashi.experiments.prune.targets")
+    if named is None:
+        assert prune().finished
+    else:
+        with pytest.raises(UsageError, match=f"out has networks that were made while the code of {named} was another"):
+            prune()
+
+
+def test_a_study_asks_anew_of_what_it_has_yet_to_make_where_its_code_is_another(monkeypatch):
+    Path("study.toml").write_text(
+        """
+        data = "digits"
+        test_images = 20
+        out = "studied"
+        [experiments.cut]
+        kind = "prune"
+        model = "sukashi:digits_cnn"
+        width = 8
+        calibration = 2
+        criterion = "magnitude"
+        ratio = 0.5
+        [experiments.smaller]
+        kind = "prune"
+        model = "$OUT/cut"
+        calibration = 2
+        criterion = "magnitude"
+        target_flops = 0.9
+        [experiments.compared]
+        kind = "compare"
+        model = "$OUT/cut"
+        criteria = ["magnitude"]
+        [experiments.audited]
+        kind = "audit"
+        models = ["$OUT/cut", "$OUT/cut"]
+        """
+    )
+
+    def codes():
+        return {trial.label: trial.about.get("code") for trial in executor.prepare_of(read("study.toml")).trials}
+
+    before = codes()
+    told = {"cut": None, "smaller": {"magnitude", "target_flops"}, "compared": {"magnitude", "curves"}}
+    assert {name: of and set(of) for name, of in before.items() if name != "audited"} == told
+    assert set(before["audited"]) > {"saliency", "chefer", "gini", "deletion", "maps", "rounding", "randomisation"}
+    edited(monkeypatch, "sukashi.experiments.prune.targets")
+    assert {name for name, of in codes().items() if of != before[name]} == {"smaller"}
 
 
 def test_each_method_has_code_of_its_own():

@@ -28,6 +28,7 @@ from sukashi.measures import cost, curves
 
 LATENCY_BATCH = 32
 SPEED_BATCHES = 1, 32
+CURVES = "curves"  # by which a change of the code that measures them is told
 
 
 def prepare(settings: Compare) -> Prepared:
@@ -40,8 +41,7 @@ def prepare(settings: Compare) -> Prepared:
     setting = Source.of(settings).open(exclude=settings.exclude)
     ratios = sorted({0.0, *map(float, settings.ratios)})
     options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
-    measuring = code_of(curves.curve)
-    code = {name: {name: of, "curves": measuring} for name, of in codes(settings).items()}
+    hashes = code(settings)
     trials = [
         Trial(
             {
@@ -54,7 +54,7 @@ def prepare(settings: Compare) -> Prepared:
                 "ratios": ratios,
                 "mode": settings.mode,
                 "exclude": settings.exclude,
-                "code": code[plain(name)],
+                "code": {part: hashes[part] for part in (plain(name), CURVES)},
             },
             partial(_run, setting, settings),
             label=f"{name_of(name, sampling)}, seed {seed}",
@@ -72,6 +72,11 @@ def prepare(settings: Compare) -> Prepared:
         before=partial(_try_samplings, setting),
         after=partial(_conclude, setting, settings),
     )
+
+
+def code(settings: Compare) -> dict[str, str]:
+    """{name: a hash of its code} of the criteria, and of what measures their curves."""
+    return codes(settings) | {CURVES: code_of(curves.curve)}
 
 
 def _as_typed(settings: Compare) -> dict[str, Any]:

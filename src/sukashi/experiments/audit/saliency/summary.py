@@ -160,7 +160,7 @@ def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: 
     """How like the reference's the maps of each model are: {"model", "attribution", "measure", "n", "mean", "low",
     "high"}, a bootstrap over images.
 
-    The rows of the reference itself hold its maps against those it has when `cells.rounded` otherwise: what is no
+    The rows of the reference itself hold its maps against those it has when `perturbed.rounded` otherwise: what is no
     less alike than they are was not moved by a cut, but by noise.
     """
     found = {
