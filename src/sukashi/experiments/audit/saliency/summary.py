@@ -264,7 +264,7 @@ def text(found: Mapping[str, Any], reference: str) -> str:
         for row in found["comparisons"]
         if is_told(row["measure"])
     ]
-    refused = [f"left out: {name}: {reason}" for name, reason in found["refused"].items()]
+    refused = [f"left out: {', '.join(of)}: {reason}" for reason, of in words.by_reason(found["refused"]).items()]
     return "\n".join([words.table(["model", "attribution", "measure", reference, "model", "so"], rows), *refused])
 
 
