@@ -1,8 +1,8 @@
 """Writes the tables of settings and of results' columns, and the glossary, into the pages here: `python docs/tables.py`
 after a change.
 
-A table stands between `<!-- settings: KIND -->`, or `<!-- columns: RESULT -->`, and `<!-- end -->`, the words between
-`<!-- words -->` and that.
+A table stands between `<!-- settings: KIND -->`, or `<!-- columns: RESULT -->` or that of a file, and `<!-- end -->`,
+the words between `<!-- words -->` and that.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from sukashi.core.experiment import Result
+from sukashi.core.experiment import Columns
 from sukashi.core.schema import Settings, default_of, option_of
+from sukashi.experiments.audit.saliency.values import CURVE_COLUMNS, VALUE_COLUMNS
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.compare.summary import CompareResult
 from sukashi.experiments.prune.summary import PruneResult
@@ -28,10 +29,12 @@ from sukashi.training.settings import Training
 KINDS: dict[str, type[Settings]] = {
     kind.__name__: kind for kind in (ComparisonFile, ScheduleFile, ModelTable, Training)
 }
-RESULTS: dict[str, type[Result]] = {
-    kind.__name__: kind for kind in (CompareResult, PruneResult, ScheduleResult, TrainResult, AuditResult, StudyResult)
+RESULTS = (CompareResult, PruneResult, ScheduleResult, TrainResult, AuditResult, StudyResult)
+TABLES: dict[str, Columns] = {
+    **{kind.__name__: kind.columns for kind in RESULTS},
+    **{"values.parquet": VALUE_COLUMNS, "curves.parquet": CURVE_COLUMNS},
 }
-PAGE = re.compile(r"(<!-- (settings|columns): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGE = re.compile(r"(<!-- (settings|columns): ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GLOSSARY = re.compile(r"(<!-- words -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -42,13 +45,13 @@ def written(page: str) -> str:
 
 
 def _of(what: str, name: str) -> str:
-    return table(KINDS[name]) if what == "settings" else columns(RESULTS[name])
+    return table(KINDS[name]) if what == "settings" else columns(TABLES[name])
 
 
-def columns(kind: type[Result]) -> str:
-    """A row for each column of a result's table."""
+def columns(given: Columns) -> str:
+    """A row for each column of a table."""
     types = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    rows = [f"| `{name}` | {types[of]} | {told} |" for name, (of, told) in kind.columns.items()]
+    rows = [f"| `{name}` | {types[of]} | {told} |" for name, (of, told) in given.items()]
     return "\n".join(["| column | type | what it holds |", "|---|---|---|", *rows, ""])
 
 

@@ -34,7 +34,7 @@ from sukashi.measures import measures
 from sukashi.measures.faithfulness import removal
 from sukashi.measures.inputs import measured
 from sukashi.models import saved
-from sukashi.network import sites
+from sukashi.network import perturbed, sites
 from test_shortcut import PREPROCESS, N, trained
 
 READING = {"test_images": 40}
@@ -245,23 +245,25 @@ def test_road_and_aopc_take_options_and_the_curves_are_those_of_aopc(folders, tm
 def test_similarities_of_the_reference_are_those_to_its_maps_when_rounded_otherwise(folders, tmp_path, monkeypatch):
     plain_maps, calls = cells.maps_of, []
 
-    def shaken(network, seed):
-        other = copy.deepcopy(network.setting)
-        for parameter in other.loaded.model.parameters():
+    def shaken(model, seed):
+        other = copy.deepcopy(model)
+        for parameter in other.parameters():
             parameter.data += 0.1 * parameter.std()  # as no rounding would, so that it is seen
-        return dataclasses.replace(network, setting=other)
+        return other
 
     def counted(network, batch, *args):
         calls.append((network.label, len(batch)))
         return plain_maps(network, batch, *args)
 
-    monkeypatch.setattr(cells, "rounded", shaken)
+    monkeypatch.setattr(perturbed, "rounded", shaken)
     monkeypatch.setattr(cells, "maps_of", counted)
     asked = {"attributions": ["saliency"], "measures": ["gini", *ALIKE], **READING}
     result = sukashi.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
     (dense, same) = networks.opened(asked_of(folders[:2]))
     images = dense.batch[torch.from_numpy(dense.rows)]
-    maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, shaken(dense, 0)))
+    loaded = dataclasses.replace(dense.loaded, model=shaken(dense.loaded.model, 0))
+    moved = dataclasses.replace(dense, setting=dataclasses.replace(dense.setting, loaded=loaded))
+    maps, other = (plain_maps(network, images, "saliency", {}) for network in (dense, moved))
     kept = table(tmp_path / "out" / "values.parquet")
     rows = {(row["model"], row["measure"]): row for row in result.saliency["similarities"]}
     for measure in ALIKE:
@@ -281,7 +283,7 @@ def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(f
     weight = next(dense.loaded.model.parameters())
     weight.data.view(-1)[::3] = 0
     before = copy.deepcopy(dense.loaded.model.state_dict())
-    found, again, other = (cells.rounded(dense, seed).loaded.model for seed in (0, 0, 1))
+    found, again, other = (perturbed.rounded(dense.loaded.model, seed) for seed in (0, 0, 1))
     signs = []
     for name, parameter in found.named_parameters():
         old, new = before[name].double(), parameter.double()

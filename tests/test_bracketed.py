@@ -1,5 +1,6 @@
 """Options in the name of a method: what is read, the one name that they have, and two settings of one criterion."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,62 @@ def test_lines_of_one_criterion_differ_by_their_dashes():
 
 
 def test_a_folder_of_a_name_needs_no_quotes():
-    assert [folder_of(name) for name in ("drift", "magnitude/unenforced", "drift[share=0.2,slack=2]")] == [
+    names = (
+        "drift",
+        "magnitude/unenforced",
+        "drift[share=0.2,slack=2]",
+        "a[rate=1e-05,shift=-2]/random",
+        "gallery-a[b=c]",
+    )
+    assert [folder_of(name) for name in names] == [
         "drift",
         "magnitude-unenforced",
         "drift-share=0.2-slack=2",
+        "a-rate=1e-05-shift=-2-random",
+        "gallery-a-b=c",
     ]
+
+
+def test_names_that_differ_in_signs_that_folders_leave_out_have_two_folders():
+    words = [
+        "x y",
+        "x-y",
+        "x/y",
+        "x  y",
+        "-x",
+        "x",
+        ["x"],
+        "[x]",
+        ["x", "y"],
+        "X\ny",
+        "../x",
+        "x.",
+        "x" * 300,
+        "x" * 301,
+    ]
+    words += [
+        [1, 2],
+        [1, -2],
+        [12],
+        -1,
+        [-1],
+        1,
+        "1",
+        1.0,
+        None,
+        "null",
+        {"x": 1},
+        "y/leaky",
+        "y-leaky",
+        "",
+        "ü",
+        "e-5",
+        1e-05,
+    ]
+    names = [joined("a", {"word": word}) for word in words]
+    names += [f"{name}/leaky" for name in names] + [joined("a", {"word": "x", "y": 1}), joined("a", {"word": "x,y=1"})]
+    folders = {folder_of(name) for name in names}
+    assert len(folders) == len(names)
+    for folder in folders:
+        assert re.fullmatch(r"[\w=][\w.=+-]*", folder), "no quotes, and no folder above"
+        assert len(folder.encode()) < 200

@@ -61,6 +61,7 @@ class Functional(nn.Module):
         y += x
         x = F.relu(torch.add(y, x), inplace=True)
         x = F.max_pool2d(x, 2) * torch.sigmoid(F.adaptive_avg_pool2d(x, 1))
+        x = F.group_norm(x, 2, self.gamma, eps=1e-3)
         x = F.dropout(F.avg_pool2d(F.silu(x), 2), 0.1, training=self.training)
         x = F.layer_norm(x.flatten(2).transpose(1, 2), (4,), self.gamma)
         x = F.gelu(self.norm(x), approximate="tanh") * self.gamma
@@ -77,7 +78,7 @@ def test_functions_become_modules_and_a_layer_called_twice_two(randomised):
     names = called(form)
     expected = {"conv", "bn", "relu_0", "relu_1", "second", "add", "add_1", "relu_2", "maxpool2d", "sigmoid"}
     expected |= {"adaptiveavgpool2d", "mul", "silu", "avgpool2d", "layernorm", "norm", "gelu", "scale", "softmax"}
-    expected |= {"matmul", "matmul_1", "mean", "head"}
+    expected |= {"matmul", "matmul_1", "mean", "head", "groupnorm"}
     assert set(names) == expected, set(names) ^ expected
     assert isinstance(form.get_submodule("bn"), nn.Identity)
     assert form.get_submodule("gelu").approximate == "tanh"

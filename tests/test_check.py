@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 import sukashi
+from sukashi.core.errors import ModelError
 from sukashi.criteria import criteria
 
 SPEC = "sukashi:digits_cnn"
@@ -52,3 +55,16 @@ def test_check_keeps_its_limit(cnn_weights):
     assert found.estimated_seconds == {"random": 0.0, "magnitude": 0.0}
     assert set(found.unmeasured) == set(criteria.names()) - {"random", "magnitude"}
     assert "cswap: not estimated within 0 s; give --limit more" in found.text()
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_check_says_a_reason_once_for_all_that_have_it(monkeypatch):
+    class Refused:
+        def __init__(self, *args, **options):
+            raise ModelError("no such form: use another")
+
+    monkeypatch.setattr("sukashi.experiments.check.run.Engine", Refused)
+    found = sukashi.check(SPEC, "digits", width=8, calibration=8)
+    assert found.cannot == dict.fromkeys(("cswap", "cbp", "amp", "drift"), "no such form: use another")
+    assert found.text().count("no such form") == 1
+    assert "\ncswap, cbp, amp, drift: no such form: use another" in found.text()

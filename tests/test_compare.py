@@ -1,7 +1,9 @@
 """Comparisons: what they find is what was measured, who competes, how they grow, and what is refused."""
 
+import html
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -399,7 +401,10 @@ def test_a_criterion_that_refuses_the_model_stops_everything_unless_it_may_be_le
     result = sukashi.compare(*named, out=tmp_path / "left", skip_refused=True, **given)
     assert result.contenders == ["magnitude"]
     assert "no rule for LayerNorm" in result.refused["backtrace"]
-    assert f"refused: backtrace: {result.refused['backtrace']}" in result.text()
+    assert f"backtrace is left out, it refused the model: {result.refused['backtrace']}" in result.text()
+    page = html.unescape(re.sub("<[^>]*>", "", Path(result.report).read_text()))
+    for said in (result.text(), page):
+        assert said.count(result.refused["backtrace"]) == 1
     with pytest.raises(ModelError, match=r"backtrace refuses the model: .*give --skip-refused again, or another --out"):
         sukashi.compare(*named, out=tmp_path / "left", **given)
 

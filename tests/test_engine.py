@@ -190,6 +190,44 @@ def test_norms_of_timm_with_an_activation_are_folded(name):
             torch.testing.assert_close(suffix.without(1), model(x), rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("budget", [0, engine.DEFAULT_BUDGET], ids=["recomputed", "cached"])
+def test_groups_that_are_normalised_together_go_whole_and_change_no_other(budget):
+    torch.manual_seed(0)
+    model = randomised(timm.create_model("test_efficientnet_gn", num_classes=5).eval()).double()
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sites = finder.find(model, x[:2]).sites
+    grouped = [site for site in sites if len(site.members[0].index[0]) > 1]
+    assert len(grouped) > 5
+    moving = Engine(model, sites, Batch(x, torch.zeros(5, dtype=torch.long), torch.arange(5)), budget=budget, chunk=2)
+    keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+    for site in reversed(grouped):
+        with moving.open(site) as suffix:
+            for unit in (0, site.n_units - 1):
+                keep[site][unit] = False
+                with torch.no_grad(), hooks.ablated(model, Mask(keep)):
+                    expected = model(x)
+                torch.testing.assert_close(suffix.without(unit), expected, rtol=1e-10, atol=1e-10)
+                if unit == 0:
+                    suffix.remove(unit)
+                else:
+                    keep[site][unit] = True
+
+
+def test_a_layer_that_is_taken_apart_in_the_form_is_refused_for_what_it_is():
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 4, 3), timm.layers.LayerScale2d(4, 0.5), torch.nn.Conv2d(4, 6, 3), torch.nn.ReLU()),
+        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5)),
+    ).eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    sites = finder.find(model, x).sites
+    said = (
+        r"^layer '1': a LayerScale2d is taken apart in the canonical form, in which its units cannot be cut: use a "
+        r"criterion that needs no such form, such as magnitude, or exclude it \(--exclude 0\)$"
+    )
+    with pytest.raises(ModelError, match=said):
+        Engine(model, sites, Batch(x, torch.zeros(2, dtype=torch.long), torch.arange(2)))
+
+
 def test_heads_that_have_no_layer_in_the_form_are_refused_before_any_unit_goes():
     model = timm.models.VisionTransformer(
         img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=5, qk_norm=True
@@ -197,7 +235,7 @@ def test_heads_that_have_no_layer_in_the_form_are_refused_before_any_unit_goes()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     found = finder.find(model, x)
     data = Batch(x, torch.zeros(2, dtype=torch.long), torch.arange(2))
-    remedy = r"not written out cannot be cut .* magnitude, or exclude both \(--exclude 'blocks\.\*\.attn\.qkv'\)$"
+    remedy = r"not written out cannot be cut: .* magnitude, or exclude both \(--exclude 'blocks\.\*\.attn\.qkv'\)$"
     with pytest.raises(ModelError, match=remedy):
         Engine(model, found.sites, data)
     left = finder.without(found, ["blocks.*.attn.qkv"]).sites

@@ -2,6 +2,7 @@
 is touched, and what it found is told alike as an object, JSON, rows, words and a page.
 """
 
+import csv
 import json
 import os
 import re
@@ -369,8 +370,7 @@ def test_what_was_found_is_told_alike_in_every_way(experiment):
     assert list(rows[0]) == list(result.columns), "every column says what it holds"
     read = pq.read_table(experiment.out / "results.parquet")
     assert read.to_pylist() == rows
-    told = {field.name: field.metadata[b"description"].decode() for field in read.schema}
-    assert told == {name: said for name, (_, said) in result.columns.items()}
+    assert described(read.schema) == {name: said for name, (_, said) in result.columns.items()}
     header, shown = result.overview()
     assert shown
     assert {len(row) for row in shown} == {len(header)}
@@ -385,6 +385,24 @@ def test_what_was_found_is_told_alike_in_every_way(experiment):
     assert sorted(p.stem for p in experiment.out.glob("figures/*")) == sorted(
         p.stem for p in experiment.finished.glob("figures/*")
     )
+
+
+def described(fields):
+    """What each column of a file says it holds."""
+    return {field.name: (field.metadata or {}).get(b"description", b"").decode() for field in fields}
+
+
+def test_every_file_of_a_table_says_what_its_columns_hold(experiment):
+    for path in experiment.out.rglob("*.parquet"):
+        told = described(pq.read_schema(path))
+        assert told, path
+        assert not [name for name, said in told.items() if not said], path
+    for path in experiment.out.rglob("*.csv"):
+        assert path.parent.name == "tables", "one of a page, whose words its glossary explains"
+        with path.open(newline="") as file:
+            head = next(csv.reader(file))
+        assert len(set(head)) == len(head), path
+        assert not [name for name in head[1:] if not name.strip()], path
 
 
 def test_its_page_is_for_narrow_screens_keyboards_and_ears_too(experiment):

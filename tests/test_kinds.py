@@ -15,7 +15,7 @@ from sukashi import data
 from sukashi.cli.options import parameters, values
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import checked, default_of, keywords, option_of
-from sukashi.criteria import pruning
+from sukashi.criteria import plans
 from sukashi.experiments import catalogue
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
@@ -241,8 +241,8 @@ def test_every_listed_option_can_be_set_as_it_is_printed():
 
 def test_defaults_are_those_of_the_functions_below():
     assert Images.model_fields["max_pixels"].default == data.MAX_PIXELS
-    assert Schedule.model_fields["round_to"].default == pruning.ROUND_TO
-    assert option_of(Prune.model_fields["round_to"]).default == str(pruning.ROUND_TO)
+    assert Schedule.model_fields["round_to"].default == plans.ROUND_TO
+    assert option_of(Prune.model_fields["round_to"]).default == str(plans.ROUND_TO)
     assert Train.model_fields["memory"].default * 2**30 == loop.MEMORY
 
 
@@ -253,6 +253,6 @@ def test_tables_in_the_docs_are_those_of_the_settings():
     pages = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
     told = [found[1:3] for page in pages.values() for found in tables.PAGE.findall(page)]
     assert {name for what, name in told if what == "settings"} == set(tables.KINDS)
-    assert {name for what, name in told if what == "columns"} == set(tables.RESULTS)
+    assert {name for what, name in told if what == "columns"} == set(tables.TABLES)
     for name, page in pages.items():
         assert tables.written(page) == page, f"docs/{name} is not up to date: python docs/tables.py"

@@ -18,8 +18,8 @@ from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Preprocess
 from sukashi.data.tree import is_masks
 from sukashi.experiments.audit.saliency.sanity import doubts as sanity_doubts
-from sukashi.experiments.audit.saliency.sanity import randomised
 from sukashi.models import saved
+from sukashi.network import perturbed
 
 INSIDE = np.zeros((8, 8), dtype=np.uint8)
 INSIDE[2:5, 1:7] = 200
@@ -341,7 +341,7 @@ def test_layers_are_drawn_anew_from_the_logits_down_and_the_network_is_left_as_f
     model = trained_cnn.model
     before = copy.deepcopy(model.state_dict())
     seen = []
-    for n_layers, down_to, changed in randomised(model, torch.rand(2, 1, 8, 8), seed=0):
+    for n_layers, down_to, changed in perturbed.randomised(model, torch.rand(2, 1, 8, 8), seed=0):
         same = {
             name.rpartition(".")[0]: torch.equal(value, before[name])
             for name, value in changed.state_dict().items()

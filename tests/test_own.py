@@ -19,7 +19,9 @@ from sukashi.core.imported import imported
 from sukashi.core.registry import Registry
 from sukashi.criteria import criteria
 from sukashi.experiments import catalogue, executor
+from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.study.file import read
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import cost, measures
 
@@ -190,6 +192,32 @@ def near(maps: Maps, reference_maps: Maps):
     assert "peak" not in measures
     Path("mine.py").unlink()
     assert sukashi.results("audited").saliency == found
+
+
+def test_contenders_that_differ_in_signs_that_no_folder_has_have_files_of_their_own(mine):
+    mine(PLAIN.replace("power=1.0", "power=1.0, of='x'"))
+    both = ['mine:last[of="x y"]', 'mine:last[of="x, y"]']
+    given = {"ratios": [0.5], "epochs": 1, "round_to": 1, "batch_size": 512}
+    levels = sukashi.schedule(NET, how="oneshot", criteria=both, out="levels", **given, **ASKED)
+    assert set(levels.contenders) == {'last[of="x y"]', 'last[of="x, y"]'}
+    assert len(list(Path("levels").glob("last*/0/0.50/recipe.json"))) == 2
+
+
+def test_figures_of_an_attribution_with_a_path_in_its_options_are_files_that_the_page_links_to(mine):
+    mine(
+        """
+def shine(model, x, target, sites, objective, *, of="x"):
+    return {site: x.reshape(len(x), site.n_units, *x.shape[2:]) for site in sites}
+"""
+    )
+    given = {"data": "digits", "width": 8, "test_images": 20, "population": "all", "measures": ["gini"]}
+    both = ['mine:shine[of="../a/b"]', 'mine:shine[of="../a b"]']
+    found = sukashi.audit([NET, NET], attributions=both, out="audited", **given)
+    linked = re.findall(r'href="(figures/gallery-[^"]*)"', Path(found.report).read_text())
+    drawn = {f"figures/{path.name}" for path in Path("audited/figures").glob("gallery-*")}
+    assert len(drawn) == 4
+    assert set(linked) == drawn
+    assert not [name for name in drawn if set(name) & set(" []\"'%")], "links as they stand"
 
 
 def test_an_attribution_of_units_is_a_criterion_too(mine):
@@ -398,6 +426,23 @@ def test_what_a_method_imports_of_its_own_is_its_code(mine, change):
     assert criteria["mine:last"].code != before
 
 
+@pytest.mark.parametrize("raised", ["RuntimeError('no')", "SystemExit('no')", "KeyboardInterrupt"])
+@pytest.mark.parametrize(
+    "line", ["from pack.signs import sign", "import pack.deep.signs", "from pack.deep import signs"]
+)
+def test_what_a_method_may_import_is_read_and_not_run(mine, line, raised):
+    Path("pack/deep").mkdir(parents=True)
+    Path("pack/__init__.py").write_text(f"raise {raised}")
+    signs = Path("pack/signs.py" if "deep" not in line else "pack/deep/signs.py")
+    mine(PLAIN.replace("    return", f"    if power > 9:\n        {line}\n\n    return", 1))
+    codes = set()
+    for sign in (1, -1):
+        signs.write_text(f"raise {raised}\nsign = {sign}")
+        codes.add(criteria["mine:last"].code)
+    assert len(codes) == 2
+    assert "pack" not in sys.modules
+
+
 def test_code_is_that_which_runs_until_it_is_loaded_anew(mine):
     before = criteria["mine:last"].code
     Path("mine.py").write_text(PLAIN.replace("-s.axis", "s.axis"))
@@ -408,11 +453,98 @@ def test_code_is_that_which_runs_until_it_is_loaded_anew(mine):
 
 def test_an_edit_of_sukashi_changes_the_methods_that_read_it_and_no_other(monkeypatch):
     before = {method.name: method.code for method in criteria}
-    known = code._read_before["sukashi.criteria.engine"]
-    monkeypatch.setitem(code._read_before, "sukashi.criteria.engine", code._Source(known.spec, "edited", known.imports))
+    edited(monkeypatch, "sukashi.criteria.engine")
     changed = {method.name for method in criteria if method.code != before[method.name]}
     assert {"cswap", "cbp", "amp", "drift"} <= changed
     assert not changed & {"magnitude", "random", "taylor", "wanda", "lrp"}
+
+
+def edited(monkeypatch, module):
+    """A module of sukashi whose code is another from now on."""
+    sources = code.sources(module)
+    known = code._read_before[module]
+    monkeypatch.setitem(code._read_before, module, code._Source(known.spec, "edited", known.imports))
+    assert code.sources(module) != sources
+
+
+@pytest.mark.parametrize(
+    ("module", "done_again"),
+    [
+        ("sukashi.network.perturbed", {"saliency, dense", "saliency, randomised", "saliency, gallery"}),
+        (
+            "sukashi.attributions.maps",
+            {"saliency, dense", "saliency, randomised", "saliency, gallery", "saliency, half"},
+        ),
+    ],
+)
+def test_an_audit_measures_again_what_an_edit_of_sukashi_changes(monkeypatch, module, done_again):
+    for name in ("dense", "half"):
+        sukashi.prune(NET, criterion="magnitude", ratio=0.5, out=name, **ASKED)
+    given = {"data": "digits", "test_images": 20, "population": "all", "out": "audited", "sanity": True}
+    asked = Audit(models=["dense", "half"], attributions=["saliency"], measures=["gini", "rank_correlation"], **given)
+
+    def labels():
+        return {trial.key: trial.label for trial in executor.prepare_of(asked).trials}
+
+    before = labels()
+    edited(monkeypatch, module)
+    after = labels()
+    assert {after[key] for key in after.keys() - before.keys()} == done_again
+    assert len(after) == 5
+
+
+@pytest.mark.parametrize(("asked", "named"), [({"target_flops": 0.9}, "target_flops"), ({"ratio": 0.5}, None)])
+def test_a_ratio_that_was_searched_for_by_other_code_is_not_taken_for_that_of_this(monkeypatch, asked, named):
+    def prune():
+        return sukashi.prune(NET, criterion="magnitude", out="out", round_to=1, **asked, **ASKED)
+
+    assert not prune().finished
+    edited(monkeypatch, "sukashi.experiments.prune.targets")
+    if named is None:
+        assert prune().finished
+    else:
+        with pytest.raises(UsageError, match=f"out has networks that were made while the code of {named} was another"):
+            prune()
+
+
+def test_a_study_asks_anew_of_what_it_has_yet_to_make_where_its_code_is_another(monkeypatch):
+    Path("study.toml").write_text(
+        """
+        data = "digits"
+        test_images = 20
+        out = "studied"
+        [experiments.cut]
+        kind = "prune"
+        model = "sukashi:digits_cnn"
+        width = 8
+        calibration = 2
+        criterion = "magnitude"
+        ratio = 0.5
+        [experiments.smaller]
+        kind = "prune"
+        model = "$OUT/cut"
+        calibration = 2
+        criterion = "magnitude"
+        target_flops = 0.9
+        [experiments.compared]
+        kind = "compare"
+        model = "$OUT/cut"
+        criteria = ["magnitude"]
+        [experiments.audited]
+        kind = "audit"
+        models = ["$OUT/cut", "$OUT/cut"]
+        """
+    )
+
+    def codes():
+        return {trial.label: trial.about.get("code") for trial in executor.prepare_of(read("study.toml")).trials}
+
+    before = codes()
+    told = {"cut": None, "smaller": {"magnitude", "target_flops"}, "compared": {"magnitude", "curves"}}
+    assert {name: of and set(of) for name, of in before.items() if name != "audited"} == told
+    assert set(before["audited"]) > {"saliency", "chefer", "gini", "deletion", "maps", "rounding", "randomisation"}
+    edited(monkeypatch, "sukashi.experiments.prune.targets")
+    assert {name for name, of in codes().items() if of != before[name]} == {"smaller"}
 
 
 def test_each_method_has_code_of_its_own():

@@ -16,7 +16,7 @@ import sukashi
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.criteria import pruning
+from sukashi.criteria import plans, pruning
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.workspace import Workspace
@@ -68,7 +68,7 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weig
     subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=100)
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
 
-    mask = pruning.round_mask(plan(out, case.sites), 0.5, 4)
+    mask = plans.round_mask(plan(out, case.sites), 0.5, 4)
     test = test_images(case.loaded.preprocess, 2000)
     with torch.no_grad(), hooks.ablated(case.model, mask):
         expected, masked = case.model(case.data.x), right(case.model, test)
@@ -243,7 +243,7 @@ def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights
         assert (out / name).read_bytes() == before[name], "the network that was there is kept"
     session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"images": case.data.x.numpy()})
-    mask = pruning.round_mask(plan(out, case.sites), 0.5)
+    mask = plans.round_mask(plan(out, case.sites), 0.5)
     with torch.no_grad(), hooks.ablated(case.model, mask):
         expected = case.model(case.data.x).numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

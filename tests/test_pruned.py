@@ -23,7 +23,7 @@ from sukashi import models
 from sukashi.core.errors import ModelError, ResourceError, UsageError
 from sukashi.core.files import FORMAT
 from sukashi.core.types import Batch, Mask, Plan, Scores, Site, rank
-from sukashi.criteria import pruning
+from sukashi.criteria import plans, pruning
 from sukashi.models import onnx_file, save
 from sukashi.network import hooks, sites
 
@@ -76,7 +76,7 @@ def _plans(draw):
 
 @given(_plans(), st.floats(0, 0.999), st.integers(1, 12))
 def test_round_mask(plan, ratio, round_to):
-    exact, rounded = plan.mask(ratio), pruning.round_mask(plan, ratio, round_to)
+    exact, rounded = plan.mask(ratio), plans.round_mask(plan, ratio, round_to)
     for position, site in enumerate(plan.sites):
         kept, before = rounded.keep[site], exact.keep[site]
         # The slow definition: give back the last removed until the count fits.
@@ -93,15 +93,15 @@ def test_round_mask(plan, ratio, round_to):
 def test_round_mask_refuses():
     plan = _plan([Site("a", "channel", 8)])
     with pytest.raises(UsageError, match="round_to must be at least 1, got 0"):
-        pruning.round_mask(plan, 0.5, 0)
+        plans.round_mask(plan, 0.5, 0)
     with pytest.raises(UsageError, match="ratio must be in"):
-        pruning.round_mask(plan, 50)
+        plans.round_mask(plan, 50)
 
 
 def test_round_mask_leaves_the_exact_mask_alone():
     plan = _plan([Site("a", "channel", 20)])
-    assert pruning.round_mask(plan, 0.5, 1).n_removed == 10
-    assert pruning.round_mask(plan, 0.5).n_removed == 4
+    assert plans.round_mask(plan, 0.5, 1).n_removed == 10
+    assert plans.round_mask(plan, 0.5).n_removed == 4
 
 
 # Cut, save, load.
@@ -128,7 +128,7 @@ def test_a_saved_model_with_zeroed_units_is_the_masked_model_and_can_be_cut_furt
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_a_saved_model_is_the_masked_model(scene, ratio, round_to, tmp_path):
     loaded, plan, x = scene
-    mask = pruning.round_mask(plan, ratio, round_to)
+    mask = plans.round_mask(plan, ratio, round_to)
     before = models.digest(loaded.model)
     small = pruning.cut(loaded, mask)
     save(tmp_path / "deep" / "cut", small, provenance={"criterion": "random"})

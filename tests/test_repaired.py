@@ -1,7 +1,6 @@
 """Repairs in experiments: what competes, what is saved, and what is refused."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -48,7 +47,8 @@ def test_a_repaired_criterion_competes_beside_its_cut_with_the_same_plan(compare
     assert sorted(compared.contenders) == ["magnitude", "magnitude+refit"]
     records = {named(record): record for record in Workspace(compared.out).records()}
     plans = [plan_of(records[name].arrays("plan"), bench.sites) for name in ("magnitude", "magnitude+refit")]
-    assert np.array_equal(plans[0].unit, plans[1].unit) and np.array_equal(plans[0].site, plans[1].site)
+    assert np.array_equal(plans[0].unit, plans[1].unit)
+    assert np.array_equal(plans[0].site, plans[1].site)
     cut = pruning.cut(bench.loaded, plans[0].mask(0.6))
     test = bench.test()
     for name, network in (
@@ -110,9 +110,7 @@ def test_two_cuts_are_one(bench):
     first = ranking.plan.mask(0.3)
     half = pruning.cut(bench.loaded, first)
     rest = surgery.renumber(bench.sites, first)
-    keep = {
-        new: ranking.plan.mask(0.6).keep[old][first.keep[old]] for new, old in zip(rest, bench.sites, strict=True)
-    }
+    keep = {new: ranking.plan.mask(0.6).keep[old][first.keep[old]] for new, old in zip(rest, bench.sites, strict=True)}
     twice = pruning.cut(half, type(first)(keep))
     images = bench.calibration(0)
     found = [pruning.repaired(network, bench.loaded, images, "refit").weights_sha256 for network in (once, twice)]
@@ -136,7 +134,7 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path):
     def prune(**more):
         sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=tmp_path / "out", weights=cnn_weights, **FEW, **more)
 
-    with pytest.raises(UsageError, match="unknown repair 'refitt'; did you mean 'refit'|unknown repair 'refitt'"):
+    with pytest.raises(UsageError, match="unknown repair 'refitt'"):
         prune(repair="refitt")
     with pytest.raises(UsageError, match="repair refit is for units that went"):
         prune(repair="refit", scope="global")

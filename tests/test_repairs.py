@@ -39,7 +39,7 @@ def network(seed=0):
     return net.double().eval()
 
 
-# Of the network: two channels of the first layer, one of the second (nine inputs of the linear layer), two of the third.
+# Of the network: two channels of the first layer, one of the second (nine inputs of the linear layer), two units.
 CUT = {
     "0": {"out": [0, 2, 3, 5]},
     "2": {"in": [0, 2, 3, 5], "out": [0, 1, 3, 4]},
@@ -86,7 +86,7 @@ def test_parts_add_up_to_the_whole(name, batch_size):
 
 @pytest.mark.parametrize("table", [CUT, ZERO], ids=["cut", "zero"])
 def test_refit_comes_nearer_to_what_the_dense_network_says(table):
-    dense, data = network(), images(2, 8, 8)
+    dense, _data = network(), images(2, 8, 8)
     new = torch.randn(200, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         before, after = (
@@ -121,7 +121,10 @@ def test_a_unit_that_others_make_up_for_is_not_missed():
     data = images(2, 8, 8, n=100)
     new = torch.randn(20, 2, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        off = [(model(new) - dense(new)).abs().max() for model in (cut(dense, table), repaired("refit", dense, table, data))]
+        off = [
+            (model(new) - dense(new)).abs().max()
+            for model in (cut(dense, table), repaired("refit", dense, table, data))
+        ]
     assert off[1] < 1e-4 * off[0]
 
 

@@ -15,7 +15,7 @@ from cases import half_of, noise
 from sukashi.core.errors import ModelError, ResourceError
 from sukashi.core.types import Mask
 from sukashi.criteria.drift import unit_parameters
-from sukashi.network import hooks, sites, surgery
+from sukashi.network import hooks, sites, surgery, trial_cuts
 from supported import randomised
 
 
@@ -212,6 +212,6 @@ def test_the_first_reason_is_the_one_that_says_most():
 
 
 def test_a_search_that_takes_too_long_says_so(monkeypatch):
-    monkeypatch.setattr(sites, "PATIENCE", -1.0)
+    monkeypatch.setattr(trial_cuts, "PATIENCE", -1.0)
     with pytest.raises(ResourceError, match="given up after -1 seconds of processor time: give smaller images"):
         sites.find(between(nn.ReLU()).eval(), noise(2, 3, 8, 8, dtype=torch.float32))

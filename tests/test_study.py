@@ -207,10 +207,12 @@ def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_
         assert model["refused"] == {"taylor": reason, "taylor/confidence": reason}
     assert all(pair["mean"] is None for pair in found.pairs)
     assert "cnn: taylor minus magnitude: no seed in common" in found.text()
-    assert "refused: GELU is not handled" in (tmp_path / "out" / "report.html").read_text()
-    page = (tmp_path / "out" / "cnn" / "report.html").read_text()
-    assert "taylor is left out, it refused the model: GELU" in page
-    assert "trials are finished" not in page
+    pages = [(tmp_path / "out" / name / "report.html").read_text() for name in ("", "cnn")]
+    for page, n_told in zip(pages, (len(found.experiments), 1), strict=True):
+        assert page.count("taylor and taylor/confidence are left out, they refused the model: GELU") == n_told
+        assert page.count("GELU is not handled") == n_told, "a reason is said once"
+    assert pages[0].count("refused, as noted above") == 2 * len(found.experiments)
+    assert "trials are finished" not in pages[1]
     vit = ("sukashi:digits_vit", "digits", ["taylor"])
     with pytest.raises(ModelError, match="GELU"):
         sukashi.compare(*vit, calibration=4, out=tmp_path / "strict")

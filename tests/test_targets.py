@@ -14,7 +14,7 @@ from sukashi import data as datasets
 from sukashi.core import stats
 from sukashi.core.errors import UsageError
 from sukashi.core.files import Journal
-from sukashi.criteria import pruning
+from sukashi.criteria import plans, pruning
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.bench import Source
 from sukashi.experiments.prune import run, targets
@@ -38,7 +38,7 @@ def prune(out, weights, criterion="taylor", **settings):
 def left(case, plan, n_removed, round_to, figure):
     """A figure of the network without the first units of a plan, the slow way."""
     model = copy.deepcopy(case.model)
-    surgery.cut(model, pruning.round_mask(plan, n_removed / plan.n_units, round_to))
+    surgery.cut(model, plans.round_mask(plan, n_removed / plan.n_units, round_to))
     return figure(model)
 
 
@@ -67,7 +67,7 @@ def test_it_is_the_smallest_cut_that_meets_the_target(small, cnn_weights, tmp_pa
     assert result.target == {"name": name, "asked": limit if name == "target_size" else asked, "reached": reached}
     of = {"target_flops": "flops", "target_params": "parameters", "target_size": "bytes"}[name]
     assert result.pruned[of] == every[first], "what is saved is what was found"
-    assert result.units_removed == pruning.round_mask(plan, result.ratio, round_to).n_removed / plan.n_units
+    assert result.units_removed == plans.round_mask(plan, result.ratio, round_to).n_removed / plan.n_units
 
 
 def test_what_was_reached_is_told_everywhere(cnn_weights, tmp_path):
@@ -124,11 +124,11 @@ def test_a_drop_is_shown_on_images_that_neither_calibrate_nor_test(small, cnn_we
 def test_the_first_images_of_a_drop_are_those_that_training_holds_out(cnn_weights):
     settings = Prune(**{**GIVEN, **CUT, "weights": str(cnn_weights), "max_drop": 0.1, "test_images": 60})
     setting = Source.of(settings).open()
-    found = targets.Search(setting, settings, 1, setting.example)._held_out()
+    found = run._search(setting, settings).held_out()
     assert set(found.image_ids) <= set(setting.data.train.validation(0.1)[1].image_ids)
     val = setting.data.train.validation(0.5)[1]
     of_val = replace(setting, data=replace(setting.data, val=val))
-    assert set(targets.Search(of_val, settings, 1, setting.example)._held_out().image_ids) <= set(val.image_ids)
+    assert set(run._search(of_val, settings).held_out().image_ids) <= set(val.image_ids)
 
 
 def test_a_drop_that_so_few_images_can_not_show_is_refused_before_a_criterion_works(cnn_weights, tmp_path, monkeypatch):
@@ -197,9 +197,9 @@ def test_latency_is_shown_by_the_upper_bound_and_searched_with_few_looks(small, 
 
 
 def test_a_search_that_was_killed_goes_on_with_what_the_clock_said(small, cnn_weights, tmp_path, monkeypatch):
-    settings = Prune(**{**GIVEN, **CUT, "weights": str(cnn_weights), "target_latency": 0.5})
+    settings = Prune(**{**GIVEN, **CUT, "weights": str(cnn_weights), "target_latency": 0.5, "round_to": 1})
     setting = Source.of(settings).open()
-    search = targets.Search(setting, settings, 1, setting.example)
+    search = run._search(setting, settings)
     plan = setting.rank("magnitude").plan
     clock = Clock()
     monkeypatch.setattr(cost, "latency", clock)
@@ -259,7 +259,7 @@ def test_what_means_nothing_is_refused_before_anything_is_loaded(tmp_path, monke
 
 
 def test_every_target_is_searched_for():
-    assert set(TARGETS) == {*targets.FIGURES, "target_latency", "max_drop"}
+    assert list(TARGETS) == list(targets.BY_SETTING)
     settings = [Prune(**GIVEN, **{name: "5 MB" if name == "target_size" else 0.5}) for name in TARGETS]
     assert [one.target for one in settings] == [(n, 5_000_000 if n == "target_size" else 0.5) for n in TARGETS]
 
@@ -317,6 +317,6 @@ def test_a_group_that_calibrates_is_judged_by_none_of_its_images(cnn_weights):
     own = dict(zip(train.image_ids, train.groups, strict=True))
     assert 100 < len(set(own.values())) < len(train)
     used = {own[name] for name in setting.calibration(0, "random").image_id}
-    found = targets.Search(setting, settings, 1, setting.example)._held_out()
+    found = run._search(setting, settings).held_out()
     assert len(found) > 50
     assert not used & {own[name] for name in found.image_ids}

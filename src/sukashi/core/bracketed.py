@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ _WHOLE = re.compile(r"([^\[\]]+)\[(.*)\]", re.DOTALL)
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
 _WORD = re.compile(r"""[^\s,="\[\]{}]+""")
 _END = re.compile(r"\s*(,|$)")
+# Names from which taking the signs that need quotes leaves nothing that another name leaves too.
+_READABLE = re.compile(r"[\w-]+(\[{0}(,{0})*\])?(/\w+)?".format(r"\w+=-?[\w.]+(e-\d+)?"))
+_LONGEST = 60  # signs: a file system takes 255 bytes, with the suffix of a file
 
 
 def parted(name: str) -> tuple[str, dict[str, Any]]:
@@ -50,8 +54,14 @@ def plain(name: str) -> str:
 
 
 def folder_of(name: str) -> str:
-    """A name as that of a folder, which needs no quotes: drift[share=0.2] is drift-share=0.2."""
-    return re.sub(r"[^\w.=+-]+", "-", name).strip("-")
+    """A name as that of a folder or file, which needs no quotes: drift[share=0.2] is drift-share=0.2.
+
+    Two contenders never have the same one: where signs that are left out may tell names apart, a hash follows.
+    """
+    said = re.sub(r"[^\w.=+-]+", "-", name).strip("-")
+    if _READABLE.fullmatch(name) and len(said) <= _LONGEST:
+        return said
+    return f"{said[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import pkgutil
 import platform
 import sys
 import sysconfig
@@ -30,7 +31,10 @@ from sukashi.core.errors import UsageError, brief
 
 PACKAGES = ("sukashi", "torch", "torchvision", "timm", "numpy")
 # They speak, count and look up, and decide no number.
-_IDLE = {"sukashi", *(f"sukashi.core.{name}" for name in ("code", "errors", "imported", "progress", "registry"))}
+_IDLE = {
+    *("sukashi", "sukashi.report.words"),
+    *(f"sukashi.core.{name}" for name in ("code", "errors", "imported", "progress", "registry")),
+}
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice)
 
@@ -114,9 +118,21 @@ def _read(name: str) -> _Source | None:
 
 
 def _spec(name: str) -> Any:
-    with suppress(ImportError, ValueError, AttributeError):
-        return getattr(sys.modules.get(name), "__spec__", None) or importlib.util.find_spec(name)
-    return None
+    """Where a module lies, or None; nothing is imported for it, of which nobody knows what it does."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__spec__", None)
+    package = name.rpartition(".")[0]
+    if not package:
+        with suppress(ImportError, ValueError, AttributeError):
+            return importlib.util.find_spec(name)
+        return None
+    places = getattr(sys.modules.get(package), "__path__", None)
+    if places is None:
+        places = getattr(_spec(package), "submodule_search_locations", None)
+    finders = filter(None, map(pkgutil.get_importer, places or ()))
+    found = [spec for finder in finders if (spec := finder.find_spec(name)) is not None]
+    # A folder without __init__.py is a package where no other place has more.
+    return next((spec for spec in found if spec.loader is not None), found[0] if found else None)
 
 
 def _bare(tree: ast.Module) -> ast.Module:

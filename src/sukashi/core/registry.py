@@ -108,7 +108,7 @@ class Method:
 
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Refuse an option the method does not have, naming the nearest, or a value that its annotation excludes."""
-        options, annotations = self.options, self._annotations
+        options, annotations = self.options, self.annotations
         for name, value in given.items():
             if name not in options:
                 raise UsageError(f"{self.name} has no option {name!r}{nearest(name, options)}")
@@ -122,18 +122,18 @@ class Method:
 
     def deciding(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of its options that decide results."""
-        annotations = self._annotations
+        annotations = self.annotations
         return {
             name: value for name, value in given.items() if FREE not in getattr(annotations[name], "__metadata__", ())
         }
 
     @property
-    def _annotations(self) -> dict[str, Any]:
-        # One without an annotation is of the type of its default.
+    def annotations(self) -> dict[str, Any]:
+        """Of its parameters and those of its providers; an option without one is of the type of its default."""
         bare = {name: Any if default is None else type(default) for name, default in self.own_options.items()}
         found = bare | get_type_hints(self.fn, include_extras=True)
         for provider in self.providers:
-            found |= provider._annotations
+            found |= provider.annotations
         return found
 
     def check_kinds(self, kinds: Iterable[Kind]) -> None:

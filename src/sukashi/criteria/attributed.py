@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,9 +126,9 @@ def _present(criterion: Callable[..., Scores], attribution: Method) -> None:
         for p in own.parameters.values()
         if p.kind is not p.VAR_KEYWORD and (p.name != "reduce" or attribution.facts.get("signed", True))
     ]
-    hints = get_type_hints(attribution.fn, include_extras=True)
+    annotations = attribution.annotations
     passed = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
         for name, default in attribution.options.items()
         if name != "batch_size"
     ]

@@ -72,7 +72,7 @@ class Engine:
         self.sites = tuple(
             replace(site, members=tuple(m for m in site.members if m.module not in folded)) for site in sites
         )
-        self._check_fit()
+        self._check_fit(model)
         self.keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in self.sites}
         self.budget = budget
         layout = torch.channels_last if data.x.ndim == 4 else torch.contiguous_format
@@ -87,16 +87,28 @@ class Engine:
                 "the model's logits hold NaN or Inf on calibration images: check weights and preprocessing"
             )
 
-    def _check_fit(self) -> None:
+    def _check_fit(self, model: nn.Module) -> None:
         """Refuse, before any unit goes, a site that can be cut in the model and not in its form."""
         reasons = {
             site: reason
             for site in self.sites
             for member in site.members
-            if (reason := surgery.unfit(self.root.get_submodule(member.module), member.module))
+            if (reason := self._unfit(member.module, model.get_submodule(member.module)))
         }
         if reasons:
-            raise ModelError(f"{next(iter(reasons.values()))}, or {remedy_of(reasons, self.sites)}")
+            reason = next(iter(reasons.values()))
+            remedy = f"use a criterion that needs no such form, such as magnitude, or {remedy_of(reasons, self.sites)}"
+            raise ModelError(f"{reason}: {remedy}")
+
+    def _unfit(self, name: str, layer: nn.Module) -> str:
+        """Why a layer of the model cannot lose units in its form, or ""."""
+        if type(self.root.get_submodule(name)) is not nn.Module:
+            return surgery.unfit(self.root.get_submodule(name), name)
+        what = "heads of attention that is not written out" if surgery.heads(layer) else "its units"
+        return (
+            f"layer {name!r}: a {type(layer).__name__} is taken apart in the canonical form, in which {what} cannot be "
+            "cut"
+        )
 
     @contextmanager
     def open(self, site: Site) -> Iterator[Suffix]:

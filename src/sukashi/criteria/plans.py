@@ -1,4 +1,4 @@
-"""Plans as arrays, and back."""
+"""Plans: masks of them whose widths are round, and arrays and back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sukashi.core.bounded import from_json
-from sukashi.core.errors import ModelError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.files import canonical
-from sukashi.core.types import Plan, Site
+from sukashi.core.types import Mask, Plan, Site
+
+ROUND_TO = 8
+
+
+def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
+    """The mask of a ratio, each site's kept units rounded up to a multiple of `round_to` (1 = the exact ratio).
+
+    Odd widths are slow on most hardware. Rounding only gives back, the last units removed of a site first, so never
+    more is removed than was asked for, and a unit never goes before another that the plan removes earlier. A site
+    without enough units for the next multiple stays whole. The ratio that comes out is
+    `mask.n_removed / mask.n_units`; small networks lose much of what was asked for.
+
+    Raises UsageError for a ratio outside [0, 1) or a `round_to` below 1.
+    """
+    if round_to < 1:
+        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
+    mask = plan.mask(ratio)
+    order = plan.site[: mask.n_removed], plan.unit[: mask.n_removed]
+    keep = {}
+    for position, site in enumerate(plan.sites):
+        n_kept = int(mask.keep[site].sum())
+        n_back = min(-n_kept % round_to, site.n_units - n_kept)
+        gone = order[1][order[0] == position]
+        keep[site] = mask.keep[site].clone()
+        keep[site][torch.from_numpy(gone[len(gone) - n_back :].astype(np.int64))] = True
+    return Mask(keep)
 
 
 def plan_arrays(plan: Plan) -> dict[str, Any]:

@@ -8,43 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from sukashi import models
 from sukashi.core.errors import UsageError
-from sukashi.core.precision import exact
-from sukashi.core.types import Batch, Mask, Plan, Scores, Site
+from sukashi.core.types import Batch, Mask, Scores, Site
 from sukashi.criteria import criteria
 from sukashi.criteria import criteria as registry
 from sukashi.models import Loaded
 from sukashi.network import hooks, sparsity, surgery
-from sukashi.repairs import repairs
-
-ROUND_TO = 8
-
-
-def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
-    """The mask of a ratio, each site's kept units rounded up to a multiple of `round_to` (1 = the exact ratio).
-
-    Odd widths are slow on most hardware. Rounding only gives back, the last units removed of a site first, so never
-    more is removed than was asked for, and a unit never goes before another that the plan removes earlier. A site
-    without enough units for the next multiple stays whole. The ratio that comes out is
-    `mask.n_removed / mask.n_units`; small networks lose much of what was asked for.
-
-    Raises UsageError for a ratio outside [0, 1) or a `round_to` below 1.
-    """
-    check_round_to(round_to)
-    mask = plan.mask(ratio)
-    order = plan.site[: mask.n_removed], plan.unit[: mask.n_removed]
-    keep = {}
-    for position, site in enumerate(plan.sites):
-        n_kept = int(mask.keep[site].sum())
-        n_back = min(-n_kept % round_to, site.n_units - n_kept)
-        gone = order[1][order[0] == position]
-        keep[site] = mask.keep[site].clone()
-        keep[site][torch.from_numpy(gone[len(gone) - n_back :].astype(np.int64))] = True
-    return Mask(keep)
+from sukashi.repairs import mender
 
 
 def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
@@ -73,17 +46,20 @@ def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
     Raises UsageError for a repair that there is not and a network that was not cut from this one, ModelError where the
     repair can do nothing for it.
     """
-    method, n_before = repairs[repair], len(dense.cuts)
+    n_before = len(dense.cuts)
     if small.spec != dense.spec or small.cuts[:n_before] != dense.cuts or len(small.cuts) == n_before:
         raise UsageError(
             f"a {small.spec} that was cut {len(small.cuts)} times was not cut from this {dense.spec}, which was cut "
             f"{n_before} times: give the network before the cut, and the cut one"
         )
     if small.mask is not None:
-        raise UsageError("single weights of this network are zero and must stay so, and a repair changes all: cut first")
+        raise UsageError(
+            "single weights of this network are zero and must stay so; a repair changes all: cut units first"
+        )
     model = copy.deepcopy(small.model)
-    with exact():
-        method(model, dense.model, surgery.together(small.cuts[n_before:]), data)
+    mend = mender(repair, dense.model, data)
+    if mend is not None:
+        mend(model, surgery.together(small.cuts[n_before:]))
     return replace(
         small, model=model, last_cut=f"{small.last_cut}; repaired by {repair}", weights_sha256=models.digest(model)
     )
@@ -161,12 +137,6 @@ def sparse(loaded: Loaded, mask: Mask) -> Loaded:
     sparsity.enforce(model, mask)
     both = Mask({**(loaded.mask.keep if loaded.mask else {}), **mask.keep})
     return replace(loaded, model=model, weights_sha256=models.digest(model), mask=both)
-
-
-def check_round_to(round_to: int) -> None:
-    """Refuse a multiple below 1."""
-    if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
 
 
 def check_options(criterion: str, options: Mapping[str, Any]) -> None:

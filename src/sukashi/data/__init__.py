@@ -89,47 +89,41 @@ def load(
     _check_names(name, found)
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
-    of_images = {} if groups is None else grouping.groups_of(name, found, groups)
-    notes, warned = list(found.notes), list(found.warnings)
-    splits: dict[str, Split] = {}
-    digests: dict[str, bytes] = {}
-    for key in sorted(found.splits, key=("", *ORDER).index):
-        source, targets = found.splits[key]
-        targets = None if targets is None else number[targets]
-        split = _checked(key or name, source, targets, class_names, digests)
-        splits[key] = replace(split, groups=None if groups is None else tuple(of_images[i] for i in split.image_ids))
-    bad = tuple(pair for split in splits.values() for pair in split.bad)
+    of_images = None if groups is None else grouping.groups_of(name, found, groups)
+    read, digests = _read(name, found, number, class_names, of_images)
+    bad = tuple(pair for split in read.values() for pair in split.bad)
     if bad and not skip_bad:
         raise bad_images(name, bad, "replace them, or leave them out with skip_bad=True")
-    for split in splits.values():
-        if split.bad:
-            warned.append(f"{len(split.bad)} unreadable image(s) of {split.name} left out")
+    for split in read.values():
         _check_presence(split, name)
-    splits, scaled = _one_depth(name, splits)
-    read = tuple(splits.values())
-    held_out_by = seed if "" in splits or set(splits) == {"train"} else None
-    splits = _with_test(name, splits, seed, notes)
-    warned += [*scaled, *(said for split in splits.values() for said in _lonely_classes(split))]
-    warned += [*_duplicates(splits, digests), *grouping.shared(splits)]
+    read, scaled = _one_depth(name, read)
+    splits, renamed = _with_test(name, read, seed)
     sha256 = _sha256(splits, digests)
     whole = Data(
         name,
         class_names,
-        splits["train"],
-        splits["test"],
-        splits.get("val"),
-        bad,
-        sha256,
-        sha256,
-        held_out_by,
-        found.ignore_index,
-        found.preprocess,
-        None if class_map is None else tuple(sorted(class_map.values())),
-        found.masks,
-        found.facts,
-        tuple((split.name, rule, n) for split in read for rule, n in sorted(split.notes.items())),
-        tuple(notes),
-        tuple(warned),
+        train=splits["train"],
+        test=splits["test"],
+        val=splits.get("val"),
+        bad=bad,
+        sha256=sha256,
+        splits_sha256=sha256,
+        held_out_by=seed if _is_whole(read) else None,
+        ignore_index=found.ignore_index,
+        preprocess=found.preprocess,
+        outputs=None if class_map is None else tuple(sorted(class_map.values())),
+        _masks=found.masks,
+        _facts=found.facts,
+        _converted=tuple((of.name, rule, n) for of in read.values() for rule, n in sorted(of.notes.items())),
+        _notes=(*found.notes, *renamed),
+        _warnings=(
+            *found.warnings,
+            *(f"{len(of.bad)} unreadable image(s) of {of.name} left out" for of in read.values() if of.bad),
+            *scaled,
+            *(said for split in splits.values() for said in _lonely_classes(split)),
+            *_duplicates(splits, digests),
+            *grouping.shared(splits),
+        ),
     )
     return whole if only is None else whole.only(only)
 
@@ -153,19 +147,24 @@ def names() -> dict[str, str]:
     }
 
 
-def _with_test(name: str, splits: dict[str, Split], seed: int, notes: list[str]) -> dict[str, Split]:
-    """The same with train and test splits, whatever the dataset has; that val is test goes into `notes`."""
-    if "" in splits or set(splits) == {"train"}:
-        ((_, pool),) = splits.items()
-        splits = _held_out(pool, seed)
+def _with_test(name: str, splits: Mapping[str, Split], seed: int) -> tuple[dict[str, Split], list[str]]:
+    """The same with train and test splits, whatever the dataset has, and a sentence where val is test."""
+    if _is_whole(splits):
+        (pool,) = splits.values()
+        return _held_out(pool, seed), []
     if "train" not in splits:
         raise DataError(
             f"{name} has only {' and '.join(splits)}: a train split is needed, so add one or rename a split"
         )
-    if "test" not in splits:
-        splits["test"] = splits.pop("val")
-        notes.append(f"{name} has no test split: val is used as test")
-    return splits
+    if "test" in splits:
+        return dict(splits), []
+    renamed = {"test" if key == "val" else key: split for key, split in splits.items()}
+    return renamed, [f"{name} has no test split: val is used as test"]
+
+
+def _is_whole(splits: Mapping[str, Split]) -> bool:
+    """Whether a dataset has no split but one to learn from, so that images are held out of it."""
+    return "" in splits or set(splits) == {"train"}
 
 
 def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: int) -> tuple[str, Found]:
@@ -266,6 +265,20 @@ def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Te
             f"class_map must give each of {', '.join(found.class_names)} its own number, got {dict(class_map)}"
         )
     return torch.tensor([numbers.index(class_map[class_name]) for class_name in found.class_names])
+
+
+def _read(
+    name: str, found: Found, number: Tensor, class_names: tuple[str, ...], groups: Mapping[str, str] | None
+) -> tuple[dict[str, Split], dict[str, bytes]]:
+    """The splits as they are there, with the group of each image, and a digest of each image."""
+    splits: dict[str, Split] = {}
+    digests: dict[str, bytes] = {}
+    for key in sorted(found.splits, key=("", *ORDER).index):
+        source, targets = found.splits[key]
+        targets = None if targets is None else number[targets]
+        split = _checked(key or name, source, targets, class_names, digests)
+        splits[key] = replace(split, groups=None if groups is None else tuple(groups[i] for i in split.image_ids))
+    return splits, digests
 
 
 def _checked(

@@ -20,7 +20,7 @@ from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
 from sukashi.core.schema import Settings, option
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
-from sukashi.criteria import calibration, pruning
+from sukashi.criteria import calibration, plans, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
@@ -268,16 +268,16 @@ class Ranking:
     seed: int
     sampling: str
 
-    def cut(self, ratio: float, *, round_to: int = pruning.ROUND_TO, repair: str = NONE) -> Loaded:
+    def cut(self, ratio: float, *, round_to: int = plans.ROUND_TO, repair: str = NONE) -> Loaded:
         """The network without round(ratio * units) units, less what rounding each site to a multiple of `round_to`
         gives back (1: the exact ratio), and mended by a `repair`, as "refit", on the images that ranked; `.model` is
         the module, `models.save` writes it.
 
         Raises UsageError for a ratio outside [0, 1) and a repair that there is not, and what the repair raises.
         """
-        mask = pruning.round_mask(self.plan, ratio, round_to)
+        mask = plans.round_mask(self.plan, ratio, round_to)
         small = pruning.cut(self.bench.loaded, mask)
-        if repair == NONE or not mask.n_removed:
+        if repair == NONE:
             return small
         images = self.bench.calibration(self.seed, self.sampling)
         return pruning.repaired(small, self.bench.loaded, images, repair)

@@ -1,12 +1,20 @@
-"""Columns that tables of several kinds have; what is of one kind alone is in the `columns` of its result."""
+"""Columns that tables of several kinds have, and files of tables, whose columns say what they hold; what is of one kind
+alone is in the `columns` of its result.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from sukashi.core.experiment import Columns
+
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 _SHARED: Columns = {
     "model": (str, "the network, as it was named"),
@@ -37,3 +45,17 @@ def shared(*names: str) -> Columns:
 def as_json(options: Mapping[str, Any]) -> str:
     """Options as one text, equal where they are equal."""
     return json.dumps(dict(options), sort_keys=True)
+
+
+def schema(columns: Columns) -> pa.Schema:
+    """Fields that say what they hold, under "description" in their metadata."""
+    return pa.schema(
+        [pa.field(name, _TYPES[of], metadata={"description": said}) for name, (of, said) in columns.items()]
+    )
+
+
+def parquet(table: pa.Table) -> bytes:
+    """The file of a table."""
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    return content.getvalue()

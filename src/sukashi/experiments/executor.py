@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import subprocess
@@ -11,24 +10,23 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
-from sukashi.core.experiment import Columns, Prepared, Result, Trial
+from sukashi.core.experiment import Prepared, Result, Trial
+from sukashi.experiments.columns import parquet, schema
 from sukashi.experiments.methods import check_shared, named
 from sukashi.experiments.workspace import Desk, Workspace, versions_of
 from sukashi.report import page, words
 from sukashi.report.page import Page
 from sukashi.training.distributed import from_first, size
 
-_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _LOOK = 0.2  # seconds from one look at what other processes have finished to the next
 
 
@@ -116,7 +114,8 @@ def conclude(space: Workspace, **options: Any) -> Result:
         for folder in (space.folder, *(space.folder / name for name in page.FOLDERS)):
             files.remove_drafts(folder)
         more = tables(space) if tables else {}
-        for name, content in {"results.parquet": _parquet(found.table(), found.columns), **more}.items():
+        rows = parquet(pa.Table.from_pylist(found.table(), schema(found.columns)))
+        for name, content in {"results.parquet": rows, **more}.items():
             files.write(space.folder / name, content)
         page.write(space.folder, _dated(part(kind, "page").page(found, space), found))
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
@@ -128,14 +127,6 @@ def _dated(made: Page, found: Result) -> Page:
     """A page that says by which versions its trials were done, and takes note where these differ."""
     noted = [*made.shown["warnings"], *words.mixed(found.versions)]
     return replace(made, shown={**made.shown, "warnings": noted, "versions": found.versions})
-
-
-def _parquet(rows: Sequence[Mapping[str, Any]], columns: Columns) -> bytes:
-    """A table whose fields say what they hold, under "description" in their metadata."""
-    content = io.BytesIO()
-    told = [pa.field(name, _TYPES[of], metadata={"description": said}) for name, (of, said) in columns.items()]
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], pa.schema(told) if told else None), content)
-    return content.getvalue()
 
 
 def work(space: Workspace, trials: Sequence[Trial]) -> dict[str, Any]:

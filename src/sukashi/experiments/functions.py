@@ -133,8 +133,8 @@ def repair(
     """A network that was cut, with what the cut took given back by the repair of that name, see `sukashi list repairs`.
 
     `cut` is a saved folder or what `Ranking.cut` gives, `model` the network before the cut. A repair looks at
-    `calibration` training images a class, drawn by `seed`, and not at their classes; it is in closed form. `models.save`
-    writes what comes back.
+    `calibration` training images a class, drawn by `seed`, and not at their classes; it is in closed form.
+    `models.save` writes what comes back.
 
     Raises UsageError for a repair that there is not and a network that was not cut from `model`, ModelError where the
     repair can do nothing for it.

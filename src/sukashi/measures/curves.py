@@ -63,7 +63,7 @@ def curve(
             keep = plan.mask_of(n_removed).keep
             small = copy.deepcopy(model).to(device)
             table = surgery.MODES[mode](small, Mask({site: keep[site] for site in sites}))
-            if repair is not None and n_removed:
+            if repair is not None:
                 repair(small, table)
             found = replies(small, images)
             if n_removed and found.image_ids != measured[0][2].image_ids:

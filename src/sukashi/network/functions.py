@@ -356,6 +356,11 @@ def _layer_norm(tensors: Mapping[str, Tensor], normalized_shape: Any, eps: float
     return nn.LayerNorm(normalized_shape, eps, elementwise_affine=False)
 
 
+def _group_norm(tensors: Mapping[str, Tensor], num_groups: int, eps: float = 1e-5) -> nn.Module | None:
+    # How many channels there are, weights alone tell.
+    return nn.GroupNorm(num_groups, len(tensors["weight"]), eps, affine=False) if "weight" in tensors else None
+
+
 def _prelu(tensors: Mapping[str, Tensor]) -> nn.Module:
     return nn.PReLU(len(tensors["weight"]), device="meta")
 
@@ -372,6 +377,7 @@ LAYERS: Mapping[Any, tuple[tuple[str, ...], Callable[..., nn.Module | None]]] = 
         _batch_norm,
     ),
     F.layer_norm: (("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
+    F.group_norm: (("input", "num_groups", "weight", "bias", "eps"), _group_norm),
     **dict.fromkeys((F.prelu, torch.prelu), (("input", "weight"), _prelu)),
 }
 _TENSORS = ("weight", "bias", "running_mean", "running_var")

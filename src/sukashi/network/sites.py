@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, cast
@@ -14,18 +14,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sukashi.core import progress
-from sukashi.core.errors import ModelError, ResourceError, UsageError, brief, nearest
-from sukashi.core.types import Kind, Mask, Member, Site
-from sukashi.network import coupling, hooks, insert, surgery
+from sukashi.core.errors import ModelError, UsageError, brief, nearest
+from sukashi.core.types import Kind, Member, Site
+from sukashi.network import coupling, hooks, insert, surgery, trial_cuts
 from sukashi.network.canonical import answer, evaluating, is_compound
 from sukashi.network.exclude import matching, remedy
 from sukashi.network.layers import MAKERS, AttentionCore
 
-# Of fp32 logits that should be equal; a wrong cut is off by 1e-2 and more.
-TOLERANCE = 1e-4
-# Seconds of processor time that the search may take.
-PATIENCE = 300.0
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -180,11 +175,11 @@ def find(model: nn.Module, example: Tensor) -> Found:
     CPU: the model is left alone.
 
     Raises ModelError where the model cannot be copied or run, gives no finite tensor, or nothing can be cut;
-    ResourceError where the search takes more than PATIENCE seconds of processor time.
+    ResourceError where the search takes more than `trial_cuts.PATIENCE` seconds of processor time.
     """
-    stop = time.process_time() + PATIENCE
+    stop = time.process_time() + trial_cuts.PATIENCE
     try:
-        twin = _twin(model)
+        twin = trial_cuts.twin(model)
         x = example[:2].detach().cpu().float()
         with torch.no_grad():
             dense = twin(x)
@@ -212,7 +207,7 @@ def find(model: nn.Module, example: Tensor) -> Found:
             )
     layers, trace = dict(twin.named_modules()), coupling.traced(twin, x)
     candidates = _whole(_sites(twin, trace, refused), layers, refused)
-    trial = _Trial(twin, torch.cat([x, _noise(x)]), refused, stop)
+    trial = trial_cuts.TrialCuts(twin, torch.cat([x, trial_cuts.noise(x)]), refused, stop)
     sites = trial.right(candidates)
     if inserted:
         reason = (
@@ -262,54 +257,6 @@ def _telling(refused: Mapping[str, str]) -> tuple[str, str]:
     return next(iter(told or refused.items()), ("", "it has no convolution or linear layer"))
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy on the CPU, in fp32 and eval mode, in which no normalisation or scale is at a neutral start value.
-
-    A fresh BatchNorm (0, 1), a layer of zeros or a scale near zero would hide a wrong cut.
-    """
-    generator = torch.Generator().manual_seed(0)
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_plain(parameter), requires_grad=True)
-    for buffer in model.buffers():
-        memo[id(buffer)] = _plain(buffer)
-    for module in model.modules():
-        for tensor in _tensors(vars(module)):
-            memo.setdefault(id(tensor), _plain(tensor))
-    twin = copy.deepcopy(model, memo).eval()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.numel() == max(parameter.shape, default=1) or not parameter.any():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        for module in twin.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                mean, var = module.running_mean, module.running_var
-                if mean is not None and var is not None:
-                    mean.add_(torch.randn(mean.shape, generator=generator), alpha=0.2)
-                    var.mul_(0.5 + torch.rand(var.shape, generator=generator))
-    return twin
-
-
-def _noise(x: Tensor) -> Tensor:
-    """(1, C, H, W) noise of three times what images x reach: dull ones would hide what couples units by a little."""
-    drawn = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(2))
-    return 3 * drawn * x.abs().max().clamp(min=1)
-
-
-def _tensors(kept: object) -> Iterator[Tensor]:
-    """The tensors that a module keeps aside, which are often results that can't be copied by themselves."""
-    if isinstance(kept, Tensor):
-        yield kept
-    elif isinstance(kept, Mapping | list | tuple):
-        for part in kept.values() if isinstance(kept, Mapping) else kept:
-            yield from _tensors(part)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to("cpu", copy=True)
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
 def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> list[Site]:
     """What the trace takes for sites, by last producer; adds to `refused` what is plainly none."""
     layers = dict(twin.named_modules())
@@ -326,7 +273,7 @@ def _sites(twin: nn.Module, trace: coupling.Trace, refused: dict[str, str]) -> l
             elif name in shared:
                 reason = reason or f"layer {name!r} shares its weights with another layer"
         if reason:
-            _refuse(group.places, reason, layers, refused)
+            trial_cuts.refuse(group.places, reason, layers, refused)
             continue
         site = _site(group, layers, first)
         sites.append((max(first.get(member.module, -1) for member in site.producers), site))
@@ -349,21 +296,6 @@ def _site(group: coupling.Group, layers: Mapping[str, nn.Module], first: Mapping
         attended = any(isinstance(layers[m.module], AttentionCore) or surgery.heads(layers[m.module]) for m in members)
         kind = "head" if attended else "hidden"
     return Site(producers[0], kind, group.n_units, cast(int, surgery.axis_of(layer)), tuple(members))
-
-
-def _refuse(
-    places: Iterable[tuple[str, str]], reason: str, layers: Mapping[str, nn.Module], refused: dict[str, str]
-) -> None:
-    """Give every convolution and linear layer that makes the units the reason."""
-    for name, side in places:
-        if side == "out" and isinstance(layers[name], MAKERS):
-            refused.setdefault(name, reason)
-
-
-def _at(site: Site, layer: str, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether a site has members at a layer, or heads in the same kind of attention."""
-    alike = type(layers[layer]) if layer and surgery.heads(layers[layer]) else ()
-    return any(member.module == layer or isinstance(layers[member.module], alike) for member in site.members)
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -389,77 +321,5 @@ def _whole(sites: list[Site], layers: Mapping[str, nn.Module], refused: dict[str
             good.append(site)
         else:
             reason = f"it has only some of the units of layer {part!r}, whose others cannot be cut"
-            _refuse(((m.module, m.side) for m in site.members), reason, layers, refused)
+            trial_cuts.refuse(((m.module, m.side) for m in site.members), reason, layers, refused)
     return good if len(good) == len(sites) else _whole(good, layers, refused)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Trial cuts in a copy of the model; they stop where the search has taken too long."""
-
-    twin: nn.Module
-    x: Tensor
-    refused: dict[str, str]
-    stop: float
-
-    def right(self, sites: list[Site], reason: str = "") -> list[Site]:
-        """The sites whose random cuts give the masked logits, all together; the others are refused.
-
-        Where a cut fails, those at layers like the one that did not fit are tried after the others, or else halves one
-        after the other, each together with what has been found right before.
-        """
-        layers = dict(self.twin.named_modules())
-        good: list[Site] = []
-        blocks, done = [sites] if sites else [], 0
-        with progress.task("trial cuts", len(sites)) as shown:
-            while blocks:
-                shown.advance(len(sites) - sum(map(len, blocks)) - done)
-                done = len(sites) - sum(map(len, blocks))
-                block = blocks.pop()
-                fault, layer = self.fault([*good, *block])
-                suspects = [site for site in block if _at(site, layer, layers)]
-                if not fault:
-                    good += block
-                elif 0 < len(suspects) < len(block):
-                    blocks += [suspects, [site for site in block if site not in suspects]]
-                elif len(block) > 1:
-                    middle = len(block) // 2
-                    blocks += [block[middle:], block[:middle]]
-                else:
-                    places = [(member.module, member.side) for member in block[0].members]
-                    why = reason or f"its trial cut does not give the logits of the masked model ({fault})"
-                    _refuse(places, why, layers, self.refused)
-        return [site for site in sites if site in good]
-
-    def fault(self, sites: list[Site]) -> tuple[str, str]:
-        """What is wrong with two trial cuts and at which layer, or "": every unit goes in one of them."""
-        if time.process_time() > self.stop:
-            raise ResourceError(
-                f"the search for what can be cut was given up after {PATIENCE:.0f} seconds of processor time: give "
-                "smaller images, or a smaller network of the family"
-            )
-        generator = torch.Generator().manual_seed(1)
-        keep = {site: torch.rand(site.n_units, generator=generator) < 0.6 for site in sites}
-        for kept in keep.values():
-            kept[-1], kept[0] = False, True
-        rest = {site: ~kept for site, kept in keep.items()}
-        first = self._off(Mask(keep))
-        return first if first[0] else self._off(Mask(rest))
-
-    def _off(self, mask: Mask) -> tuple[str, str]:
-        """How the cut network differs from the masked one, or "", and the layer at which it broke, or ""."""
-        path: list[str] = []
-        try:
-            small = copy.deepcopy(self.twin)
-            with torch.no_grad(), hooks.ablated(self.twin, mask):
-                masked = self.twin(self.x)
-            surgery.cut(small, mask)
-            enter = lambda name, module: path.append(name)  # noqa: E731
-            with torch.no_grad(), hooks.followed(small, enter, lambda name, *_: path.remove(name)):
-                cut = small(self.x)
-        except Exception as error:  # whatever it is, the cut layers no longer fit each other
-            return brief(error), path[-1] if path else ""
-        if cut.shape != masked.shape:
-            return f"logits of shape {tuple(cut.shape)}", ""
-        off = (cut - masked).abs().max()
-        return "" if off <= TOLERANCE * masked.abs().max() else f"logits are {float(off):.1e} apart", ""

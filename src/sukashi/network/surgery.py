@@ -215,11 +215,6 @@ def sizes(module: nn.Module) -> dict[str, int]:
             raise ModelError(f"a {type(module).__name__} normalises over units: fewer of them would change the rest")
         case _ if heads(module):
             return {"out": heads(module)}
-        case _ if type(module) is nn.Module:
-            raise ModelError(
-                "heads of attention that is not written out cannot be cut in a canonical form: use a criterion that "
-                "needs none, such as magnitude"
-            )
     raise ModelError(f"a {type(module).__name__} cannot be cut: only convolution, linear, BatchNorm and our own layers")
 
 

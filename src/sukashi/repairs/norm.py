@@ -27,27 +27,32 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
     batches = data.x.to(device).split(batch_size)
     order = hooks.calls(model, batches[0][:1])
     first = min((order.index(name) for name in table if name in order), default=len(order))
-    norms = [
-        name
-        for name in dict.fromkeys(order[first:])
-        if isinstance(of := model.get_submodule(name), nn.modules.batchnorm._BatchNorm) and of.running_mean is not None
-    ]
+    norms = {name: of for name in dict.fromkeys(order[first:]) if (of := _norm(model, name)) is not None}
     if not norms:
         raise ModelError("no BatchNorm lies behind what was cut, so there are no statistics to estimate: refit instead")
-    sums: dict[str, list[Tensor | int]] = {}
+    sums: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def visit(name: str, x: Tensor) -> None:
         flat = x.transpose(0, 1).flatten(1).double()
         # Shifted, so that squares are not differences of large numbers.
-        flat = flat - model.get_submodule(name).running_mean.double()[:, None]
-        found = [flat.shape[1], flat.sum(1), flat.square().sum(1)]
-        sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+        flat = flat - norms[name][0].double()[:, None]
+        zero = flat.new_zeros(len(flat))
+        n, total, squares = sums.get(name, (0, zero, zero))
+        sums[name] = n + flat.shape[1], total + flat.sum(1), squares + flat.square().sum(1)
 
     def mend(name: str) -> None:
-        of = model.get_submodule(name)
-        n, total, squares = sums.pop(name)
-        mean = total / n
-        of.running_var.copy_((squares - n * mean.square()) / max(1, n - 1))
-        of.running_mean += mean.to(of.running_mean)
+        (mean, variance), (n, total, squares) = norms[name], sums.pop(name)
+        off = total / n
+        variance.copy_((squares - n * off.square()) / max(1, n - 1))
+        mean += off.to(mean)
 
-    in_order(model, norms, batches, visit, mend, what="norm")
+    in_order(model, list(norms), batches, visit, mend, what="norm")
+
+
+def _norm(model: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
+    """The mean and variance that a BatchNorm keeps; None of a layer that keeps none."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.running_mean is None:
+        return None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var

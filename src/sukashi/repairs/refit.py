@@ -63,13 +63,13 @@ def refit(
     n_seen = dict.fromkeys(readers, 0)
 
     def shifts(name: str) -> bool:
-        return name in norms or model.get_submodule(name).bias is not None
+        return name in norms or _bias(model.get_submodule(name)) is not None
 
     def visit(name: str, x: Tensor) -> None:
         layer, first = model.get_submodule(name), n_seen[name]
         n_seen[name] += len(x)
         live = _live(layer, table[name])
-        weight, bias = _weight(layer).flatten(1), layer.bias
+        weight, bias = _weight(layer).flatten(1), _bias(layer)
         held_out = torch.arange(first, first + len(x)) % HELD_OUT == HELD_OUT - 1
         for part, rows in zip(sums[name], (~held_out, held_out), strict=True):
             here = rows.nonzero()[:, 0]
@@ -89,8 +89,9 @@ def refit(
         flat, live = weight.flatten(1), _live(layer, table[name]).to(weight.device)
         flat[:, live] += change[: int(live.sum())].T.to(flat)
         weight.copy_(flat.view_as(weight))
-        if layer.bias is not None:
-            layer.bias += change[-1].to(layer.bias)
+        bias = _bias(layer)
+        if bias is not None:
+            bias += change[-1].to(bias)
         elif name in norms:
             mean = model.get_submodule(norms[name]).running_mean
             assert isinstance(mean, Tensor)
@@ -114,6 +115,11 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
+def _bias(layer: nn.Module) -> Tensor | None:
+    assert isinstance(layer, MAKERS)
+    return layer.bias
+
+
 def _live(layer: nn.Module, sides: Mapping[str, Sequence[int]]) -> Tensor:
     """(N,) which of the numbers of a layer's windows it may read: not those that were silenced."""
     live = torch.ones(_weight(layer).shape[1:], dtype=torch.bool)
@@ -127,7 +133,7 @@ def _norms_after(dense: nn.Module, readers: Sequence[str], x: Tensor) -> dict[st
     written_by: dict[int, tuple[str, Tensor]] = {}
 
     def leave(name: str, layer: nn.Module, read: Tensor, output: Tensor) -> None:
-        if name in readers and layer.bias is None:
+        if name in readers and _bias(layer) is None:
             written_by[id(output)] = name, output  # kept, so that nothing else gets its id
         elif isinstance(layer, _NORMS) and layer.running_mean is not None and id(read) in written_by:
             found[written_by[id(read)][0]] = name

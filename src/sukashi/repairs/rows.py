@@ -35,7 +35,8 @@ def windows(layer: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     """(B P, N) what a layer reads to write its positions `at` (B, P), in the order of its weight (out, N...)."""
     if isinstance(layer, nn.Linear):
         return written(layer, x, at)
-    assert isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == 1
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    assert layer.groups == 1, "layers in groups lose whole groups, and read nothing less"
     n_dims = len(layer.kernel_size)
     if isinstance(layer, Conv2dSame):
         x = pad_same(x, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
@@ -46,9 +47,9 @@ def windows(layer: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     n_out = [(size - span) // s + 1 for size, span, s in zip(sizes, spans, layer.stride, strict=True)]
     steps = [math.prod(sizes[i + 1 :]) for i in range(n_dims)]
-    start = sum(
-        index * s * step for index, s, step in zip(torch.unravel_index(at, n_out), layer.stride, steps, strict=True)
-    )
+    start = torch.zeros_like(at)
+    for index, s, step in zip(torch.unravel_index(at, n_out), layer.stride, steps, strict=True):
+        start = start + index * s * step
     offsets = _offsets(layer.kernel_size, layer.dilation, steps)
     index = (start[:, :, None] + offsets).flatten(1).to(x.device)
     met = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sukashi.core import files
+from sukashi.core.bracketed import folder_of
 from sukashi.core.errors import writing
 from sukashi.report.figures import DPI, WIDTH, Drawn
 from sukashi.report.glossary import explained
@@ -38,7 +39,8 @@ def write(folder: Path, page: Page) -> None:
     """Write a page into a folder.
 
     Its figures are in the page itself and, as PNG and SVG by name, in the folder's `figures/`; its tables are in
-    `tables/` too, as CSV and LaTeX. Files there that were of an earlier page are removed.
+    `tables/` too, as CSV and LaTeX. What is named after a contender has the file that `folder_of` says. Files there
+    that were of an earlier page are removed.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent.parent),
@@ -47,12 +49,14 @@ def write(folder: Path, page: Page) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "p_value": p_value}
+    environment.filters |= {"percent": percent, "p_value": p_value, "file": folder_of}
     inlined = {name: _inlined(drawn) for name, drawn in page.figures.items()}
     said = environment.get_template(page.template).render(figures=inlined, **page.shown)
+    drawn = {folder_of(name): of for name, of in page.figures.items()}
+    tables = {folder_of(of.name): of for of in tables_of(said)}
     beside = {
-        **{f"figures/{name}.{form}": getattr(of, form) for name, of in page.figures.items() for form in ("png", "svg")},
-        **{f"tables/{of.name}.{form}": getattr(of, form)() for of in tables_of(said) for form in ("csv", "tex")},
+        **{f"figures/{name}.{form}": getattr(of, form) for name, of in drawn.items() for form in ("png", "svg")},
+        **{f"tables/{name}.{form}": getattr(of, form)() for name, of in tables.items() for form in ("csv", "tex")},
     }
     for name in FOLDERS:
         with writing(folder):

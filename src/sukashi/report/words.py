@@ -88,6 +88,14 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return rows([header, *body])
 
 
+def by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
+    """{reason: who was refused for it}, that none is said twice."""
+    found: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
 def rows(cells: Sequence[Sequence[str]]) -> str:
     """Rows of text in columns as wide as they need."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

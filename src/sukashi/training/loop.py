@@ -99,36 +99,42 @@ def fit(
     train, validation, notes = splits(data, training)
     notes += check_training(training, train, validation, loaded, tensorboard is not None)
     checkpoints = checkpoint.Checkpoints(out, about(loaded, data, training), seconds)
-    with world(device) as processes, contextlib.ExitStack() as stack:
-        try:
-            if processes.rank == 0:
-                stack.enter_context(checkpoint.held(out, checkpoints.described))
-            stack.enter_context(torch.random.fork_rng([processes.device] if device.type == "cuda" else []))
-            read = functools.partial(Frames.read, preprocess=loaded.preprocess, memory=memory, workers=workers)
-            run = _Run(loaded, train, validation, training, processes, checkpoints.keep, read)
-            run.until = until or training.epochs
-            if processes.rank == 0 and not (out / checkpoint.FILE).exists():
-                checkpoints.keep(run.state)
-            processes.total(torch.zeros(1, device=processes.device))  # now every process finds the checkpoint
-            checkpoint.restore(out / checkpoint.FILE, run.state)
-            resumed = run.state.step
-            asked = stack.enter_context(_interrupts())
-            task = stack.enter_context(progress.task("training", training.epochs * run.n_batches))
-            task.advance(resumed)
-            while not run.ended:
-                run.epoch(task, asked, checkpoints.due)
-                if tensorboard is not None and processes.rank == 0:
-                    _log(tensorboard, run.state.history)
-            return run.fitted(resumed, notes)
-        except (SukashiError, RuntimeError) as error:
-            found = error if isinstance(error, SukashiError) else _meant(error, out)
-            if processes.size == 1 or found is None:
-                raise
-            # All processes may find it, or only the one whose share of the images it is in.
-            if not checkpoint.claim(out):
-                raise SystemExit(found.exit_code) from None
-            found.alone = True
-            raise found from None
+    with world(device) as processes, contextlib.ExitStack() as stack, _told_once(processes, out):
+        if processes.rank == 0:
+            stack.enter_context(checkpoint.held(out, checkpoints.described))
+        stack.enter_context(torch.random.fork_rng([processes.device] if device.type == "cuda" else []))
+        read = functools.partial(Frames.read, preprocess=loaded.preprocess, memory=memory, workers=workers)
+        run = _Run(loaded, train, validation, training, processes, checkpoints.keep, read)
+        run.until = until or training.epochs
+        if processes.rank == 0 and not (out / checkpoint.FILE).exists():
+            checkpoints.keep(run.state)
+        processes.total(torch.zeros(1, device=processes.device))  # now every process finds the checkpoint
+        checkpoint.restore(out / checkpoint.FILE, run.state)
+        resumed = run.state.step
+        asked = stack.enter_context(_interrupts())
+        task = stack.enter_context(progress.task("training", training.epochs * run.n_batches))
+        task.advance(resumed)
+        while not run.ended:
+            run.epoch(task, asked, checkpoints.due)
+            if tensorboard is not None and processes.rank == 0:
+                _log(tensorboard, run.state.history)
+        return run.fitted(resumed, notes)
+
+
+@contextlib.contextmanager
+def _told_once(processes: World, out: Path) -> Iterator[None]:
+    """Of several processes that fail inside one speaks, and the others end with its exit code."""
+    try:
+        yield
+    except (SukashiError, RuntimeError) as error:
+        found = error if isinstance(error, SukashiError) else _meant(error, out)
+        if processes.size == 1 or found is None:
+            raise
+        # All processes may find it, or only the one whose share of the images it is in.
+        if not checkpoint.claim(out):
+            raise SystemExit(found.exit_code) from None
+        found.alone = True
+        raise found from None
 
 
 def _meant(error: RuntimeError, out: Path) -> SukashiError | None:

@@ -30,7 +30,8 @@ SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 def subject(name: str, file: str) -> Any:
     """A file of what an audit looks at.
 
-    run      `check(settings)`, and `Subject(settings, networks)` with what is kept of it (`facts`), `notes`, the area
+    run      `check(settings)`, `code(settings)` with a hash of all that may have a part in a figure, and
+             `Subject(settings, networks)` with what is kept of it (`facts`), `notes`, the area
              of each concept in each image (`areas`), what its settings come to (`identity`), and its `trials(answers)`
     summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
     page     `panel(result, found, space)`, `settings(space)`
@@ -75,6 +76,11 @@ def prepare(settings: Audit) -> Prepared:
     kept = Trial(about, partial(_keep, answers, facts), label="answers")
     trials = [kept, *(trial for one in looking.values() for trial in one.trials(kept))]
     return Prepared(identity, trials, log={"hardware": hardware(reference.device)})
+
+
+def code(settings: Audit) -> dict[str, str]:
+    """{name: a hash of its code} of what may have a part in a figure."""
+    return {part: of for name in settings.subjects for part, of in subject(name, "run").code(settings).items()}
 
 
 def _name(one: Answers) -> str:

@@ -80,7 +80,7 @@ class CheckResult(Result):
             said.append(f"{split}: {words.several(sum(counts), 'image')}, {words.between(counts)} a class")
         width = max(map(len, self.estimated_seconds), default=0)
         said += [f"{name:{width}s} about {words.duration(of)}" for name, of in self.estimated_seconds.items()]
-        said += [f"{name}: {reason}" for name, reason in self.cannot.items()]
+        said += [f"{', '.join(names)}: {reason}" for reason, names in words.by_reason(self.cannot).items()]
         said += [f"{name}: not estimated within {self.limit:g} s; give --limit more" for name in self.unmeasured]
         return "\n".join([*said, *self.remarks()])
 

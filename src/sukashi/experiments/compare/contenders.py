@@ -123,11 +123,7 @@ def contenders(space: Workspace) -> list[Contender]:
 
 def refused(space: Workspace) -> dict[str, str]:
     """Why contenders are left out that refused the model."""
-    return {
-        named(record): record.result["refused"]
-        for record in space.records()
-        if "refused" in record.result
-    }
+    return {named(record): record.result["refused"] for record in space.records() if "refused" in record.result}
 
 
 def sampling_of(record: Record) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -122,6 +123,36 @@ def _by_units(curve: Curve, n_units: int) -> Curve:
     return replace(curve, fraction=curve.n_removed / n_units)
 
 
+def _draw_mean(axes: Axes, drawn: Sequence[Curve], colour: str, mark: str, **line: Any) -> None:
+    """The mean of the seeds' curves, in their interval where it bounds anything."""
+    fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
+    points = [found for found in curves.at(drawn, fractions.tolist()) if found is not None]
+    mean, low, high = ([getattr(point, name) for point in points] for name in ("mean", "low", "high"))
+    axes.plot(fractions, mean, color=colour, marker=mark, markersize=4, linewidth=1.8, **line)
+    if len(drawn) != 2:
+        axes.fill_between(fractions, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _draw_points(axes: Axes, drawn: Sequence[Curve], colour: str, mark: str) -> None:
+    """What was measured after progressive passes, and of two seeds at each ratio too."""
+    for curve in drawn:
+        after_pass = np.isnan(curve.ratio)
+        if len(drawn) == 2:
+            points = curve.fraction[~after_pass], curve.accuracy[~after_pass]
+            axes.plot(*points, linestyle="", marker=".", markersize=4, color=colour, alpha=0.6)
+        axes.plot(
+            curve.fraction[after_pass],
+            curve.accuracy[after_pass],
+            linestyle="",
+            marker=mark,
+            markersize=6.5,
+            zorder=5,
+            color=colour,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
+
+
 def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed: str, *, units: bool) -> Drawn:
     """Accuracy against what is gone, of units or of what the curves count. Two seeds bound nothing: their points."""
     figure = Figure(figsize=(WIDTH, 4.2 + 0.2 * math.ceil(len(found) / 2)), layout="constrained")
@@ -133,39 +164,10 @@ def _draw_curves(found: Sequence[Contender], colours: Mapping[str, str], removed
     dashes = figures.dashes({one.name: (one.criterion, DASHES.get((one.sampling, one.repair))) for one in found})
     for place, one in reversed(list(enumerate(found))):  # the best is drawn last, on top
         drawn = [_by_units(curve, one.plans[0].n_units) if units else curve for curve in one.curves]
-        fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
-        line = [found for found in curves.at(drawn, fractions.tolist()) if found is not None]
-        mean = one.sauce.mean
-        axes.plot(
-            fractions,
-            [point.mean for point in line],
-            color=colours[one.name],
-            linestyle=dashes[one.name],
-            linewidth=1.8,
-            label=f"{one.name}  {mean:.1f}",
-            marker=marks[one.name],
-            markersize=4,
-            markevery=(2 * place % 10, 10),
-        )
-        if len(drawn) != 2:
-            low, high = ([getattr(point, name) for point in line] for name in ("low", "high"))
-            axes.fill_between(fractions, low, high, color=colours[one.name], alpha=0.12, linewidth=0)
-        for curve in drawn:
-            after_pass = np.isnan(curve.ratio)
-            if len(drawn) == 2:
-                points = curve.fraction[~after_pass], curve.accuracy[~after_pass]
-                axes.plot(*points, linestyle="", marker=".", markersize=4, color=colours[one.name], alpha=0.6)
-            axes.plot(
-                curve.fraction[after_pass],
-                curve.accuracy[after_pass],
-                linestyle="",
-                marker=marks[one.name],
-                markersize=6.5,
-                zorder=5,
-                color=colours[one.name],
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-            )
+        colour, mark = colours[one.name], marks[one.name]
+        label = f"{one.name}  {one.sauce.mean:.1f}"
+        _draw_mean(axes, drawn, colour, mark, linestyle=dashes[one.name], label=label, markevery=(2 * place % 10, 10))
+        _draw_points(axes, drawn, colour, mark)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"fraction of {removed}", ylabel="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
-
-from torch import nn
 
 from sukashi.core import progress
 from sukashi.core.bracketed import plain
 from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.core.precision import exact
-from sukashi.core.types import Batch, Plan
+from sukashi.core.types import Plan
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import SAMPLINGS, check_sampling
@@ -29,12 +26,12 @@ from sukashi.experiments.methods import codes
 from sukashi.experiments.reading import Reading
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import cost, curves
-from sukashi.network.surgery import Table
-from sukashi.repairs import NONE, repairs
+from sukashi.repairs import NONE, mender, repairs
 from sukashi.repairs import check as check_repair
 
 LATENCY_BATCH = 32
 SPEED_BATCHES = 1, 32
+CURVES = "curves"  # by which a change of the code that measures them is told
 
 
 def prepare(settings: Compare) -> Prepared:
@@ -48,13 +45,12 @@ def prepare(settings: Compare) -> Prepared:
     setting = Source.of(settings).open(exclude=settings.exclude)
     ratios = sorted({0.0, *map(float, settings.ratios)})
     options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
-    measuring = code_of(curves.curve)
-    code = {name: {name: of, "curves": measuring} for name, of in codes(settings).items()}
+    hashes = code(settings)
     run, trials = partial(_run, setting, settings), []
     # Seed by seed, so that an interrupted comparison has all criteria side by side.
     for seed, name in itertools.product(range(settings.seeds), settings.criteria):
         for sampling in samplings_of(name, settings.sampling):
-            about = {
+            about: dict[str, Any] = {
                 "model": setting.about_model,
                 # Random sampling goes without saying.
                 "data": setting.about_data | ({} if sampling == "random" else {"sampling": sampling}),
@@ -64,7 +60,7 @@ def prepare(settings: Compare) -> Prepared:
                 "ratios": ratios,
                 "mode": settings.mode,
                 "exclude": settings.exclude,
-                "code": code[plain(name)],
+                "code": {part: hashes[part] for part in (plain(name), CURVES)},
             }
             cut = Trial(about, run, label=f"{name_of(name, sampling)}, seed {seed}")
             trials.append(cut)
@@ -81,6 +77,11 @@ def prepare(settings: Compare) -> Prepared:
         before=partial(_try_samplings, setting),
         after=partial(_conclude, setting, settings),
     )
+
+
+def code(settings: Compare) -> dict[str, str]:
+    """{name: a hash of its code} of the criteria, and of what measures their curves."""
+    return codes(settings) | {CURVES: code_of(curves.curve)}
 
 
 def _as_typed(settings: Compare) -> dict[str, Any]:
@@ -142,9 +143,10 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     if "repair" in about:
         cut = desk.needed(about["plan"])
         if "refused" in cut.result:
-            return desk.finish({"refused": cut.result["refused"]})
+            desk.finish({"refused": cut.result["refused"]})
+            return
         kept = cut.arrays("plan")
-        mend = _mend(setting, about["repair"], setting.calibration(about["seed"], sampling))
+        mend = mender(about["repair"], setting.loaded.model, setting.calibration(about["seed"], sampling))
     plan = None if kept is None else plan_of(kept, sites)
     if plan is None:
         plan = plan_for(
@@ -173,17 +175,6 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
             "notes": list(setting.data.notes),
         }
     )
-
-
-def _mend(setting: Bench, repair: str, images: Batch) -> Callable[[nn.Module, Table], None]:
-    """What a repair makes of a network that was cut from the bench's, and of what was cut."""
-    method, dense = repairs[repair], setting.loaded.model
-
-    def mend(model: nn.Module, table: Table) -> None:
-        with exact():
-            method(model, dense, table, images)
-
-    return mend
 
 
 def _cost(setting: Bench, plan: Plan) -> dict[str, dict[str, int]]:

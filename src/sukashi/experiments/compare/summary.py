@@ -26,8 +26,8 @@ Bounds = dict[str, Any]  # {"mean", "low", "high", "n"}, low and high None where
 
 
 class CompareResult(Result):
-    """Criteria held against each other. A contender is a criterion, followed by "/" and a sampling that isn't random and
-    by "+" and what repairs its cuts.
+    """Criteria held against each other. A contender is a criterion, followed by "/" and a sampling that isn't random,
+    then by "+" and what repairs its cuts.
 
     contenders      best mean SAUCE first; the dictionaries are by contender
     methods         of each contender its criterion, sampling, repair and options
@@ -130,7 +130,6 @@ class CompareResult(Result):
                 "",
                 f"dense accuracy {words.percent(self.dense_accuracy)} on {words.several(self.n_images, 'test image')}",
                 *self.remarks(*networks.slower(self.latency)),
-                *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
                 "",
                 self.verdict,
                 *([f"    {self.advice['command']}"] if self.advice else []),
@@ -179,48 +178,26 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
     best = verdict.advised(found, ratios)
     said, todo = verdict.headline(found, best, ratios[best.name] if best else 0.0, margin, mode)
     leads, rule = verdict.who_leads(found, pairs)
-    levels = {one.name: [_level(one, ratio, mode) for ratio in identity["ratios"]] for one in found}
+    of_each = {one.name: _of_contender(one, identity, ratios[one.name]) for one in found}
+    by_contender: dict[str, Any] = {
+        field: {name: of[field] for name, of in of_each.items()} for field in of_each[leader.name]
+    }
     return CompareResult(
         model=identity["model"]["spec"],
         weights_sha256=identity["model"]["weights_sha256"],
         data=identity["data"]["spec"],
         calibration=identity["data"]["calibration"],
         contenders=[one.name for one in found],
-        methods={
-            one.name: {
-                "criterion": plain(one.criterion),
-                "sampling": one.sampling,
-                "repair": one.repair,
-                "options": identity["options"][one.criterion],
-            }
-            for one in found
-        },
-        seeds={one.name: list(one.seeds) for one in found},
+        **by_contender,
         n_images=n_images,
         removes="parameters" if mode == "cut" else "units",
         mode=mode,
         dense_accuracy=leader.results[0]["dense_accuracy"],
         chance=leader.results[0]["chance"],
-        sauce={one.name: _bounds(one.sauce) for one in found},
-        sauces={one.name: [float(result["sauce"]) for result in one.results] for one in found},
-        relative_sauce={one.name: _bounds(stats.crossed(one.areas(relative=True))) for one in found},
-        evaluations={one.name: float(np.mean([result["n_evaluations"] for result in one.results])) for one in found},
         margin=margin,
-        lossless={one.name: _level(one, ratios[one.name], mode) for one in found},
         advice=_advice(space, best, ratios, mode),
         speed=verdict.speed_of(space, best, ratios[best.name]) if best else {},
-        levels=levels,
-        accuracy_at={
-            one.name: {
-                f"{fraction:g}": None if at is None else _bounds(at)
-                for fraction, at in zip(curves.THRESHOLDS, curves.at(one.curves, curves.THRESHOLDS), strict=True)
-            }
-            for one in found
-        },
-        measured_up_to={one.name: one.reach for one in found},
         differences=pairs,
-        curves={one.name: _points(one, mode, passes=False) for one in found},
-        passes={one.name: _points(one, mode, passes=True) for one in found},
         pass_means={one.name: means for one in found if (means := _pass_means(one))},
         costs=_costs(found),
         latency=_latency(space, found),
@@ -232,6 +209,31 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         warnings=_warnings(space, found),
         notes=_told(found, "notes"),
     )
+
+
+def _of_contender(one: Contender, identity: Mapping[str, Any], lossless: float) -> dict[str, Any]:
+    """The fields of a result that are by contender, of one of them; `lossless` is the ratio of its lossless point."""
+    mode = identity["mode"]
+    at = zip(curves.THRESHOLDS, curves.at(one.curves, curves.THRESHOLDS), strict=True)
+    return {
+        "methods": {
+            "criterion": plain(one.criterion),
+            "sampling": one.sampling,
+            "repair": one.repair,
+            "options": identity["options"][one.criterion],
+        },
+        "seeds": list(one.seeds),
+        "sauce": _bounds(one.sauce),
+        "sauces": [float(result["sauce"]) for result in one.results],
+        "relative_sauce": _bounds(stats.crossed(one.areas(relative=True))),
+        "evaluations": float(np.mean([result["n_evaluations"] for result in one.results])),
+        "lossless": _level(one, lossless, mode),
+        "levels": [_level(one, ratio, mode) for ratio in identity["ratios"]],
+        "accuracy_at": {f"{fraction:g}": None if found is None else _bounds(found) for fraction, found in at},
+        "measured_up_to": one.reach,
+        "curves": _points(one, mode, passes=False),
+        "passes": _points(one, mode, passes=True),
+    }
 
 
 def _bounds(found: stats.Interval) -> Bounds:
@@ -260,7 +262,11 @@ def _warnings(space: Workspace, found: Sequence[Contender]) -> list[str]:
             f"{n_finished} of {space.n_trials} trials are finished: give the same command again to go on with the "
             "others."
         )
-    told += [f"{name} is left out, it refused the model: {reason}" for name, reason in refused(space).items()]
+    told += [
+        f"{words.listed(names)} {'is left out, it' if len(names) == 1 else 'are left out, they'} refused the model: "
+        f"{reason}"
+        for reason, names in words.by_reason(refused(space)).items()
+    ]
     for one in found:
         if one.reach < 0.8:
             told.append(

@@ -12,25 +12,27 @@ import numpy as np
 import torch
 
 from sukashi import models
+from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
 from sukashi.core.types import Mask
 from sukashi.criteria import UNITS, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import check_sampling
-from sukashi.criteria.plans import plan_arrays
+from sukashi.criteria.plans import ROUND_TO, plan_arrays, round_mask
 from sukashi.criteria.pruning import check_options
+from sukashi.data import Split
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for
 from sukashi.experiments.methods import codes
 from sukashi.experiments.prune.settings import Prune
-from sukashi.experiments.prune.targets import Search
+from sukashi.experiments.prune.targets import BY_SETTING, Search, unused
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
 from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded
 from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
-from sukashi.repairs import NONE
+from sukashi.repairs import NONE, mender, repairs
 from sukashi.repairs import check as check_repair
 
 LATENCY_BATCH = 32
@@ -49,7 +51,7 @@ def prepare(settings: Prune) -> Prepared:
         settings,
         round_to=_round_to(settings),
         options=registry[settings.criterion].deciding(settings.options),
-        code=codes(settings),
+        code=code(settings),
     )
     about["ratio_asked"] = about.pop("ratio")  # less may be removed
     pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
@@ -63,9 +65,15 @@ def prepare(settings: Prune) -> Prepared:
     return Prepared(about, trials, log=log, before=before, after=partial(_time, setting))
 
 
+def code(settings: Prune) -> dict[str, str]:
+    """{name: a hash of its code} of the criterion, the repair and, where the ratio is searched for, the target."""
+    mending = {} if settings.repair == NONE else {settings.repair: repairs[settings.repair].code}
+    return codes(settings) | mending | ({} if settings.target is None else {settings.target[0]: code_of(Search)})
+
+
 def _round_to(settings: Prune) -> int:
     """The multiple that widths keep; 1 where none changes."""
-    usual = pruning.ROUND_TO if settings.mode == "cut" and settings.scope is None else 1
+    usual = ROUND_TO if settings.mode == "cut" and settings.scope is None else 1
     return usual if settings.round_to is None else settings.round_to
 
 
@@ -81,7 +89,7 @@ def _check(settings: Prune) -> None:
     if target is not None and scope is not None:
         raise UsageError(f"{target[0]} is for units, and scope {scope} removes single weights: give a ratio of these")
     if scope is None:
-        if target is not None and target[0] != "max_drop" and settings.mode == "zero":
+        if target is not None and BY_SETTING[target[0]].of_shape and settings.mode == "zero":
             raise UsageError(
                 f"mode zero keeps the network's shape, so {target[0]} never changes: give ratio or max_drop"
             )
@@ -155,7 +163,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
                 *setting.data.warnings,
                 *setting.doubts(answers["dense"].correct, test),
                 *_cautions(settings, mask),
-                *_doubts_of_target(setting, target),
+                *(BY_SETTING[target["name"]].doubts(target, setting.data.train.name) if target else []),
             ],
         }
     )
@@ -177,15 +185,35 @@ def _cut(
         search = _search(setting, settings)
         ratio, reached = search.ratio(plan, desk.journal)
         target = {"name": search.name, "asked": search.asked, **reached}
-    mask = pruning.round_mask(plan, ratio, _round_to(settings))
+    mask = round_mask(plan, ratio, _round_to(settings))
     small = pruning.cut(dense, mask, settings.mode)
-    if settings.repair != NONE and mask.n_removed:
+    if settings.repair != NONE:
         small = pruning.repaired(small, dense, setting.calibration(settings.seed, settings.sampling), settings.repair)
     return mask, small, ratio, target
 
 
 def _search(setting: Bench, settings: Prune) -> Search:
-    return Search(setting, settings, _round_to(settings), _batch(setting))
+    assert settings.target is not None
+    loaded = setting.loaded
+    return Search(
+        *settings.target,
+        model=loaded.model,
+        sites=setting.sites,
+        batch=_batch(setting),
+        mode=settings.mode,
+        round_to=_round_to(settings),
+        held_out=partial(_held_out, setting, settings),
+        read=lambda split: split.whole(loaded.preprocess, setting.source.workers),
+        mend=mender(settings.repair, loaded.model, setting.calibration(settings.seed, settings.sampling)),
+    )
+
+
+def _held_out(setting: Bench, settings: Prune) -> Split:
+    """The images that a drop is shown on: the val split, or else training images that do not calibrate."""
+    data, at_most = setting.data, setting.source.test_images
+    if data.val is not None:
+        return data.val.limit(at_most)
+    return unused(data.train, setting.calibration(settings.seed, settings.sampling).image_id, at_most)
 
 
 def _check_target(setting: Bench, settings: Prune, missing: Sequence[Trial]) -> None:
@@ -263,16 +291,6 @@ def _cautions(settings: Prune, mask: Mask) -> list[str]:
     if settings.ratio is not None and abs(removed - settings.ratio) > 0.02:
         found.append(f"{removed:.1%} of the {what} were removed, {settings.ratio:.1%} were asked for: {why}")
     return found
-
-
-def _doubts_of_target(setting: Bench, target: Mapping[str, Any] | None) -> list[str]:
-    """What images that a network may have learned do not show."""
-    if target is None or target.get("images") != setting.data.train.name:
-        return []
-    return [
-        "the images that max_drop was shown on are of the training split: a network that has learned them may lose "
-        "more on new ones, so its accuracy on the test images counts"
-    ]
 
 
 def _export(setting: Bench, desk: Desk) -> None:

@@ -9,8 +9,10 @@ from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import share
 from sukashi.experiments.columns import as_json, shared
+from sukashi.experiments.prune.targets import BY_SETTING
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import onnx
+from sukashi.repairs import NONE
 from sukashi.report import classes, networks, words
 
 NETWORKS = "dense", "pruned"
@@ -33,7 +35,9 @@ class PruneResult(Result):
     kind: ClassVar[str] = "prune"
     of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "verdict")
     columns: ClassVar[Columns] = {
-        **shared("model", "weights_sha256", "data", "criterion", "sampling", "options", "calibration", "seed"),
+        **shared(
+            "model", "weights_sha256", "data", "criterion", "sampling", "repair", "options", "calibration", "seed"
+        ),
         "mode": (str, "cut: the network got smaller; zero: units are silent; sparse: single weights are zero"),
         **shared("scope", "ratio_asked"),
         "ratio": (float, "where the order of the criterion was cut: as asked, or found for a target"),
@@ -56,6 +60,7 @@ class PruneResult(Result):
     calibration: int
     seed: int
     scope: str | None
+    repair: str
     mode: str
     ratio_asked: float | None
     ratio: float
@@ -95,8 +100,19 @@ class PruneResult(Result):
             said += ["", reached(self.target, self.ratio)]
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
+        said += self.mended
         said += ["", *self.remarks(*self.slower()), "", self.verdict, self.rule]
         return "\n".join([*said, "", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)])
+
+    @property
+    def mended(self) -> list[str]:
+        """What a repair did, in a sentence."""
+        if self.repair == NONE:
+            return []
+        return [
+            f"Mended by {self.repair} on the images that calibrate, without their classes: its weights are no longer "
+            "the dense network's, so that it is not the dense network with those units silent."
+        ]
 
     def shipped(self, folder: str = "") -> list[str]:
         """The ONNX file, its size and what asks it about images, seen from the folder or from where that lies."""
@@ -144,7 +160,7 @@ def summary(space: Workspace) -> PruneResult:
         weights_sha256=about["model"]["weights_sha256"],
         data=about["data"]["spec"],
         calibration=about["data"]["calibration"],
-        **{name: about[name] for name in ("criterion", "sampling", "options", "seed")},
+        **{name: about[name] for name in ("criterion", "sampling", "repair", "options", "seed")},
         scope=scope,
         mode="sparse" if scope else about["mode"],
         ratio_asked=about["ratio_asked"],
@@ -167,21 +183,7 @@ def summary(space: Workspace) -> PruneResult:
 
 def reached(target: Mapping[str, Any], ratio: float) -> str:
     """What was reached of a target, and what was asked, in a sentence."""
-    name, asked, found = target["name"], target["asked"], target["reached"]
-    at = f"; it is the plan at ratio {ratio:.4f}"
-    if name == "target_size":
-        return f"File size: {words.printed(found, 'bytes')} (asked: at most {words.printed(asked, 'bytes')}){at}."
-    if name == "max_drop":
-        return (
-            f"Accuracy: shown to be at most {words.points(asked)} lower on {target['n_images']:,} {target['images']} "
-            f"images that neither calibrated nor are reported on ({target['lost']} lost, {target['gained']} gained; "
-            f"Tango's test, one-sided 97.5%), and at every smaller ratio in steps of 0.02{at}."
-        )
-    noun = {"target_flops": "FLOPs", "target_params": "Parameters", "target_latency": "Latency"}[name]
-    within = f" ({words.percent(target['low'])} to {words.percent(target['high'])})" if name == "target_latency" else ""
-    how = f" in the search, {target['batch_size']} images at once" if within else ""
-    left = f"{words.percent(found)}{within} of the dense network's{how}"
-    return f"{noun}: {left} (asked: at most {words.percent(asked)}){at}."
+    return f"{BY_SETTING[target['name']].told(target)}; it is the plan at ratio {ratio:.4f}."
 
 
 def _rule(n_images: int, accuracy: float, change: Mapping[str, float]) -> str:

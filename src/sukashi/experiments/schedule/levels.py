@@ -14,7 +14,7 @@ import torch
 from sukashi import models
 from sukashi.core import progress
 from sukashi.core.types import Batch, Mask
-from sukashi.criteria import pruning
+from sukashi.criteria import plans, pruning
 from sukashi.data import Data
 from sukashi.experiments.bench import Bench, Source, plan_for
 from sukashi.experiments.schedule.settings import Course
@@ -118,7 +118,7 @@ class Seed:
         n_now = sum(site.n_units for site in now.sites)
         plan = plan_for(replace(setting, found=now), criterion, self.seed, options=options)
         further = max(0.0, 1 - (1 - ratio) * self.n_units / n_now)
-        return pruning.cut(network, pruning.round_mask(plan, further, course.round_to))
+        return pruning.cut(network, plans.round_mask(plan, further, course.round_to))
 
     def rewound(self, network: Loaded, early: Loaded) -> Loaded:
         """The network with the weights of an early one, which had all its units."""

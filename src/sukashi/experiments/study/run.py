@@ -9,7 +9,7 @@ from typing import Any
 
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
-from sukashi.experiments.executor import execute, prepare_of, room_of
+from sukashi.experiments.executor import execute, part, prepare_of, room_of
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.methods import codes
 from sukashi.experiments.study.file import OUT
@@ -34,7 +34,7 @@ def prepare(settings: Study) -> Prepared:
         if OUT.search(str(asked)):
             # By what stands for the study's folder, so that it may be moved.
             unfilled = settings_of(asked, "$OUT", name).identity()
-            about |= {"settings": unfilled, "after": [trial.key for trial in trials], "code": codes(own)}
+            about |= {"settings": unfilled, "after": [trial.key for trial in trials], "code": _code(own)}
             needs = tuple(trial.key for trial in trials)
         else:
             with warnings.catch_warnings(action="ignore"):  # it is said when the experiment's turn comes
@@ -46,6 +46,12 @@ def prepare(settings: Study) -> Prepared:
         _check_there(settings, trials[-1], own)
     identity = {"experiments": {name: asked["kind"] for name, asked in settings.experiments.items()}}
     return Prepared(identity, trials, {"title": settings.title, "pairs": settings.pairs})
+
+
+def _code(own: Any) -> dict[str, str]:
+    """{name: a hash of its code} of all that decides an experiment which can't be prepared yet."""
+    found: dict[str, str] = getattr(part(room_of(own), "run"), "code", codes)(own)
+    return found
 
 
 def _check_there(settings: Study, trial: Trial, own: Any) -> None:

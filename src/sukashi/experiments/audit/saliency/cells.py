@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,13 +22,12 @@ from sukashi.core.experiment import Trial
 from sukashi.core.types import Batch, Maps, pass_size
 from sukashi.experiments.audit.networks import Network
 from sukashi.experiments.audit.saliency import places
-from sukashi.experiments.audit.saliency.sanity import randomised
 from sukashi.experiments.audit.saliency.summary import moved
 from sukashi.experiments.audit.saliency.values import OF_CURVES, ORDERS, OUTCOMES, Array, Cell
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import measures as registry
 from sukashi.measures.inputs import Inputs, measured
-from sukashi.network import sites
+from sukashi.network import perturbed, sites
 from sukashi.network.layers import AttentionCore
 
 BATCH = 64  # images at once: ROAD at 224 pixels takes less than 2 GB for them
@@ -43,8 +41,19 @@ CHANNELS: dict[str, Channels] = {
     "internal_influence": "sum_abs",
     "integrated_gradients": "sum_abs",
 }
-BASICS = ("gini", "road", "aopc", "rank_correlation", "ssim", "top_overlap")
-OF_TRANSFORMERS = ("insertion", "deletion")
+# What an audit has where nobody says which, and what it has of transformers too.
+BASICS, OF_TRANSFORMERS = ("saliency", "integrated_gradients"), ("chefer",)
+MEASURES = ("gini", "road", "aopc", "rank_correlation", "ssim", "top_overlap")
+MEASURES_OF_TRANSFORMERS = ("insertion", "deletion")
+
+
+# What has a part in a figure beside its methods, by the names that a change of its code is told by.
+MAPS, ROUNDING, RANDOMISATION = "maps", "rounding", "randomisation"
+PARTS: dict[str, Callable[..., Any]] = {
+    MAPS: saliency_map,
+    ROUNDING: perturbed.rounded,
+    RANDOMISATION: perturbed.randomised,
+}
 
 
 def channels(name: str) -> Channels:
@@ -55,8 +64,7 @@ def explaining(
     networks: Sequence[Network], asked: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], dict[str, str]]:
     """The attributions that every network takes, and why the others are left out."""
-    basics = ["saliency", "integrated_gradients"]
-    names = list(asked or ([*basics, "chefer"] if all(map(_attends, networks)) else basics))
+    names = list(asked or [*BASICS, *(OF_TRANSFORMERS if all(map(_attends, networks)) else ())])
     refused: dict[str, str] = {}
     for name in names:
         for network in networks:
@@ -76,7 +84,7 @@ def _attends(network: Network) -> bool:
 
 def usual(networks: Sequence[Network]) -> list[str]:
     """The measures of maps that an audit has where nobody says which."""
-    return [*BASICS, *(OF_TRANSFORMERS if all(map(_attends, networks)) else ())]
+    return [*MEASURES, *(MEASURES_OF_TRANSFORMERS if all(map(_attends, networks)) else ())]
 
 
 def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any]) -> Tensor:
@@ -89,21 +97,6 @@ def maps_of(network: Network, batch: Batch, name: str, options: Mapping[str, Any
     return saliency_map(found, channels(name))
 
 
-def rounded(network: Network, seed: int) -> Network:
-    """The network as other rounding could have left it: every weight w is w (1 + e) or w (1 - e), drawn by `seed`.
-
-    e is the precision of the weights, 2^-23 in float32. By as much numbers move in any layer where sums are taken in
-    another order, by another device, batch or kernel. Weights of 0 stay: what was cut stays cut.
-    """
-    model = copy.deepcopy(network.loaded.model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            sign = torch.randn(weight.shape, generator=generator).sign().to(weight)
-            weight.mul_(1 + torch.finfo(weight.dtype).eps * sign)
-    return _with(network, model)
-
-
 def _with(network: Network, model: nn.Module) -> Network:
     return replace(network, setting=replace(network.setting, loaded=replace(network.loaded, model=model)))
 
@@ -112,6 +105,10 @@ def parts(network: Network, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Rows, as many at a time as are explained and measured at once."""
     size = min(BATCH, pass_size(network.batch.x))
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _codes(measures: Sequence[str]) -> dict[str, str]:
+    return {name: registry[name].code for name in measures}
 
 
 # --- cells
@@ -185,12 +182,16 @@ class Auditor:
             "reference": "itself, rounded" if network is self.reference else self.reference.identity,
             "attribution": [name, channels(name), explainers[name].deciding(self.options.get(name, {}))],
             "measures": {name: registry[name].deciding(self.options.get(name, {})) for name in self.measures},
-            "code": {"maps": code_of(saliency_map), name: explainers[name].code, **self._code(self.measures)},
+            "code": self._code(
+                name, self.measures, *([ROUNDING] if network is self.reference and self.similar else [])
+            ),
             **self._about_images(network),
         }
 
-    def _code(self, measures: Sequence[str]) -> dict[str, str]:
-        return {name: registry[name].code for name in measures}
+    def _code(self, name: str, measures: Sequence[str], *more: str) -> dict[str, str]:
+        """Hashes of what makes the maps of an attribution, measures them, and what these are laid beside."""
+        making = {part: code_of(PARTS[part]) for part in (MAPS, *more)}
+        return making | {name: explainers[name].code, **_codes(measures)}
 
     def _about_images(self, network: Network) -> dict[str, Any]:
         images = {
@@ -202,7 +203,7 @@ class Auditor:
 
     def _about_regions(self, network: Network) -> dict[str, Any]:
         asked = {name: registry[name].deciding(self.options.get(name, {})) for name in self.regional}
-        code = self._code(self.regional)
+        code = _codes(self.regional)
         return {"regions": asked, "network": network.identity, "code": code, **self._about_images(network)}
 
     def _run_regions(self, network: Network, desk: Desk) -> None:
@@ -226,7 +227,7 @@ class Auditor:
         about = self._about(self.reference, name)
         of = about.pop("attribution")
         measures = {measure: about["measures"][measure] for measure in self.similar}
-        code = {"maps": about["code"]["maps"], name: about["code"][name], **self._code(self.similar)}
+        code = self._code(name, self.similar, RANDOMISATION)
         return {**about, "reference": "itself, randomised", "sanity": of, "measures": measures, "code": code}
 
     def _run_sanity(self, name: str, desk: Desk) -> None:
@@ -234,7 +235,7 @@ class Auditor:
         found: dict[str, Any] = {}
         stages: list[dict[str, Any]] = []
         dense, example = self.reference.loaded.model, self.reference.setting.example
-        for n_layers, label, model in randomised(dense, example, self.seed):
+        for n_layers, label, model in perturbed.randomised(dense, example, self.seed):
             other = _with(self.reference, model)
             values: dict[str, list[Tensor]] = {}
             for part in parts(self.reference, self.rows):
@@ -265,7 +266,7 @@ class Auditor:
 
     @cached_property
     def _rounded(self) -> Network:
-        return rounded(self.reference, self.seed)
+        return _with(self.reference, perturbed.rounded(self.reference.loaded.model, self.seed))
 
     def _of_reference(self, name: str) -> Tensor:
         """Maps of all rows, (N, H, W) on the CPU: made once for an attribution, for all cells that need them."""

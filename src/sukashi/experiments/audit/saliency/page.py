@@ -91,7 +91,13 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
             if measure not in found["measures"]
         ],
         "silent": silent,
-        "warnings": [*(f"{name} is left out: {reason}" for name, reason in found["refused"].items()), *silent],
+        "warnings": [
+            *(
+                f"{words.listed(of)} {'is' if len(of) == 1 else 'are'} left out: {reason}"
+                for reason, of in words.by_reason(found["refused"]).items()
+            ),
+            *silent,
+        ],
         "similar": {(row["model"], row["attribution"], row["measure"]): row for row in found["similarities"]},
         "similarities": list(dict.fromkeys(row["measure"] for row in found["similarities"])),
         "pointing": {

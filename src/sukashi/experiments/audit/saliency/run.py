@@ -7,12 +7,23 @@ from typing import Any
 
 from sukashi.attributions import attributions as explainers
 from sukashi.core.bracketed import plain
+from sukashi.core.code import code_of
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
 from sukashi.experiments.audit.networks import Network
 from sukashi.experiments.audit.saliency import places
-from sukashi.experiments.audit.saliency.cells import Auditor, explaining, usual
+from sukashi.experiments.audit.saliency.cells import (
+    BASICS,
+    MEASURES,
+    MEASURES_OF_TRANSFORMERS,
+    OF_TRANSFORMERS,
+    PARTS,
+    Auditor,
+    explaining,
+    usual,
+)
 from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.methods import codes
 from sukashi.measures import measures as registry
 
 
@@ -43,6 +54,19 @@ class Subject:
 
     def trials(self, answers: Trial) -> list[Trial]:
         return self.auditor.trials(self.names, answers)
+
+
+def code(settings: Audit) -> dict[str, str]:
+    """{name: a hash of its code} of the attributions and measures, those that networks may have where nobody says which
+    too, and of what else has a part in a figure.
+    """
+    usual = settings.model_copy(
+        update={
+            "attributions": settings.attributions or [*BASICS, *OF_TRANSFORMERS],
+            "measures": settings.measures or [*MEASURES, *MEASURES_OF_TRANSFORMERS, *places.BY_DEFAULT],
+        }
+    )
+    return codes(usual) | {name: code_of(part) for name, part in PARTS.items()}
 
 
 def check(settings: Audit) -> None:

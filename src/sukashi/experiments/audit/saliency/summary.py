@@ -160,7 +160,7 @@ def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: 
     """How like the reference's the maps of each model are: {"model", "attribution", "measure", "n", "mean", "low",
     "high"}, a bootstrap over images.
 
-    The rows of the reference itself hold its maps against those it has when `cells.rounded` otherwise: what is no
+    The rows of the reference itself hold its maps against those it has when `perturbed.rounded` otherwise: what is no
     less alike than they are was not moved by a cut, but by noise.
     """
     found = {
@@ -264,7 +264,7 @@ def text(found: Mapping[str, Any], reference: str) -> str:
         for row in found["comparisons"]
         if is_told(row["measure"])
     ]
-    refused = [f"left out: {name}: {reason}" for name, reason in found["refused"].items()]
+    refused = [f"left out: {', '.join(of)}: {reason}" for reason, of in words.by_reason(found["refused"]).items()]
     return "\n".join([words.table(["model", "attribution", "measure", reference, "model", "so"], rows), *refused])
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sukashi.core.experiment import Columns
+from sukashi.experiments.columns import parquet, schema
 from sukashi.experiments.workspace import Record
 from sukashi.measures import faithfulness
 
@@ -62,22 +61,37 @@ class Cell:
 Cells = dict[tuple[str, str], Cell]  # by attribution and label
 
 
-_TEXT, _NUMBER = pa.string(), pa.float64()
-_VALUES = pa.schema({"model": _TEXT, "attribution": _TEXT, "measure": _TEXT, "image_id": _TEXT, "value": _NUMBER})
-_CURVES = pa.schema(
-    {"model": _TEXT, "attribution": _TEXT, "order": _TEXT, "percentage": _NUMBER, "image_id": _TEXT}
-    | {"correct": _NUMBER, "probability": _NUMBER}
-)
+_CELL: Columns = {
+    "model": (str, "the network"),
+    "attribution": (str, "what made the maps; empty where a measure reads none"),
+}
+_IMAGE: Columns = {"image_id": (str, "the image, by its path or number in the data")}
+VALUE_COLUMNS: Columns = {
+    **_CELL,
+    "measure": (str, "what was measured; of one that reads masks, after a /, the concept"),
+    **_IMAGE,
+    "value": (float, "of this image; NaN where its map is constant or not finite"),
+}
+CURVE_COLUMNS: Columns = {
+    **_CELL,
+    "order": (str, "which pixels go first: morf, the most relevant; lerf, the least"),
+    "percentage": (float, "of the pixels, that is gone"),
+    **_IMAGE,
+    "correct": (float, "1 where the network gets the image right then, else 0"),
+    "probability": (float, "that of the image's class then"),
+}
 
 
 def values_table(cells: Cells) -> bytes:
     """values.parquet: a row for each image and measure of a cell."""
     parts = [
-        pa.table([*_repeated(label, name, measure, n=len(values)), cell.image_ids, values], schema=_VALUES)
+        pa.table(
+            [*_repeated(label, name, measure, n=len(values)), cell.image_ids, values], schema=schema(VALUE_COLUMNS)
+        )
         for (name, label), cell in cells.items()
         for measure, values in cell.values.items()
     ]
-    return _parquet(parts, _VALUES)
+    return _file(parts, VALUE_COLUMNS)
 
 
 def curves_table(cells: Cells) -> bytes:
@@ -91,15 +105,13 @@ def curves_table(cells: Cells) -> bytes:
                 columns.append(np.tile(np.array(percentages, dtype=np.float64), len(cell.image_ids)))
                 columns.append(np.repeat(cell.image_ids, len(percentages)).tolist())
                 columns += [cell.curves[f"{order} {outcome}"].ravel() for outcome in OUTCOMES]
-                parts.append(pa.table(columns, schema=_CURVES))
-    return _parquet(parts, _CURVES)
+                parts.append(pa.table(columns, schema=schema(CURVE_COLUMNS)))
+    return _file(parts, CURVE_COLUMNS)
 
 
 def _repeated(*texts: str, n: int) -> list[Any]:
     return [pa.array([text] * n, pa.string()) for text in texts]
 
 
-def _parquet(parts: Sequence[Any], schema: Any) -> bytes:
-    content = io.BytesIO()
-    pq.write_table(pa.concat_tables([schema.empty_table(), *parts]), content)
-    return content.getvalue()
+def _file(parts: list[pa.Table], columns: Columns) -> bytes:
+    return parquet(pa.concat_tables([schema(columns).empty_table(), *parts]))
