@@ -53,7 +53,7 @@ def windows(layer: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     offsets = _offsets(layer.kernel_size, layer.dilation, steps)
     index = (start[:, :, None] + offsets).flatten(1).to(x.device)
     met = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))
-    return met.unflatten(2, (at.shape[1], len(offsets))).transpose(1, 2).reshape(at.numel(), -1)
+    return met.view(len(x), -1, at.shape[1], len(offsets)).transpose(1, 2).reshape(at.numel(), -1)
 
 
 def _offsets(kernel: Sequence[int], dilation: Sequence[int], steps: Sequence[int]) -> Tensor:
