@@ -118,9 +118,12 @@ def weight_mask(
 def check_sequential(criterion: str, scope: str) -> None:
     """Refuse to recalibrate layer by layer where it has no meaning."""
     if not criteria[criterion].facts.get("needs_data", True):
-        raise UsageError(f"{criterion} looks at no image, so there is nothing to recalibrate: leave sequential out")
+        raise UsageError(f"{criterion} looks at no image, so there is nothing to recalibrate: leave `sequential` out")
     if scope == "global":
-        raise UsageError("sequential prunes layer by layer, scope global compares all layers: give scope layer or row")
+        raise UsageError(
+            "`sequential` prunes layer by layer, `scope='global'` compares all layers: give another `scope`, layer or "
+            "row"
+        )
 
 
 def sparse(loaded: Loaded, mask: Mask) -> Loaded:
@@ -141,7 +144,7 @@ def sparse(loaded: Loaded, mask: Mask) -> Loaded:
 def check_round_to(round_to: int) -> None:
     """Refuse a multiple below 1."""
     if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
+        raise UsageError(f"`round_to` must be at least 1, got {round_to}: 1 keeps the exact ratio")
 
 
 def check_options(criterion: str, options: Mapping[str, Any]) -> None:

@@ -194,9 +194,9 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
     if len(images) != 1 or len(labels) + has_mask != 1:
         remedy = "drop or rename the others"
         if len(images) == 1 and not has_mask:
-            remedy = f"give --label with one of {', '.join(labels or [name for name in columns if name not in images])}"
+            remedy = f"give `label` with one of {', '.join(labels or [name for name in columns if name not in images])}"
         raise DataError(
-            f"{path} has columns {', '.join(columns)}: one `image` and either one `label` or a `mask` are needed, "
+            f"{path} has columns {', '.join(columns)}: one 'image' and either one 'label' or a 'mask' are needed, "
             f"{remedy}"
         )
     if not has_mask:

@@ -109,7 +109,7 @@ def summary(space: Workspace) -> AuditResult:
     if len(records) < space.n_trials:
         raise UsageError(
             f"{space.folder} has {len(records)} of {words.several(space.n_trials, 'trial')} finished: "
-            "give the same audit command again"
+            "give the same `sukashi.audit` again"
         )
     answers, facts = answers_of(space)
     found = {

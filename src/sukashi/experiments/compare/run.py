@@ -159,7 +159,7 @@ def _conclude(setting: Bench, settings: Compare, space: Workspace) -> None:
     if not settings.skip_refused:
         for name, reason in refused(space).items():  # of an earlier run that left them out
             raise ModelError(
-                f"{name} refuses the model: {reason}; give --skip-refused again, or another --out and leave it out"
+                f"{name} refuses the model: {reason}; give `skip_refused=True` again, or another `out` and leave it out"
             )
     if settings.mode == "cut":
         _time(setting, space)

@@ -74,24 +74,28 @@ def _check(settings: Prune) -> None:
     registry[settings.criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(settings.sampling)
     if target is not None and scope is not None:
-        raise UsageError(f"{target[0]} is for units, and scope {scope} removes single weights: give a ratio of these")
+        raise UsageError(
+            f"`{target[0]}` is for units, and `scope={scope!r}` removes single weights: give a `ratio` of these"
+        )
     if scope is None:
         if target is not None and target[0] != "max_drop" and settings.mode == "zero":
             raise UsageError(
-                f"mode zero keeps the network's shape, so {target[0]} never changes: give ratio or max_drop"
+                f"`mode='zero'` keeps the network's shape, so `{target[0]}` never changes: give `ratio` or `max_drop`"
             )
         if settings.sequential:
             raise UsageError(
-                f"sequential is for single weights: give a scope too ({', '.join(sparsity.SCOPES)} or N:M)"
+                f"`sequential` is for single weights: give a `scope` too ({', '.join(sparsity.SCOPES)} or N:M)"
             )
         if settings.mode == "zero" and settings.round_to not in (None, 1):
             raise UsageError(
-                f"round_to is for widths, and mode zero changes none, got {settings.round_to}: leave it out"
+                f"`round_to` is for widths, and `mode='zero'` changes none, got {settings.round_to}: leave it out"
             )
     else:
         if settings.mode != "cut" or settings.round_to is not None:
-            name = f"mode {settings.mode}" if settings.mode != "cut" else "round_to"
-            raise UsageError(f"{name} is for units, and scope {scope} removes single weights: leave one of them out")
+            name = f"`mode={settings.mode!r}`" if settings.mode != "cut" else "`round_to`"
+            raise UsageError(
+                f"{name} is for units, and `scope={scope!r}` removes single weights: leave one of them out"
+            )
         assert settings.ratio is not None, "a target has no scope"
         sparsity.check_scope(scope, settings.ratio)
         if settings.sequential:
@@ -262,7 +266,7 @@ def _doubts_of_target(setting: Bench, target: Mapping[str, Any] | None) -> list[
     if target is None or target.get("images") != setting.data.train.name:
         return []
     return [
-        "the images that max_drop was shown on are of the training split: a network that has learned them may lose "
+        "the images that `max_drop` was shown on are of the training split: a network that has learned them may lose "
         "more on new ones, so its accuracy on the test images counts"
     ]
 
@@ -275,8 +279,8 @@ def _export(setting: Bench, desk: Desk) -> None:
         content = models.onnx_file(loaded, {"recipe_sha256": models.recipe_sha256(home / models.RECIPE)})
     except ModelError as error:
         raise ModelError(
-            f"{error}; the network in {home} is finished, `sukashi report {home}` tells of it, and the same command "
-            "tries the export again"
+            f"{error}; the network in {home} is finished, `sukashi.results({str(home)!r})` tells of it, and the same "
+            "command tries the export again"
         ) from error
     desk.save(models.ONNX, content)
     script = models.infer_script(loaded.preprocess)

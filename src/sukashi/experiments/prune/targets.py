@@ -122,7 +122,7 @@ class Search:
         if not ratios:
             raise UsageError(
                 f"{self._said()} can't be looked for: with widths rounded up to multiples of {self.round_to} no ratio "
-                "removes a unit; give a smaller round_to, 1 for exact ratios"
+                "removes a unit; give a smaller `round_to`, 1 for exact ratios"
             )
         with progress.task(self.name, len(ratios)) as task:
             for ratio in ratios:
@@ -165,8 +165,8 @@ class Search:
         if len(found) < least:
             raise UsageError(
                 f"{self._said()} can't be shown on {len(found):,} images, as many as neither calibrate nor test, not "
-                f"even by equal answers: {least:,} are needed; allow more, or give more --test-images (their number is "
-                "the bound here too) or fewer --calibration"
+                f"even by equal answers: {least:,} are needed; allow more, or give more `test_images` (their number is "
+                "the bound here too) or fewer `calibration`"
             )
         return found
 
@@ -194,12 +194,12 @@ class Search:
         return self.asked if self.name == "target_size" else self.asked * dense
 
     def _said(self) -> str:
-        asked = words.printed(self.asked, "bytes") if self.name == "target_size" else f"{self.asked:g}"
-        return f"{self.name} {asked}"
+        asked = repr(words.printed(self.asked, "bytes")) if self.name == "target_size" else f"{self.asked:g}"
+        return f"`{self.name}={asked}`"
 
     def _unreachable(self, extreme: str) -> UsageError:
         why = "one unit of each layer stays" if self.round_to == 1 else f"each layer keeps {self.round_to} units or all"
-        remedy = "" if self.round_to == 1 else ", or round_to 1"
+        remedy = "" if self.round_to == 1 else ", or `round_to=1`"
         return UsageError(
             f"{self._said()} can't be reached: the largest cut ({why}) {extreme}; ask for that or more{remedy}"
         )
