@@ -213,7 +213,7 @@ def test_version(sukashi):
         (["list", "foo"], ["'foo'", "criteria, attributions, measures, schedules, models, data"]),
         (["list", "criterai"], ["did you mean 'criteria'?"]),
         (["compare", "--ratoi", "0.5"], ["--ratoi", "--ratios"]),
-        (["report", "nowhere"], ["nowhere holds no experiment", "give the --out of a command"]),
+        (["report", "nowhere"], ["nowhere holds no experiment", "give the --out of an experiment"]),
         (["check", "nope", "--data", "digits"], ["unknown model 'nope'", "sukashi:digits_cnn"]),
         (["check", "sukashi:digits_cn", "--data", "digits"], ["did you mean 'sukashi:digits_cnn'?"]),
         (["check", "timm:resnet81", "--data", "digits"], ["did you mean 'timm:resnet18'?"]),
@@ -519,7 +519,7 @@ def test_folders_that_exist_are_left_as_they_are(sukashi, refused, tmp_path):
     for command in (prune, compare):
         refused(2, ["foreign is not empty (thesis.txt)"], *command, foreign)
         refused(2, ["thesis.txt is a file"], *command, foreign / "thesis.txt")
-    refused(2, ["foreign holds no experiment", "give the --out of a command"], "report", foreign)
+    refused(2, ["foreign holds no experiment", "give the --out of an experiment"], "report", foreign)
     assert {path: path.read_bytes() for path in before} == before
     assert "was finished already: nothing was done" in sukashi(*prune, cut).out
     after = {path: path.read_bytes() for path in before}
@@ -950,7 +950,7 @@ def test_warnings_are_one_line_each(sukashi, capsys):
     with warnings.catch_warnings(action="always"):
         console.warned.clear()
         for told in ("one", "two", "one"):
-            console.warn(told)
+            console.warn(told, str)
     assert capsys.readouterr().err == "sukashi: warning: one\nsukashi: warning: two\n"
     handler = warnings.showwarning
     sukashi("list", "data")

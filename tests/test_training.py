@@ -454,7 +454,7 @@ def _small(logits):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda logits: (logits, logits), r"gives a tuple in train mode .* `logits` of a named tuple"),
+        (lambda logits: (logits, logits), r"gives a tuple in train mode .* 'logits' of a named tuple"),
         (lambda logits: {"logits": logits}, "gives a dict in train mode"),
         (lambda logits: logits[:, :5], r"gives \(2, 5\) in train mode for 2 images, and logits \(2, 10\)"),
         (lambda logits: logits.detach(), "does not require grad"),

@@ -204,7 +204,7 @@ def _given(name: str, field: FieldInfo, value: Any) -> list[str]:
 
 # Messages name settings as Python does, between backticks: `skip_bad=True`, `weights=FILE`, `size`, and functions of
 # ours with what they take: `sukashi.finetune(FOLDER, new_head=True)`. A name in a value's place stands for any value.
-_MARKED = re.compile("`([^`]+)`")
+_MARKED = re.compile(r"`(sukashi\.\w+(?:\([^`]*\))?|\w+(?:=[^`]+)?)`")
 
 
 def spelled(message: str, fields: Mapping[str, FieldInfo], commands: Mapping[str, str]) -> str:
@@ -225,7 +225,7 @@ def _spelled(said: str, fields: Mapping[str, FieldInfo], commands: Mapping[str, 
         words = [str(_value(part)) for part in call.args]
         for part in call.keywords:
             words += _given(str(part.arg), fields[str(part.arg)], _value(part.value))
-    except (SyntaxError, ValueError, KeyError):
+    except Exception:  # whatever else somebody has put between backticks
         return None
     if not function:
         return None if call.args else shlex.join(words)

@@ -203,7 +203,7 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
         places = tuple(name for name in ("mask", "box", "boxes") if name in columns and name != labels[0])
         return _Columns(images[0], labels[0], False, label_names.get(labels[0], ()), places)
     if not mask_names:
-        raise DataError(f"{path} has masks and no class names: put a JSON list `classes` into the schema's metadata")
+        raise DataError(f"{path} has masks and no class names: put a JSON list 'classes' into the schema's metadata")
     return _Columns(images[0], "mask", True, mask_names)
 
 

@@ -162,9 +162,9 @@ WORDS = (
     ),
     Word(
         "latency",
-        "Milliseconds of one pass, the median of several. Its factor (×) is the median of the factors of passes that "
-        "both networks made in turns, over seeds their geometric mean, and not the quotient of the two medians: what "
-        "slows both down for a while is in neither pass alone.",
+        "Milliseconds of one pass, the median of several. Its factor (×) is the median of the factors of passes timed "
+        "in turns (over seeds their geometric mean), which what slows both networks for a while does not change; it is "
+        "not the quotient of the two medians.",
     ),
 )
 

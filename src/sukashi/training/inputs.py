@@ -112,7 +112,7 @@ def _check_step(loaded: Loaded, train: Split, training: Training) -> tuple[str, 
         found = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ModelError(
             f"{loaded.spec} gives {found} in train mode for {len(x)} images, and logits {wanted} in eval mode: it must "
-            "give those in both, alone or as `logits` of a named tuple"
+            "give those in both, alone or as 'logits' of a named tuple"
         )
     return () if given is output else (f"{loaded.spec} was trained by its logits alone, not by its auxiliary outputs",)
 
