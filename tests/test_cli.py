@@ -298,12 +298,12 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
         (2, ["--criterion", "wanda"], ["wanda scores sites of kind weight, not 'channel'", "--scope row"]),
         (2, ["--criterion", "taylor", "--scope", "row"], ["taylor scores", "not 'weight'", "without --scope"]),
         (2, ["--scope", "rows"], ["scope must be global, layer, row or N:M", "got 'rows'"]),
-        (2, ["--scope", "2:4", "--ratio", "0.6"], ["keeps 2 of every 4 weights: give ratio 0.5, got 0.6"]),
-        (2, ["--scope", "row", "--mode", "zero"], ["mode zero is for units, and scope row removes single weights"]),
-        (2, ["--scope", "row", "--round-to", "1"], ["--round-to is for units, and scope row removes single weights"]),
-        (2, ["--scope", "row", "--sequential"], ["random looks at no image", "leave sequential out"]),
+        (2, ["--scope", "2:4", "--ratio", "0.6"], ["keeps 2 of every 4 weights: give --ratio 0.5, got 0.6"]),
+        (2, ["--scope", "row", "--mode", "zero"], ["--mode zero is for units, and --scope row removes single weights"]),
+        (2, ["--scope", "row", "--round-to", "1"], ["--round-to is for units, and --scope row removes single weights"]),
+        (2, ["--scope", "row", "--sequential"], ["random looks at no image", "leave --sequential out"]),
         (2, ["--criterion", "wanda", "--scope", "global", "--sequential"], ["scope global compares all layers"]),
-        (2, ["--sequential"], ["sequential is for single weights: give a scope too"]),
+        (2, ["--sequential"], ["--sequential is for single weights: give a --scope too"]),
         (5, ["--out", f"{__file__}/out"], [f"cannot write {__file__}/out", "another place"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else str(value),
@@ -319,7 +319,7 @@ def test_too_few_images_are_refused_before_a_model_is_built(refused, monkeypatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there(refused, idle):
-    refused(5, ["device cuda", "--device cpu"], "check", *DIGITS, "--device", "cuda")
+    refused(5, ["device cuda", "leave --device out"], "check", *DIGITS, "--device", "cuda")
 
 
 def test_an_extra_that_is_missing_is_missed_before_work(refused, idle, tmp_path, monkeypatch):
@@ -802,7 +802,7 @@ def test_samplings_mode_and_margin(sukashi, tmp_path, weights):
     assert list(result["accuracy_at"]["taylor"]) == ["0.15", "0.3", "0.5", "0.7"]
     assert result["accuracy_at"]["taylor"]["0.7"] is None
     shown = sukashi(*args)
-    assert "10 points lower at most, up to" in shown.out
+    assert "ratio, at most 10 points lower" in shown.out
     assert "2.3%" in shown.out
     page = sukashi("report", tmp_path / "out", "--margin", "0.02")
     assert page.code == 0

@@ -240,7 +240,7 @@ def test_a_network_of_somebodys_code_is_trained_on_by_its_name(tmp_path):
         == models.load("test_held_out:drawn", weights=cut.out).cuts
     )
     held = sukashi.prune(drawn(), "digits", **given, out=tmp_path / "held")
-    assert (held.tuning, "Train it on" in held.text()) == ("", False)
+    assert (held.tuning, "Fine-tune" in held.text()) == ("", False)
 
 
 def test_code_that_draws_its_weights_has_seen_nothing():

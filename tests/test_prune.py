@@ -224,7 +224,7 @@ def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
     assert "warning: pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in text
     assert f"Accuracy on 50 test images goes from {100 * result.dense['accuracy']:.1f}% to" in text
     told = f"`sukashi.finetune(model='{result.out}', data='digits', test_images=50, out='{result.out}-tuned')`"
-    said = [f"Saved: {result.out}", "", f"Report: {result.report}", f"Train it on, to win accuracy back: {told}"]
+    said = [f"Saved: {result.out}", "", f"Report: {result.report}", f"Fine-tune what is left: {told}"]
     assert text.endswith("\n".join(said))
     zeroed = result.model_copy(update={"mode": "zero"})
     assert "times as long" not in zeroed.text(), "a clock's noise is no finding"

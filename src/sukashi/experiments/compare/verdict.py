@@ -62,19 +62,16 @@ def headline(
         more.append(f"{words.percent(at['flops_removed'])} of the FLOPs")
     where = f"{words.percent(at['units_removed'])} of the units with {best.name}"
     gone = where + (f" ({', '.join(more)})" if more else "")
-    accuracy = (
-        f"accuracy {words.percent(at['accuracy'].mean)} instead of {words.percent(dense)} on "
-        f"{words.several(n_images, 'test image')}"
-    )
+    right = f"{words.percent(at['accuracy'].mean)} instead of {words.percent(dense)}"
+    right += f" on {words.several(n_images, 'test image')}"
     fallen = [change for change in changes(best, ratio) if change.fell]
     if not fallen:
-        return f"{verb} {gone}: {accuracy}, shown to be {lower}.", []
+        return f"{verb} {gone}: accuracy {right}, shown to be {lower}.", []
     names = best.results[0]["class_names"]
     told = falls([(names[change.number], change.dense.mean, change.cut.mean) for change in fallen])
     cut = "are cut" if mode == "cut" else "are silenced"
     return (
-        f"{told} where {gone} {cut}, though accuracy as a whole, {words.percent(at['accuracy'].mean)} instead of "
-        f"{words.percent(dense)}, is shown to be {lower}.",
+        f"{told} where {gone} {cut}, though accuracy as a whole, {right}, is shown to be {lower}.",
         ["So the figure of all images hides what happens to a class: look at the classes below before you cut so far."],
     )
 
@@ -95,7 +92,7 @@ def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: st
     return (
         f"No cut is shown to cost {words.points(margin)} of accuracy or less: of the smallest, "
         f"{words.percent(smallest)} of the units, {best.name} keeps most, {words.percent(at.mean)} instead of "
-        f"{words.percent(best.results[0]['dense_accuracy'])}.",
+        f"{words.percent(best.results[0]['dense_accuracy'])} on {words.several(n_images, 'test image')}.",
         [f"`margin={min(0.5, 2 * margin):g}` allows more and needs nothing measured again; smaller `ratios` cut less."],
     )
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Columns, Result
+from sukashi.core.imported import is_import
 from sukashi.core.schema import call_of, default_of
 from sukashi.core.stats import share
 from sukashi.experiments.columns import as_json, shared
 from sukashi.experiments.reading import Images
 from sukashi.experiments.train.settings import Finetune
 from sukashi.experiments.workspace import Workspace
-from sukashi.models import RECIPE, onnx
+from sukashi.models import onnx
 from sukashi.models.loaded import LIBRARIES, MEMORY
 from sukashi.report import classes, networks, words
 
@@ -106,7 +106,7 @@ class PruneResult(Result):
             said += ["", networks.MODES["sparse"]]
         said += ["", *self.remarks(*self.slower()), "", self.verdict, self.rule]
         said += ["", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)]
-        return "\n".join([*said, f"Train it on, to win accuracy back: `{self.tuning}`"] if self.tuning else said)
+        return "\n".join([*said, f"Fine-tune what is left: `{self.tuning}`"] if self.tuning else said)
 
     def shipped(self, folder: str = "") -> list[str]:
         """The ONNX file, its size and what asks it about images, seen from the folder or from where that lies."""
@@ -204,13 +204,12 @@ def reached(target: Mapping[str, Any], ratio: float, layers: Sequence[Mapping[st
 
 def _tuning(space: Workspace) -> str:
     """The call that trains the network on with the same data; empty where these, or its code, are in memory alone."""
-    data = space.identity["data"]
-    made = str(json.loads(space.records()[0].read(RECIPE))["model"]["spec"])
-    if made.startswith(MEMORY) or data["spec"].startswith(MEMORY):
+    spec, data, folder = space.identity["model"]["spec"], space.identity["data"], str(space.folder)
+    if spec.startswith(MEMORY) or data["spec"].startswith(MEMORY):
         return ""
-    folder = str(space.folder)
-    ours = made.partition(":")[0] in LIBRARIES
-    named = {"model": folder} if ours else {"model": made, "weights": folder}
+    # What was made of somebody's code is rebuilt by that alone, see `models.saved.open_folder`.
+    code = is_import(spec) and spec.partition(":")[0] not in LIBRARIES
+    named = {"model": spec, "weights": folder} if code else {"model": folder}
     fields = {name: field for name, field in Images.model_fields.items() if name in data}
     read = {name: data[name] for name, field in fields.items() if data[name] != default_of(field)}
     return call_of(Finetune, {**named, "data": data["spec"], **read, "out": f"{folder}-tuned"})
