@@ -720,7 +720,7 @@ def test_a_killed_audit_goes_on_from_its_trials_to_the_same_bytes(done, folders,
     with pytest.raises(KeyboardInterrupt):
         sukashi.audit(folders, "digits", out=out, **READING)
     assert not (out / "values.parquet").exists()
-    with pytest.raises(UsageError, match="3 of 9 trials finished: give the same audit command again"):
+    with pytest.raises(UsageError, match=r"3 of 9 trials finished: give the same `sukashi.audit` again"):
         sukashi.results(out)
     # The third cell compares maps with the reference's, which must come again as they were.
     with monkeypatch.context() as patched:
@@ -769,7 +769,7 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("of mine")
     with pytest.raises(
-        UsageError, match=r"mine is not empty \(notes.txt\) and holds no experiment: choose another --out"
+        UsageError, match=r"mine is not empty \(notes.txt\) and holds no experiment: choose another `out`"
     ):
         sukashi.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
 
@@ -792,13 +792,13 @@ def test_no_model_and_no_attribution_of_an_audit_is_lost_or_replaced(folders, tm
 
     audit((0, 1))
     before = contents(tmp_path / "out")
-    with pytest.raises(UsageError, match=f"{words}.*choose another --out or remove the folder"):
+    with pytest.raises(UsageError, match=f"{words}.*choose another `out` or remove the folder"):
         audit(**{"models": (0, 1), **changes})
     assert contents(tmp_path / "out") == before
     grown = audit((0, 2, 1), ["lrp", "integrated_gradients"])
     assert [one["label"] for one in grown.models] == ["dense", "noisy", "same"]
     assert grown.saliency["attributions"] == ["lrp", "integrated_gradients"]
-    with pytest.raises(UsageError, match="choose another --out"):
+    with pytest.raises(UsageError, match="choose another `out`"):
         audit((0, 1))
 
 
@@ -862,7 +862,7 @@ def test_an_attribution_that_refuses_a_model_is_left_out_with_its_reason(folders
             "accuracy measures no saliency maps and no regions",
         ),
         (["plain", "plain"], {"measures": ["localisation"]}, UsageError, "digits has no masks that say where"),
-        (["plain", "plain"], {"masks": ["nowhere"]}, UsageError, "masks 'nowhere' is no folder: give one that holds"),
+        (["plain", "plain"], {"masks": ["nowhere"]}, UsageError, "`masks='nowhere'` is no folder: give one that holds"),
         (["plain", "plain"], {"masks": ["."], "measures": ["gini"]}, UsageError, "none of gini reads them"),
         (["plain", "plain"], {"sanity": True, "measures": ["gini"]}, UsageError, "sanity lays maps beside maps: add"),
         (["plain", "plain"], {"population": "bth"}, UsageError, "did you mean 'both'"),

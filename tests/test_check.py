@@ -37,8 +37,8 @@ def test_check_says_what_would_happen(cnn_weights, tmp_path, monkeypatch, digits
     assert list(tmp_path.iterdir()) == []
     text = found.text()
     assert text.splitlines()[0].startswith(
-        f"read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn); right on {found.n_right} of 200 "
-        "test images ("
+        "read as 8 x 8, mean 0, std 1, whole images resized, aspect ratio not kept (sukashi's defaults for digits_cnn)"
+        f"; right on {found.n_right} of 200 test images ("
     )
     for said in (
         "10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
@@ -54,7 +54,7 @@ def test_check_keeps_its_limit(cnn_weights):
     found = sukashi.check(SPEC, "digits", weights=cnn_weights, width=8, calibration=8, limit=0)
     assert found.estimated_seconds == {"random": 0.0, "magnitude": 0.0}
     assert set(found.unmeasured) == set(criteria.names()) - {"random", "magnitude"}
-    assert "cswap: not estimated within 0 s; give --limit more" in found.text()
+    assert "cswap: not estimated within 0 s; give a larger `limit`" in found.text()
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights")

@@ -126,11 +126,11 @@ def test_outputs_are_found_by_names_that_say_one_class():
 def test_a_class_map_names_outputs_and_decides_the_hash():
     three = data.load("digits", only=ONLY)
     assert three.answered_by(3, None) is three
-    with pytest.raises(ModelError, match=r"10 classes and the data 3: .* or give a class_map"):
+    with pytest.raises(ModelError, match=r"10 classes and the data 3: .* or give a `class_map`"):
         three.answered_by(10, None)
     with pytest.raises(
         ModelError,
-        match=r"2 classes and the data 3: .*, train this one on by sukashi finetune --new-head$",
+        match=r"2 classes and the data 3: .*, train this one on by `sukashi.finetune\(new_head=True\)`$",
     ):
         three.answered_by(2, None)
     named = three.answered_by(10, list("0123456789"))

@@ -102,7 +102,9 @@ def test_what_a_comparison_returns_is_what_was_measured(compared, small):
         "so that these images may have been trained on: accuracy can flatter",
     ]
     (read,) = compared.notes
-    assert read.startswith("images are read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn): ")
+    assert read.startswith(
+        "images are read as 8 x 8, mean 0, std 1, whole images resized, aspect ratio not kept (sukashi's "
+    )
     case = small["cnn"]
     test = _test_images(case)
     with torch.no_grad():
@@ -265,14 +267,14 @@ def test_what_is_printed(compared):
     for name in COMPARED:
         sauce = compared.sauce[name]
         assert rows[name][1:5] == [f"{sauce['mean']:.1f}", f"{sauce['low']:.1f}", "to", f"{sauce['high']:.1f}"]
-    assert "1 point lower at most, up to" in text
+    assert "ratio, at most 1 point lower" in text
     for name in ("cswap", "random"):
         (asked,) = {record.result["n_evaluations"] for key, record in trials(compared).items() if key == (name, 0)}
         assert f"  {asked:,}" in next(line for line in text.splitlines() if line.startswith(name))
     assert f"dense accuracy {compared.dense_accuracy:.1%} on 100 test images" in text
     assert text.endswith(f"Report: {compared.report}")
     assert "can't be said with 100 test images" in text
-    assert re.search(r"Give --margin 0\.\d+, the least that 100 images can show", text)
+    assert re.search(r"Give `margin=0\.\d+`, the least that 100 images can show", text)
     clocked = compared.model_copy(
         update={"latency": {"random": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])}, "finished": True}
     )
@@ -370,16 +372,16 @@ def test_a_class_without_correct_images_is_refused_before_the_first_trial(tmp_pa
         ({"criteria": []}, "criteria must be"),
         ({"criteria": ["random", "random"]}, "criteria must be"),
         ({"criteria": ["swap"]}, "did you mean 'cswap'"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
         ({"ratios": [0.5, 1.0]}, r"ratio must be in \[0, 1\), got 1.0"),
         ({"calibration": 1000}, "calibration"),
         ({"sampling": "randm"}, "unknown sampling 'randm': did you mean 'random'"),
         ({"sampling": []}, "sampling must be different names"),
         ({"sampling": ["random", "random"]}, "sampling must be different names"),
         ({"criteria": ["random", "wanda"]}, "wanda scores sites of kind weight, not 'channel'"),
-        ({"mode": "mask"}, "mode must be cut or zero, got 'mask'"),
-        ({"margin": 0.0}, r"margin must be in \(0, 1\), got 0.0"),
-        ({"device": "tpu"}, "device must be auto, cpu or cuda, got 'tpu'"),
+        ({"mode": "mask"}, "`mode` must be cut or zero, got 'mask'"),
+        ({"margin": 0.0}, r"`margin` must be in \(0, 1\), got 0.0"),
+        ({"device": "tpu"}, "`device` must be auto, cpu or cuda, got 'tpu'"),
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
     ],
     ids=lambda value: str(value)[:40],
@@ -405,7 +407,9 @@ def test_a_criterion_that_refuses_the_model_stops_everything_unless_it_may_be_le
     page = html.unescape(re.sub("<[^>]*>", "", Path(result.report).read_text()))
     for said in (result.text(), page):
         assert said.count(result.refused["backtrace"]) == 1
-    with pytest.raises(ModelError, match=r"backtrace refuses the model: .*give --skip-refused again, or another --out"):
+    with pytest.raises(
+        ModelError, match=r"backtrace refuses the model: .*give `skip_refused=True` again, or another `out`"
+    ):
         sukashi.compare(*named, out=tmp_path / "left", **given)
 
 

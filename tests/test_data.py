@@ -142,7 +142,7 @@ def test_calibration_keeps_ids_targets_and_pixels_together(digit_data):
 def test_calibration_names_the_class_with_too_few(tmp_path):
     (folder(tmp_path, n=4) / "train" / "dog" / "03.png").unlink()
     train = data.load(tmp_path).train
-    with pytest.raises(DataError, match=r"class 'dog' has 3 images in train, .* needs 4 .* give calibration=3 "):
+    with pytest.raises(DataError, match=r"class 'dog' has 3 images in train, .* needs 4 .* give `calibration=3` "):
         train.calibration(4, 0)
     with pytest.raises(UsageError, match="at least 1, got 0"):
         train.calibration(0, 0)
@@ -385,7 +385,7 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path):
     write(root / "train" / "cat" / "bomb.png", encode(Image.new("1", (14_000, 14_000))))
     with pytest.raises(DataError, match=r"train/cat/bomb.png"):
         data.load(root)
-    with pytest.raises(UsageError, match="max_pixels must be in"):
+    with pytest.raises(UsageError, match="`max_pixels` must be in"):
         data.load(root, max_pixels=10**9)
 
 
@@ -617,7 +617,7 @@ def test_masks_are_targets_with_a_declared_void(tmp_path):
         found.train.calibration(1, 0)
     with pytest.raises(UsageError, match="a map of classes"):
         _ = found.train.targets
-    with pytest.raises(UsageError, match="class_map is for one class an image"):
+    with pytest.raises(UsageError, match="`class_map` is for one class an image"):
         data.load(tmp_path, class_map={"sky": 1, "road": 0})
 
 
@@ -735,7 +735,7 @@ def test_shapes_refuses_bad_options(spec, message):
 
 
 def test_data_without_masks_say_how_to_give_some(digit_data):
-    with pytest.raises(UsageError, match=r"digits has no masks .* folder masks .*, into a column .* --masks FOLDER"):
+    with pytest.raises(UsageError, match=r"digits has no masks .* folder masks .*, into a column .* `masks=FOLDER`"):
         digit_data.ground_truth(digit_data.test.image_ids[:1], plain(8))
     with pytest.raises(UsageError, match="no facts"):
         digit_data.facts(digit_data.test.image_ids[:1])

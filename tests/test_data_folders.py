@@ -252,7 +252,7 @@ def test_names_that_are_no_text_are_refused(tmp_path):
 
 def test_numbers_sorted_as_text_are_noted(tmp_path):
     notes = data.load(filled(tmp_path / "a", "1", "2", "10")).notes
-    assert "classes are numbered by their names as text: 1, 10, 2; a class_map gives them other numbers" in notes
+    assert "classes are numbered by their names as text: 1, 10, 2; a `class_map` gives them other numbers" in notes
     for names in (("01", "02", "10"), ("a1", "a10", "a2"), ("7", "8")):
         assert not any("as text" in note for note in data.load(filled(tmp_path / names[1], *names)).notes)
 
@@ -280,7 +280,7 @@ def test_a_mistyped_folder_is_looked_for_beside_it(tmp_path):
 
 def test_no_data_are_not_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(filled(tmp_path, "a", "b"))
-    with pytest.raises(UsageError, match="data must not be empty: give a path or a name"):
+    with pytest.raises(UsageError, match="`data` must not be empty: give a path or a name"):
         sukashi.check("sukashi:digits_cnn", "")
     with pytest.raises(UsageError, match="data must not be empty: give a folder"):
         data.load("")

@@ -108,7 +108,7 @@ def test_the_column_of_labels_can_be_named(tmp_path):
         (lines() + "3.png,a\n", "names images/3.png 2 times: an image has one label"),
         (lines() + "3.png,\n", "line 10 of .* has no label"),
         (lines() + "3.png\n", "line 10 of .* has no label or other columns"),
-        (lines(head="file,what"), "has the columns file, what: one must be called label, .* or give --label COLUMN"),
+        (lines(head="file,what"), "has the columns file, what: one must be called label, .* or give `label=COLUMN`"),
         (lines(head="what,label"), "one must be called file, .*, id$"),
         ("", "has the columns none"),
         (lines() + '"', "can't be read as CSV in UTF-8"),
@@ -141,5 +141,5 @@ def test_a_csv_that_is_a_pipe_is_not_opened(tmp_path):
 @pytest.mark.parametrize("spec", ["digits", "folder"])
 def test_a_column_is_refused_where_there_are_none(tmp_path, spec):
     root = listed(tmp_path, {}, ("a", "b"))
-    with pytest.raises(UsageError, match=r"label 'x' is .* of"):
+    with pytest.raises(UsageError, match=r"`label='x'` is .* of"):
         data.load(root if spec == "folder" else spec, label="x")

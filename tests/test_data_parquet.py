@@ -57,7 +57,7 @@ def test_labels_that_are_text_are_classes_in_sorted_order(tmp_path, kind):
 def test_the_column_of_labels_can_be_named(tmp_path):
     columns = {"img": IMAGES, "fine_label": [0, 1, 2] * 2, "coarse_label": LABELS, "word": TEXTS}
     root = written(tmp_path, columns, named(fine_label=["x", "y", "z"], coarse_label=["p", "q"]))
-    with pytest.raises(DataError, match="give --label with one of fine_label, coarse_label"):
+    with pytest.raises(DataError, match="give `label` with one of fine_label, coarse_label"):
         data.load(root)
     assert data.load(root, label="fine_label").class_names == ("x", "y", "z")
     assert data.load(root, label="coarse_label").class_names == ("p", "q")

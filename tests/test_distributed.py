@@ -275,7 +275,7 @@ def test_one_that_waits_for_a_first_process_that_is_gone_ends_too():
 
 def test_jobs_are_no_business_of_torchruns_processes(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="the 2 processes of torchrun train together: leave --jobs out"):
+    with pytest.raises(UsageError, match="the 2 processes of torchrun train together: leave `jobs` out"):
         sukashi.schedule("sukashi:digits_cnn", "digits", "oneshot", ["random"], [0.5], out=tmp_path / "out", jobs=2)
     assert not (tmp_path / "out").exists()
 

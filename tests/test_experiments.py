@@ -240,10 +240,10 @@ def test_a_second_call_does_nothing_and_says_so(experiment, monkeypatch):
 @pytest.mark.parametrize("name", ["thesis.txt", "trial.json", "results.json", "recipe.json"])
 def test_a_foreign_folder_is_refused_untouched(made, tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UsageError, match=rf"is not empty \({name}\) and holds no experiment: choose another --out"):
+    with pytest.raises(UsageError, match=rf"is not empty \({name}\) and holds no experiment: choose another `out`"):
         perform(made, out=tmp_path)
     assert contents(tmp_path) == {name: b"{}"}
-    with pytest.raises(UsageError, match=r"is a file: --out needs a folder"):
+    with pytest.raises(UsageError, match=r"is a file: `out` needs a folder"):
         perform(made, out=tmp_path / name)
     assert contents(tmp_path) == {name: b"{}"}
 
@@ -260,7 +260,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_read(kind, cut
     with pytest.raises(UsageError, match=r"of another experiment \(foreign, now"):
         perform(one, out=other)
     (other / "experiment.json").write_text(json.dumps({**record, "format": FORMAT + 1}))
-    with pytest.raises(UsageError, match="use the version that made it, or another --out"):
+    with pytest.raises(UsageError, match="use the version that made it, or another `out`"):
         perform(one, out=other)
     (one.out / "audited").mkdir(parents=True)
     (one.out / "audited" / "thesis.txt").write_text("mine")
@@ -280,7 +280,7 @@ def test_a_folder_of_another_kind_is_refused_untouched(experiment, other):
     if (other, experiment.kind) in {("train", "finetune"), ("train", "train"), (experiment.kind, other)}:
         other = "schedule"
     room = {"finetune": "train"}.get(experiment.kind, experiment.kind)
-    with pytest.raises(UsageError, match=rf"of another experiment \({room}, now {other}\): choose another --out"):
+    with pytest.raises(UsageError, match=rf"of another experiment \({room}, now {other}\): choose another `out`"):
         perform(experiment, kind=other)
     assert differing(experiment.out, experiment.finished) == set()
 

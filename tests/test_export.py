@@ -202,7 +202,7 @@ def test_what_can_not_be_written_is_refused_before_anything_is_loaded(shipped, t
     monkeypatch.setattr(models, "load", None)
     with pytest.raises(UsageError, match=r"model\.onnx exists: nothing is overwritten"):
         sukashi.export(shipped.folder)
-    with pytest.raises(UsageError, match=r"sukashi:digits_cnn is no folder .* --out FILE\.onnx"):
+    with pytest.raises(UsageError, match=r"sukashi:digits_cnn is no folder .* `file='FILE\.onnx'`"):
         sukashi.export("sukashi:digits_cnn")
     with pytest.raises(UsageError, match="label is about data, and none are given"):
         sukashi.export(shipped.folder, label="x", file=tmp_path / "x.onnx")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_a_group_of_a_column(tmp_path):
     ("groups", "error", "said"),
     [
         (r"p(10\d)_", DataError, r"15 of 30 images of \w+ have no group by .* \(a/p0_0.png, .*, \.\.\.\): every image"),
-        ("patient", UsageError, "'patient' is no column of .* must have one group in brackets, this has 0"),
+        ("patient", UsageError, "`groups='patient'` is no column of .* must have one group in brackets, this has 0"),
         (r"(p)(\d)", UsageError, "this has 2: give the name of a column"),
         ("p(", UsageError, "no column of .* and no pattern"),
         (r"(p)\d+_", DataError, "class 'a' in .* are of 1 group, and holding whole groups out leaves none"),
@@ -146,11 +147,33 @@ def test_a_cut_of_what_was_trained_here_on_the_same_images_needs_no_word(trained
     assert recipe["trained_on"] == [{"splits": data.load("digits").splits_sha256, "validation": 0.1}]
 
 
-def test_weights_from_elsewhere_may_have_seen_what_is_held_out(trained, tmp_path, cnn_weights):
-    elsewhere = sukashi.check(**NET, weights=trained / "model.safetensors", limit=0, calibration=2)
-    (said,) = warned(elsewhere)
+def test_the_file_of_a_saved_folder_is_known_as_the_folder_is(trained, tmp_path):
+    file = trained / "model.safetensors"
+    assert models.load(NET["model"], weights=file).trained_on == models.load(str(trained)).trained_on
+    assert not warned(sukashi.check(**NET, weights=file, limit=0, calibration=2))
+    cut = sukashi.prune(
+        **NET, weights=file, criterion="magnitude", ratio=0.5, test_images=20, calibration=2, out=tmp_path / "half"
+    )
+    again = models.load(NET["model"], weights=tmp_path / "half" / "model.safetensors")
+    assert again.cuts == models.load(cut.out).cuts != ()
+    assert not warned(cut)
+    with pytest.raises(UsageError, match="is a saved folder and brings its own: leave `width` out"):
+        sukashi.check(NET["model"], "digits", width=9, weights=file, limit=0, calibration=2)
+    with pytest.raises(UsageError, match=f"{file} is a file of a saved folder: give the folder, {trained}$"):
+        models.load(str(file))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(trained, tmp_path_factory):
+    """The same weights, of which nobody knows any more what they learned from."""
+    return shutil.copy(trained / "model.safetensors", tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_weights_from_elsewhere_may_have_seen_what_is_held_out(elsewhere, tmp_path):
+    found = sukashi.check(**NET, weights=elsewhere, limit=0, calibration=2)
+    (said,) = warned(found)
     assert said.startswith("digits has no test split: 20% of each class held out by seed 0, 359 images; ")
-    assert not any("held out" in note for note in elsewhere.notes)
+    assert not any("held out" in note for note in found.notes)
     assert not warned(sukashi.check(**NET, limit=0, calibration=2)), "random weights have seen nothing"
     assert not warned(sukashi.check(NET["model"], "shapes:n=8,size=16", width=8, n_classes=6, limit=0, calibration=2))
 
@@ -162,14 +185,12 @@ def test_other_images_may_have_been_seen_too(trained, tmp_path):
     assert warned(sukashi.check(trained, tmp_path, limit=0, calibration=2))
 
 
-def test_validation_images_may_have_been_seen_too(trained, tmp_path):
+def test_validation_images_may_have_been_seen_too(trained, elsewhere, tmp_path):
     short = {"data": "digits", "epochs": 1, "test_images": 20}
     seen = "trained on the validation images"
     assert not warned(sukashi.finetune(trained, **short, out=tmp_path / "same"), seen)
     assert warned(sukashi.finetune(trained, **short, validation=0.2, out=tmp_path / "more"), seen)
-    tuned = sukashi.finetune(
-        NET["model"], width=8, weights=trained / "model.safetensors", **short, out=tmp_path / "elsewhere"
-    )
+    tuned = sukashi.finetune(NET["model"], width=8, weights=elsewhere, **short, out=tmp_path / "elsewhere")
     assert warned(tuned, seen)
     assert warned(tuned)
     assert models.load(str(tmp_path / "elsewhere")).trained_on is None
@@ -207,6 +228,19 @@ def kept():
     with torch.random.fork_rng():
         torch.manual_seed(5)
         return drawn()
+
+
+def test_a_network_of_somebodys_code_is_trained_on_by_its_name(tmp_path):
+    given = {"criterion": "magnitude", "ratio": 0.5, "test_images": 20, "calibration": 2}
+    cut = sukashi.prune("test_held_out:drawn", "digits", **given, out=tmp_path / "cut")
+    assert f"model='test_held_out:drawn', data='digits', weights='{cut.out}', " in cut.tuning
+    eval(f"{cut.tuning[:-1]}, epochs=1)")
+    assert (
+        models.load("test_held_out:drawn", weights=f"{cut.out}-tuned").cuts
+        == models.load("test_held_out:drawn", weights=cut.out).cuts
+    )
+    held = sukashi.prune(drawn(), "digits", **given, out=tmp_path / "held")
+    assert (held.tuning, "Fine-tune" in held.text()) == ("", False)
 
 
 def test_code_that_draws_its_weights_has_seen_nothing():

@@ -94,13 +94,13 @@ def test_a_file_is_strict():
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("criteria", {"drift"}, "criteria must be a list"),  # a set has no order
-        ("seeds", "3", "seeds must be a whole number like 3, got '3'"),
-        ("seeds", [0, 1], r"seeds is how many there are, counted from 0, got \[0, 1\]: give seeds=2"),
-        ("seeds", 10**6, "seeds must be at most 1000, got 1000000"),
-        ("margin", float("nan"), "margin must be a finite number"),
-        ("device", "gpu", "device must be auto, cpu or cuda, got 'gpu'"),
-        ("weights", 3, "weights must be a string, got 3"),
+        ("criteria", {"drift"}, "`criteria` must be a list"),  # a set has no order
+        ("seeds", "3", "`seeds` must be a whole number like 3, got '3'"),
+        ("seeds", [0, 1], r"`seeds` is how many there are, counted from 0, got \[0, 1\]: give `seeds=2`"),
+        ("seeds", 10**6, "`seeds` must be at most 1000, got 1000000"),
+        ("margin", float("nan"), "`margin` must be a finite number"),
+        ("device", "gpu", "`device` must be auto, cpu or cuda, got 'gpu'"),
+        ("weights", 3, "`weights` must be a string, got 3"),
         ("sede", 3, "unknown setting 'sede': did you mean 'seeds'"),
     ],
 )
@@ -112,20 +112,20 @@ def test_what_python_gives_wrong_is_one_sentence(name, value, said):
 
 def test_numbers_that_no_network_reckons_with_are_refused():
     for value in (1e308, 3.5e38):
-        with pytest.raises(UsageError, match=r"^weight_decay must be at most 3\.4e\+38, .* got "):
+        with pytest.raises(UsageError, match=r"^`weight_decay` must be at most 3\.4e\+38, .* got "):
             keywords(Train, {**NEEDED[Train], "weight_decay": value})
     assert keywords(Train, {**NEEDED[Train], "weight_decay": 3e38}).weight_decay == 3e38
 
 
 def test_what_is_missing_is_said():
-    with pytest.raises(UsageError, match=r"^data must be given: data = \"digits\"$"):
+    with pytest.raises(UsageError, match=r"^`data` must be given: `data='digits'`$"):
         keywords(Compare, {name: value for name, value in COMPARED.items() if name != "data"})
 
 
 @pytest.mark.parametrize("kind", [Prune, Train, Audit])
 def test_seeds_that_no_generator_takes_are_refused(kind):
     for seed in (-1, 2**32, 2**64):
-        with pytest.raises(UsageError, match=r"^seed must be at (least 0|most 4294967295), got "):
+        with pytest.raises(UsageError, match=r"^`seed` must be at (least 0|most 4294967295), got "):
             keywords(kind, {**NEEDED[kind], "seed": seed})
 
 

@@ -312,7 +312,7 @@ def test_a_class_that_is_gone_is_named_and_images_are_counted_by_class(audited):
     warning = f"noisy is audited on no image of 9 ({right}): no figure here tells of that class"
     assert warning in result.warnings
     (line,) = result.audited
-    assert line.startswith(f"audited (noisy): {noisy['n_images']} images: {noisy['images_of_class']['0']} 0, ")
+    assert line.startswith(f"audited (noisy): {noisy['n_images']} images: {noisy['images_of_class']['0']} of class 0, ")
     assert line.endswith(", none of 9")
     page = (audited / "gone" / "report.html").read_text()
     assert warning in re.sub("<[^>]*>", "", page)

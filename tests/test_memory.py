@@ -165,11 +165,12 @@ def test_a_loaded_network_keeps_mask_and_class_names(sparse, tmp_path):
 
 def test_a_loaded_network_brings_its_own(sparse):
     loaded = sukashi.load(sparse)
-    with pytest.raises(UsageError, match="leave width out"):
+    with pytest.raises(UsageError, match="leave `width` out"):
         sukashi.load(loaded, width=4)
-    with pytest.raises(UsageError, match="leave weights out"):
-        sukashi.load(loaded, weights=sparse / "model.safetensors")
-    assert sukashi.load(loaded, weights=sparse).weights_sha256 == loaded.weights_sha256
+    with pytest.raises(UsageError, match="leave `weights` out"):
+        sukashi.load(loaded, weights=sparse / "masks.safetensors")
+    for weights in (sparse, sparse / "model.safetensors"):
+        assert sukashi.load(loaded, weights=weights).weights_sha256 == loaded.weights_sha256
     with torch.no_grad():
         next(loaded.model.parameters()).add_(1)
     with pytest.raises(ModelError, match="its mask removes are not zero"):

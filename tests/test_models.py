@@ -382,7 +382,7 @@ def test_weights_that_do_not_fit_are_named(digits, tmp_path):
 
 def test_class_counts_that_differ(digits):
     _, path = digits
-    with pytest.raises(ModelError, match=r"10 classes, n_classes is 4"):
+    with pytest.raises(ModelError, match=r"10 classes, `n_classes` is 4"):
         models.load("sukashi:digits_cnn", weights=path, n_classes=4)
     with pytest.raises(ModelError, match="gives 4 classes, 5 were expected"):
         models.load("test_models:stubborn", n_classes=5)
@@ -449,7 +449,7 @@ def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
 
 
 def test_a_transformer_whose_windows_would_change_is_left_alone():
-    with pytest.raises(ModelError, match=r"cannot be laid out for 64 x 64 pixels .*: leave --size out"):
+    with pytest.raises(ModelError, match=r"cannot be laid out for 64 x 64 pixels .*: leave `size` out"):
         models.load("timm:swin_tiny_patch4_window7_224", n_classes=3, size=[64])
 
 
@@ -493,7 +493,7 @@ def test_import_path():
         ("noisy", "other logits in a second pass"),
         ("counting", "changes its buffer 'calls'"),
         ("sociable", "other company"),
-        ("chaotic", "multiplies rounding until it rules the logits, in float64 they agree: give trained --weights"),
+        ("chaotic", "multiplies rounding until it rules the logits, in float64 they agree: give trained `weights`"),
         ("overflowing", "NaN or Inf"),
         ("mapping", r"\(images, classes\)"),
         ("number", "must return a torch.nn.Module"),
@@ -693,12 +693,12 @@ def test_another_size_is_taken_or_refused_in_our_words():
     with pytest.raises(
         ModelError,
         match=r"^sukashi:digits_vit does not run on images of 12 x 12 pixels in 1 channel "
-        r"\(RuntimeError: .*\): leave --size out, its own is 8 x 8$",
+        r"\(RuntimeError: .*\): leave `size` out, its own is 8 x 8$",
     ):
         models.read_as(vit, size=[12])
 
 
 def test_a_file_of_weights_is_no_model(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"is a file of weights and not a model.* --weights"):
+    with pytest.raises(UsageError, match=r"is a file of weights and not a model.* `weights`"):
         models.load(str(tmp_path / "w.pt"))

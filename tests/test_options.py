@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from sukashi.cli import main
-from sukashi.cli.options import parameters, spelled, values
+from sukashi.cli.options import parameters, values
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import Ratio, Settings, command_of, keywords, option
 from sukashi.experiments import functions
@@ -132,18 +132,3 @@ def test_the_command_of_settings_has_these_settings(monkeypatch, settings):
         main.main()
     fields = type(settings).model_fields
     assert {name: getattr(taken[0], name) for name in fields} == {name: getattr(settings, name) for name in fields}
-
-
-@pytest.mark.parametrize(
-    ("message", "told"),
-    [
-        ("leave them out with skip_bad=True:", "leave them out with --skip-bad:"),
-        ("needs 9: give calibration=5 or add images", "needs 9: give --calibration 5 or add images"),
-        ("test_images must be at least 10", "--test-images must be at least 10"),
-        ("n_classes is 3: leave it out", "--classes is 3: leave it out"),
-        ("no folder runs/test_images or my_test_images, 'test_images', x.test_images", None),
-        ("a calibration set of the weights and data", None),
-    ],
-)
-def test_a_command_names_settings_as_its_options(message, told):
-    assert spelled(Compare, message) == (told or message)

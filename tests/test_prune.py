@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,9 +17,11 @@ from safetensors.torch import load_file, save_file
 import sukashi
 from sukashi import data as datasets
 from sukashi import models
+from sukashi.cli.main import app
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.criteria import plans, pruning
 from sukashi.criteria.plans import plan_of
+from sukashi.experiments.kinds import spelled
 from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import accuracy
@@ -127,7 +131,7 @@ def test_a_finished_cut_is_told_again_and_another_is_refused(cnn_weights, tmp_pa
     result = prune("magnitude", 0.5, out, cnn_weights)
     assert not result.finished
     before = contents(out)
-    with pytest.raises(UsageError, match=r"another trial: ratio_asked was 0\.5, now 0\.4; choose another --out"):
+    with pytest.raises(UsageError, match=r"another trial: ratio_asked was 0\.5, now 0\.4; choose another `out`"):
         prune("magnitude", 0.4, out, cnn_weights)
     assert contents(out) == before
     monkeypatch.setattr(pruning, "cut", None)
@@ -205,22 +209,43 @@ def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
     result = result.model_copy(update={"latency": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])})
     text = result.text()
     for noun, values in {
-        "accuracy": (f"{100 * result.dense['accuracy']:.1f}%", f"{100 * result.pruned['accuracy']:.1f}%"),
-        "latency, ms": ("2.00", "3.00"),
-        "units removed": (f"{100 * result.units_removed:.1f}%",),
+        "accuracy on 50 test images": (
+            f"{100 * result.dense['accuracy']:.1f}%",
+            f"{100 * result.pruned['accuracy']:.1f}%",
+        ),
+        "latency, ms (median)": ("2.00", "3.00"),
+        "  × dense, median of pairs of passes": ("1.50", "(1.50", "to", "1.50)"),
+        "units removed": (f"{100 * result.units_removed:.1f}%", "(8", "of", "32)"),
         "parameters removed": (f"{100 * result.parameters_removed:.1f}%",),
     }.items():
         (line,) = (line for line in text.splitlines() if line.startswith(noun + " "))
         assert line.removeprefix(noun).split() == list(values)
     assert "weights removed" not in text
     assert "warning: pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in text
-    assert text.endswith(f"Saved: {result.out}\n\nReport: {result.report}")
+    assert f"Accuracy on 50 test images goes from {100 * result.dense['accuracy']:.1f}% to" in text
+    told = f"`sukashi.finetune(model='{result.out}', data='digits', test_images=50, out='{result.out}-tuned')`"
+    said = [f"Saved: {result.out}", "", f"Report: {result.report}", f"Fine-tune what is left: {told}"]
+    assert text.endswith("\n".join(said))
     zeroed = result.model_copy(update={"mode": "zero"})
     assert "times as long" not in zeroed.text(), "a clock's noise is no finding"
     table = result.table()
     assert [row["network"] for row in table] == ["dense", "pruned"]
     assert table[1]["accuracy"] == result.pruned["accuracy"]
     assert table[0].keys() == table[1].keys()
+
+
+def test_the_last_words_are_what_trains_the_network_on(cnn_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = prune("magnitude", 0.5, "my cut", cnn_weights, skip_bad=True, max_pixels=100)
+    eval(f"{result.tuning[:-1]}, epochs=1)")
+    tuned = sukashi.results("my cut-tuned")
+    assert (tuned.n_images, tuned.accuracy_before) == (50, result.pruned["accuracy"]), "on the same images"
+    shutil.rmtree("my cut-tuned")
+    (*_, line) = spelled(result.text()).splitlines()
+    command = line.partition("`")[2].rstrip("`")
+    assert command.startswith("sukashi finetune 'my cut' --data digits --skip-bad --max-pixels 100 --test-images 50 ")
+    assert app([*shlex.split(command)[1:], "--epochs", "1"], standalone_mode=False) in (None, 0)
+    assert sukashi.results("my cut-tuned").accuracy == tuned.accuracy
 
 
 def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights, tmp_path):
@@ -274,7 +299,7 @@ def test_an_export_that_fails_leaves_the_network(cnn_weights, tmp_path, monkeypa
     assert sukashi.results(tmp_path / "o").onnx is None
     (tmp_path / "o" / "onnx").mkdir(exist_ok=True)
     (tmp_path / "o" / "onnx" / "model.onnx").write_text("of an export by itself")
-    with pytest.raises(ModelError, match=r"o is finished, `sukashi report .*o` tells of it, and the same"):
+    with pytest.raises(ModelError, match=r"o is finished, `sukashi.results\('.*o'\)` tells of it, and the same"):
         prune("magnitude", 0.5, tmp_path / "o", cnn_weights, onnx=True)
     assert (tmp_path / "o" / "onnx" / "model.onnx").read_text() == "of an export by itself"
 
@@ -301,13 +326,13 @@ def test_rounding_that_gives_much_back_is_said(cnn_weights, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "zero", "round_to": 8}, "round_to is for widths, and mode zero changes none, got 8"),
+        ({"mode": "zero", "round_to": 8}, "`round_to` is for widths, and `mode='zero'` changes none, got 8"),
         ({"exclude": ["conv9"]}, "no site has a layer 'conv9' to exclude: did you mean"),
         ({"exclude": ["fc2"]}, "nothing of layer 'fc2' would be cut"),
         ({"exclude": ["conv1", "conv2", "conv3", "fc1"]}, "no site is left: exclude fewer layers"),
-        ({"sequential": True}, "sequential is for single weights: give a scope too"),
-        ({"scope": "row", "mode": "zero"}, "mode zero is for units, and scope row removes single weights"),
-        ({"scope": "row", "round_to": 4}, "round_to is for units, and scope row removes single weights"),
+        ({"sequential": True}, "`sequential` is for single weights: give a `scope` too"),
+        ({"scope": "row", "mode": "zero"}, "`mode='zero'` is for units, and `scope='row'` removes single weights"),
+        ({"scope": "row", "round_to": 4}, "`round_to` is for units, and `scope='row'` removes single weights"),
         ({"scope": "row", "sequential": True}, "magnitude looks at no image"),
         ({"scope": "colum"}, "scope"),
         ({"scope": "2:4", "ratio": 0.4}, "2:4"),
@@ -316,7 +341,7 @@ def test_rounding_that_gives_much_back_is_said(cnn_weights, tmp_path):
         ({"criterion": "drift", "scope": "row"}, "drift scores sites of kind"),
         ({"options": {"alpha": 0.1}}, "magnitude has no option 'alpha'"),
         ({"sampling": "randm"}, "unknown sampling 'randm': did you mean 'random'"),
-        ({"round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"round_to": 0}, "`round_to` must be at least 1, got 0"),
         ({"ratio": 1}, r"ratio must be in \[0, 1\), got 1"),
     ],
     ids=str,
@@ -346,5 +371,7 @@ def test_a_network_that_may_be_guessing_is_told_what_was_assumed_of_it(cnn_weigh
     save_file({**tensors, last: tensors[last].roll(1, 0)}, tmp_path / "shifted.safetensors")
     wrong = prune("magnitude", 0.5, tmp_path / "wrong", tmp_path / "shifted.safetensors")
     [said] = [said for said in wrong.warnings if "one answer for all" in said]
-    assert "images read as 8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn)" in said
+    assert (
+        "images read as 8 x 8, mean 0, std 1, whole images resized, aspect ratio not kept (sukashi's defaults" in said
+    )
     assert "numbered as 0, 1, 2, 3, ..." in said

@@ -92,7 +92,7 @@ def test_round_mask(plan, ratio, round_to):
 
 def test_round_mask_refuses():
     plan = _plan([Site("a", "channel", 8)])
-    with pytest.raises(UsageError, match="round_to must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`round_to must be at least 1, got 0"):
         plans.round_mask(plan, 0.5, 0)
     with pytest.raises(UsageError, match="ratio must be in"):
         plans.round_mask(plan, 50)
@@ -401,7 +401,7 @@ def test_a_sparse_folder_runs_semi_structured_where_a_gpu_does(tmp_path):
     mask = Mask({site: keep for site, keep in small.mask.keep.items() if site.layer != "head"})
     save(tmp_path / "sparse", replace(small, mask=mask), provenance={})
     loaded = models.load(str(tmp_path / "sparse"))
-    with pytest.raises(UsageError, match="digits_vit has no mask of single weights: prune with scope 2:4"):
+    with pytest.raises(UsageError, match="digits_vit has no mask of single weights: prune with `scope='2:4'`"):
         models.semi_structured(dense)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         with pytest.raises(ResourceError, match=r"compute capability 8\.0 or newer"):
@@ -475,7 +475,7 @@ def test_sequential_scores_each_layer_with_those_before_it_pruned(spec):
 
 @pytest.mark.parametrize(
     ("criterion", "scope", "words"),
-    [("magnitude", "row", "magnitude looks at no image"), ("wanda", "global", "scope global compares all layers")],
+    [("magnitude", "row", "magnitude looks at no image"), ("wanda", "global", "`scope='global'` compares all layers")],
 )
 def test_sequential_without_meaning(criterion, scope, words):
     with pytest.raises(UsageError, match=words):

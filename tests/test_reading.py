@@ -73,7 +73,10 @@ def described(weights, path, **header):
 def test_asking_comes_before_the_weights_and_these_before_what_is_usual(cnn_weights, tmp_path):
     plain = models.load(SPEC, width=8, weights=cnn_weights)
     assert plain.assumed
-    assert plain.reads == "8 x 8, mean 0, std 1, squashed (sukashi's defaults for digits_cnn)"
+    assert (
+        plain.reads
+        == "8 x 8, mean 0, std 1, whole images resized, aspect ratio not kept (sukashi's defaults for digits_cnn)"
+    )
     names = json.dumps(list("abcdefghij"))
     told = described(
         cnn_weights, tmp_path / "w.safetensors", size="8,8", mean="0.5", std="0.25", resize="crop:9", class_names=names
@@ -84,7 +87,8 @@ def test_asking_comes_before_the_weights_and_these_before_what_is_usual(cnn_weig
     assert found.reads.endswith("shorter side resized to 9, the centre cropped (the header of w.safetensors)")
     asked = sukashi.load(SPEC, width=8, weights=told, mean=0.125, resize="squash")
     assert asked.preprocess == Preprocess(8, 8, 1, (0.125,), (0.25,))
-    assert "mean 0.125 (as asked), std 0.25 (the header of w.safetensors), squashed (as asked)" in asked.reads
+    by = "(the header of w.safetensors), whole images resized, aspect ratio not kept (as asked)"
+    assert f"mean 0.125 (as asked), std 0.25 {by}" in asked.reads
 
 
 def test_a_saved_folder_keeps_how_images_are_read(cnn_weights, tmp_path):
@@ -118,8 +122,8 @@ def test_a_header_that_says_what_cannot_be_is_refused(cnn_weights, tmp_path, hea
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"size": []}, "size must have at least 1 item"),
-        ({"size": [8, 8, 8]}, "size must have at most 2 items"),
+        ({"size": []}, "`size` must have at least 1 item"),
+        ({"size": [8, 8, 8]}, "`size` must have at most 2 items"),
         ({"size": 0}, "must be at least 1"),
         ({"mean": [0.1, 0.2]}, "mean must be a finite number for each of 1 channels"),
         ({"std": 0.0}, "std must be above 0"),
@@ -158,7 +162,7 @@ def test_pretrained_weights_read_images_as_they_were_published(monkeypatch):
 
 def test_images_that_are_tensors_are_read_as_they_are():
     loader = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
-    with pytest.raises(UsageError, match="is tensors as a network takes them: leave size out"):
+    with pytest.raises(UsageError, match="is tensors as a network takes them: leave `size` out"):
         sukashi.open(SPEC, loader, calibration=2, width=8, n_classes=2, size=9)
 
 
@@ -186,7 +190,7 @@ def test_check_asks_whether_the_network_is_what_it_should_be(cnn_weights):
     right, off = (sukashi.check(**NET, weights=cnn_weights, limit=0, **given) for given in ({}, {"mean": 30.0}))
     assert right.n_right > 150 > 100 > off.n_right
     assert off.text().startswith(
-        "read as 8 x 8 (sukashi's defaults for digits_cnn), mean 30 (as asked), std 1, squashed"
+        "read as 8 x 8 (sukashi's defaults for digits_cnn), mean 30 (as asked), std 1, whole images resized"
     )
     assert f"right on {off.n_right} of 200 test images" in off.text().splitlines()[0]
     drawn = sukashi.check(**NET, limit=0)

@@ -136,9 +136,9 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path):
 
     with pytest.raises(UsageError, match="unknown repair 'refitt'"):
         prune(repair="refitt")
-    with pytest.raises(UsageError, match="repair refit is for units that went"):
+    with pytest.raises(UsageError, match="`repair` is for units that went"):
         prune(repair="refit", scope="global")
-    with pytest.raises(UsageError, match="repair must be different names"):
+    with pytest.raises(UsageError, match="`repair` must be different names"):
         compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["refit", "refit"])
     with pytest.raises(ModelError, match="no BatchNorm lies behind what was cut"):
         prune(repair="norm")

@@ -242,12 +242,12 @@ def test_every_table_is_also_a_file_that_says_the_same(compared: Path, page: str
     shown = cells(page, "")
     for name, sauce, within, *others in rows:
         assert shown[name][0] == f"{sauce} {within}"
-        assert " ".join(shown[name][1:]) == (" ".join(others) if "nowhere" not in others else f"{others[0]} nowhere")
+        assert " ".join(shown[name][1:]) == (" ".join(others) if "none" not in others else f"{others[0]} none")
     with (compared / "tables" / "ratios.csv").open() as file:
         measured = list(csv.DictReader(file))
     assert [row["criterion"] for row in measured[::4]] == [row[0] for row in rows], "said in each of its rows"
     tex = (compared / "tables" / "costs.tex").read_text()
-    assert r"latency, ms & 5.20 & 3.10 ($\times$ 0.60 (0.56 to 0.63)) &" in tex
+    assert r"latency, ms (median) & 5.20 & 3.10 ($\times$ 0.60 (0.56 to 0.63)) &" in tex
     assert r"data.spec & cifar10 \\" in (compared / "tables" / "settings.tex").read_text()
 
 
@@ -369,7 +369,7 @@ def test_the_heading_says_how_far_to_cut_with_the_command(page: str) -> None:
     assert (
         f"Cut {curve.n_removed[place] / 448:.1%} of the units with drift ({curve.fraction[place]:.1%} of the "
         f"parameters, {1 - curve.flops[place] / 1000:.1%} of the FLOPs): accuracy {accuracy:.1%} instead of "
-        f"{curve.accuracy[0]:.1%}, shown to be at most 5 points lower." in words
+        f"{curve.accuracy[0]:.1%} on {N_IMAGES} test images, shown to be at most 5 points lower." in words
     )
     command = next(line for line in words.split("sukashi prune ")[1:])
     for part in ("--data 'my cifar10'", "--criterion drift", f"--ratio {ratio:g}", "--weights w.safetensors"):
@@ -400,7 +400,10 @@ def test_a_class_that_is_lost_is_the_heading(tmp_path: Path) -> None:
     heading = re.search("<h1>(.*?)</h1>", page, re.DOTALL)
     assert heading is not None
     assert heading.group(1).startswith("class 9 falls from 100 to 5% where 50.0% of the units with drift (")
-    assert "though accuracy as a whole, 96.2% instead of 100.0%, is shown to be at most 8 points lower" in page
+    assert (
+        "though accuracy as a whole, 96.2% instead of 100.0% on 500 test images, is shown to be at most 8 points lower"
+        in page
+    )
     assert cells(page, "Class by class")["class 9"][0] == "20"
     assert "<strong>class 9</strong>" in page
 
@@ -436,7 +439,7 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
     spread = np.array([1.0] * 50 + [0.625] * 40 + [0.0] * 10).std() / 10  # of an image's mean at 15 of 40 %
     assert (high - low) / (2 * 1.96) == pytest.approx(100 * spread, rel=0.15)
-    assert "cswap was measured up to 40.0% only" in _Reader(page).words
+    assert "cswap was measured only up to 40.0% of the parameters removed" in _Reader(page).words
 
 
 def test_the_margin_is_that_of_the_run_unless_another_is_given(compared: Path, tmp_path: Path) -> None:
@@ -464,7 +467,7 @@ def test_costs_stand_beside_the_dense_network(page: str) -> None:
     table = cells(page, "What it costs to run")
     assert table["figure"][:2] == ["dense", "drift"]
     assert table["parameters"][:2] == ["270 k", "91 k × 0.34"]
-    assert table["latency, ms"][:2] == ["5.20", "3.10 × 0.60 (0.56 to 0.63)"]  # of 2.9, 3.0, .. 3.3
+    assert table["latency, ms (median)"][:2] == ["5.20", "3.10 × 0.60 (0.56 to 0.63)"]  # of 2.9, 3.0, .. 3.3
     assert table["file size"][0] == "1.1 MB"
     assert "beside the dense one, with half of the units removed." in _Reader(page).words
     assert "2 cores of an x86-64 machine" in page
@@ -616,9 +619,12 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     space = pruned(tmp_path, about, result, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6})
     page = paged(space)
     words = _Reader(page).words
-    assert "Zero falls from 97 to 50%, accuracy goes from 98.1% to 95.0% (-3.1), parameters -60%, " in words
+    assert (
+        "Zero falls from 97 to 50%, accuracy on 1,234 test images goes from 98.1% to 95.0% (-3.1), parameters -60%, "
+        in words
+    )
     assert "FLOPs -75%, latency +50%." in words
-    assert "On 1,234 test images; 95% intervals for new ones: the pruned network's accuracy 93.6% to 96.1%" in words
+    assert "95% intervals for new images: the pruned network's accuracy 93.6% to 96.1%" in words
     assert "class one has no image" in words
     assert "pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in words
     assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text())["classes"]["rows"]] == [
@@ -629,7 +635,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     assert costs["accuracy"] == ["98.1%", "95.0%"]
     assert costs["units removed"] == ["–", "45.0%"]
     assert costs["parameters removed"] == ["–", "60.0%"]
-    assert costs["latency, ms"] == ["2.00", "3.00 × 1.50 (1.50 to 1.50)"]
+    assert costs["latency, ms (median)"] == ["2.00", "3.00 × 1.50 (1.50 to 1.50)"]
     assert (tmp_path / "figures" / "categories.png").exists()
     assert "sukashi prune sukashi:digits_cnn" in words
     assert cells(page, "How it was done")["ratio_asked"] == ["0.5"]
@@ -659,7 +665,10 @@ def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
     )
     page = paged(space)
     words = _Reader(page).words
-    assert "accuracy goes from 98.1% to 95.0% (-3.1), with 50.0% of the masked layers' weights" in words
+    assert (
+        "accuracy on 1,234 test images goes from 98.1% to 95.0% (-3.1), with 50.0% of the masked layers' weights"
+        in words
+    )
     assert "(40.0% of all parameters) at zero; it is as large and as slow as before." in words
     assert "Masked zeros are not compression" in words
     assert "neither size nor latency falls" in words
@@ -681,15 +690,15 @@ def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no experiment \(no experiment.json\): give the --out of a command"):
+    with pytest.raises(UsageError, match=r"holds no experiment \(no experiment.json\): give the `out` of an "):
         sukashi.results(tmp_path)
     trial, space = a_trial("drift", 0), Workspace(tmp_path / "compared")
     space.claim("compare", {"mode": "cut"}, [trial], shown={"margin": 0.01})
-    with pytest.raises(UsageError, match="no finished trial: give the same compare command again"):
+    with pytest.raises(UsageError, match=r"no finished trial: give the same `sukashi.compare` again"):
         sukashi.results(space.folder)
     cut = Workspace(tmp_path / "pruned")
     cut.claim("prune", {}, [Trial({}, nothing, place=".")])
-    with pytest.raises(UsageError, match="no finished network: give the same prune command again"):
+    with pytest.raises(UsageError, match=r"no finished network: give the same `sukashi.prune` again"):
         sukashi.results(cut.folder)
     for folder in (space.folder, cut.folder):
         assert not (folder / "report.html").exists()
@@ -733,7 +742,12 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path: Pat
     space, trial = Workspace(tmp_path), Trial(about, nothing, place=".")
     result = {
         **{"accuracy": 0.75, "accuracy_before": 0.5, "n_images": 400, "epochs": 2, "epoch": 1},
-        **{"validation": {"loss": 1.25, "accuracy": 0.5}, "weights_removed": None, "zeros_in_masked_layers": None},
+        **{
+            "validation": {"loss": 1.25, "accuracy": 0.5},
+            "n_validation": 100,
+            "weights_removed": None,
+            "zeros_in_masked_layers": None,
+        },
         **{"class_names": ["cat", "<dog>"], "class_counts": [200, 200], "class_accuracy": [0.5, None]},
         **{"history": history, "notes": ["mind <this>"], "warnings": []},
     }
@@ -748,11 +762,16 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path: Pat
     for said in (
         "75.0% of 400 test images are right, 50.0% before (+25.0).",
         "Weights of epoch 1 of 2 epochs",
+        "validation loss and accuracy on 100 images",
         "1.3750",
         "400 images a second, 2.0% of the time",
         "<pre>sukashi finetune x</pre>",
     ):
         assert said in page
+    assert re.search(
+        r"^test accuracy +75.0% \(before: 50.0%\) on 400 test images$", sukashi.results(tmp_path).text(), re.M
+    )
+    assert re.search(r"^validation accuracy +50.0% on 100 images$", sukashi.results(tmp_path).text(), re.M)
     assert "<strong>1</strong>" in page
     assert "&lt;dog&gt;" in page
     assert "mind &lt;this&gt;" in page

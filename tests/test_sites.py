@@ -238,11 +238,11 @@ def test_layers_are_excluded_by_pattern_and_what_is_misspelt_lists_the_nearest()
 
 def test_the_remedy_is_one_pattern_that_leaves_all_others_in():
     refused = ["a.0.qkv", "a.10.qkv", "b.1", "c.0.fc", "c.2.fc"]
-    assert exclude.remedy(refused[:1]) == "exclude it (--exclude a.0.qkv)"
-    said = "exclude all 5 such layers (--exclude 'a.*.qkv' --exclude b.1 --exclude c.0.fc --exclude c.2.fc)"
+    assert exclude.remedy(refused[:1]) == "exclude it (`exclude=['a.0.qkv']`)"
+    said = "exclude all 5 such layers (`exclude=['a.*.qkv', 'b.1', 'c.0.fc', 'c.2.fc']`)"
     assert exclude.remedy(refused, ["a.0.proj", "c.1.fc"]) == said
     stages = [f"layers.{stage}.blocks.{block}.qkv" for stage in range(3) for block in range(2)]
-    said = "exclude all 4 such layers (--exclude 'layers.0.blocks.*.qkv' --exclude 'layers.1.blocks.*.qkv')"
+    said = "exclude all 4 such layers (`exclude=['layers.0.blocks.*.qkv', 'layers.1.blocks.*.qkv']`)"
     assert exclude.remedy(stages[:4], stages[4:]) == said
 
 
@@ -338,7 +338,7 @@ def test_a_layer_in_which_a_zero_weight_may_still_be_a_connection_is_refused(lay
 
 def test_all_layers_that_have_no_plain_weights_are_named_at_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*(nn.ConvTranspose2d(4, 4, 2) for _ in range(3))))
-    with pytest.raises(ModelError, match=r"layer '1\.0'.*exclude all 3 such layers \(--exclude '\*\.\*'\)$"):
+    with pytest.raises(ModelError, match=r"layer '1\.0'.*exclude all 3 such layers \(`exclude=\['\*\.\*'\]`\)$"):
         sites.weights(model)
 
 

@@ -123,7 +123,7 @@ def test_a_mask_is_not_given_back():
         (0.5, "rows", "scope must be global, layer, row or N:M .* got 'rows'"),
         (0.5, "4:2", "scope must be .* got '4:2'"),
         (0.5, "0:4", "scope must be .* got '0:4'"),
-        (0.7, "2:4", "scope 2:4 keeps 2 of every 4 weights: give ratio 0.5, got 0.7"),
+        (0.7, "2:4", "`scope='2:4'` keeps 2 of every 4 weights: give `ratio=0.5`, got 0.7"),
         (1.0, "row", r"ratio must be in \[0, 1\), got 1.0"),
         (0.5, "2:4", "layer 'l1' reads 27 inputs, which scope 2:4 cannot group by 4: exclude it"),
     ],
@@ -191,7 +191,7 @@ def test_semi_structured_layers_are_refused_where_there_is_nothing_that_runs_the
     ):
         sparsity.semi_structured(model, mask)
     _, rows = masked_net(0.5, "row")
-    with pytest.raises(UsageError, match=r"the mask of layer '.' is not 2:4: prune with scope 2:4"):
+    with pytest.raises(UsageError, match=r"the mask of layer '.' is not 2:4: prune with `scope='2:4'`"):
         sparsity.semi_structured(model, rows)
     convolution = Mask({site: keep for site, keep in mask.keep.items() if site.layer == "0"})
     with pytest.raises(UsageError, match="the mask has no linear layer"):

@@ -34,7 +34,7 @@ def test_what_is_right_passes():
     [
         ({"nam": "oak"}, "f has an unknown key 'nam': did you mean 'name'? Known: name, leaves, rings"),
         ({"name": "oak"}, "f has no 'leaves': add [leaves.NAME] with colour = \"green\""),
-        ({"leaves": {}}, "f has no 'name': add name = \"oak\", or give --name"),
+        ({"leaves": {}}, "f has no 'name': add name = \"oak\", or give `name`"),
         ({**GOOD, "leaves": {"a": {}}}, "f has no 'colour' in [leaves.a]: add colour = \"green\""),
         (
             {**GOOD, "leaves": {"a": {"color": "green"}}},
@@ -58,5 +58,5 @@ def test_what_is_wrong_is_said(given, said):
 def test_keywords_have_no_file():
     with pytest.raises(UsageError, match=r"^unknown setting 'wood': did you mean 'woods'\? Known: name, .*, woods$"):
         checked(Tree, {"wood": 1}, known=["woods"])
-    with pytest.raises(UsageError, match=r'^name must be a string like "oak", got 1$'):
+    with pytest.raises(UsageError, match=r'^`name` must be a string like "oak", got 1$'):
         checked(Tree, {**GOOD, "name": 1})

@@ -70,9 +70,18 @@ def test_it_is_the_smallest_cut_that_meets_the_target(small, cnn_weights, tmp_pa
     assert result.units_removed == plans.round_mask(plan, result.ratio, round_to).n_removed / plan.n_units
 
 
+def test_what_rounding_gives_back_is_told(cnn_weights, tmp_path):
+    result = prune(tmp_path / "o", cnn_weights, target_params=0.7, round_to=4)
+    asked, gone = round(result.ratio * 32), sum(of["removed"] for of in result.layers)
+    assert gone < asked
+    assert f"of the plan, {asked} of 32 units, {gone} once widths are rounded." in result.text()
+
+
 def test_what_was_reached_is_told_everywhere(cnn_weights, tmp_path):
     result = prune(tmp_path / "o", cnn_weights, target_flops=0.5)
     said = f"FLOPs: {100 * result.target['reached']:.1f}% of the dense network's (asked: at most 50.0%)"
+    n = sum(of["removed"] for of in result.layers)
+    said += f"; at ratio {result.ratio:.4f} of the plan, {n} of 32 units."
     assert said in result.text()
     assert said in html.unescape(re.sub("<[^>]*>", "", (tmp_path / "o" / "report.html").read_text()))
     assert json.loads((tmp_path / "o" / "results.json").read_text())["target"] == result.target
@@ -133,7 +142,7 @@ def test_the_first_images_of_a_drop_are_those_that_training_holds_out(cnn_weight
 
 def test_a_drop_that_so_few_images_can_not_show_is_refused_before_a_criterion_works(cnn_weights, tmp_path, monkeypatch):
     monkeypatch.setattr("sukashi.experiments.prune.run.plan_for", None)
-    with pytest.raises(UsageError, match=r"max_drop 0\.01 can't be shown on 299 images.*: 381 are needed"):
+    with pytest.raises(UsageError, match=r"`max_drop=0\.01` can't be shown on 299 images.*: 381 are needed"):
         prune(tmp_path / "o", cnn_weights, max_drop=0.01)
     assert not (tmp_path / "o").exists()
 
@@ -147,7 +156,7 @@ def test_a_drop_that_no_ratio_is_shown_to_keep_is_refused(small, cnn_weights, tm
         return (right if len(answers) == 1 else np.zeros_like(right)), ids
 
     monkeypatch.setattr(accuracy, "evaluate", worse)
-    with pytest.raises(UsageError, match=r"max_drop 0\.03 is not shown at any ratio: without 2\.0% of its units"):
+    with pytest.raises(UsageError, match=r"`max_drop=0\.03` is not shown at any ratio: without 2\.0% of its units"):
         prune(tmp_path / "o", cnn_weights, criterion="magnitude", max_drop=0.03)
     assert len(answers) == 2, "it stops at the first that fails"
     assert not (tmp_path / "o").exists()
@@ -215,14 +224,20 @@ def test_a_search_that_was_killed_goes_on_with_what_the_clock_said(small, cnn_we
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"target_params": 0.001}, r"target_params 0\.001 can't be reached: the largest cut \(one unit of each layer "),
+        (
+            {"target_params": 0.001},
+            r"`target_params=0\.001` can't be reached: the largest cut \(one unit of each layer ",
+        ),
         (
             {"target_flops": 0.2, "round_to": 8},
-            r"\(each layer keeps 8 units or all\) leaves 0\.\d+ of .* round_to 1",
+            r"\(each layer keeps 8 units or all\) leaves 0\.\d+ of .* `round_to=1`",
         ),
-        ({"target_size": "1kB"}, r"target_size 1 kB can't be reached: .* leaves \d\.\d+ kB"),
-        ({"target_size": "5MB"}, r"target_size 5 MB is met by the dense network \(file size: \d+(\.\d)? kB\)"),
-        ({"target_latency": 0.001}, r"target_latency 0\.001 can't be reached: .* takes 0\.\d\d \(0\.\d\d to 0\.\d\d\)"),
+        ({"target_size": "1kB"}, r"`target_size='1 kB'` can't be reached: .* leaves \d\.\d+ kB"),
+        ({"target_size": "5MB"}, r"`target_size='5 MB'` is met by the dense network \(file size: \d+(\.\d)? kB\)"),
+        (
+            {"target_latency": 0.001},
+            r"`target_latency=0\.001` can't be reached: .* takes 0\.\d\d \(0\.\d\d to 0\.\d\d\)",
+        ),
     ],
 )
 def test_what_no_plan_reaches_is_refused_before_a_criterion_works(cnn_weights, tmp_path, monkeypatch, asked, message):
@@ -236,18 +251,24 @@ def test_what_no_plan_reaches_is_refused_before_a_criterion_works(cnn_weights, t
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "how much goes is said by one of ratio, target_flops, .*, got nothing that says it: give one"),
-        ({"ratio": 0.5, "max_drop": 0.1}, "got ratio and max_drop: give one"),
-        ({"target_flops": 0.5, "target_size": "5MB"}, "got target_flops and target_size: give one"),
-        ({"target_flops": 1.0}, r"target_flops must be in \(0, 1\), got 1"),
-        ({"target_params": 35.0}, r"target_params must be in \(0, 1\), got 35"),
-        ({"max_drop": 0.0}, r"max_drop must be in \(0, 1\), got 0"),
-        ({"target_size": "5"}, "target_size must be a size in B, kB, MB or GB like 5MB"),
-        ({"target_size": "0MB"}, "target_size must be a size"),
-        ({"target_size": "5MiB"}, "target_size must be a size"),
-        ({"target_params": 0.5, "scope": "row"}, "target_params is for units, and scope row removes single weights"),
-        ({"max_drop": 0.5, "scope": "global"}, "max_drop is for units"),
-        ({"target_flops": 0.5, "mode": "zero"}, "mode zero keeps the network's shape, so target_flops never changes"),
+        ({}, "how much goes is said by one of `ratio`, `target_flops`, .*, got nothing that says it: give one"),
+        ({"ratio": 0.5, "max_drop": 0.1}, "got `ratio` and `max_drop`: give one"),
+        ({"target_flops": 0.5, "target_size": "5MB"}, "got `target_flops` and `target_size`: give one"),
+        ({"target_flops": 1.0}, r"`target_flops` must be in \(0, 1\), got 1"),
+        ({"target_params": 35.0}, r"`target_params` must be in \(0, 1\), got 35"),
+        ({"max_drop": 0.0}, r"`max_drop` must be in \(0, 1\), got 0"),
+        ({"target_size": "5"}, "`target_size` must be a size in B, kB, MB or GB like 5MB"),
+        ({"target_size": "0MB"}, "`target_size` must be a size"),
+        ({"target_size": "5MiB"}, "`target_size` must be a size"),
+        (
+            {"target_params": 0.5, "scope": "row"},
+            "`target_params` is for units, and `scope='row'` removes single weights",
+        ),
+        ({"max_drop": 0.5, "scope": "global"}, "`max_drop` is for units"),
+        (
+            {"target_flops": 0.5, "mode": "zero"},
+            "`mode='zero'` keeps the network's shape, so `target_flops` never changes",
+        ),
     ],
     ids=str,
 )
@@ -284,10 +305,10 @@ def test_layers_are_counted_from_input_to_output(small, cnn_weights, tmp_path):
     assert '<details class="fold"><summary>What is left of each layer' not in shown
     for row in result.layers:
         assert f"<td>{row['kept']}</td><td>{100 * row['kept'] / row['units']:.1f}%</td>" in shown
-    (line,) = (line for line in result.text().splitlines() if line.startswith("conv1 and 1 with it "))
-    assert line.split()[5:8] == ["channel", "8", str(result.layers[0]["kept"])]
+    (line,) = (line for line in result.text().splitlines() if line.startswith("conv1 (+ 1 coupled) "))
+    assert line.split()[4:7] == ["channel", "8", str(result.layers[0]["kept"])]
     many = page(result.model_copy(update={"layers": result.layers * 5}), Workspace(tmp_path / "o"))
-    write(tmp_path / "many", many)
+    write(tmp_path / "many", many, str)
     assert "What is left of each layer: 15 " in (tmp_path / "many" / "report.html").read_text()
 
 
@@ -301,11 +322,11 @@ def test_layers_that_lose_units_together_are_one_row():
     assert rows["conv1"]["with"] == ["layer1.0.conv2", "layer1.1.conv2", "layer1.2.conv2"]
     assert rows["layer1.0.conv1"]["with"] == []
     assert [*rows] == sorted(rows), "conv1, layer1, layer2, ..."
-    assert "conv1 and 3 with it" in layer_rows(layers)[1][0]
+    assert "conv1 (+ 3 coupled)" in layer_rows(layers)[1][0]
 
 
 def test_a_drop_is_refused_where_rounding_leaves_nothing_to_remove(cnn_weights, tmp_path):
-    with pytest.raises(UsageError, match="no ratio removes a unit; give a smaller round_to"):
+    with pytest.raises(UsageError, match="no ratio removes a unit; give a smaller `round_to`"):
         prune(tmp_path / "out", cnn_weights, round_to=64, max_drop=0.5)
 
 

@@ -371,7 +371,7 @@ def test_a_damaged_checkpoint_is_refused(start, few, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(start, few, tmp_path):
-    with pytest.raises(ModelError, match=r"step \d+.*last checkpoint is kept.*lower --lr.*another --out"):
+    with pytest.raises(ModelError, match=r"step \d+.*last checkpoint is kept.*lower `lr`.*another `out`"):
         fit(start, few, Training(epochs=3, lr=1e18), out=tmp_path / "run", seconds=0)
     kept = safetensors.torch.load_file(tmp_path / "run" / checkpoint.FILE)
     assert all(tensor.isfinite().all() for name, tensor in kept.items() if name.startswith("model."))
@@ -454,12 +454,12 @@ def _small(logits):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda logits: (logits, logits), r"gives a tuple in train mode .* `logits` of a named tuple"),
+        (lambda logits: (logits, logits), r"gives a tuple in train mode .* 'logits' of a named tuple"),
         (lambda logits: {"logits": logits}, "gives a dict in train mode"),
         (lambda logits: logits[:, :5], r"gives \(2, 5\) in train mode for 2 images, and logits \(2, 10\)"),
         (lambda logits: logits.detach(), "does not require grad"),
         (lambda logits: logits.exp_().exp().mul_(2), "cannot be trained on 2 images"),
-        (_small, "cannot be trained on 2 images of 8 x 8 pixels .*Kernel size.*larger ones by --size"),
+        (_small, "cannot be trained on 2 images of 8 x 8 pixels .*Kernel size.*larger ones by `size`"),
     ],
 )
 def test_a_network_that_fails_in_train_mode_is_refused_before_anything_is_written(made, words, few, tmp_path):
@@ -488,7 +488,7 @@ def test_a_batch_of_one_image_is_refused_where_the_network_cannot_take_it(n_imag
     if fine:
         assert fit(loaded, small, training, out=tmp_path / "run").epoch == 1
         return
-    with pytest.raises(ModelError, match=r"cannot be trained on 1 image of .*another --batch-size"):
+    with pytest.raises(ModelError, match=r"cannot be trained on 1 image of .*another `batch_size`"):
         fit(loaded, small, training, out=tmp_path / "run")
 
 

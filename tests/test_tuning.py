@@ -1,6 +1,7 @@
 """From names to a saved folder: what is in it, what a second call does, what is refused before anything is written."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def test_a_size_of_ones_own(tmp_path):
     assert sukashi.load(run.out).preprocess.height == 8
     with pytest.raises(ModelError, match="patches of 2 x 2 pixels"):
         sukashi.train("sukashi:digits_vit", "digits", out=tmp_path / "other", **SHORT, size=9)
-    with pytest.raises(ModelError, match=r"does not run on images of 12 x 12 pixels .*: leave --size out"):
+    with pytest.raises(ModelError, match=r"does not run on images of 12 x 12 pixels .*: leave `size` out"):
         sukashi.train(NET, "digits", out=tmp_path / "other", **SHORT, size=12)  # its linear layer knows 8
     assert not (tmp_path / "other").exists()
 
@@ -209,14 +210,14 @@ def test_a_size_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lr": -1.0}, r"lr must be greater than 0, got -1.0"),
-        ({"augment": "mixup"}, r"augment must be none, .*, got 'mixup'"),
+        ({"lr": -1.0}, r"`lr` must be greater than 0, got -1.0"),
+        ({"augment": "mixup"}, r"`augment` must be none, .*, got 'mixup'"),
         ({"epoch": 3}, r"unknown setting 'epoch': did you mean 'epochs'"),
         ({"calibration": 3}, r"unknown setting 'calibration'"),
         ({"wieghts": "x"}, r"unknown setting 'wieghts': did you mean 'weights'"),
-        ({"optimizer": ["sgd"]}, r"optimizer must be sgd or adamw, got \['sgd'\]"),
+        ({"optimizer": ["sgd"]}, r"`optimizer` must be sgd or adamw, got \['sgd'\]"),
         ({"epochs": 2, "warmup": 2}, "warmup must be below epochs"),
-        ({"memory": -1.0}, "memory must be at least 0"),
+        ({"memory": -1.0}, "`memory` must be at least 0"),
     ],
 )
 def test_bad_settings(tmp_path, settings, words):
@@ -227,11 +228,11 @@ def test_bad_settings(tmp_path, settings, words):
 
 def test_what_a_folder_is_given_with_and_folders_that_are_not_there(trained, tmp_path):
     out = {"data": "digits", "out": tmp_path / "run"}
-    with pytest.raises(UsageError, match=r"brings its own weights: leave --weights out$"):
+    with pytest.raises(UsageError, match=r"brings its own: leave `weights` out$"):
         sukashi.finetune(trained.out, weights="x.safetensors", **out)
-    with pytest.raises(UsageError, match=r"brings its own classes: leave --classes out$"):
-        sukashi.finetune(trained.out, n_classes=10, **out)
-    with pytest.raises(UsageError, match=r"brings its own weights-key: leave --weights-key out$"):
+    with pytest.raises(UsageError, match=r"brings its own: leave `n_classes` out$"):
+        sukashi.finetune(trained.out, n_classes=3, **out)
+    with pytest.raises(UsageError, match=r"brings its own: leave `weights_key` out$"):
         sukashi.finetune(trained.out, weights_key="ema", **out)
     with pytest.raises(UsageError, match=r"^no such folder 'runs/nope': "):
         sukashi.finetune("runs/nope", **out)
@@ -260,8 +261,8 @@ def test_a_model_that_was_not_trained_here_is_left_alone(trained, tmp_path):
 
 def test_a_new_head_is_for_the_classes_of_the_data_and_all_else_is_kept(trained, tmp_path):
     few = {"data": "digits", "only": ["3", "5", "8"], "test_images": 30, "epochs": 1}
-    unnamed = Path(trained.out) / "model.safetensors"
-    with pytest.raises(ModelError, match=r"10 classes and the data 3.*--new-head"):
+    unnamed = shutil.copy(Path(trained.out) / "model.safetensors", tmp_path / "unnamed.safetensors")
+    with pytest.raises(ModelError, match=r"10 classes and the data 3.*new_head=True"):
         sukashi.finetune(NET, width=8, weights=unnamed, **few, out=tmp_path / "run")
     result = sukashi.finetune(trained.out, **few, new_head=True, lr=1e-12, weight_decay=0.0, out=tmp_path / "run")
     assert any("the classifier (fc2) is new, for 3 classes in place of 10" in note for note in result.notes)
@@ -279,7 +280,7 @@ def test_a_new_head_is_for_the_classes_of_the_data_and_all_else_is_kept(trained,
     ("settings", "words"),
     [
         ({"model": NET}, "has no weights that a new head could be put on"),
-        ({"model": "DENSE", "n_classes": 3}, "a new head is for the classes of the data: leave --classes out"),
+        ({"model": "DENSE", "n_classes": 3}, "a new head is for the classes of the data: leave `n_classes` out"),
     ],
 )
 def test_a_new_head_that_means_nothing(trained, tmp_path, settings, words):

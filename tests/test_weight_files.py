@@ -108,7 +108,7 @@ def test_what_a_file_is_follows_from_what_is_in_it(network, state, name, tmp_pat
 def test_of_several_that_fit_one_must_be_named(network, state, tmp_path):
     raw = {name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save({"state_dict": raw, "state_dict_ema": state, "arch": "x"}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match=r"2 sets of weights that fit, 'state_dict', 'state_dict_ema'.*--weights-key"):
+    with pytest.raises(ModelError, match=r"2 sets of weights that fit, 'state_dict', 'state_dict_ema'.*weights_key"):
         loaded(tmp_path / "w.pt")
     average, own = (loaded(tmp_path / "w.pt", weights_key=key) for key in ("state_dict_ema", "state_dict"))
     assert same(average.model, network)
@@ -206,7 +206,7 @@ def test_a_folder_of_a_hub(network, state, tmp_path):
     st.save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     assert same(loaded(tmp_path).model, network)
-    with pytest.raises(UsageError, match="give the model's name, and --weights"):
+    with pytest.raises(UsageError, match="give the model's name, and `weights="):
         models.load(str(tmp_path))
 
 

@@ -193,7 +193,7 @@ def test_a_trial_in_the_place_of_another_is_refused(tmp_path):
 def test_a_folder_of_somebody_elses_is_left_alone_whatever_its_name(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine.txt").write_text("all my work")
-    with pytest.raises(UsageError, match=rf"not empty \({name}\) and holds no experiment: choose another --out"):
+    with pytest.raises(UsageError, match=rf"not empty \({name}\) and holds no experiment: choose another `out`"):
         whole(tmp_path)
     assert (tmp_path / name / "mine.txt").read_text() == "all my work"
 
@@ -255,7 +255,7 @@ def test_another_experiment_is_refused_naming_what_differs(tmp_path):
         UsageError, match=r'another trial: model.spec was "sukashi:digits_cnn", now "timm:deit"; seeds was 2, now 5'
     ):
         space.claim("compare", other, trials(), frozenset())
-    with pytest.raises(UsageError, match=r"of another experiment \(compare, now prune\): choose another --out"):
+    with pytest.raises(UsageError, match=r"of another experiment \(compare, now prune\): choose another `out`"):
         space.claim("prune", ASKED, trials())
     assert content(tmp_path) == before
     assert not space.claim("compare", dict(reversed(ASKED.items())), trials()), "the order of keys is no difference"
@@ -295,10 +295,10 @@ def test_an_experiment_grows_by_what_may_grow_only(tmp_path, change, grows):
 
 def test_a_folder_with_other_things_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
-    with pytest.raises(UsageError, match=r"not empty \(thesis.tex\) and holds no experiment: choose another --out"):
+    with pytest.raises(UsageError, match=r"not empty \(thesis.tex\) and holds no experiment: choose another `out`"):
         whole(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(UsageError, match="is a file: --out needs a folder"):
+    with pytest.raises(UsageError, match="is a file: `out` needs a folder"):
         whole(tmp_path / "thesis.tex")
     with pytest.raises(UsageError, match=r"holds no experiment \(no experiment\.json\)"):
         _ = Workspace(tmp_path).about

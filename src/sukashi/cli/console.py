@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +20,16 @@ from rich.table import Table
 from sukashi.core import progress
 from sukashi.core.errors import ResourceError, SukashiError
 from sukashi.core.experiment import NOTE, finite
+from sukashi.experiments.kinds import spelled
 from sukashi.report.waiting import bars, lines, log
 
 warned: set[str] = set()  # what this run of the command line has warned of
 
 
 @contextmanager
-def working(spelled: Callable[[str], str] = str) -> Iterator[None]:
-    """Work inside shows its progress on stderr, and what stops it becomes one sentence there and an exit code.
-
-    `spelled` names settings in it as the options of this command.
+def working(spelled: Callable[[str], str] = spelled) -> Iterator[None]:
+    """Work inside shows its progress and warnings on stderr, and what stops it becomes one sentence there and an exit
+    code. `spelled` says in them what settings are called by this command.
     """
     if not progress.first():
         # The first process of a training says what all of them find, unless another one took that on.
@@ -42,7 +43,12 @@ def working(spelled: Callable[[str], str] = str) -> Iterator[None]:
             raise typer.Exit(130) from None
         return
     try:
-        with bars() if sys.stderr.isatty() else lines() as listener, progress.listening(listener):
+        with (
+            warnings.catch_warnings(),
+            bars() if sys.stderr.isatty() else lines() as listener,
+            progress.listening(listener),
+        ):
+            warnings.showwarning = lambda message, *where, **more: warn(message, spelled)
             yield
     except SukashiError as error:
         stop(spelled(str(error)), error.exit_code)
@@ -58,10 +64,8 @@ def working(spelled: Callable[[str], str] = str) -> Iterator[None]:
             and "can't allocate" not in str(error)
         ):
             raise
-        stop(
-            "out of memory; give fewer --calibration images, a smaller --batch-size or a smaller model",
-            ResourceError.exit_code,
-        )
+        remedy = "fewer `calibration` images, a smaller `batch_size` or a smaller model"
+        stop(spelled(f"out of memory; give {remedy}"), ResourceError.exit_code)
 
 
 def stop(message: str, exit_code: int) -> NoReturn:
@@ -74,12 +78,12 @@ def say(message: str, style: str | None = None) -> None:
     log.print(f"sukashi: {' '.join(message.split())}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def warn(message: object) -> None:
+def warn(message: object, spelled: Callable[[str], str]) -> None:
     """A warning on stderr, the first time."""
     told = " ".join(str(message).split())
     if told not in warned:
         warned.add(told)
-        say(f"warning: {told}")
+        say(f"warning: {spelled(told)}")
 
 
 def unsaid(text: str) -> str:

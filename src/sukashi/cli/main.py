@@ -7,7 +7,7 @@ import inspect
 import shlex
 import sys
 import warnings
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +15,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sukashi.cli.console import command, print_json, say, show_text, to_stdout, unsaid, warn, warned, working
-from sukashi.cli.options import is_said, parameters, spelled, values
-from sukashi.core import progress
+from sukashi.cli.console import command, print_json, say, show_text, to_stdout, unsaid, warned, working
+from sukashi.cli.options import is_said, parameters, values
+from sukashi.core import progress, schema
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Result
 from sukashi.core.schema import Settings, keywords
-from sukashi.experiments.kinds import kinds
+from sukashi.experiments.kinds import fields, kinds, spelled
 from sukashi.report import words
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def _experiment(kind: type[Settings]) -> None:
 
     def run(context: typer.Context, as_json: bool, **given: Any) -> None:
         n_jobs = {"jobs": given.pop("jobs")} if kind.shared else {}
-        with working(partial(spelled, kind)):
+        with working():
             # What was not given stays unsaid, as in a call from Python.
             said = {name: value for name, value in given.items() if is_said(context, name)}
             chosen = values(kind, said)
@@ -85,7 +85,7 @@ def _experiment(kind: type[Settings]) -> None:
         taken.append(inspect.Parameter("jobs", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=JobsOption))
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in taken}
-    app.command(kind.kind, help=kind.__doc__)(run)
+    app.command(kind.kind, help=spelled(kind.__doc__ or ""))(run)
 
 
 @app.command()
@@ -149,11 +149,11 @@ def study(
     as_json: JsonOption = False,
 ) -> None:
     """Run a study file: comparisons of models, a schedule, or any experiments; resumed, with one page."""
-    with working():
+    with working(_of_study):
         from sukashi.experiments import functions
 
         result = functions.study(file, out=out, data=data, device=device, workers=workers, jobs=jobs, command=command())
-    _show(result, as_json)
+    _show(result, as_json, _of_study)
 
 
 @app.command()
@@ -187,26 +187,29 @@ def ls(
         return
     table = Table("folder", "kind", "model", "data", "found", box=None, pad_edge=False, header_style="")
     for row in rows:
-        table.add_row(*(Text(str(row[name] or "")) for name in ("folder", "kind", "model", "data", "found")))
+        table.add_row(*(Text(spelled(str(row[name] or ""))) for name in ("folder", "kind", "model", "data", "found")))
     to_stdout(table)
 
 
-def _show(result: Result | None, as_json: bool) -> None:
+def _of_study(message: str) -> str:
+    """A message as `sukashi study` says it: most settings are keys of the file, which are called as in Python."""
+    return schema.spelled(message, {name: fields()[name] for name in ("out", "data", "device", "workers", "jobs")}, {})
+
+
+def _show(result: Result | None, as_json: bool, spelled: Callable[[str], str] = spelled) -> None:
     if result is None:
         return  # another process speaks
     if as_json:
         print_json(result.to_json())
     else:
-        show_text(unsaid(result.text()))
+        show_text(spelled(unsaid(result.text())))
 
 
 def main() -> None:
     """Run the command line; what a user can cause becomes one sentence on stderr and an exit code."""
+    warned.clear()
     with warnings.catch_warnings():
-        if progress.first():
-            warned.clear()
-            warnings.showwarning = lambda message, *where, **more: warn(message)
-        else:
+        if not progress.first():
             warnings.simplefilter("ignore")
         try:
             exit_code = app(sys.argv[1:] or ["--help"], prog_name="sukashi", standalone_mode=False)

@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 from sukashi.core.bounded import MAX_BYTES, from_json, read
 from sukashi.core.bracketed import plain
 from sukashi.core.errors import UsageError
-from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, option_of
+from sukashi.core.schema import Ratio, Settings, alternatives, check_ratio, default_of, flag_of, option_of
+from sukashi.experiments.kinds import spelled
 
 OPTIONS = "An option of a method: NAME=VALUE, or METHOD.NAME=VALUE. Repeatable."
 # One of those that commas part, but for commas after a backslash and in brackets, as in drift[share=0.2,steps=3].
@@ -27,19 +28,6 @@ def parameters(kind: type[Settings]) -> list[inspect.Parameter]:
     """What a command takes for settings of a kind, as typer reads it from a signature; what must be given is first."""
     fields = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
     return [_parameter(name, field) for name, field in fields]
-
-
-def spelled(kind: type[Settings], message: str) -> str:
-    """What is said of settings by their names, as an error does, with the options that a command has for them:
-    `skip_bad=True` is --skip-bad, `calibration=5` --calibration 5. A name of one word is one where a value follows.
-    """
-    for name, field in kind.model_fields.items():
-        flag = option_of(field).flag or f"--{name.replace('_', '-')}"
-        if not option_of(field).argument:
-            start, bare = rf"""(?<![\w/.'"-]){name}""", "(=True)?" if "_" in name else "=True"
-            message = re.sub(rf"""{start}{bare}(?![\w/'"=-])""", flag, message)
-            message = re.sub(rf"{start}=(?=\w)", f"{flag} ", message)
-    return message
 
 
 def is_said(context: typer.Context, name: str) -> bool:
@@ -73,7 +61,7 @@ def values(kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     about, shape, default = option_of(field), _type(field), default_of(field)
-    help, annotation, flags = field.description, next(alternatives(field.annotation)), []
+    help, annotation, flags = spelled(field.description or ""), next(alternatives(field.annotation)), []
     match shape:
         case "options":
             annotation, default, flags, help = list[str], None, ["--set"], OPTIONS
@@ -164,9 +152,10 @@ def _numbers(name: str, field: FieldInfo, text: str) -> list[Any]:
     try:
         return [number(part) for part in text.split(",")]
     except ValueError:
-        flag = option_of(field).flag or f"--{name.replace('_', '-')}"
         kind, example = ("whole numbers", "1,8,32") if number is int else ("numbers", "0.5,1,2")
-        raise UsageError(f"{flag} must be {kind} joined by commas, got {text!r}: for example {example}") from None
+        raise UsageError(
+            f"{flag_of(name, field)} must be {kind} joined by commas, got {text!r}: for example {example}"
+        ) from None
 
 
 def _span(ratios: list[float]) -> str:

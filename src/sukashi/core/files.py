@@ -153,7 +153,7 @@ def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UsageError(
             f"{folder} is an existing output folder of another trial: {'; '.join(different[:3])}{more}; "
-            "choose another --out or remove the folder"
+            "choose another `out` or remove the folder"
         )
 
 
@@ -237,7 +237,7 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ResourceError(
-                f"{folder} is in use by {owner}: wait until it ends, or choose another --out"
+                f"{folder} is in use by {owner}: wait until it ends, or choose another `out`"
             ) from error
         _held.add(home)
         try:

@@ -141,9 +141,9 @@ class Method:
         for kind in kinds:
             if kind not in self.facts["kinds"]:
                 remedy = (
-                    "without --scope it removes units"
+                    "without `scope` it removes units"
                     if kind == "weight"
-                    else "prune and schedule remove single weights with a scope, such as --scope row"
+                    else "prune and schedule remove single weights with a scope, such as `scope='row'`"
                 )
                 raise UsageError(
                     f"{self.name} scores sites of kind {', '.join(self.facts['kinds'])}, not {kind!r}: {remedy}"

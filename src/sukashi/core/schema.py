@@ -7,9 +7,11 @@ and errors of usage come without waiting for it.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
+import re
 import shlex
 import textwrap
 import types
@@ -64,7 +66,7 @@ class Settings(BaseModel):
         places = {name: given[name] for name, about in fields.items() if about.path or about.named}
         for name, value in places.items():
             if value == "" or (isinstance(value, list) and "" in value):
-                raise UsageError(f"{name} must not be empty: give a path{' or a name' if fields[name].named else ''}")
+                raise UsageError(f"`{name}` must not be empty: give a path{' or a name' if fields[name].named else ''}")
         return {**given, **{name: _expanded(value) for name, value in places.items()}}
 
     @model_validator(mode="after")
@@ -72,7 +74,7 @@ class Settings(BaseModel):
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, float) and abs(value) > MAX_FLOAT:
-                raise UsageError(f"{name} must be at most {MAX_FLOAT:.1e}, which networks reckon with, got {value}")
+                raise UsageError(f"`{name}` must be at most {MAX_FLOAT:.1e}, which networks reckon with, got {value}")
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ Ratio = Annotated[float, AfterValidator(check_ratio)]
 def _count(seeds: object) -> object:
     """Seeds as a number of them. Raises UsageError for a list."""
     if isinstance(seeds, list | tuple | range):
-        raise UsageError(f"seeds is how many there are, counted from 0, got {seeds}: give seeds={len(seeds)}")
+        raise UsageError(f"`seeds` is how many there are, counted from 0, got {seeds}: give `seeds={len(seeds)}`")
     return seeds
 
 
@@ -167,28 +169,78 @@ Seeds = Annotated[int, BeforeValidator(_count)]
 
 def command_of(settings: Settings) -> str:
     """The command that has these settings, but for a class map, which it reads from a file."""
-    arguments, options = [], []
+    arguments, options = list[str](), list[str]()
     for name in sorted(settings.model_fields_set, key=list(type(settings).model_fields).index):
         field, value = type(settings).model_fields[name], getattr(settings, name)
-        about = option_of(field)
         if value is None or (not field.is_required() and value == default_of(field)):
             continue
-        flag = about.flag or f"--{name.replace('_', '-')}"
-        if about.argument:
-            arguments += value if isinstance(value, list) else [value]
-        elif name == "options":
-            options += [part for said in _set(value) for part in ("--set", said)]
-        elif isinstance(value, bool):
-            options.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        elif isinstance(value, dict):
-            options += [flag, "FILE"]
-        elif isinstance(value, list) and not (about.joined or all(isinstance(part, int | float) for part in value)):
-            options += [word for part in value for word in (flag, str(part))]
-        elif isinstance(value, list):
-            options += [flag, ",".join(str(part).replace(",", "\\,") for part in value)]
-        else:
-            options += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+        (arguments if option_of(field).argument else options).extend(_given(name, field, value))
     return shlex.join(["sukashi", settings.kind, *arguments, *options])
+
+
+def flag_of(name: str, field: FieldInfo) -> str:
+    """What a field is called on the command line: its flag, and an argument by its name in capitals."""
+    about = option_of(field)
+    return name.upper() if about.argument else about.flag or f"--{name.replace('_', '-')}"
+
+
+def _given(name: str, field: FieldInfo, value: Any) -> list[str]:
+    """The words of a command that give a field a value."""
+    about, flag = option_of(field), flag_of(name, field)
+    if about.argument:
+        return [str(part) for part in (value if isinstance(value, list) else [value])]
+    if name == "options":
+        return [part for said in _set(value) for part in ("--set", said)]
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag.removeprefix('--')}"]
+    if isinstance(value, dict):
+        return [flag, "FILE"]
+    if isinstance(value, list) and not (about.joined or all(isinstance(part, int | float) for part in value)):
+        return [word for part in value for word in (flag, str(part))]
+    if isinstance(value, list):
+        return [flag, ",".join(str(part).replace(",", "\\,") for part in value)]
+    return [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+
+
+# Messages name settings as Python does, between backticks: `skip_bad=True`, `weights=FILE`, `size`, and functions of
+# ours with what they take: `sukashi.finetune(FOLDER, new_head=True)`. A name in a value's place stands for any value.
+_MARKED = re.compile(r"`(sukashi\.\w+(?:\([^`]*\))?|\w+(?:=[^`]+)?)`")
+
+
+def spelled(message: str, fields: Mapping[str, FieldInfo], commands: Mapping[str, str]) -> str:
+    """What a message says of these settings, and of functions whose `commands` are given by name, in the words of the
+    command line: --skip-bad, --weights FILE, --size, `sukashi finetune FOLDER --new-head`.
+    """
+    return _MARKED.sub(lambda found: _spelled(found[1], fields, commands) or found[0], message)
+
+
+def _spelled(said: str, fields: Mapping[str, FieldInfo], commands: Mapping[str, str]) -> str | None:
+    """One of these on the command line; None for what is none."""
+    if said in fields:
+        return flag_of(said, fields[said])
+    function, _, inside = said.removesuffix(")").partition("(") if said.startswith("sukashi.") else ("", "", said)
+    try:
+        call = ast.parse(f"settings({inside})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        words = [str(_value(part)) for part in call.args]
+        for part in call.keywords:
+            words += _given(str(part.arg), fields[str(part.arg)], _value(part.value))
+    except Exception:  # whatever else somebody has put between backticks
+        return None
+    if not function:
+        return None if call.args else shlex.join(words)
+    command = commands.get(function.removeprefix("sukashi."))
+    return command and f"`{shlex.join(['sukashi', command, *words])}`"
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, in which a name is text."""
+
+    class Text(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return ast.Constant(node.id)
+
+    return ast.literal_eval(Text().visit(node))
 
 
 def call_of(kind: type[Settings], given: Mapping[str, Any]) -> str:
@@ -341,16 +393,18 @@ def checked(
     *tables, name = map(str, fault["loc"])
     inner = _table(kind, tables)
     where = ".".join((*tables, name))
+    shown = f"{start}{where}" if tables or file is not None else f"`{where}`"
     if fault["type"] == "extra_forbidden":
         said = "unknown setting" if file is None else f"{file} has an unknown key"
         raise UsageError(f"{said} {where!r}{nearest(name, [*inner.model_fields, *known])}")
     if fault["type"] == "missing" and file is None:
-        raise UsageError(f"{where} must be given: {_toml(name, _example(inner, name))}")
+        example = _example(inner, name)
+        raise UsageError(f"{shown} must be given" + ("" if example is None else f": `{name}={example!r}`"))
     if fault["type"] == "missing":
         among = f" in [{'.'.join(tables)}]" if tables else ""
-        remedy = f", or give --{name}" if name in options else ""
+        remedy = f", or give `{name}`" if name in options else ""
         raise UsageError(f"{file} has no {name!r}{among}: add {_toml(name, _example(inner, name))}{remedy}")
-    raise UsageError(f"{start}{where} {_rule(fault, inner)}, got {_shown(fault['input'])}")
+    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}")
 
 
 def _shown(value: Any) -> str:

@@ -73,9 +73,9 @@ class Site:
 class Preprocess:
     """What a model expects of an image: resized to (height, width), `channels` planes in [0, 1], (x - mean) / std.
 
-    Where `shorter` is None the image is squashed to the size. Else its shorter side is made so many pixels and the
-    centre is taken: it keeps its proportions and loses its rim. (Of a size that is no square, it is made as small as
-    covers the size enlarged until its own shorter side has so many pixels.)
+    Where `shorter` is None the whole image is resized, and its aspect ratio not kept. Else its shorter side is made so
+    many pixels and the centre is taken: it keeps its proportions and loses its rim. (Of a size that is no square, it is
+    made as small as covers the size enlarged until its own shorter side has so many pixels.)
 
     Raises UsageError for an image without pixels or of more than MAX_NUMBERS numbers, for a centre larger than what it
     is taken from, and for means and standard deviations that are not one finite number a channel, the latter above 0.
@@ -110,7 +110,7 @@ class Preprocess:
     def resizing(self) -> str:
         """How the size is met, in words."""
         if self.shorter is None:
-            return "squashed"
+            return "whole images resized, aspect ratio not kept"
         return f"shorter side resized to {self.shorter}, the centre cropped"
 
 

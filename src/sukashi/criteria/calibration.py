@@ -75,7 +75,7 @@ def by_confidence(split: Split, seen: View, n_per_class: int) -> Split:
         name = split.class_names[int((right == 0).nonzero()[0])]
         raise DataError(
             f"class {name!r} has no image in {split.name} that the model classifies correctly, so confidence cannot "
-            "choose any: use sampling random, or a model that has learned the class"
+            "choose any: use `sampling='random'`, or a model that has learned the class"
         )
     return split.highest(seen.confidence, n_per_class)
 

@@ -261,6 +261,6 @@ def usable(model: nn.Module, data: Batch, samples: str) -> Batch:
     for k in given:
         if counts[k] < 2:
             raise DataError(
-                f"class {k} has {int(counts[k])} {said}, a t-test needs 2: give more images a class, by calibration=N"
+                f"class {k} has {int(counts[k])} {said}, a t-test needs 2: give more images a class, by `calibration=N`"
             )
     return data[torch.nonzero(kept).flatten()]

@@ -28,7 +28,7 @@ def round_mask(plan: Plan, ratio: float, round_to: int = ROUND_TO) -> Mask:
     Raises UsageError for a ratio outside [0, 1) or a `round_to` below 1.
     """
     if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, got {round_to}: 1 keeps the exact ratio")
+        raise UsageError(f"`round_to` must be at least 1, got {round_to}: 1 keeps the exact ratio")
     mask = plan.mask(ratio)
     order = plan.site[: mask.n_removed], plan.unit[: mask.n_removed]
     keep = {}

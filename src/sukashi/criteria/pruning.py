@@ -119,9 +119,12 @@ def weight_mask(
 def check_sequential(criterion: str, scope: str) -> None:
     """Refuse to recalibrate layer by layer where it has no meaning."""
     if not criteria[criterion].facts.get("needs_data", True):
-        raise UsageError(f"{criterion} looks at no image, so there is nothing to recalibrate: leave sequential out")
+        raise UsageError(f"{criterion} looks at no image, so there is nothing to recalibrate: leave `sequential` out")
     if scope == "global":
-        raise UsageError("sequential prunes layer by layer, scope global compares all layers: give scope layer or row")
+        raise UsageError(
+            "`sequential` prunes layer by layer, `scope='global'` compares all layers: give another `scope`, layer or "
+            "row"
+        )
 
 
 def sparse(loaded: Loaded, mask: Mask) -> Loaded:

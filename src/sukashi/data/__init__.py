@@ -93,7 +93,7 @@ def load(
     read, digests = _read(name, found, number, class_names, of_images)
     bad = tuple(pair for split in read.values() for pair in split.bad)
     if bad and not skip_bad:
-        raise bad_images(name, bad, "replace them, or leave them out with skip_bad=True")
+        raise bad_images(name, bad, "replace them, or leave them out with `skip_bad=True`")
     for split in read.values():
         _check_presence(split, name)
     read, scaled = _one_depth(name, read)
@@ -131,11 +131,11 @@ def load(
 def _check_asked(class_map: Mapping[str, int] | None, only: Sequence[str] | None, max_pixels: int) -> None:
     if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
         raise UsageError(
-            f"max_pixels must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
+            f"`max_pixels` must be in [1, {Image.MAX_IMAGE_PIXELS}], got {max_pixels}: Pillow refuses more, "
             f"so raise PIL.Image.MAX_IMAGE_PIXELS first"
         )
     if class_map is not None and only is not None:
-        raise UsageError("both class_map and only number the classes: choose one")
+        raise UsageError("both `class_map` and `only` number the classes: choose one")
 
 
 def names() -> dict[str, str]:
@@ -172,7 +172,7 @@ def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: 
         raise UsageError("data must not be empty: give a folder, or a name such as digits")
     if isinstance(spec, str) and (spec.partition(":")[0] in _NAMED or spec.startswith(memory.PREFIX)):
         if label is not None:
-            raise UsageError(f"{spec} has no columns, label {label!r} is for those of Parquet and CSV: leave it out")
+            raise UsageError(f"{spec} has no columns, `label={label!r}` is for those of Parquet and CSV: leave it out")
         return _by_name(spec, max_pixels)
     path = Path(spec).expanduser()
     if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
@@ -218,13 +218,13 @@ def _in_folder(root: Path, label: str | None, groups: str | None, max_pixels: in
         return parquet.parquet(root, shards, label, groups, max_pixels)
     tables = listed.tables(root)
     if label is not None and not tables:
-        raise UsageError(f"{root} has neither Parquet nor CSV, label {label!r} is a column of these: leave it out")
+        raise UsageError(f"{root} has neither Parquet nor CSV, `label={label!r}` is a column of these: leave it out")
     if tables and (label is not None or not folders.has_classes(root)):
         return masks_beside(root, listed.listed_images(root, tables, label, groups, max_pixels), max_pixels)
     found = masks_beside(root, folders.image_folder(root, max_pixels), max_pixels)
     if not tables:
         return found
-    unread = f"{tables[0].relative_to(root)} is not read: classes are the folders; --label COLUMN takes it instead"
+    unread = f"{tables[0].relative_to(root)} is not read: classes are the folders; `label=COLUMN` takes it instead"
     return replace(found, warnings=(*found.warnings, unread))
 
 
@@ -255,14 +255,14 @@ def _numbers(name: str, found: Found, class_map: Mapping[str, int] | None) -> Te
         return torch.arange(len(found.class_names))
     if found.ignore_index is not None:
         raise UsageError(
-            f"{name} has masks, whose pixels are class numbers already: a class_map is for one class an image"
+            f"{name} has masks, whose pixels are class numbers already: a `class_map` is for one class an image"
         )
     for alien in (name for name in class_map if name not in found.class_names):
-        raise DataError(f"class_map has {alien!r}, which is no class of the data{nearest(alien, found.class_names)}")
+        raise DataError(f"`class_map` has {alien!r}, which is no class of the data{nearest(alien, found.class_names)}")
     numbers = sorted(class_map.values())
     if set(class_map) != set(found.class_names) or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
         raise DataError(
-            f"class_map must give each of {', '.join(found.class_names)} its own number, got {dict(class_map)}"
+            f"`class_map` must give each of {', '.join(found.class_names)} its own number, got {dict(class_map)}"
         )
     return torch.tensor([numbers.index(class_map[class_name]) for class_name in found.class_names])
 
@@ -301,7 +301,7 @@ def _checked(
                 too_large.append((source.name(row), str(error)))
             task.advance()
     if too_large:
-        raise bad_images(title, too_large, "they are above the cap on pixels, which max_pixels sets")
+        raise bad_images(title, too_large, "they are above the cap on pixels, which `max_pixels` sets")
     at = np.array(rows, dtype=np.int64)
     kept = None if targets is None else targets[torch.from_numpy(at)]
     return Split(title, class_names, tuple(source.ids[row] for row in rows), tuple(bad), dict(notes), source, at, kept)

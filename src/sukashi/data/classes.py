@@ -17,17 +17,17 @@ def check_classes(model_names: Sequence[str] | None, data_names: Sequence[str], 
     """
     if n_classes != len(data_names):
         unnamed = "" if model_names else " (the model knows no names to find them by)"
-        mapped = f", or give a class_map from every class name to the model's number{unnamed}"
+        mapped = f", or give a `class_map` from every class name to the model's number{unnamed}"
         raise ModelError(
             f"the model has {n_classes} classes and the data {len(data_names)}: "
-            f"use a model of {len(data_names)} classes, train this one on by sukashi finetune --new-head"
+            f"use a model of {len(data_names)} classes, train this one on by `sukashi.finetune(new_head=True)`"
             f"{mapped if n_classes > len(data_names) else ''}"
         )
     for number, of_model in enumerate(_numbers(model_names or (), data_names)):
         if of_model is not None and of_model != number:
             raise DataError(
                 f"class {data_names[number]!r} is number {of_model} of the model and {number} of the data: both must "
-                "count alike, so give a class_map from every class name to the model's number"
+                "count alike, so give a `class_map` from every class name to the model's number"
             )
 
 
@@ -43,7 +43,7 @@ def numbering(class_names: Sequence[str]) -> list[str]:
     if len(numbers) < len(class_names) or numbers == sorted(numbers):
         return []
     few = ", ".join(class_names[:4]) + (", ..." if len(class_names) > 4 else "")
-    return [f"classes are numbered by their names as text: {few}; a class_map gives them other numbers"]
+    return [f"classes are numbered by their names as text: {few}; a `class_map` gives them other numbers"]
 
 
 def _numbers(model_names: Sequence[str], data_names: Sequence[str]) -> list[int | None]:

@@ -100,12 +100,12 @@ class Data:
         Raises UsageError for a class that there is not, one named twice, fewer than two, or data with masks.
         """
         if self.train.has_masks:
-            raise UsageError(f"{self.name} has masks, whose pixels are class numbers: only is for one class an image")
+            raise UsageError(f"{self.name} has masks, whose pixels are class numbers: `only` is for one class an image")
         for wanted in class_names:
             if wanted not in self.class_names:
                 raise UsageError(f"{self.name} has no class {wanted!r}{nearest(wanted, self.class_names)}")
         if len(set(class_names)) != len(class_names) or len(class_names) < 2:
-            raise UsageError(f"only must name at least two different classes, got {list(class_names)}")
+            raise UsageError(f"`only` must name at least two different classes, got {list(class_names)}")
         old = [self.class_names.index(wanted) for wanted in class_names]
         train, test = self.train.only(old), self.test.only(old)
         listed = ", ".join(class_names)
@@ -128,15 +128,15 @@ class Data:
         """
         if self.outputs is not None and max(self.outputs) >= n_outputs:
             raise DataError(
-                f"class_map gives a class number {max(self.outputs)} and the model has {n_outputs} classes: numbers "
-                "count from 0 and lie below that"
+                f"the `class_map` gives a class number {max(self.outputs)} and the model has {n_outputs} classes: "
+                "numbers count from 0 and lie below that"
             )
         outputs = outputs_by_name(names, self.class_names) if self.outputs is None else self.outputs
         if n_outputs <= self.n_classes or outputs is None:
             check_classes(names if self.outputs is None else None, self.class_names, n_outputs)
             return self
         objective = Classification(outputs, among)
-        how = "the class_map" if self.outputs is not None else "their names"
+        how = "the `class_map`" if self.outputs is not None else "their names"
         rivals = "these" if among == "data" else f"all {n_outputs}"
         told = (
             f"the data have {self.n_classes} of the model's {n_outputs} classes, found by {how}; an answer is the best"
@@ -173,7 +173,7 @@ class Data:
         if self._masks is None:
             raise UsageError(
                 f"{self.name} has no masks that say where the evidence is: put them into a folder masks beside the "
-                "class folders, under the images' names, into a column mask or boxes of Parquet, or give --masks FOLDER"
+                "class folders, under the images' names, into a column mask or boxes of Parquet, or give `masks=FOLDER`"
             )
         splits = [split for split in (self.train, self.test, self.val) if split is not None]
         sources = {image_id: place for split in splits for image_id, place in split.places()}

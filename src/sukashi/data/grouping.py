@@ -43,10 +43,10 @@ def _pattern(name: str, asked: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(asked)
     except re.error as error:
-        raise UsageError(f"groups {asked!r} is no column of {name} and no pattern ({error}): {remedy}") from None
+        raise UsageError(f"`groups={asked!r}` is no column of {name} and no pattern ({error}): {remedy}") from None
     if pattern.groups != 1:
         raise UsageError(
-            f"groups {asked!r} is no column of {name}, and a pattern must have one group in brackets, this has "
+            f"`groups={asked!r}` is no column of {name}, and a pattern must have one group in brackets, this has "
             f"{pattern.groups}: {remedy}"
         )
     return pattern

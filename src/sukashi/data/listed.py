@@ -133,7 +133,7 @@ def _column(table: Path, columns: Sequence[str], known: Sequence[str], asked: st
         raise DataError(f"{table} has no one column {asked!r}{nearest(asked, columns)}")
     at = [i for i, column in enumerate(columns) if column.casefold() in known] if asked is None else []
     if asked is None and len(at) != 1:
-        remedy = "" if known is _FILE else ", or give --label COLUMN"
+        remedy = "" if known is _FILE else ", or give `label=COLUMN`"
         raise DataError(
             f"{table} has the columns {', '.join(columns) or 'none'}: one must be called {', '.join(known)}{remedy}"
         )

@@ -43,7 +43,7 @@ def masks_given(folders: Iterable[str | Path], found: Found, max_pixels: int) ->
     known: set[str] = set()
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise UsageError(f"masks {str(folder)!r} is no folder: give one that holds masks under the images' names")
+            raise UsageError(f"`masks={str(folder)!r}` is no folder: give one that holds masks under the images' names")
         name = folder.resolve().name
         concept = "mask" if name.casefold() == MASKS else name
         if concept in known:

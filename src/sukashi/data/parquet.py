@@ -194,16 +194,16 @@ def _columns(schema: pa.Schema, label: str | None, path: Path) -> _Columns:
     if len(images) != 1 or len(labels) + has_mask != 1:
         remedy = "drop or rename the others"
         if len(images) == 1 and not has_mask:
-            remedy = f"give --label with one of {', '.join(labels or [name for name in columns if name not in images])}"
+            remedy = f"give `label` with one of {', '.join(labels or [name for name in columns if name not in images])}"
         raise DataError(
-            f"{path} has columns {', '.join(columns)}: one `image` and either one `label` or a `mask` are needed, "
+            f"{path} has columns {', '.join(columns)}: one 'image' and either one 'label' or a 'mask' are needed, "
             f"{remedy}"
         )
     if not has_mask:
         places = tuple(name for name in ("mask", "box", "boxes") if name in columns and name != labels[0])
         return _Columns(images[0], labels[0], False, label_names.get(labels[0], ()), places)
     if not mask_names:
-        raise DataError(f"{path} has masks and no class names: put a JSON list `classes` into the schema's metadata")
+        raise DataError(f"{path} has masks and no class names: put a JSON list 'classes' into the schema's metadata")
     return _Columns(images[0], "mask", True, mask_names)
 
 

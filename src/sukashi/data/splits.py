@@ -144,7 +144,7 @@ class Split:
             if count < n_per_class:
                 raise DataError(
                     f"class {self.class_names[number]!r} has {count} image{'s' * (count != 1)} in {self.name}, "
-                    f"a calibration set needs {n_per_class} of every class: give calibration={fewest} or add images"
+                    f"a calibration set needs {n_per_class} of every class: give `calibration={fewest}` or add images"
                 )
 
     def limit(self, n: int, seed: int = 0) -> Split:
@@ -276,9 +276,9 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
+            raise UsageError(f"`batch_size` must be at least 1, got {self.batch_size}")
         if self.workers < 0:
-            raise UsageError(f"workers must be at least 0, got {self.workers}: 0 decodes without threads")
+            raise UsageError(f"`workers` must be at least 0, got {self.workers}: 0 decodes without threads")
         if self.preprocess.channels not in (1, 3):
             raise UsageError(
                 f"images have 1 or 3 channels, the model wants {self.preprocess.channels}: pick another model"

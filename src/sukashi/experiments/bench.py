@@ -64,7 +64,7 @@ class Source(Reading):
         if images.train.has_masks:
             raise DataError(f"{self.data} has a map of classes an image: give data with one class an image")
         if self.test_images < images.n_classes:
-            raise UsageError(f"test_images must be at least {images.n_classes}, one a class, got {self.test_images}")
+            raise UsageError(f"`test_images` must be at least {images.n_classes}, one a class, got {self.test_images}")
         return images
 
     def build(self, images: Data, seed: int = 0, *, new_head: bool = False) -> tuple[Loaded, Data]:
@@ -73,7 +73,7 @@ class Source(Reading):
         """
         place = pick_device(self.device)
         if images.preprocess is not None and self.pixels:
-            raise UsageError(f"{self.data} is tensors as a network takes them: leave {next(iter(self.pixels))} out")
+            raise UsageError(f"{self.data} is tensors as a network takes them: leave `{next(iter(self.pixels))}` out")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
             loaded = models.load(
@@ -98,7 +98,7 @@ class Source(Reading):
             images = replace(images, may_be_seen=True)
         if loaded.assumed and not self.untrained:
             told = f"images are read as {loaded.reads}: weights that were trained otherwise lose accuracy by it"
-            images = images.noting(f"{told}; --size, --mean, --std and --resize say how")
+            images = images.noting(f"{told}; `size`, `mean`, `std` and `resize` say how")
         return loaded, images.noting(*loaded.notes)
 
     @property
@@ -130,7 +130,7 @@ class Source(Reading):
             warnings.warn(note, stacklevel=4)
         if self.untrained:
             random_weights = (
-                f"{self.model} has random weights, its figures mean nothing: give --weights FILE or --pretrained"
+                f"{self.model} has random weights, its figures mean nothing: give `weights=FILE` or `pretrained=True`"
             )
             warnings.warn(random_weights, stacklevel=4)
             images = images.noting(warnings=[random_weights])
@@ -250,8 +250,8 @@ class Bench:
             f"before the cut {correct.mean():.1%} of {len(test)} test images are right, which is not shown to be more "
             f"than one answer for all gets right ({chance:.1%}), so that no figure here means much: was the network "
             f"trained on images read as {self.reads}, and were its classes numbered as "
-            f"{', '.join(self.data.class_names[:4])}{', ...' if self.data.n_classes > 4 else ''}? --size, --mean, "
-            "--std and --resize say how images are read, --class-map which number each class has."
+            f"{', '.join(self.data.class_names[:4])}{', ...' if self.data.n_classes > 4 else ''}? `size`, `mean`, "
+            "`std` and `resize` say how images are read, `class_map` which number each class has."
         ]
 
     def test(self) -> Batch:
@@ -301,7 +301,7 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device must be auto, cpu or cuda, got {name!r}: auto takes a GPU where there is one")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("device cuda was asked for and this machine has none: use --device cpu or auto")
+        raise ResourceError("device cuda was asked for and this machine has none: leave `device` out")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     own, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

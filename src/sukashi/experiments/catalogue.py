@@ -54,7 +54,7 @@ def experiments(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{folder} is no folder: give one with experiments in it, as the runs of several commands")
     found = [_experiment(path.parent) for path in sorted(folder.rglob(EXPERIMENT)) if "trials" not in path.parts]
     if not found:
-        raise UsageError(f"{folder} holds no experiment: give the folder that the --out of commands lie in")
+        raise UsageError(f"{folder} holds no experiment: give one that holds folders of experiments")
     return found
 
 

@@ -21,6 +21,7 @@ from sukashi.core import errors, files, progress
 from sukashi.core.errors import DataError, ModelError, SukashiError, UsageError
 from sukashi.core.experiment import Prepared, Result, Trial
 from sukashi.experiments.columns import parquet, schema
+from sukashi.experiments.kinds import spelled
 from sukashi.experiments.methods import check_shared, named
 from sukashi.experiments.workspace import Desk, Workspace, versions_of
 from sukashi.report import page, words
@@ -64,11 +65,11 @@ def execute(settings: Any, *, command: str, jobs: int = 1) -> Result | None:
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}: it is the number of processes that share the trials")
     if jobs > 1 and "memory:" in settings.model_dump_json():
-        raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or jobs=1")
+        raise UsageError("what lies in memory cannot be shared by processes: give names or folders, or `jobs=1`")
     if jobs > 1:
         check_shared(settings)
     if jobs > 1 and size() > 1:
-        raise UsageError(f"the {size()} processes of torchrun train together: leave --jobs out")
+        raise UsageError(f"the {size()} processes of torchrun train together: leave `jobs` out")
     space, first, told = Workspace(settings.out), progress.first(), dict[str, Any]()
     room = room_of(settings)
     space.check_place(room)
@@ -117,7 +118,7 @@ def conclude(space: Workspace, **options: Any) -> Result:
         rows = parquet(pa.Table.from_pylist(found.table(), schema(found.columns)))
         for name, content in {"results.parquet": rows, **more}.items():
             files.write(space.folder / name, content)
-        page.write(space.folder, _dated(part(kind, "page").page(found, space), found))
+        page.write(space.folder, _dated(part(kind, "page").page(found, space), found), spelled)
         kept = {name: value for name, value in found.to_json().items() if name not in found.of_call}
         files.write(space.folder / "results.json", files.canonical(kept, indent=1) + b"\n")
     return found

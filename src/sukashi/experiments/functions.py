@@ -388,7 +388,7 @@ def study(
     or does not fit the data, is refused before the first experiment.
     """
     settings = read(file, out=out, data=data, device=device, workers=workers)
-    said = command or f"sukashi study {file}"
+    said = command or f"sukashi.study({str(file)!r})"
     with waiting.shown():
         return cast(StudyResult | ScheduleResult | None, execute(settings, command=said, jobs=jobs))
 

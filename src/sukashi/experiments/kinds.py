@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 
+from pydantic.fields import FieldInfo
+
 from sukashi import experiments
+from sukashi.core import schema
 from sukashi.core.schema import Settings
 
 
@@ -22,3 +26,15 @@ def kinds() -> dict[str, type[Settings]]:
                 if own and value.kind and value.command and "kind" in vars(value):
                     found[value.kind] = value
     return found
+
+
+@cache
+def fields() -> Mapping[str, FieldInfo]:
+    """What messages may name: the settings of all commands, and `jobs`."""
+    found = {name: field for kind in kinds().values() for name, field in kind.model_fields.items()}
+    return {"jobs": FieldInfo(annotation=int, default=1), **found}
+
+
+def spelled(message: str) -> str:
+    """A message as it is at the command line, where settings are options; see `schema.spelled`."""
+    return schema.spelled(message, fields(), {"results": "report", **{name: name for name in kinds()}})

@@ -87,7 +87,7 @@ def check_shared(settings: Settings) -> None:
                 remedy = f"as {registry[name].spec}" if home != "__main__" else f"from a file, as FILE:{name}"
                 raise UsageError(
                     f"{registry.noun} {name!r} was registered in this process, and others don't know it: give it "
-                    f"{remedy}, or jobs=1"
+                    f"{remedy}, or `jobs=1`"
                 )
 
 

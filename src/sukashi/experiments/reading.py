@@ -54,8 +54,8 @@ class Pixels(Settings):
     resize: str | None = option(
         None,
         default="squash, for pretrained weights as they were published",
-        help="squash; crop (shorter side to the size, enlarged as the architecture was published, then the centre); or "
-        "crop:N, with the shorter side to N pixels.",
+        help="squash (the whole image resized, aspect ratio not kept); crop (shorter side to the size, enlarged as the "
+        "architecture was published, then the centre); or crop:N, with the shorter side to N pixels.",
     )
 
 

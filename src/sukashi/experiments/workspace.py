@@ -172,12 +172,12 @@ class Workspace:
         """
         path = self.folder / EXPERIMENT
         if not path.exists():
-            raise UsageError(f"{self.folder} holds no experiment (no {EXPERIMENT}): give the --out of a command")
+            raise UsageError(f"{self.folder} holds no experiment (no {EXPERIMENT}): give the `out` of an experiment")
         found = dict(files.read_json(path))
         if found.get("format") != FORMAT:
             raise UsageError(
                 f"{self.folder} has format {found.get('format')}, this version reads {FORMAT}: use the version that "
-                "made it, or another --out"
+                "made it, or another `out`"
             )
         return found
 
@@ -233,7 +233,7 @@ class Workspace:
         if names and _grown({**kept, "code": {}}, {**asked, "code": {}}, grows):
             raise UsageError(
                 f"{self.folder} has networks that were made while the code of {', '.join(names)} was another, and what "
-                "is saved is not replaced: choose another --out or remove the folder"
+                "is saved is not replaced: choose another `out` or remove the folder"
             )
 
     @contextmanager
@@ -380,18 +380,18 @@ class Workspace:
         written, with ResourceError: all that can be said before a model or data are read.
         """
         if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder} is a file: --out needs a folder")
+            raise UsageError(f"{self.folder} is a file: `out` needs a folder")
         if self.folder.is_dir() and not (self.folder / EXPERIMENT).exists():
             ours = {*_OURS, *parts}
             foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in ours and p.suffix != ".tmp")
             if foreign:
                 raise UsageError(
-                    f"{self.folder} is not empty ({foreign[0]}) and holds no experiment: choose another --out"
+                    f"{self.folder} is not empty ({foreign[0]}) and holds no experiment: choose another `out`"
                 )
         if (self.folder / EXPERIMENT).exists() and (kept := self.about["kind"]) != kind:
             raise UsageError(
                 f"{self.folder} is an existing output folder of another experiment ({kept}, now {kind}): "
-                "choose another --out or remove the folder"
+                "choose another `out` or remove the folder"
             )
         files.check_writable(self.folder)
 

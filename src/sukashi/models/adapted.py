@@ -149,14 +149,14 @@ def _laid_out(loaded: Loaded, size: int) -> nn.Module:
         fill(model, {name: old if old.shape == own[name].shape else new for name, (old, new) in pairs.items()}, size)
     except (AssertionError, ValueError) as error:  # of timm's, or ours
         raise ModelError(
-            f"{loaded.spec} cannot be laid out for {size} x {size} pixels ({brief(error)}): leave --size out"
+            f"{loaded.spec} cannot be laid out for {size} x {size} pixels ({brief(error)}): leave `size` out"
         ) from error
     return prepare(model, {}).to(next(loaded.model.parameters()).device)
 
 
 def _check(resized: Loaded, own: Preprocess) -> None:
     example = noise(resized.preprocess).to(next(resized.model.parameters()).device)
-    remedy = f"leave --size out, its own is {own.height} x {own.width}"
+    remedy = f"leave `size` out, its own is {own.height} x {own.width}"
     checked_logits(resized.model, example, resized.spec, whole=True, remedy=remedy)
 
 

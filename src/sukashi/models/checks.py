@@ -97,7 +97,7 @@ def noise(preprocess: Preprocess) -> Tensor:
 
 @torch.no_grad()
 def checked_logits(
-    model: nn.Module, example: Tensor, spec: str, *, whole: bool, remedy: str = "check size and width"
+    model: nn.Module, example: Tensor, spec: str, *, whole: bool, remedy: str = "check `size` and `width`"
 ) -> Tensor:
     """Logits (B, K) of the example, after the checks that `probe` speaks of (all but that of K).
 
@@ -142,7 +142,7 @@ def checked_logits(
         raise ModelError(f"{spec} gives other logits in a second pass: it must compute the same every time")
     if _apart(first[:1], alone):
         raise ModelError(
-            f"{spec} multiplies rounding until it rules the logits, in float64 they agree: give trained --weights"
+            f"{spec} multiplies rounding until it rules the logits, in float64 they agree: give trained `weights`"
             if _agrees_in_float64(model, example)
             else f"{spec} gives an image other logits in other company: images must not depend on each other"
         )

@@ -56,7 +56,7 @@ def fit(model: nn.Module, file: File, key: str | None = None) -> Fit:
     if len(fitting) > 1:
         raise ModelError(
             f"{file.path} holds {len(fitting)} sets of weights that fit, {', '.join(map(repr, fitting))}, and an "
-            f"average is not the weights it is of: choose one, as with --weights-key {fitting[-1]}"
+            f"average is not the weights it is of: choose one, as with `weights_key={fitting[-1]!r}`"
         )
     if fitting:
         return found[fitting[0]]

@@ -19,7 +19,7 @@ from sukashi.models.checks import checked_logits, noise, probe
 from sukashi.models.fitting import Fit, fit, n_rows, side_of
 from sukashi.models.formats import File, holds_weights, read
 from sukashi.models.loaded import LIBRARIES, MEMORY, READ, Loaded, Origin, check_name, given_loaded
-from sukashi.models.recipe import RECIPE
+from sukashi.models.recipe import RECIPE, WEIGHTS
 from sukashi.models.saved import check_mask, open_folder
 from sukashi.models.specs import build, prepare
 from sukashi.models.weights import digest, fill, stated_classes, stated_names, stated_reading, stated_training
@@ -45,10 +45,11 @@ def load(
     with `n_classes` and `width` where given; the model it returns must have an attribute `preprocess`), or a folder
     written by `pruned.save`. `weights` is a file of safetensors or of torch.save, the index of such a file in parts, a
     folder with one of these, or a saved folder of the same spec (the only way to open one whose spec is an import path:
-    a recipe must not choose what code runs). Names that tools have lengthened, entries beside the weights and the like
-    are seen through; `notes` of what comes out say so. `weights_key` names the entry, where several fit. The class
-    count of the weights is that of the model. Without weights and `pretrained` the weights are random, drawn from
-    torch's global generator. `output` selects a key or position where the model returns several tensors.
+    a recipe must not choose what code runs), for which its file of weights stands too. Names that tools have
+    lengthened, entries beside the weights and the like are seen through; `notes` of what comes out say so.
+    `weights_key` names the entry, where several fit. The class count of the weights is that of the model. Without
+    weights and `pretrained` the weights are random, drawn from torch's global generator. `output` selects a key or
+    position where the model returns several tensors.
 
     How images are read is what `size`, `mean`, `std` and `resize` say (see `read_as`), else the weights' own header or
     recipe, else what is usual for the architecture: `read_by` of what comes out says who. A safetensors header may hold
@@ -58,15 +59,16 @@ def load(
     rule. No input is unpickled.
     """
     asked = {"size": size, "mean": mean, "std": std, "resize": resize}
+    home = None if weights is None else _home(Path(weights))
     return read_as(
-        _loaded(spec, weights, weights_key, n_classes, width, pretrained, output),
+        _loaded(spec, home, weights_key, n_classes, width, pretrained, output),
         **{name: value for name, value in asked.items() if value is not None},  # type: ignore[arg-type]
     )
 
 
 def _loaded(
     spec: str,
-    weights: str | Path | None,
+    weights: Path | None,
     weights_key: str | None,
     n_classes: int | None,
     width: int | None,
@@ -80,10 +82,10 @@ def _loaded(
     if whole is not None:
         return whole
     _check_asked(weights, given)
-    file = None if weights is None else read(Path(weights))
+    file = None if weights is None else read(weights)
     stated = None if file is None else stated_classes(file)
     if n_classes is not None and stated is not None and n_classes != stated:
-        raise ModelError(f"{weights} was trained for {stated} classes, n_classes is {n_classes}: leave it out")
+        raise ModelError(f"{weights} was trained for {stated} classes, `n_classes` is {n_classes}: leave it out")
     options: dict[str, Any] = _given(n_classes=n_classes, width=width, output=output)
     ours = spec.partition(":")[0] in LIBRARIES
     if stated is not None and ours:
@@ -97,7 +99,9 @@ def _loaded(
     logits = checked_logits(model, noise(preprocess), spec, whole=not ours)
     known = stated if stated is not None else n_classes
     if known is not None and logits.shape[1] != known:
-        raise ModelError(f"{spec} gives {logits.shape[1]} classes, {known} were expected: check n_classes and weights")
+        raise ModelError(
+            f"{spec} gives {logits.shape[1]} classes, {known} were expected: check `n_classes` and `weights`"
+        )
     if ours:
         options["n_classes"] = logits.shape[1]
     side = min(preprocess.height, preprocess.width)
@@ -177,17 +181,19 @@ def _check_asked(weights: str | Path | None, given: Mapping[str, Any]) -> None:
     if weights is not None and "pretrained" in given:
         raise UsageError(f"both pretrained weights and {weights} were asked for: choose one")
     if weights is None and "weights_key" in given:
-        raise UsageError(f"there are no weights to take {given['weights_key']!r} from: give a file, or no weights_key")
+        raise UsageError(
+            f"there are no weights to take {given['weights_key']!r} from: give a file, or no `weights_key`"
+        )
     for name in ("n_classes", "width"):
         if given.get(name, 1) < 1:
-            raise UsageError(f"{name} must be at least 1, got {given[name]}")
+            raise UsageError(f"`{name}` must be at least 1, got {given[name]}")
 
 
 def _check_rows(rows: int, asked: int | None, path: Path) -> None:
     if asked is not None and asked != rows:
         raise ModelError(
             f"the weights of {path} are for {rows} classes, {asked} were asked for: leave the number out, or train "
-            "them on with a new classifier (--new-head)"
+            "them on with a new classifier (`new_head=True`)"
         )
 
 
@@ -200,27 +206,37 @@ def _mask(model: nn.Module, found: Fit) -> Mask | None:
     return Mask(sites) if sites else None
 
 
-def _whole(spec: str, weights: str | Path | None, own: Mapping[str, Any]) -> Loaded | None:
-    """A network that is whole already, in memory or in a saved folder, and takes no options of its `own`; or None."""
-    wrong = next(iter(own), "weights").removeprefix("n_").replace("_", "-")
+def _whole(spec: str, weights: Path | None, own: Mapping[str, Any]) -> Loaded | None:
+    """A network that is whole already, in memory or in a saved folder; or None. Of its `own` options no others."""
     given = given_loaded(spec)
     if given is not None:
         if own or (weights is not None and not _is_folder(weights)):
-            raise UsageError(f"{spec} is a network that was given whole: leave {wrong} out")
+            wrong = next(iter(own), "weights")
+            raise UsageError(f"{spec} is a network that was given whole: leave `{wrong}` out")
         if weights is None:
             return _copied(given)
         spec = given.spec
-    folder = spec if Path(spec).is_dir() else weights
-    if folder is None or not (folder is spec or _is_folder(folder)):
+    if Path(spec).is_dir():
+        folder, own = Path(spec), own if weights is None else {**own, "weights": weights}
+    elif weights is not None and _is_folder(weights):
+        folder = weights
+    else:
         return None
-    if own or (folder is spec and weights is not None):
-        raise UsageError(f"{folder} is a saved folder and brings its own {wrong}: leave --{wrong} out")
-    return open_folder(Path(folder), None if folder is spec else spec)
+    loaded = open_folder(folder, None if Path(spec).is_dir() else spec)
+    for name, value in own.items():
+        if loaded.options.get(name) != value:
+            raise UsageError(f"{folder} is a saved folder and brings its own: leave `{name}` out")
+    return loaded
 
 
-def _is_folder(weights: str | Path) -> bool:
+def _home(weights: Path) -> Path:
+    """The saved folder that a file of weights is a part of, whose recipe knows more of them; or the weights alone."""
+    return weights.parent if weights.name == WEIGHTS and (weights.parent / RECIPE).exists() else weights
+
+
+def _is_folder(weights: Path) -> bool:
     """Whether weights are a saved folder, and none as model hubs have them."""
-    return Path(weights).is_dir() and ((Path(weights) / RECIPE).exists() or not holds_weights(Path(weights)))
+    return weights.is_dir() and ((weights / RECIPE).exists() or not holds_weights(weights))
 
 
 def _copied(given: Loaded) -> Loaded:

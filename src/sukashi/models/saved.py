@@ -38,7 +38,9 @@ from sukashi.network import sparsity, surgery
 def open_folder(folder: Path, spec: str | None) -> Loaded:
     """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
     if spec is None and not (folder / RECIPE).exists() and holds_weights(folder):
-        raise UsageError(f"{folder} holds weights without a {RECIPE}: give the model's name, and --weights {folder}")
+        raise UsageError(
+            f"{folder} holds weights without a {RECIPE}: give the model's name, and `weights={str(folder)!r}`"
+        )
     recipe = read_recipe(folder / RECIPE)
     try:
         preprocess = Preprocess(**recipe.preprocess.model_dump())

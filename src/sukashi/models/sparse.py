@@ -22,6 +22,6 @@ def semi_structured(loaded: Loaded) -> nn.Module:
     compute capability 8.0 or newer, ModelError for layers of sizes that torch does not take.
     """
     if loaded.mask is None:
-        raise UsageError(f"{loaded.spec} has no mask of single weights: prune with scope 2:4 and load the folder")
+        raise UsageError(f"{loaded.spec} has no mask of single weights: prune with `scope='2:4'` and load the folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return sparsity.semi_structured(copy.deepcopy(loaded.model).to(device).half(), loaded.mask)

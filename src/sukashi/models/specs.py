@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -178,7 +179,7 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
 def _from_memory(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     model, preprocess, _ = held(spec)
     if pretrained or options.keys() & {"n_classes", "width"}:
-        raise UsageError(f"{spec} is a network that was given whole: leave pretrained, classes and width out")
+        raise UsageError(f"{spec} is a network that was given whole: leave `pretrained`, `n_classes` and `width` out")
     return copy.deepcopy(model), preprocess, None
 
 
@@ -192,8 +193,10 @@ _SOURCES: dict[str, Builder] = {
 
 def _unknown(spec: str) -> UsageError:
     if ":" not in spec and os.path.isfile(spec):
+        if (Path(spec).parent / RECIPE).exists():
+            return UsageError(f"{spec} is a file of a saved folder: give the folder, {Path(spec).parent}")
         return UsageError(
-            f"{spec} is a file of weights and not a model: name its architecture and give the file with --weights, or "
+            f"{spec} is a file of weights and not a model: name its architecture and give the file with `weights`, or "
             f"to an audit as NAME={spec} (with NAME as in {names()[0]})"
         )
     if os.sep in spec and ":" not in spec:

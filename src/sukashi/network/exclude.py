@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -16,9 +15,9 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 def remedy(layers: Collection[str], others: Iterable[str] = ()) -> str:
     """What to do about layers that are refused, in the fewest patterns that leave all `others` in."""
-    patterns = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in _patterns(layers, [*others]))
+    patterns = [*_patterns(layers, [*others])]
     which = {1: "it", 2: "both"}.get(len(layers), f"all {len(layers)} such layers")
-    return f"exclude {which} ({patterns})"
+    return f"exclude {which} (`exclude={patterns!r}`)"
 
 
 def remedy_of(refused: Collection[Site], sites: Sequence[Site]) -> str:

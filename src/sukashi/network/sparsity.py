@@ -34,7 +34,7 @@ def check_scope(scope: str, ratio: float) -> None:
         return
     n, m = _pattern(scope)
     if not math.isclose(ratio, 1 - n / m, abs_tol=1e-6):  # as exact as the ratio we tell
-        raise UsageError(f"scope {scope} keeps {n} of every {m} weights: give ratio {1 - n / m:g}, got {ratio:g}")
+        raise UsageError(f"`scope={scope!r}` keeps {n} of every {m} weights: give `ratio={1 - n / m:g}`, got {ratio:g}")
 
 
 def check_shapes(scope: str, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -216,7 +216,7 @@ def semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
     for site, keep in mask.keep.items():
         groups = keep.reshape(-1, 4) if keep[0].numel() % 4 == 0 else None
         if groups is None or bool((groups.sum(1) > 2).any()):
-            raise UsageError(f"the mask of layer {site.layer!r} is not 2:4: prune with scope 2:4")
+            raise UsageError(f"the mask of layer {site.layer!r} is not 2:4: prune with `scope='2:4'`")
     if not linear:
         raise UsageError("the mask has no linear layer, and torch has no other semi-structured ones: leave it as it is")
     weight = weight_of(model, linear[0])

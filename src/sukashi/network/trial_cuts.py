@@ -90,7 +90,7 @@ class TrialCuts:
         layers = dict(self.twin.named_modules())
         good: list[Site] = []
         blocks, done = [sites] if sites else [], 0
-        with progress.task("trial cuts", len(sites)) as shown:
+        with progress.task("finding what can be cut", len(sites)) as shown:
             while blocks:
                 shown.advance(len(sites) - sum(map(len, blocks)) - done)
                 done = len(sites) - sum(map(len, blocks))

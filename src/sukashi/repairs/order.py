@@ -31,8 +31,8 @@ def in_order(
     if len(order) != len(layers) or set(order) != set(layers):
         odd = next(name for name in layers if order.count(name) != 1)
         raise ModelError(
-            f"layer {odd!r} is called {order.count(odd)} times in a pass, and a layer that is called once can be "
-            "mended: leave the repair out"
+            f"layer {odd!r} is called {order.count(odd)} times in a pass, and only a layer that is called once can be "
+            "mended: leave `repair` out"
         )
     with progress.task(what, len(order)) as shown:
 

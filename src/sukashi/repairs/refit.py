@@ -53,7 +53,7 @@ def refit(
     """
     readers = _readers(model, table)
     if not readers:
-        raise ModelError("nothing that reads what was cut has weights to refit: leave the repair out, or take norm")
+        raise ModelError("nothing that reads what was cut has weights to refit: leave `repair` out, or take norm")
     if len(data) < HELD_OUT:
         raise UsageError(f"refit needs at least {HELD_OUT} images, of which one chooses the damping, got {len(data)}")
     batches = data.x.to(next(model.parameters()).device).split(batch_size)

@@ -99,8 +99,10 @@ def overall(found: Mapping[str, Any], networks: Sequence[str]) -> list[tuple[str
         return f"{scale * of['mean']:.1f} ({scale * of['low']:.1f} to {scale * of['high']:.1f})"
 
     rows = [("balanced accuracy, %", [bounded(found["balanced_accuracy"][name]) for name in networks])]
-    rows.append(("surer than right, points", [bounded(found["overconfidence"][name]) for name in networks]))
-    rows.append(("calibration error, points", [f"{100 * found['calibration_error'][name]:.1f}" for name in networks]))
+    rows.append(("confidence minus accuracy, points", [bounded(found["overconfidence"][name]) for name in networks]))
+    rows.append(
+        ("calibration error (ECE), points", [f"{100 * found['calibration_error'][name]:.1f}" for name in networks])
+    )
     return rows
 
 

@@ -47,6 +47,7 @@ WORDS = (
         "What structured pruning removes whole: a channel of a convolution, a hidden unit, a dimension of attention.",
     ),
     Word("site", "A place in the network whose units can be scored and removed; layers cut together are one site."),
+    Word("coupled", "Of layers that make the same units, as those whose outputs are added: they lose them together."),
     Word(
         "attribution",
         "A method that says how much each position in a network, or each pixel, had to do with an answer.",
@@ -158,6 +159,12 @@ WORDS = (
         "FLOPs",
         "Operations that one image takes in convolutions, matrix products and attention; a multiply-add is two.",
         "FLOPs",
+    ),
+    Word(
+        "latency",
+        "Milliseconds of one pass, the median of several. Its factor (×) is the median of the factors of passes timed "
+        "in turns (over seeds their geometric mean), which what slows both networks for a while does not change; it is "
+        "not the quotient of the two medians.",
     ),
 )
 

@@ -33,6 +33,7 @@ FIGURES = {
     "peak_bytes": ("peak memory", "bytes"),
     "bytes": ("file size", "bytes"),
 }
+LATENCY = "latency, ms (median)"
 MODES = {
     "cut": "Units were removed physically: every accuracy is that of a network with smaller layers.",
     "zero": "Units were zeroed, not cut out: nothing reads them any more, while shape, size and speed stay those of "
@@ -54,14 +55,15 @@ def _shares(plans: Sequence[Plan], category: str) -> Array:
 
 
 def cost_table(
-    columns: Mapping[str, Mapping[str, Any]], latency: Mapping[str, Mapping[str, float]], note: str
+    columns: Mapping[str, Mapping[str, Any]], latency: Mapping[str, Mapping[str, float]], n_images: int, note: str
 ) -> dict[str, Any] | None:
     """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known.
 
-    `columns` are the dense network's figures and those of others by name, `latency` that of the others, see `timed`.
+    `columns` are the dense network's figures and those of others by name, `latency` that of the others, see `timed`,
+    `n_images` on how many images accuracy is.
     """
     rows: list[tuple[str, list[str], list[str]]] = []
-    for name, (noun, form) in FIGURES.items():
+    for name, (_, form) in FIGURES.items():
         values = [figures.get(name) for figures in columns.values()]
         if any(value is not None for value in values):
             dense = values[0]
@@ -69,22 +71,27 @@ def cost_table(
                 f"× {value / dense:.2f}" if dense and value is not None and form != "percent" else ""
                 for value in values[1:]
             ]
-            rows.append((noun, [words.printed(value, form) for value in values], ["", *told]))
+            rows.append((_called(name, n_images), [words.printed(value, form) for value in values], ["", *told]))
     if latency:
         dense_ms = statistics.median(of["dense_ms"] for of in latency.values())
         times = [dense_ms, *(latency[name]["cut_ms"] if name in latency else None for name in [*columns][1:])]
         told = [f"× {factor(latency[name])}" if name in latency else "" for name in columns]
-        rows.append(("latency, ms", [words.printed(ms, "ms") for ms in times], told))
+        rows.append((LATENCY, [words.printed(ms, "ms") for ms in times], told))
     return {"columns": list(columns), "rows": rows, "note": note} if rows else None
 
 
-def figure_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """What each figure is called, and how it is printed for each network."""
+def figure_rows(columns: Mapping[str, Mapping[str, Any]], n_images: int) -> list[tuple[str, list[str]]]:
+    """What each figure is called, accuracy with its `n_images`, and how it is printed for each network."""
     return [
-        (noun, [words.printed(of.get(name), form) for of in columns.values()])
-        for name, (noun, form) in FIGURES.items()
+        (_called(name, n_images), [words.printed(of.get(name), form) for of in columns.values()])
+        for name, (_, form) in FIGURES.items()
         if any(of.get(name) is not None for of in columns.values())
     ]
+
+
+def _called(name: str, n_images: int) -> str:
+    noun, _ = FIGURES[name]
+    return f"{noun} on {words.several(n_images, 'test image')}" if name == "accuracy" else noun
 
 
 def timed(turns: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
@@ -109,7 +116,7 @@ def slower(latency: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence for each network that is shown to take longer than the dense one."""
     return [
         f"{name}: the cut network takes {factor(of)} times as long as the dense one; odd channel counts are the usual "
-        "reason, see --round-to."
+        "reason, see `round_to`."
         for name, of in latency.items()
         if of["low"] > 1
     ]
@@ -124,7 +131,7 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
         ]
     return ["layer", "kind", "units", "kept", "share kept", "parameters", "left"], [
         [
-            *(of["layer"] + (f" and {len(of['with'])} with it" if of["with"] else ""), of["kind"]),
+            *(of["layer"] + (f" (+ {len(of['with'])} coupled)" if of["with"] else ""), of["kind"]),
             *(*_counts(of["units"], of["kept"]), _share(of["kept"], of["units"])),
             *_counts(of["parameters"], of["parameters_kept"]),
         ]

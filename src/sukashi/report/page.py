@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ class Page:
     shown: Mapping[str, Any]
 
 
-def write(folder: Path, page: Page) -> None:
-    """Write a page into a folder.
+def write(folder: Path, page: Page, spelled: Callable[[str], str]) -> None:
+    """Write a page into a folder; `spelled` says in what it shows how settings are called there.
 
     Its figures are in the page itself and, as PNG and SVG by name, in the folder's `figures/`; its tables are in
     `tables/` too, as CSV and LaTeX. What is named after a contender has the file that `folder_of` says. Files there
@@ -48,6 +48,7 @@ def write(folder: Path, page: Page) -> None:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda shown: spelled(shown) if type(shown) is str else shown,  # HTML that is made has another type
     )
     environment.filters |= {"percent": percent, "p_value": p_value, "file": folder_of}
     inlined = {name: _inlined(drawn) for name, drawn in page.figures.items()}

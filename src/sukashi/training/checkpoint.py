@@ -119,9 +119,9 @@ def held(out: Path, described: Mapping[str, Any]) -> Iterator[None]:
     if out.is_dir() and not kept.exists():
         foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if foreign:
-            raise UsageError(f"{out} is not empty ({foreign[0]}) and holds no training: choose another --out")
+            raise UsageError(f"{out} is not empty ({foreign[0]}) and holds no training: choose another `out`")
     elif out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: --out needs a folder")
+        raise UsageError(f"{out} is a file: `out` needs a folder")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with files.lock(out):

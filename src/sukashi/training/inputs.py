@@ -76,7 +76,7 @@ def check_training(
     n_processes = size()
     if len(train) // n_batches(len(train), training.batch_size) < n_processes:
         raise UsageError(
-            f"batch_size {training.batch_size} leaves some of {n_processes} processes without images: give more"
+            f"`batch_size={training.batch_size}` leaves some of {n_processes} processes without images: give more"
         )
     if validation is not None and len(validation) < n_processes:
         raise UsageError(
@@ -86,7 +86,7 @@ def check_training(
     if loaded.mask is not None:
         sparsity.check_fits(loaded.model, loaded.mask)
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard needs tensorboard: pip install 'sukashi[tensorboard]'")
+        raise UsageError("`tensorboard=True` needs tensorboard: pip install 'sukashi[tensorboard]'")
     return _check_step(loaded, train, training)
 
 
@@ -103,7 +103,7 @@ def _check_step(loaded: Loaded, train: Split, training: Training) -> tuple[str, 
                 target = torch.zeros(len(x), dtype=torch.int64, device=device)
                 train.objective.loss(output.float(), target).backward()
     except Exception as error:  # whatever a network raises
-        remedy = "larger ones by --size, or mend it" if len(x) > 1 else "another --batch-size, which leaves none alone"
+        remedy = "larger ones by `size`, or mend it" if len(x) > 1 else "another `batch_size`, which leaves none alone"
         raise ModelError(
             f"{loaded.spec} cannot be trained on {len(x)} image{'s' if len(x) > 1 else ''} of "
             f"{loaded.preprocess.height} x {loaded.preprocess.width} pixels ({brief(error)}): give {remedy}"
@@ -112,7 +112,7 @@ def _check_step(loaded: Loaded, train: Split, training: Training) -> tuple[str, 
         found = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ModelError(
             f"{loaded.spec} gives {found} in train mode for {len(x)} images, and logits {wanted} in eval mode: it must "
-            "give those in both, alone or as `logits` of a named tuple"
+            "give those in both, alone or as 'logits' of a named tuple"
         )
     return () if given is output else (f"{loaded.spec} was trained by its logits alone, not by its auxiliary outputs",)
 

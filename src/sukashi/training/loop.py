@@ -332,7 +332,7 @@ class _Run:
 
     def _refuse(self, fault: str) -> NoReturn:
         raise ModelError(
-            f"{fault}: the last checkpoint is kept; give a lower --lr or a longer --warmup, with another --out"
+            f"{fault}: the last checkpoint is kept; give a lower `lr` or a longer `warmup`, with another `out`"
         )
 
     def fitted(self, resumed: int, notes: tuple[str, ...]) -> Fitted:

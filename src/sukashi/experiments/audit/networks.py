@@ -161,7 +161,7 @@ def opened(asked: Audit) -> list[Network]:
                 whose = label if found or population != "both" else "any other model"
                 raise DataError(
                     f"there is no test image to audit {whose} on, of {len(right)}, that "
-                    f"{POPULATIONS[population]}: give more --test-images or another --population"
+                    f"{POPULATIONS[population]}: give more `test_images` or another `population`"
                 )
             series, ratio, trained = _level(spec)
             loaded = setting.loaded
@@ -195,7 +195,7 @@ def _sources(asked: Audit) -> list[Source]:
     bring = all(own or is_whole for (_, own), is_whole in zip(parts, whole, strict=True))
     idle = given if all(whole) else [name for name in given if name == "weights" and bring]
     if idle:
-        raise UsageError(f"the models bring their own {idle[0]}, as saved folders do: leave it out")
+        raise UsageError(f"the models bring their own `{idle[0]}`, as saved folders do: leave it out")
     without = asked.model_copy(update=dict(Architecture()))
     return [
         Source.of(without if is_whole else asked, model=spec, **({} if own is None else {"weights": own}))

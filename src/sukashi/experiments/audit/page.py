@@ -61,6 +61,6 @@ def _left_out(result: AuditResult) -> list[str]:
     if few:
         found.append(
             f"{', '.join(few)}: too few images to say anything, below {FEW}. Their figures stand below and are left "
-            "out of the sentences above: give more --test-images or another --population."
+            "out of the sentences above: give more `test_images` or another `population`."
         )
     return found

@@ -18,7 +18,7 @@ class Audit(Opening):
     models: list[str] = option(
         argument=True,
         named=True,
-        help="Specs, which share --weights, saved folders, or SPEC=FOLDER and SPEC=FILE, each with weights of its own. "
+        help="Specs, which share `weights`, saved folders, or SPEC=FOLDER and SPEC=FILE, each with weights of its own. "
         "The first is the reference.",
     )
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted audit is resumed.")

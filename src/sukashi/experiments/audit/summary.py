@@ -109,7 +109,7 @@ def summary(space: Workspace) -> AuditResult:
     if len(records) < space.n_trials:
         raise UsageError(
             f"{space.folder} has {len(records)} of {words.several(space.n_trials, 'trial')} finished: "
-            "give the same audit command again"
+            "give the same `sukashi.audit` again"
         )
     answers, facts = answers_of(space)
     found = {
@@ -160,8 +160,8 @@ def _audited(answers: Sequence[Answers]) -> list[str]:
     found: dict[str, list[str]] = {}
     for one in answers[1:] if len(answers) > 1 else answers:
         counts = one.images_of_class
-        some = [f"{n} {name}" for name, n in counts.items() if n]
-        none = [name for name, n in counts.items() if not n]
+        some = [f"{n} of {words.of_class(name)}" for name, n in counts.items() if n]
+        none = [words.of_class(name) for name, n in counts.items() if not n]
         if len(counts) > CLASSES:
             few = words.between([n for n in counts.values() if n])
             some = [f"{few} of each of {words.several(len(some), 'class', 'classes')}"]
@@ -178,7 +178,10 @@ def _gone(answers: Sequence[Answers]) -> list[str]:
     for one in answers[1:]:
         gone = [name for name, n in one.images_of_class.items() if not n]
         right = {name: (first.right_of_class[name], one.right_of_class[name]) for name in gone[:NAMED]}
-        told = [f"{name} ({first.label}: {a:.0%} right, {one.label}: {b:.0%})" for name, (a, b) in right.items()]
+        told = [
+            f"{words.of_class(name)} ({first.label}: {a:.0%} right, {one.label}: {b:.0%})"
+            for name, (a, b) in right.items()
+        ]
         if gone:
             more = [f"{words.several(len(gone) - NAMED, 'more class', 'more classes')}"] if len(gone) > NAMED else []
             found.append(

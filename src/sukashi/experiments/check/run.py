@@ -62,8 +62,8 @@ class CheckResult(Result):
         return (
             f"read as {self.reads}; right on {self.n_right} of {self.n_images} test images "
             f"({words.percent(self.n_right / self.n_images)}, 95% interval {words.percent(right.low)} to "
-            f"{words.percent(right.high)}): is this what you know of your model? --size, --mean, --std and "
-            "--resize say how images are read"
+            f"{words.percent(right.high)}): is this what you know of your model? `size`, `mean`, `std` and "
+            "`resize` say how images are read"
         )
 
     def text(self) -> str:
@@ -81,7 +81,7 @@ class CheckResult(Result):
         width = max(map(len, self.estimated_seconds), default=0)
         said += [f"{name:{width}s} about {words.duration(of)}" for name, of in self.estimated_seconds.items()]
         said += [f"{', '.join(names)}: {reason}" for reason, names in words.by_reason(self.cannot).items()]
-        said += [f"{name}: not estimated within {self.limit:g} s; give --limit more" for name in self.unmeasured]
+        said += [f"{name}: not estimated within {self.limit:g} s; give a larger `limit`" for name in self.unmeasured]
         return "\n".join([*said, *self.remarks()])
 
     def table(self) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def contenders(space: Workspace) -> list[Contender]:
             spec = space.identity["model"]["spec"]
             raise ModelError(f"{spec} is refused by every criterion; first: {reasons[0]}")
         raise UsageError(
-            f"{space.folder} holds no finished trial: give the same compare command again to go on with it"
+            f"{space.folder} holds no finished trial: give the same `sukashi.compare` again to go on with it"
         )
     found = []
     for name, records in sorted(by_name.items()):

@@ -68,6 +68,7 @@ def page(result: CompareResult, space: Workspace) -> Page:
             "costs": cost_table(
                 result.costs,
                 result.latency,
+                result.n_images,
                 "The network cut for real beside the dense one, with half of the units removed.",
             ),
             "settings": {

@@ -112,12 +112,12 @@ def _check(settings: Compare) -> None:
     for how in samplings:
         check_sampling(how)
     if not samplings or len(set(samplings)) != len(samplings):
-        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
+        raise UsageError(f"`sampling` must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
     for name in settings.repair:
         check_repair(name)
     if not settings.repair or len(set(settings.repair)) != len(settings.repair):
         raise UsageError(
-            f"repair must be different names out of {NONE}, {', '.join(repairs.names())}, got {settings.repair}"
+            f"`repair` must be different names out of {NONE}, {', '.join(repairs.names())}, got {settings.repair}"
         )
 
 
@@ -186,7 +186,7 @@ def _conclude(setting: Bench, settings: Compare, space: Workspace) -> None:
     if not settings.skip_refused:
         for name, reason in refused(space).items():  # of an earlier run that left them out
             raise ModelError(
-                f"{name} refuses the model: {reason}; give --skip-refused again, or another --out and leave it out"
+                f"{name} refuses the model: {reason}; give `skip_refused=True` again, or another `out` and leave it out"
             )
     if settings.mode == "cut":
         _time(setting, space)

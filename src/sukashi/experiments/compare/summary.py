@@ -108,7 +108,7 @@ class CompareResult(Result):
     rule: str
 
     def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        header = ["criterion", "SAUCE", "95% interval", f"{words.points(self.margin)} lower at most, up to", *_GONE]
+        header = ["criterion", "SAUCE", "95% interval", f"ratio, at most {words.points(self.margin)} lower", *_GONE]
         found = []
         for name in self.contenders:
             sauce, free = self.sauce[name], self.lossless[name]
@@ -116,7 +116,7 @@ class CompareResult(Result):
             found.append(
                 [
                     *(name, f"{sauce['mean']:.1f}", f"{sauce['low']:.1f} to {sauce['high']:.1f}"),
-                    f"--ratio {free['ratio_asked']:g}" if free["ratio_asked"] else "nowhere",
+                    f"{free['ratio_asked']:g}" if free["ratio_asked"] else "none",
                     *(words.printed(share if free["ratio_asked"] else None, "percent") for share in gone),
                     f"{self.evaluations[name]:,.0f}",
                 ]
@@ -190,7 +190,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         contenders=[one.name for one in found],
         **by_contender,
         n_images=n_images,
-        removes="parameters" if mode == "cut" else "units",
+        removes=_removes(mode),
         mode=mode,
         dense_accuracy=leader.results[0]["dense_accuracy"],
         chance=leader.results[0]["chance"],
@@ -254,6 +254,11 @@ def _pairs(found: Sequence[Contender]) -> list[dict[str, Any]]:
     return [{**pair, "p_holm": p} for pair, p in zip(pairs, corrected, strict=True)]
 
 
+def _removes(mode: str) -> str:
+    """Of what curves count the fraction that is gone."""
+    return "parameters" if mode == "cut" else "units"
+
+
 def _warnings(space: Workspace, found: Sequence[Contender]) -> list[str]:
     told = []
     n_finished = len(space.records())
@@ -267,12 +272,13 @@ def _warnings(space: Workspace, found: Sequence[Contender]) -> list[str]:
         f"{reason}"
         for reason, names in words.by_reason(refused(space)).items()
     ]
-    for one in found:
-        if one.reach < 0.8:
-            told.append(
-                f"{one.name} was measured up to {words.percent(one.reach)} only; SAUCE draws a straight line from "
-                "there to chance."
-            )
+    removes = _removes(space.identity["mode"])
+    told += [
+        f"{one.name} was measured only up to {words.percent(one.reach)} of the {removes} removed; SAUCE draws a "
+        "straight line from there to chance."
+        for one in found
+        if one.reach < 0.8
+    ]
     told += [f"{words.listed(names)} are equal on every seed, so that one hides the other" for names in _equal(found)]
     return told + _told(found, "warnings")
 

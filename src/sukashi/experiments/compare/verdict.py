@@ -63,16 +63,16 @@ def headline(
         more.append(f"{words.percent(at['flops_removed'])} of the FLOPs")
     where = f"{words.percent(at['units_removed'])} of the units with {best.name}"
     gone = where + (f" ({', '.join(more)})" if more else "")
-    accuracy = f"accuracy {words.percent(at['accuracy'].mean)} instead of {words.percent(dense)}"
+    right = f"{words.percent(at['accuracy'].mean)} instead of {words.percent(dense)}"
+    right += f" on {words.several(n_images, 'test image')}"
     fallen = [change for change in changes(best, ratio) if change.fell]
     if not fallen:
-        return f"{verb} {gone}: {accuracy}, shown to be {lower}.", []
+        return f"{verb} {gone}: accuracy {right}, shown to be {lower}.", []
     names = best.results[0]["class_names"]
     told = falls([(names[change.number], change.dense.mean, change.cut.mean) for change in fallen])
     cut = "are cut" if mode == "cut" else "are silenced"
     return (
-        f"{told} where {gone} {cut}, though accuracy as a whole, {words.percent(at['accuracy'].mean)} instead of "
-        f"{words.percent(dense)}, is shown to be {lower}.",
+        f"{told} where {gone} {cut}, though accuracy as a whole, {right}, is shown to be {lower}.",
         ["So the figure of all images hides what happens to a class: look at the classes below before you cut so far."],
     )
 
@@ -85,7 +85,7 @@ def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: st
         return (
             f"How far one may cut can't be said with {n_images:,} test images: {least:,} could show that accuracy is "
             f"{lower}, for {words.several(len(found), 'criterion', 'criteria')}.",
-            [f"Give --margin {able:g}, the least that {n_images:,} images can show, or more test images."],
+            [f"Give `margin={able:g}`, the least that {n_images:,} images can show, or more test images."],
         )
     smallest = min(float(ratio) for ratio in found[0].curves[0].ratio if ratio > 0)
     best = max(found, key=lambda one: one.at(smallest)["accuracy"].mean)
@@ -93,8 +93,8 @@ def _nowhere(found: Sequence[Contender], n_images: int, margin: float, lower: st
     return (
         f"No cut is shown to cost {words.points(margin)} of accuracy or less: of the smallest, "
         f"{words.percent(smallest)} of the units, {best.name} keeps most, {words.percent(at.mean)} instead of "
-        f"{words.percent(best.results[0]['dense_accuracy'])}.",
-        [f"--margin {min(0.5, 2 * margin):g} allows more and needs nothing measured again; smaller --ratios cut less."],
+        f"{words.percent(best.results[0]['dense_accuracy'])} on {words.several(n_images, 'test image')}.",
+        [f"`margin={min(0.5, 2 * margin):g}` allows more and needs nothing measured again; smaller `ratios` cut less."],
     )
 
 
@@ -183,7 +183,7 @@ def who_leads(found: Sequence[Contender], pairs: Sequence[Mapping[str, Any]]) ->
         return (
             f"Over the whole range {name} has the highest SAUCE, {best.mean:.1f}, {gap:.1f} above {second}; "
             "one seed can't tell whether another would agree.",
-            f"--seeds {ENOUGH_SEEDS} adds seeds to this folder.",
+            f"`seeds={ENOUGH_SEEDS}` adds seeds to this folder.",
         )
     rule = (
         "A criterion leads when a t test of SAUCE, paired by seed and image, separates it from every other one "
@@ -199,7 +199,7 @@ def who_leads(found: Sequence[Contender], pairs: Sequence[Mapping[str, Any]]) ->
             rule,
         )
     n_seeds = min(len(one.seeds) for one in found)
-    more = f" {words.seeds(n_seeds)} can't tell; --seeds {ENOUGH_SEEDS} adds to this folder." * (n_seeds < ENOUGH_SEEDS)
+    more = f" {words.seeds(n_seeds)} can't tell; `seeds={ENOUGH_SEEDS}` adds to this folder." * (n_seeds < ENOUGH_SEEDS)
     behind = [pair["second"] for pair in against if pair["second"] not in open_]
     clear = f" It is shown to be above {words.listed(behind)}." if behind else ""
     return (

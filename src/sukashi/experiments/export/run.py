@@ -120,7 +120,7 @@ def agree(whole: bytes, content: bytes, parts: Iterable[torch.Tensor]) -> dict[s
         if not np.isfinite(found).all():
             raise ModelError(
                 "the network has numbers above 65,504, which float16 does not hold, so that its logits are NaN or Inf: "
-                "export it without fp16"
+                "export it without `fp16`"
             )
         worst = max(worst, float(np.abs(np.stack(found) - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
@@ -143,10 +143,10 @@ def _place(asked: Export) -> Path:
         return Path(asked.file) if asked.file.endswith(".onnx") else Path(asked.file) / name
     if ":" not in asked.model and not Path(asked.model).exists():
         raise UsageError(
-            f"there is no folder {asked.model!r}: give a saved network's, or a model's name with --out FILE"
+            f"there is no folder {asked.model!r}: give a saved network's, or a model's name with `file=FILE`"
         )
     if not Path(asked.model).is_dir():
-        raise UsageError(f"{asked.model} is no folder that a file could lie in: say where, --out FILE.onnx")
+        raise UsageError(f"{asked.model} is no folder that a file could lie in: say where, `file='FILE.onnx'`")
     return Path(asked.model) / "onnx" / name
 
 
@@ -179,7 +179,9 @@ def _doubts(asked: Export, recipe: Path | None, script: bytes | None) -> list[st
     """What one who runs the file should know of the network."""
     found = []
     if asked.weights is None and not asked.pretrained and models.takes_classes(asked.model):
-        found.append(f"{asked.model} has random weights, its answers mean nothing: give weights or a saved folder")
+        found.append(
+            f"{asked.model} has random weights, its answers mean nothing: give `weights=FILE` or a saved folder"
+        )
     if script is None:
         found.append("image files have 1 or 3 channels, and this network reads another number: there is no infer.py")
     data = {} if recipe is None else models.read_recipe(recipe).provenance.get("data", {})

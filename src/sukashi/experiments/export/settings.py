@@ -17,7 +17,7 @@ class Export(Single):
     kind: ClassVar[str] = "export"
 
     data: str | None = option(  # type: ignore[assignment]
-        None, help="Data whose test images --fp16 is checked on, and whose classes name the outputs."
+        None, help="Data whose test images `fp16` is checked on, and whose classes name the outputs."
     )
     file: str | None = option(
         None,
@@ -34,7 +34,7 @@ class Export(Single):
     def _images_are_there(self) -> Self:
         of_data = [name for name in Images.model_fields if name in self.model_fields_set and name != "data"]
         if self.data is None and of_data:
-            raise UsageError(f"{of_data[0]} is about data, and none are given: give data too, or leave it out")
+            raise UsageError(f"`{of_data[0]}` is about data, and none are given: give `data` too, or leave it out")
         if not self.onnx:
             raise UsageError("onnx is the one format there is, got false: leave it out")
         return self

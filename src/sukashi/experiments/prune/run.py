@@ -85,26 +85,32 @@ def _check(settings: Prune) -> None:
     check_sampling(settings.sampling)
     check_repair(settings.repair)
     if settings.repair != NONE and scope is not None:
-        raise UsageError(f"repair {settings.repair} is for units that went, and scope {scope} removes single weights")
+        raise UsageError(
+            f"`repair` is for units that went, and `scope={scope!r}` removes single weights: leave one of them out"
+        )
     if target is not None and scope is not None:
-        raise UsageError(f"{target[0]} is for units, and scope {scope} removes single weights: give a ratio of these")
+        raise UsageError(
+            f"`{target[0]}` is for units, and `scope={scope!r}` removes single weights: give a `ratio` of these"
+        )
     if scope is None:
         if target is not None and BY_SETTING[target[0]].of_shape and settings.mode == "zero":
             raise UsageError(
-                f"mode zero keeps the network's shape, so {target[0]} never changes: give ratio or max_drop"
+                f"`mode='zero'` keeps the network's shape, so `{target[0]}` never changes: give `ratio` or `max_drop`"
             )
         if settings.sequential:
             raise UsageError(
-                f"sequential is for single weights: give a scope too ({', '.join(sparsity.SCOPES)} or N:M)"
+                f"`sequential` is for single weights: give a `scope` too ({', '.join(sparsity.SCOPES)} or N:M)"
             )
         if settings.mode == "zero" and settings.round_to not in (None, 1):
             raise UsageError(
-                f"round_to is for widths, and mode zero changes none, got {settings.round_to}: leave it out"
+                f"`round_to` is for widths, and `mode='zero'` changes none, got {settings.round_to}: leave it out"
             )
     else:
         if settings.mode != "cut" or settings.round_to is not None:
-            name = f"mode {settings.mode}" if settings.mode != "cut" else "round_to"
-            raise UsageError(f"{name} is for units, and scope {scope} removes single weights: leave one of them out")
+            name = f"`mode={settings.mode!r}`" if settings.mode != "cut" else "`round_to`"
+            raise UsageError(
+                f"{name} is for units, and `scope={scope!r}` removes single weights: leave one of them out"
+            )
         assert settings.ratio is not None, "a target has no scope"
         sparsity.check_scope(scope, settings.ratio)
         if settings.sequential:
@@ -301,8 +307,8 @@ def _export(setting: Bench, desk: Desk) -> None:
         content = models.onnx_file(loaded, {"recipe_sha256": models.recipe_sha256(home / models.RECIPE)})
     except ModelError as error:
         raise ModelError(
-            f"{error}; the network in {home} is finished, `sukashi report {home}` tells of it, and the same command "
-            "tries the export again"
+            f"{error}; the network in {home} is finished, `sukashi.results({str(home)!r})` tells of it, and the same "
+            "command tries the export again"
         ) from error
     desk.save(models.ONNX, content)
     script = models.infer_script(loaded.preprocess)

@@ -21,7 +21,7 @@ def n_bytes(size: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?)B", size)
     if found is None or not float(found[1]):
         raise UsageError(
-            f"target_size must be a size in B, kB, MB or GB like 5MB (1 MB = 1,000,000 bytes), got {size!r}"
+            f"`target_size` must be a size in B, kB, MB or GB like 5MB (1 MB = 1,000,000 bytes), got {size!r}"
         )
     return int(float(found[1]) * _UNITS[found[2]])
 
@@ -32,7 +32,7 @@ def _size(size: str) -> str:
 
 
 class Prune(Reading):
-    """Cut a model for real, or with --scope make it sparse, and save it as a folder that `sukashi.load` rebuilds."""
+    """Cut a model for real, or with `scope` make it sparse, and save it as a folder that `sukashi.load` rebuilds."""
 
     kind: ClassVar[str] = "prune"
 
@@ -99,8 +99,9 @@ class Prune(Reading):
     def _said_in_one_way(self) -> Self:
         given = [name for name in ("ratio", *TARGETS) if getattr(self, name) is not None]
         if len(given) != 1:
-            told = " and ".join(given) if given else "nothing that says it"
-            raise UsageError(f"how much goes is said by one of ratio, {', '.join(TARGETS)}, got {told}: give one")
+            known = ", ".join(f"`{name}`" for name in ("ratio", *TARGETS))
+            told = " and ".join(f"`{name}`" for name in given) if given else "nothing that says it"
+            raise UsageError(f"how much goes is said by one of {known}, got {told}: give one")
         return self
 
     @property

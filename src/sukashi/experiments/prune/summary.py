@@ -7,11 +7,16 @@ from typing import Any, ClassVar
 
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Columns, Result
+from sukashi.core.imported import is_import
+from sukashi.core.schema import call_of, default_of
 from sukashi.core.stats import share
 from sukashi.experiments.columns import as_json, shared
 from sukashi.experiments.prune.targets import BY_SETTING
+from sukashi.experiments.reading import Images
+from sukashi.experiments.train.settings import Finetune
 from sukashi.experiments.workspace import Workspace
 from sukashi.models import onnx
+from sukashi.models.loaded import LIBRARIES, MEMORY
 from sukashi.repairs import NONE
 from sukashi.report import classes, networks, words
 
@@ -29,11 +34,11 @@ class PruneResult(Result):
     before and after, from input to output, with a scope the weights. `latency` of a batch is what a clock decides, and
     so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its 95 % interval, low to
     high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes, `infer` the script
-    that asks it about images.
+    that asks it about images. `tuning` is the call that trains the network on, empty where that lies in memory.
     """
 
     kind: ClassVar[str] = "prune"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "verdict")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "verdict", "tuning")
     columns: ClassVar[Columns] = {
         **shared(
             "model", "weights_sha256", "data", "criterion", "sampling", "repair", "options", "calibration", "seed"
@@ -78,17 +83,21 @@ class PruneResult(Result):
     onnx: str | None
     onnx_bytes: int | None
     infer: str | None
+    tuning: str
     verdict: str
     rule: str
 
     def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned})
-        removed = [("units removed", self.units_removed), ("weights removed", self.weights_removed)]
+        told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned}, self.n_images)
         rows = [[noun, *values] for noun, values in told]
         if self.latency:
             times = [words.printed(self.latency[name], "ms") for name in ("dense_ms", "cut_ms")]
-            rows += [["latency, ms", *times], ["", "", f"× {networks.factor(self.latency)}"]]
-        rows += [[noun, "", words.percent(value)] for noun, value in removed if value is not None]
+            rows += [[networks.LATENCY, *times]]
+            rows += [["  × dense, median of pairs of passes", "", networks.factor(self.latency)]]
+        what, gone = ("weights", self.weights_removed) if self.scope else ("units", self.units_removed)
+        assert gone is not None
+        n, n_all = _counts(self.layers)
+        rows.append([f"{what} removed", "", f"{words.percent(gone)} ({n:,} of {n_all:,})"])
         rows.append(["parameters removed", "", words.percent(self.parameters_removed)])
         rows += [[noun, *values] for noun, values in classes.overall(self.classes, NETWORKS)]
         return ["", "dense", "pruned"], rows
@@ -97,12 +106,13 @@ class PruneResult(Result):
         said = [words.table(*networks.layer_rows(self.layers)), ""] if self.layers else []
         said += [words.table(*self.overview()), "", classes.text(self.classes, NETWORKS)]
         if self.target is not None:
-            said += ["", reached(self.target, self.ratio)]
+            said += ["", reached(self.target, self.ratio, self.layers)]
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
         said += self.mended
         said += ["", *self.remarks(*self.slower()), "", self.verdict, self.rule]
-        return "\n".join([*said, "", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)])
+        said += ["", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)]
+        return "\n".join([*said, f"Fine-tune what is left: `{self.tuning}`"] if self.tuning else said)
 
     @property
     def mended(self) -> list[str]:
@@ -148,7 +158,7 @@ def summary(space: Workspace) -> PruneResult:
     """Raises UsageError where the network is not there."""
     records = space.records()
     if not records or "criterion" not in records[0].about:
-        raise UsageError(f"{space.folder} holds no finished network: give the same prune command again")
+        raise UsageError(f"{space.folder} holds no finished network: give the same `sukashi.prune` again")
     about, found = records[0].about, records[0].result
     exported = [record for record in records if "onnx" in record.about]
     clocked = space.logged("latency")[-1:]
@@ -174,31 +184,53 @@ def summary(space: Workspace) -> PruneResult:
         onnx=f"onnx/{onnx.ONNX}" if exported else None,
         onnx_bytes=len(exported[0].read(onnx.ONNX)) if exported else None,
         infer=f"onnx/{onnx.INFER}" if exported and exported[0].has(onnx.INFER) else None,
-        verdict=_verdict(dense, pruned, latency, scope, classes.fallen(by_class["rows"], NETWORKS)),
+        verdict=_verdict(dense, pruned, found["n_images"], latency, scope, classes.fallen(by_class["rows"], NETWORKS)),
+        tuning=_tuning(space),
         rule=_rule(found["n_images"], pruned["accuracy"], by_class["accuracy_change"]),
         warnings=found["warnings"],
         notes=found["notes"],
     )
 
 
-def reached(target: Mapping[str, Any], ratio: float) -> str:
+def _counts(layers: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many units, or with a scope weights, were removed, and of how many."""
+    return sum(of["removed"] for of in layers), sum(of["weights" if "weights" in of else "units"] for of in layers)
+
+
+def reached(target: Mapping[str, Any], ratio: float, layers: Sequence[Mapping[str, Any]]) -> str:
     """What was reached of a target, and what was asked, in a sentence."""
-    return f"{BY_SETTING[target['name']].told(target)}; it is the plan at ratio {ratio:.4f}."
+    n, n_all = _counts(layers)
+    rounded = "" if n == round(ratio * n_all) else f", {n:,} once widths are rounded"
+    told = BY_SETTING[target["name"]].told(target)
+    return f"{told}; at ratio {ratio:.4f} of the plan, {round(ratio * n_all):,} of {n_all:,} units{rounded}."
+
+
+def _tuning(space: Workspace) -> str:
+    """The call that trains the network on with the same data; empty where these, or its code, are in memory alone."""
+    spec, data, folder = space.identity["model"]["spec"], space.identity["data"], str(space.folder)
+    if spec.startswith(MEMORY) or data["spec"].startswith(MEMORY):
+        return ""
+    # What was made of somebody's code is rebuilt by that alone, see `models.saved.open_folder`.
+    code = is_import(spec) and spec.partition(":")[0] not in LIBRARIES
+    named = {"model": spec, "weights": folder} if code else {"model": folder}
+    fields = {name: field for name, field in Images.model_fields.items() if name in data}
+    read = {name: data[name] for name, field in fields.items() if data[name] != default_of(field)}
+    return call_of(Finetune, {**named, "data": data["spec"], **read, "out": f"{folder}-tuned"})
 
 
 def _rule(n_images: int, accuracy: float, change: Mapping[str, float]) -> str:
     """What more images could make of the accuracy and of its change."""
     within = share(round(accuracy * n_images), n_images)
     return (
-        f"On {words.several(n_images, 'test image')}; 95% intervals for new ones: the pruned network's accuracy "
-        f"{words.percent(within.low)} to {words.percent(within.high)}, its change {100 * change['low']:+.1f} to "
-        f"{100 * change['high']:+.1f} points."
+        f"95% intervals for new images: the pruned network's accuracy {words.percent(within.low)} to "
+        f"{words.percent(within.high)}, its change {100 * change['low']:+.1f} to {100 * change['high']:+.1f} points."
     )
 
 
 def _verdict(
     dense: Mapping[str, Any],
     pruned: Mapping[str, Any],
+    n_images: int,
     latency: Mapping[str, float],
     scope: str | None,
     fallen: str,
@@ -206,7 +238,8 @@ def _verdict(
     change = 100 * (pruned["accuracy"] - dense["accuracy"])
     parts = [fallen] if fallen else []
     parts += [
-        f"accuracy goes from {words.percent(dense['accuracy'])} to {words.percent(pruned['accuracy'])} ({change:+.1f})"
+        f"accuracy on {words.several(n_images, 'test image')} goes from {words.percent(dense['accuracy'])} to "
+        f"{words.percent(pruned['accuracy'])} ({change:+.1f})"
     ]
     if scope is not None:
         masked = words.percent(pruned["zeros_in_masked_layers"])

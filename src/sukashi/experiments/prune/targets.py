@@ -66,7 +66,7 @@ class Search:
     @property
     def said(self) -> str:
         """The target as it was asked for."""
-        return f"{self.name} {BY_SETTING[self.name].printed(self.asked)}"
+        return f"`{self.name}={BY_SETTING[self.name].printed(self.asked)}`"
 
     def mask(self, plan: Plan, ratio: float) -> Mask:
         return round_mask(plan, ratio, self.round_to)
@@ -100,7 +100,7 @@ class Search:
 
     def unreachable(self, extreme: str) -> UsageError:
         why = "one unit of each layer stays" if self.round_to == 1 else f"each layer keeps {self.round_to} units or all"
-        remedy = "" if self.round_to == 1 else ", or round_to 1"
+        remedy = "" if self.round_to == 1 else ", or `round_to=1`"
         return UsageError(
             f"{self.said} can't be reached: the largest cut ({why}) {extreme}; ask for that or more{remedy}"
         )
@@ -195,7 +195,7 @@ class Size(Share):
         return self.shown(value)
 
     def printed(self, asked: float) -> str:
-        return self.shown(asked)
+        return repr(self.shown(asked))
 
     def told(self, found: Mapping[str, Any]) -> str:
         return f"{_capital(self.noun)}: {self.shown(found['reached'])} (asked: at most {self.shown(found['asked'])})"
@@ -255,7 +255,7 @@ class Drop(Target):
         if not ratios:
             raise UsageError(
                 f"{search.said} can't be looked for: with widths rounded up to multiples of {search.round_to} no ratio "
-                "removes a unit; give a smaller round_to, 1 for exact ratios"
+                "removes a unit; give a smaller `round_to`, 1 for exact ratios"
             )
         with progress.task(search.name, len(ratios)) as task:
             for ratio in ratios:
@@ -288,8 +288,8 @@ class Drop(Target):
         if found["images"] != training:
             return []
         return [
-            f"the images that {found['name']} was shown on are of the training split: a network that has learned them "
-            "may lose more on new ones, so its accuracy on the test images counts"
+            f"the images that `{found['name']}` was shown on are of the training split: a network that has learned "
+            "them may lose more on new ones, so its accuracy on the test images counts"
         ]
 
     def _held_out(self, search: Search) -> Split:
@@ -297,8 +297,8 @@ class Drop(Target):
         if len(found) < least:
             raise UsageError(
                 f"{search.said} can't be shown on {len(found):,} images, as many as neither calibrate nor test, not "
-                f"even by equal answers: {least:,} are needed; allow more, or give more --test-images (their number is "
-                "the bound here too) or fewer --calibration"
+                f"even by equal answers: {least:,} are needed; allow more, or give more `test_images` (their number is "
+                "the bound here too) or fewer `calibration`"
             )
         return found
 

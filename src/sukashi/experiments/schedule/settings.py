@@ -89,14 +89,14 @@ class Course(Levels):
             raise UsageError(f"ratios must ascend from above 0, got {self.ratios}: the dense network is level 0 anyway")
         if self.scope is None and False in self.enforce_mask:
             raise UsageError(
-                "enforce_mask = false is for single weights, and there is no scope: give one, or leave it out"
+                "`enforce_mask=False` is for single weights, and there is no scope: give one, or leave it out"
             )
         called = {plain(name).rpartition(":")[2] for name in self.criteria}
         for name in self.options:
             if plain(name).rpartition(":")[2] not in called:
                 raise UsageError(f"options were given for {name!r}, which is not used: criteria are {self.criteria}")
         if not (self.training.enforce_mask and self.finetuning.enforce_mask):
-            raise UsageError("enforce_mask is a key of the study, a list: take it out of the settings of training")
+            raise UsageError("`enforce_mask` is a key of the study, a list: take it out of the settings of training")
         return self
 
     @property

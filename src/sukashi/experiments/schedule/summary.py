@@ -97,7 +97,8 @@ class ScheduleResult(Result):
 
     def text(self) -> str:
         mean, low, high = (100 * self.dense_accuracy[name] for name in ("mean", "low", "high"))
-        said = [words.table(*self.overview()), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f})", ""]
+        on = f"on {words.several(self.n_images, 'test image')}, {words.seeds(self.seeds)}"
+        said = [words.table(*self.overview()), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f}) {on}", ""]
         said += [self.verdict, *self.lines, *self.remarks()]
         return "\n".join([*said, *words.where(self)])
 

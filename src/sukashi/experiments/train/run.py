@@ -33,13 +33,15 @@ def prepare(settings: Train) -> Prepared:
     tuned, source, chosen = isinstance(settings, Finetune), Source.of(settings), settings.training
     if tuned and source.untrained:
         raise UsageError(
-            f"fine-tuning starts from weights and {settings.model} has none: give --weights, or use sukashi train"
+            f"fine-tuning starts from weights and {settings.model} has none: give `weights=FILE`, or use "
+            "`sukashi.train`"
         )
     if settings.new_head and (source.untrained or settings.n_classes is not None):
         raise UsageError(
-            f"{settings.model} has no weights that a new head could be put on: give --weights, or leave --new-head out"
+            f"{settings.model} has no weights that a new head could be put on: give `weights=FILE`, or leave "
+            "`new_head` out"
             if source.untrained
-            else "a new head is for the classes of the data: leave --classes out"
+            else "a new head is for the classes of the data: leave `n_classes` out"
         )
     loaded, images = source.build(source.read(), chosen.seed, new_head=settings.new_head)
     device = next(loaded.model.parameters()).device
@@ -94,6 +96,7 @@ def _figures(fitted: Fitted, start: Loaded, before: Loaded | None, images: Data,
     batches = test.batches(fitted.loaded.preprocess, _BATCH, settings.workers)
     correct, _ = accuracy.evaluate(fitted.loaded.model, batches)
     chosen = fitted.history[fitted.epoch - 1]
+    _, validation, _ = splits(images, settings.training)
     return {
         "accuracy": float(correct.mean()),
         "accuracy_before": None if before is None else float(accuracy.evaluate(before.model, batches)[0].mean()),
@@ -101,6 +104,7 @@ def _figures(fitted: Fitted, start: Loaded, before: Loaded | None, images: Data,
         "epochs": len(fitted.history),
         "epoch": fitted.epoch,
         "validation": {"loss": chosen["val_loss"], "accuracy": chosen["val_accuracy"]},
+        "n_validation": None if validation is None else len(validation),
         "weights_removed": fitted.removed,
         "zeros_in_masked_layers": fitted.zeros,
         "class_names": list(images.class_names),

@@ -18,7 +18,7 @@ class Memory(Settings):
 
 
 class Train(Memory, Training, Single):
-    """Train a network, from random weights or from --weights, and save it as a folder that `sukashi.load` rebuilds."""
+    """Train a network, from random weights or from `weights`, and save it as a folder that `sukashi.load` rebuilds."""
 
     kind: ClassVar[str] = "train"
 

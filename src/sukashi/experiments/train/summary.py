@@ -18,7 +18,8 @@ class TrainResult(Result):
 
     accuracy           of the test images, measured once, at the end; `accuracy_before` that of the network that was
                        fine-tuned, on the same images
-    epochs, epoch      how many were done, and whose weights these are; `validation` is {"loss", "accuracy"} there
+    epochs, epoch      how many were done, and whose weights these are; `validation` is {"loss", "accuracy"} there, on
+                       `n_validation` images
     weights_removed, zeros_in_masked_layers   shares of the weights a mask speaks of that it removes, and that are zero
                        in the end; None without a mask
     history            of each epoch: train_loss, val_loss, val_accuracy, lr
@@ -56,15 +57,18 @@ class TrainResult(Result):
     history: list[dict[str, Any]]
     verdict: str
     rule: str
+    n_validation: int | None = None
     images_per_second: float | None = None
     waiting: float | None = None
     resumed: int | None = None
 
     def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         before = "" if self.accuracy_before is None else f" (before: {words.percent(self.accuracy_before)})"
-        rows = [["test accuracy", f"{words.percent(self.accuracy)}{before}"]]
+        on = words.several(self.n_images, "test image")
+        rows = [["test accuracy", f"{words.percent(self.accuracy)}{before} on {on}"]]
         if self.validation["accuracy"] is not None:
-            rows.append(["validation accuracy", words.percent(self.validation["accuracy"])])
+            on = "" if self.n_validation is None else f" on {words.several(self.n_validation, 'image')}"
+            rows.append(["validation accuracy", f"{words.percent(self.validation['accuracy'])}{on}"])
         rows.append(["epochs", f"{self.epochs}, weights of epoch {self.epoch}"])
         if self.images_per_second is not None:
             rows.append(["images a second", f"{self.images_per_second:,.0f}"])

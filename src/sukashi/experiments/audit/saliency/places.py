@@ -38,7 +38,7 @@ def truth(network: Network, asked: Audit) -> tuple[dict[str, Tensor], str]:
     if asked.masks and asked.measures is not None and not wanted:
         raise UsageError(
             f"masks are given and none of {words.listed(list(asked.measures))} reads them: add localisation to "
-            "--measures, or leave --masks out"
+            "`measures`, or leave `masks` out"
         )
     if not wanted and (asked.measures is not None or not images.has_ground_truth):
         return {}, ""

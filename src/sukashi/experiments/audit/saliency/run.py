@@ -40,7 +40,7 @@ class Subject:
         self.names = names
         self.auditor = Auditor(networks, measures, truth, settings.options, settings.seed, settings.sanity)
         if settings.sanity and not self.auditor.similar:
-            raise UsageError("sanity lays maps beside maps: add rank_correlation to --measures, or leave --sanity out")
+            raise UsageError("sanity lays maps beside maps: add rank_correlation to `measures`, or leave `sanity` out")
         self.auditor.try_out(names[0])
         self.areas = {concept: share.numpy() for concept, share in places.shares(truth).items()}
         self.notes = [said] if said else []
@@ -76,7 +76,8 @@ def check(settings: Audit) -> None:
     for name in settings.measures or ():
         if plain(name) != name:
             method = plain(name)
-            raise UsageError(f"an audit has a measure once, got {name!r}: give {method}, and --set {method}.NAME=VALUE")
+            options = f"`options={{{method!r}: {{'NAME': VALUE}}}}`"
+            raise UsageError(f"an audit has a measure once, got {name!r}: give {method}, and {options}")
         if not registry[name].inputs & {"maps", "masks"}:
             known = [method.name for method in registry if method.inputs & {"maps", "masks"}]
             raise UsageError(f"{name} measures no saliency maps and no regions: choose from {', '.join(known)}")
