@@ -30,7 +30,8 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
     norms = {name: of for name in dict.fromkeys(order[first:]) if (of := _norm(model, name)) is not None}
     if not norms:
         raise ModelError(
-            "no BatchNorm lies behind what was cut, so there are no statistics to estimate: take refit, or leave `repair` out"
+            "no BatchNorm lies behind what was cut, so there are no statistics to estimate: take refit, or leave "
+            "`repair` out"
         )
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
 

@@ -112,7 +112,7 @@ def _check(settings: Compare) -> None:
     for how in samplings:
         check_sampling(how)
     if not samplings or len(set(samplings)) != len(samplings):
-        raise UsageError(f"`sampling` must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
+        raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
     for name in settings.repair:
         check_repair(name)
     if not settings.repair or len(set(settings.repair)) != len(settings.repair):
