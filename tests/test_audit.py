@@ -891,9 +891,9 @@ def test_one_folder_is_no_list_of_models(folders, tmp_path):
 
 
 def test_weights_are_for_specs_alone(folders, tmp_path):
-    with pytest.raises(UsageError, match="the models bring their own width, as saved folders do"):
+    with pytest.raises(UsageError, match="the models bring their own `width`, as saved folders do"):
         sukashi.audit(folders, "digits", out=tmp_path / "out", width=8, **READING)
-    with pytest.raises(UsageError, match="the models bring their own weights"):
+    with pytest.raises(UsageError, match="the models bring their own `weights`"):
         sukashi.audit(
             ["sukashi:digits_cnn=a.pt", "sukashi:digits_cnn=b.pt"],
             "digits",
@@ -901,7 +901,7 @@ def test_weights_are_for_specs_alone(folders, tmp_path):
             weights="c.pt",
             **READING,
         )
-    with pytest.raises(UsageError, match="the models bring their own weights"):
+    with pytest.raises(UsageError, match="the models bring their own `weights`"):
         sukashi.audit(
             [folders[0], "sukashi:digits_cnn=a.pt"], "digits", out=tmp_path / "out", weights="c.pt", **READING
         )

@@ -607,7 +607,7 @@ def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
 
 
 def test_a_cut_whose_page_cannot_be_written_is_kept(sukashi, tmp_path, monkeypatch):
-    def write(folder, page):
+    def write(folder, page, spelled):
         raise ResourceError("no space left; make room")
 
     args = ["prune", *DIGITS, "--test-images", 60, "--criterion", "random", "--ratio", 0.5, "--out", tmp_path / "cut"]

@@ -204,7 +204,7 @@ def test_what_can_not_be_written_is_refused_before_anything_is_loaded(shipped, t
         sukashi.export(shipped.folder)
     with pytest.raises(UsageError, match=r"sukashi:digits_cnn is no folder .* `file='FILE\.onnx'`"):
         sukashi.export("sukashi:digits_cnn")
-    with pytest.raises(UsageError, match="label is about data, and none are given"):
+    with pytest.raises(UsageError, match="`label` is about data, and none are given"):
         sukashi.export(shipped.folder, label="x", file=tmp_path / "x.onnx")
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if "transformers" in name else True)
     with pytest.raises(UsageError, match=r"needs onnxruntime\.transformers: pip install 'sukashi\[onnx\]'"):

@@ -78,7 +78,7 @@ def images(n, channels=1, first=0):
 
 
 def test_too_few_images_name_the_option():
-    with pytest.raises(DataError, match=r"give calibration=8 or add images$"):
+    with pytest.raises(DataError, match=r"give `calibration=8` or add images$"):
         sukashi.check(NET, images(10))
 
 

@@ -477,7 +477,7 @@ def test_what_is_not_finished_is_not_summed_up(lottery, tmp_path):
         ({"criteria": ["drift"]}, "drift"),
         ({"criteria": ["wanda"], "scope": None}, "wanda"),
         ({"schedule": "lotery"}, "did you mean 'lottery'"),
-        ({"scope": "2:4"}, "give ratio 0.5"),
+        ({"scope": "2:4"}, "give `ratio=0.5`"),
         ({"scope": None, "enforce_mask": [False]}, "`enforce_mask=False` is for single weights"),
         ({"rewind": 2}, "rewind must be an epoch below 2"),
         ({"schedule": "oneshot", "rewind": 1}, "of a schedule that rewinds"),

@@ -309,11 +309,11 @@ def test_a_class_that_is_gone_is_named_and_images_are_counted_by_class(audited):
     assert sum(noisy["images_of_class"].values()) == noisy["n_images"]
     assert noisy["images_of_class"]["9"] == 0 < dense["images_of_class"]["9"]
     right = f"dense: {dense['right_of_class']['9']:.0%} right, noisy: 0%"
-    warning = f"noisy is audited on no image of 9 ({right}): no figure here tells of that class"
+    warning = f"noisy is audited on no image of class 9 ({right}): no figure here tells of that class"
     assert warning in result.warnings
     (line,) = result.audited
     assert line.startswith(f"audited (noisy): {noisy['n_images']} images: {noisy['images_of_class']['0']} of class 0, ")
-    assert line.endswith(", none of 9")
+    assert line.endswith(", none of class 9")
     page = (audited / "gone" / "report.html").read_text()
     assert warning in re.sub("<[^>]*>", "", page)
     assert "<strong>none</strong>" in page

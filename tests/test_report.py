@@ -632,7 +632,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
         "two",
     ], "class one has no image"
     costs = cells(page, "What it costs to run")
-    assert costs["accuracy"] == ["98.1%", "95.0%"]
+    assert costs["accuracy on 1,234 test images"] == ["98.1%", "95.0%"]
     assert costs["units removed"] == ["–", "45.0%"]
     assert costs["parameters removed"] == ["–", "60.0%"]
     assert costs["latency, ms (median)"] == ["2.00", "3.00 × 1.50 (1.50 to 1.50)"]

@@ -302,7 +302,7 @@ def test_keys_that_are_missing_or_of_another_kind_of_study(tmp_path):
     # A name that is misspelt leaves another one missing, and is what can be put right.
     refused(course(ratios=None, ratio="[0.5]"), "study.toml has an unknown key 'ratio': did you mean 'ratios'?")
     refused(course(ratios=None), r"study.toml has no 'ratios': add ratios = \[0.3, 0.6, 0.9\]$")
-    refused(course(data=None), r"has no 'data': add data = \"digits\", or give --data$")
+    refused(course(data=None), r"has no 'data': add data = \"digits\", or give `data`$")
     refused(course(""), r"has no 'model': add \[model\] with spec = \"sukashi:digits_cnn\"$")
     refused(course("\n[model]\nwidth = 8"), r"has no 'spec' in \[model\]: add spec = \"sukashi:digits_cnn\"$")
     refused(
@@ -510,13 +510,13 @@ def test_an_experiment_that_fails_stops_those_after_it_and_the_study_goes_on_lat
         ('kind = "prune"', 'kind = "study"', r"kind of \[experiments.half\] must be one"),
         ("ratio = 0.5", "ratios = 0.5", r"\[experiments.half\] has an unknown key 'ratios': did you mean 'ratio'"),
         ("ratio = 0.5", "ratio = 1.5", r"\[experiments.half\]: ratio must be in \[0, 1\), got 1.5"),
-        ("ratio = 0.5\n", "", r"\[experiments.half\]: how much goes is said by one of ratio, target_flops"),
+        ("ratio = 0.5\n", "", r"\[experiments.half\]: how much goes is said by one of `ratio`, `target_flops`"),
         ("test_images = 60", "tset_images = 60", "has an unknown key 'tset_images': did you mean 'test_images'"),
         ("test_images = 60", "test_images = 'x'", r"test_images must be a whole number like 2000, got 'x'"),
         ("[experiments.half]", '[experiments."../half"]', "letters, digits, _ or -: '../half'"),
         ("[experiments.half]", "[experiments.trials]", "'trials' is a folder of the study's own: choose another name"),
         ('data = "digits"', 'data = "$NOWHERE/digits"', r"uses \$NOWHERE, which is not set"),
-        ('out = "mixed"\n', "", "has no 'out': add out = .*, or give --out"),
+        ('out = "mixed"\n', "", "has no 'out': add out = .*, or give `out`"),
         ('"$OUT/tuned"]', '"$OUT/tuned"', "is no TOML"),
         ("epochs = 2", "epochs = 0", r"\[experiments.dense\]: epochs must be at least 1, got 0"),
     ],
