@@ -127,9 +127,9 @@ def test_a_number_too_long_to_write_is_told():
     class Kind(Settings):
         n: int = option(1, le=5, help="n")
 
-    with pytest.raises(UsageError, match="n must be at most 5, got a number of thousands of digits"):
+    with pytest.raises(UsageError, match="`n` must be at most 5, got a number of thousands of digits"):
         keywords(Kind, {"n": 1 << 100_000})
-    with pytest.raises(UsageError, match="n must be"):
+    with pytest.raises(UsageError, match="`n` must be"):
         checked(Kind, {"n": [[[]]] * 3})
 
 

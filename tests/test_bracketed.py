@@ -128,6 +128,7 @@ def test_two_settings_of_one_criterion_are_compared(cnn_weights, tmp_path):
     assert grown.methods["drift[share=0.4]"] == {
         "criterion": "drift",
         "sampling": "random",
+        "repair": "none",
         "options": {"share": 0.4},
     }
     assert "drift[share=0.4]" in Path(grown.report).read_text()

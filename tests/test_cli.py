@@ -209,8 +209,8 @@ def test_version(sukashi):
     [
         (["prnue"], ["prnue", "'prune'", "--help"]),
         (["prune"], ["Missing argument", "sukashi prune --help"]),
-        (["list"], ["say what to list: criteria, attributions, measures, schedules, models or data"]),
-        (["list", "foo"], ["'foo'", "criteria, attributions, measures, schedules, models, data"]),
+        (["list"], ["say what to list: criteria, attributions, measures, repairs, schedules, models or data"]),
+        (["list", "foo"], ["'foo'", "criteria, attributions, measures, repairs, schedules, models, data"]),
         (["list", "criterai"], ["did you mean 'criteria'?"]),
         (["compare", "--ratoi", "0.5"], ["--ratoi", "--ratios"]),
         (["report", "nowhere"], ["nowhere holds no experiment", "give the --out of an experiment"]),

@@ -229,6 +229,7 @@ def test_the_table_has_a_row_for_each_measured_point_and_pass(compared):
         "contender": "cswap",
         "criterion": "cswap",
         "sampling": "random",
+        "repair": "none",
         "options": "{}",
         "calibration": 8,
         "mode": "cut",

@@ -222,7 +222,7 @@ def test_a_layer_that_is_taken_apart_in_the_form_is_refused_for_what_it_is():
     sites = finder.find(model, x).sites
     said = (
         r"^layer '1': a LayerScale2d is taken apart in the canonical form, in which its units cannot be cut: use a "
-        r"criterion that needs no such form, such as magnitude, or exclude it \(--exclude 0\)$"
+        r"criterion that needs no such form, such as magnitude, or exclude it \(`exclude=\['0'\]`\)$"
     )
     with pytest.raises(ModelError, match=said):
         Engine(model, sites, Batch(x, torch.zeros(2, dtype=torch.long), torch.arange(2)))
@@ -235,7 +235,7 @@ def test_heads_that_have_no_layer_in_the_form_are_refused_before_any_unit_goes()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     found = finder.find(model, x)
     data = Batch(x, torch.zeros(2, dtype=torch.long), torch.arange(2))
-    remedy = r"not written out cannot be cut: .* magnitude, or exclude both \(--exclude 'blocks\.\*\.attn\.qkv'\)$"
+    remedy = r"not written out cannot be cut: .* magnitude, or exclude both \(`exclude=\['blocks\.\*\.attn\.qkv'\]`\)$"
     with pytest.raises(ModelError, match=remedy):
         Engine(model, found.sites, data)
     left = finder.without(found, ["blocks.*.attn.qkv"]).sites

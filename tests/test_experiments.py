@@ -22,7 +22,7 @@ from sukashi.core.experiment import Result
 from sukashi.core.files import FORMAT
 from sukashi.core.schema import option_of
 from sukashi.experiments.bench import Source
-from sukashi.experiments.kinds import kinds
+from sukashi.experiments.kinds import kinds, spelled
 from sukashi.experiments.reading import Architecture, Pixels
 from sukashi.experiments.workspace import Workspace
 from sukashi.measures import cost
@@ -305,7 +305,7 @@ def test_report_writes_the_same_again(experiment, capsys, monkeypatch):
     shutil.rmtree(experiment.out / "figures", ignore_errors=True)
     found = command(monkeypatch, capsys, "report", experiment.out)
     assert differing(experiment.out, experiment.finished) == set()
-    assert found == sukashi.results(experiment.out).text() + "\n"
+    assert found == spelled(sukashi.results(experiment.out).text()) + "\n"
 
 
 def test_results_do_not_depend_on_the_log(experiment):

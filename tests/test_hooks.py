@@ -215,7 +215,9 @@ def test_all_layers_in_which_images_are_not_apart_are_refused_at_once(acts):
     readers = [Member(f"windows.{i}", "in", tuple((u,) for u in range(4)), -1) for i in range(3)]
     sites = [Site(reader.module, "hidden", 4, -1, (replace(reader, side="out"), reader)) for reader in readers]
     good = Site("first", "hidden", 4, -1)
-    words = r"layer 'windows\.0' holds 6 rows for 2 images: single images .* such layers \(--exclude 'windows\.\*'\)$"
+    words = (
+        r"layer 'windows\.0' holds 6 rows for 2 images: single images .* such layers \(`exclude=\['windows\.\*'\]`\)$"
+    )
     inside = (
         (lambda sites: hooks.ablated(model, {site: torch.ones(2, 4) for site in sites}))
         if acts

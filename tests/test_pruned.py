@@ -92,7 +92,7 @@ def test_round_mask(plan, ratio, round_to):
 
 def test_round_mask_refuses():
     plan = _plan([Site("a", "channel", 8)])
-    with pytest.raises(UsageError, match="`round_to must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`round_to` must be at least 1, got 0"):
         plans.round_mask(plan, 0.5, 0)
     with pytest.raises(UsageError, match="ratio must be in"):
         plans.round_mask(plan, 50)

@@ -587,7 +587,7 @@ ANSWERS = answers()
 def pruned(folder: Path, about: dict[str, Any], result: dict[str, Any], clock: dict[str, float]) -> Workspace:
     """The folder of a pruned network, but for the network."""
     whole = {"model": MODEL | {"spec": "sukashi:digits_cnn"}, "data": DATA | {"spec": "digits"}}
-    whole |= {"ratio_asked": 0.5, "scope": None, "sampling": "random", "options": {}, "seed": 0}
+    whole |= {"ratio_asked": 0.5, "scope": None, "sampling": "random", "repair": "none", "options": {}, "seed": 0}
     whole |= about
     space, trial = Workspace(folder), Trial(whole, nothing, place=".")
     space.claim("prune", whole, [trial])

@@ -109,10 +109,10 @@ class PruneResult(Result):
             said += ["", reached(self.target, self.ratio, self.layers)]
         if self.scope is not None:
             said += ["", networks.MODES["sparse"]]
-        said += self.mended
-        said += ["", *self.remarks(*self.slower()), "", self.verdict, self.rule]
-        said += ["", f"Saved: {self.out}", *self.shipped(f"{self.out}/"), *words.where(self)]
-        return "\n".join([*said, f"Fine-tune what is left: `{self.tuning}`"] if self.tuning else said)
+        said += ["", *self.remarks(*self.slower()), "", self.verdict, self.rule, *self.mended]
+        said += ["", f"Saved: {self.out}", *self.shipped(f"{self.out}/")]
+        said += [f"Fine-tune what is left: `{self.tuning}`"] if self.tuning else []
+        return "\n".join([*said, *words.where(self)])
 
     @property
     def mended(self) -> list[str]:
