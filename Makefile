@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-real lint clean
+.PHONY: install demo test test-slow test-real lint clean
 
 install: $(STAMP)
 
@@ -17,8 +17,13 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/sukashi demo --out runs/demo
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -q -m "not realdata" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not realdata and not slow"
+
+test-slow: install
+	$(PYTEST) -m "slow and not realdata"
 
 test-real: install
 	$(BIN)/python -m pytest -q -m realdata

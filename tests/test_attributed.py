@@ -26,6 +26,7 @@ def case(request, small64):
     return found.model, found.sites, found.data[slice(0, None, 8)]
 
 
+@pytest.mark.slow
 def test_taylor_is_the_mean_absolute_slope_of_the_loss(case):
     model, sites, data = case
     found = criteria["taylor"](model, sites, data, generator=torch.Generator())
@@ -49,6 +50,7 @@ def scored(name, model, sites, data, **options):
     return criteria[name](model, sites, data, generator=torch.Generator(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", REDUCED)
 @pytest.mark.parametrize("classes", ["true", "each"])
 @pytest.mark.parametrize("normalise", ["none", "layer"])

@@ -298,6 +298,7 @@ def test_rounding_moves_each_weight_by_its_precision_and_what_is_cut_stays_cut(f
     assert not torch.equal(next(found.parameters()), next(other.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blind", "averaging"])
 def test_a_map_that_says_nothing_is_counted_and_left_out(tmp_path, name):
     result = sukashi.audit(
@@ -516,6 +517,7 @@ def test_beside_values_without_spread_a_change_is_large_and_comes_first():
     ]
 
 
+@pytest.mark.slow
 def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_cnn, folders, tmp_path):
     blind = copy.deepcopy(trained_cnn)
     *_, last = blind.model.parameters()  # the biases of its answers
@@ -635,6 +637,7 @@ def test_a_map_of_one_pixel_is_drawn_in_its_colour():
     assert bright != dark
 
 
+@pytest.mark.slow
 def test_a_network_with_a_shortcut_is_said_to_point_at_it(tmp_path):
     spec = f"shapes:watermark=1,n={2 * N}"  # so that FEW images at least have the mark
     result = sukashi.audit(
@@ -702,6 +705,7 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes().replace(own, b"OUT") for p in found}
 
 
+@pytest.mark.slow
 def test_a_killed_audit_goes_on_from_its_trials_to_the_same_bytes(done, folders, tmp_path, monkeypatch):
     whole, there = done
     out, plain_cell, calls = tmp_path / "audit", cells.Auditor._cell, []
@@ -751,6 +755,7 @@ def test_the_same_network_twice_is_measured_once_and_stands_twice(folders, tmp_p
     assert one == two
 
 
+@pytest.mark.slow
 def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tmp_path, monkeypatch):
     out, plain_cell, calls = tmp_path / "audit", cells.Auditor._cell, []
     sukashi.audit(folders[:2], "digits", out=out, attributions=["saliency"], **READING)
@@ -774,6 +779,7 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
         sukashi.audit(folders, "digits", out=tmp_path / "mine", attributions=["saliency"], **READING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -817,6 +823,7 @@ def test_an_audit_grows_by_a_pruned_model_though_the_names_of_the_others_change(
 # Families, and what is refused.
 
 
+@pytest.mark.slow
 def test_a_transformer_is_audited_by_its_own_means(tmp_path):
     result = sukashi.audit(
         here("vit", "shaken_vit"),

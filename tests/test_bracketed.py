@@ -112,6 +112,7 @@ def test_a_method_is_asked_for_with_options():
     assert bracketed == given != usual
 
 
+@pytest.mark.slow
 def test_two_settings_of_one_criterion_are_compared(cnn_weights, tmp_path):
     names = ["drift", "drift[share=0.4]"]
 

@@ -19,6 +19,7 @@ def called(form):
     return [node.target for node in form.graph.nodes if node.op == "call_module"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_form_is_the_model_with_one_plain_module_a_call(spec):
     model, shape = build(spec)

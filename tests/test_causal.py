@@ -35,6 +35,7 @@ def assert_same_decisions(plan, expected):
     assert plan.n_images == expected.n_images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["cnn", "vit"])
 @pytest.mark.parametrize(
     "options",
@@ -94,6 +95,7 @@ def test_a_dead_unit_has_exactly_no_effect(small64):
     assert (plan.p_values[row] == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["cnn", "vit"])
 @pytest.mark.parametrize("name", ["cswap", "amp", "drift"])
 def test_chunks_do_not_change_decisions(small, monkeypatch, net, name):

@@ -539,6 +539,7 @@ def test_a_comparison_refused_in_its_first_trial_leaves_nothing(sukashi, refused
     assert len(list((tmp_path / "out" / "trials").glob("*/trial.json"))) == 1, "what is finished is kept"
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_what_another_one_does(sukashi, tmp_path):
     """A trial is leased to one process; where that dies, the other does it."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
@@ -575,6 +576,7 @@ def test_a_second_process_waits_for_what_another_one_does(sukashi, tmp_path):
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk(sukashi, refused, tmp_path, monkeypatch, weights):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -664,6 +666,7 @@ main.main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
     args = ["compare", NET, "--data", "digits", "--weights", str(weights), "--calibration", "4", *SMALL]
     args += ["--criteria", "random,drift", "--json", "--out"]
@@ -904,6 +907,7 @@ def test_an_audit(sukashi, refused, tmp_path, weights):
     refused(2, ["no option 'stpe'", "'step'"], *args[:-1], "deletion.stpe=8")
 
 
+@pytest.mark.slow
 def test_demo_keeps_what_is_finished(sukashi, tmp_path, monkeypatch, trained_cnn):
     trained = []
     monkeypatch.setattr(demo, "CRITERIA", ("random", "magnitude"))

@@ -57,6 +57,7 @@ def trials(result):
     }
 
 
+@pytest.mark.slow
 def test_a_comparison_grows_by_criteria_and_seeds_as_if_they_had_been_asked_for_at_once(
     compared, cnn_weights, tmp_path
 ):

@@ -400,6 +400,7 @@ def test_defaults_and_every_choice_of_an_option_work(outcomes, small, name):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOURNALED)
 @pytest.mark.parametrize("net", NETS)
 def test_a_method_goes_on_from_any_prefix_of_its_journal(outcomes, small, monkeypatch, name, net):

@@ -23,6 +23,8 @@ from sukashi.experiments.workspace import UNDER_WAY, Workspace
 from sukashi.training import checkpoint, distributed
 from sukashi.training.loop import Training, fit
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import os, sys, torch, typer
 from dataclasses import replace

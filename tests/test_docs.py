@@ -70,6 +70,7 @@ def put_files(page):
             Path(name[1]).write_text(block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_on_digits_run_in_order(page, trained_cnn, alone):
     put_files(page)

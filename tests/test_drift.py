@@ -29,6 +29,7 @@ def pairs(plan):
     return list(zip(plan.site.tolist(), plan.unit.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "options"), [*(("cnn", options) for options in OPTIONS), ("vit", OPTIONS[-1])], ids=str
 )

@@ -42,6 +42,7 @@ def test_engine_gives_the_masked_networks_logits(small64, net, budget):
     assert moving.mask().n_removed == sum(int((~k).sum()) for k in keep.values()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     # A small DenseNet is among those of test_drift.

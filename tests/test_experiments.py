@@ -197,6 +197,7 @@ def kept(result):
 CLOCKS = ("log.jsonl", "report.html", "costs.csv", "costs.tex")  # files that hold times
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_given_again_it_ends_in_the_same_bytes(made):
     assert len(made.left) in (SNAPSHOTS, SNAPSHOTS + 1)
     assert any(list(left.rglob(".*.tmp")) for left in made.left)
@@ -214,6 +215,7 @@ def test_killed_anywhere_and_given_again_it_ends_in_the_same_bytes(made):
         assert differing(made.out, made.finished) == set(), left.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ["compare", "study"], indirect=True)
 def test_processes_that_share_its_trials_end_in_the_same_bytes(made, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for each of two, as for one here

@@ -27,6 +27,7 @@ def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(tmp_path
         assert not ended.fault, f"{told}: {ended.said}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has random weights")
 def test_odd_options_are_refused_in_a_sentence_or_work(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "latency", lambda models, batch, **how: ([2.0] * 6, [1.0] * 6))

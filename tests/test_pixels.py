@@ -22,6 +22,7 @@ def shown(request):
     return request.param, model, torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", attributions, ids=lambda method: method.name)
 def test_an_attribution_maps_the_pixels_or_refuses_by_name(shown, method):
     name, model, x = shown

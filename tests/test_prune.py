@@ -64,6 +64,7 @@ def test_images(preprocess, n):
 test_images.__test__ = False
 
 
+@pytest.mark.slow
 def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weights, tmp_path):
     case, out = small["cnn"], tmp_path / "cut"
     result = prune("drift", 0.5, out, cnn_weights, round_to=4, calibration=4, test_images=2000)

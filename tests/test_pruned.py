@@ -175,6 +175,7 @@ def test_what_is_saved_is_its_contents_and_the_recipe_comes_last(saved, sparse_f
         assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_new_process_gives_the_same_logits(saved, tmp_path):
     small, folder = saved
     x = torch.randn(3, 1, 8, 8)
@@ -546,6 +547,7 @@ def test_a_place_without_rights(saved, tmp_path):
 # ONNX.
 
 
+@pytest.mark.slow
 def test_onnx(scene):
     onnxruntime = pytest.importorskip("onnxruntime")
     loaded, plan, x = scene

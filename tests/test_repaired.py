@@ -1,6 +1,7 @@
 """Repairs in experiments: what competes, what is saved, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +146,9 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path):
     with pytest.raises(UsageError, match="was not cut from this"):
         pruning.repaired(bench.loaded, bench.loaded, bench.calibration(0), "refit")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_says_what_mended_and_only_where_something_did(compared, cnn_weights, tmp_path):
+    said = "what mended each cut"
+    assert said in Path(compared.report).read_text()
+    assert said not in Path(compare(["random"], tmp_path / "out", cnn_weights).report).read_text()

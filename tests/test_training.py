@@ -327,6 +327,7 @@ fit(start, few, given, out=Path(sys.argv[1]), seconds=0)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_changes_nothing(start, few, tmp_path):
     n_epochs = 40
     child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(n_epochs)])

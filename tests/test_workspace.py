@@ -406,6 +406,7 @@ def test_a_second_process_leaves_alone_what_the_first_is_writing(tmp_path, monke
 # Kills.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "n"), [(whole, 40), (alone, 15)])
 def test_killed_at_every_write_it_ends_with_the_same_bytes(tmp_path, processes, run, n):
     run(tmp_path / "undisturbed")
