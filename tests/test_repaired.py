@@ -1,5 +1,6 @@
 """Repairs in experiments: what competes, what is saved, and what is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 import sukashi
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.criteria import pruning
+from sukashi.core.types import rank
+from sukashi.criteria import criteria, pruning
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.compare.contenders import curve_of, named
 from sukashi.experiments.workspace import Workspace
 from sukashi.network import surgery
+from sukashi.repairs import mender
 
 SPEC = "sukashi:digits_cnn"
 FEW = {"calibration": 8, "test_images": 100, "width": 8}
@@ -131,7 +134,8 @@ def test_what_was_silenced_before_a_cut_is_renumbered():
     }
 
 
-def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*has random weights")
+def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path, monkeypatch):
     def prune(**more):
         sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=tmp_path / "out", weights=cnn_weights, **FEW, **more)
 
@@ -141,8 +145,19 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path):
         prune(repair="refit", scope="global")
     with pytest.raises(UsageError, match="`repair` must be different names"):
         compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["refit", "refit"])
-    with pytest.raises(ModelError, match="no BatchNorm lies behind what was cut"):
-        prune(repair="norm")
+
+    def no_ranking(*given, **named):
+        raise AssertionError("refused before a criterion works")
+
+    monkeypatch.setattr("sukashi.experiments.prune.run.plan_for", no_ranking)
+    monkeypatch.setattr("sukashi.experiments.compare.run.plan_for", no_ranking)
+    vit = "sukashi:digits_vit"
+    with pytest.raises(ModelError, match="norm needs a layer of class BatchNorm, and this network has none"):
+        sukashi.prune(vit, "digits", "magnitude", 0.5, out=tmp_path / "out", repair="norm", calibration=8)
+    with pytest.raises(ModelError, match="norm needs a layer of class BatchNorm"):
+        sukashi.compare(vit, "digits", ["magnitude"], out=tmp_path / "out", repair=["norm"], calibration=8)
+    with pytest.raises(UsageError, match="`repair` must be different names"):
+        compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["none", "none"])
     with pytest.raises(UsageError, match="was not cut from this"):
         pruning.repaired(bench.loaded, bench.loaded, bench.calibration(0), "refit")
     assert not (tmp_path / "out").exists()
@@ -152,3 +167,38 @@ def test_the_page_says_what_mended_and_only_where_something_did(compared, cnn_we
     said = "what mended each cut"
     assert said in Path(compared.report).read_text()
     assert said not in Path(compare(["random"], tmp_path / "out", cnn_weights).report).read_text()
+
+
+def test_zeros_of_a_sparse_network_are_refused_before_a_criterion_works(cnn_weights, tmp_path, monkeypatch):
+    sparse = tmp_path / "sparse"
+    sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=sparse, weights=cnn_weights, scope="global", **FEW)
+    given = {"calibration": 8, "test_images": 100, "out": tmp_path / "out"}
+    for call in (
+        lambda: sukashi.prune(sparse, "digits", "magnitude", 0.5, repair="refit", **given),
+        lambda: sukashi.compare(sparse, "digits", ["magnitude"], seeds=1, repair=["refit"], **given),
+    ):
+        with pytest.raises(UsageError, match="single weights of this network are zero and must stay so"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transformer_is_repaired(small):
+    case = small["vit"]
+    images, model = case.data, case.model
+    plan = rank(criteria["magnitude"](model, case.sites, images, generator=torch.Generator()))
+    off = []
+    for name in ("none", "refit"):
+        cut = copy.deepcopy(model)
+        table = surgery.cut(cut, plan.mask(0.5))
+        mend = mender(name, model, images)
+        if mend is not None:
+            mend(cut, table)
+        with torch.no_grad():
+            off.append(float((cut(images.x) - model(images.x)).square().mean()))
+    assert off[1] < 0.5 * off[0]
+
+
+def test_every_cut_of_a_curve_may_be_mended_by_norm(cnn_weights, tmp_path):
+    found = compare(["magnitude"], tmp_path / "out", cnn_weights, ratios=[0.05, 0.3, 0.6], repair=["norm"])
+    assert set(found.contenders) == {"magnitude", "magnitude+norm"}
+    assert found.sauces["magnitude+norm"] != found.sauces["magnitude"]

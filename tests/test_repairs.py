@@ -13,6 +13,7 @@ from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Batch
 from sukashi.network import surgery
 from sukashi.repairs import repairs
+from sukashi.repairs.order import parts
 from sukashi.repairs.rows import places, windows, written
 
 N_IMAGES = 30
@@ -179,9 +180,6 @@ def test_what_cannot_be_repaired_is_refused_by_name():
         repairs["refit"](dense, dense, {"0": {"out": [0]}}, images(2, 8, 8))
     with pytest.raises(UsageError, match="at least 5 images"):
         repairs["refit"](cut(dense, CUT), dense, CUT, images(2, 8, 8, n=4))
-    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(144, 2)).double()
-    with pytest.raises(ModelError, match="no BatchNorm lies behind"):
-        repairs["norm"](plain, plain, {"0": {"out": [0]}}, images(2, 8, 8))
 
 
 class Twice(nn.Module):
@@ -197,3 +195,15 @@ def test_a_layer_that_runs_twice_is_refused_by_name():
     model = Twice().double()
     with pytest.raises(ModelError, match="layer 'again' is called 2 times"):
         repairs["refit"](model, model, {"again": {"in": [*range(4)]}}, images(4))
+
+
+def test_large_images_go_in_parts_whatever_is_asked():
+    assert [len(part) for part in parts(torch.zeros(5, 3, 1024, 1024), 512)] == [2, 2, 1]
+    assert [len(part) for part in parts(torch.zeros(5, 3, 8, 8), 3)] == [3, 2]
+    assert len(parts(torch.zeros(2, 3, 4096, 4096), 512)) == 2
+
+
+def test_a_cut_behind_every_norm_leaves_them_alone():
+    dense, table = network(), {"6": {"out": [0, 1, 2]}, "8": {"in": [0, 1, 2]}}
+    found = repaired("norm", dense, table, images(2, 8, 8)).state_dict()
+    assert all(tensor.equal(found[name]) for name, tensor in cut(dense, table).state_dict().items())

@@ -17,7 +17,7 @@ from sukashi.criteria import criteria
 from sukashi.criteria import criteria as registry
 from sukashi.models import Loaded
 from sukashi.network import hooks, sparsity, surgery
-from sukashi.repairs import mender
+from sukashi.repairs import NONE, check_fits, mender
 
 
 def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
@@ -43,23 +43,21 @@ def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
     """A copy of a network that was cut from a dense one, with what the cut took given back by a repair on some images;
     the given one is left alone.
 
-    Raises UsageError for a repair that there is not and a network that was not cut from this one, ModelError where the
+    Raises UsageError for a network that was not cut from this one, and what `check_repair` does; ModelError where the
     repair can do nothing for it.
     """
+    check_repair(repair, small)
+    mend = mender(repair, dense.model, data)
+    if mend is None:
+        return small
     n_before = len(dense.cuts)
     if small.spec != dense.spec or small.cuts[:n_before] != dense.cuts or len(small.cuts) == n_before:
         raise UsageError(
             f"a {small.spec} that was cut {len(small.cuts)} times was not cut from this {dense.spec}, which was cut "
             f"{n_before} times: give the network before the cut, and the cut one"
         )
-    if small.mask is not None:
-        raise UsageError(
-            "single weights of this network are zero and must stay so; a repair changes all: cut units first"
-        )
-    model = copy.deepcopy(small.model)
-    mend = mender(repair, dense.model, data)
-    if mend is not None:
-        mend(model, surgery.together(small.cuts[n_before:]))
+    model = copy.deepcopy(small.model).to(next(dense.model.parameters()).device)
+    mend(model, surgery.together(small.cuts[n_before:]))
     return replace(
         small, model=model, last_cut=f"{small.last_cut}; repaired by {repair}", weights_sha256=models.digest(model)
     )
@@ -124,6 +122,15 @@ def check_sequential(criterion: str, scope: str) -> None:
         raise UsageError(
             "`sequential` prunes layer by layer, `scope='global'` compares all layers: give another `scope`, layer or "
             "row"
+        )
+
+
+def check_repair(repair: str, loaded: Loaded) -> None:
+    """Refuse, before work, a repair that there is not, one that a network has no layer for, and a sparse network."""
+    check_fits(repair, loaded.model)
+    if repair != NONE and loaded.mask is not None:
+        raise UsageError(
+            f"single weights of this network are zero and must stay so, and {repair} changes all: leave `repair` out"
         )
 
 

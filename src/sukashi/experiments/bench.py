@@ -276,11 +276,8 @@ class Ranking:
         Raises UsageError for a ratio outside [0, 1) and a repair that there is not, and what the repair raises.
         """
         mask = plans.round_mask(self.plan, ratio, round_to)
-        small = pruning.cut(self.bench.loaded, mask)
-        if repair == NONE:
-            return small
         images = self.bench.calibration(self.seed, self.sampling)
-        return pruning.repaired(small, self.bench.loaded, images, repair)
+        return pruning.repaired(pruning.cut(self.bench.loaded, mask), self.bench.loaded, images, repair)
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each unit, first to go first: layer, unit, category and effect (the method's own measure)."""

@@ -143,7 +143,6 @@ def repair(
     with waiting.shown():
         setting = source.open(units=False)
         small = cut if isinstance(cut, Loaded) else load(cut)
-        small.model.to(setting.device)
         return pruning.repaired(small, setting.loaded, setting.calibration(seed, sampling), repair)
 
 

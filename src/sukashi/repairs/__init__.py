@@ -2,13 +2,14 @@
 
 A repair changes weights or statistics of the cut network in place, and never its shape. It is given the network that
 was cut, the dense one, what was cut, {layer: {side: positions}} as `surgery.cut` and `surgery.zero` tell it, and
-images.
+images. The fact `needs` names layers of which a network must have one.
 """
 
 from collections.abc import Callable
 
 from torch import nn
 
+from sukashi.core.errors import ModelError
 from sukashi.core.precision import exact
 from sukashi.core.registry import Registry, fill
 from sukashi.core.types import Batch
@@ -16,8 +17,7 @@ from sukashi.network.surgery import Table
 
 NONE = "none"  # the cut as it is
 
-repairs = Registry("repair", "repairs", takes="model, dense, table, data")
-
+repairs = Registry("repair", "repairs", takes="model, dense, table, data", needs=(nn.Module,))
 
 Mend = Callable[[nn.Module, Table], None]
 
@@ -40,9 +40,19 @@ def mender(name: str, dense: nn.Module, data: Batch) -> Mend | None:
 
 
 def check(name: str) -> None:
-    """Refuse a repair that there is not."""
+    """Refuse a repair that there is not, or an option that it has not."""
     if name != NONE:
         repairs[name]
+
+
+def check_fits(name: str, dense: nn.Module) -> None:
+    """Refuse a repair that there is not, by UsageError, and by ModelError a network without a layer that it needs."""
+    if name == NONE:
+        return
+    needs = repairs[name].facts["needs"]
+    if not any(isinstance(layer, needs) for layer in dense.modules()):
+        nouns = " or ".join(kind.__name__.strip("_") for kind in needs)
+        raise ModelError(f"{name} needs a layer of class {nouns}, and this network has none: leave it out of `repair`")
 
 
 fill(__name__, __path__)

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sukashi.core.errors import ModelError
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch
 from sukashi.network import hooks
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
-from sukashi.repairs.order import in_order
+from sukashi.repairs.order import in_order, parts
 
 
-@repairs.register("norm", source="Li et al. 2020 (EagleEye), sec. 3.3")
+@repairs.register("norm", source="Li et al. 2020 (EagleEye), sec. 3.3", needs=(nn.modules.batchnorm._BatchNorm,))
 def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch_size: BatchSize = 512) -> None:
     """Means and variances of each BatchNorm behind a cut, over the images and all positions, one after another as they
     run: each sees what those before it make of the images with their new statistics.
 
     They are those of all images together, in float64: no average of batches. `batch_size` bounds the images in one
-    pass; where there are more, each BatchNorm takes a pass of its own.
+    pass, and so does their size (`order.parts`); where there are more, each BatchNorm takes a pass of its own.
 
-    Raises ModelError for a network without BatchNorm behind a cut.
+    A BatchNorm that runs before anything that was cut sees what it saw, and is left alone.
     """
     device = next(model.parameters()).device
-    batches = data.x.to(device).split(batch_size)
+    batches = parts(data.x.to(device), batch_size)
     order = hooks.calls(model, batches[0][:1])
     first = min((order.index(name) for name in table if name in order), default=len(order))
     norms = {name: of for name in dict.fromkeys(order[first:]) if (of := _norm(model, name)) is not None}
-    if not norms:
-        raise ModelError(
-            "no BatchNorm lies behind what was cut, so there are no statistics to estimate: take refit, or leave "
-            "`repair` out"
-        )
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def visit(name: str, x: Tensor) -> None:
@@ -49,7 +43,8 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
         variance.copy_((squares - n * off.square()) / max(1, n - 1))
         mean += off.to(mean)
 
-    in_order(model, list(norms), batches, visit, mend, what="norm")
+    if norms:
+        in_order(model, list(norms), batches, visit, mend, what="norm")
 
 
 def _norm(model: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:

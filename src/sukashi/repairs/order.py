@@ -55,6 +55,12 @@ def in_order(
             finish(name)
 
 
+def parts(x: Tensor, batch_size: int) -> Sequence[Tensor]:
+    """Batches of images: activations of one of 32 MiB take some hundred times as much."""
+    found: Sequence[Tensor] = x.split(min(batch_size, max(1, 2**25 // (x[:1].numel() * x.element_size()))))
+    return found
+
+
 class _Reached(Exception):
     pass
 

@@ -16,7 +16,7 @@ from sukashi.network import hooks
 from sukashi.network.layers import MAKERS
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
-from sukashi.repairs.order import in_order
+from sukashi.repairs.order import in_order, parts
 from sukashi.repairs.ridge import Sums, refitted
 from sukashi.repairs.rows import places, windows, written
 
@@ -45,9 +45,9 @@ def refit(
     is a multiple of the mean of X^2, the one that errs least on every fifth image, and nothing changes where none does
     better than that. A layer without a bias hands b' on to the BatchNorm that follows it, and has none elsewhere.
 
-    `batch_size` bounds the images in one pass; where there are more, each layer takes a pass of its own. Sums are
-    float64, so that results depend on it in rounding alone. Memory: the numbers that a layer reads, squared, in
-    float64, and `positions` x images x outputs of all layers that are refitted.
+    `batch_size` bounds the images in one pass, and so does their size (`order.parts`); where there are more, each layer
+    takes a pass of its own. Sums are float64, so that results depend on it in rounding alone. Memory: the numbers that
+    a layer reads, squared, in float64, and `positions` x images x outputs of all layers that are refitted.
 
     Raises ModelError where nothing that reads what was cut has weights to refit, UsageError for fewer than five images.
     """
@@ -56,7 +56,7 @@ def refit(
         raise ModelError("nothing that reads what was cut has weights to refit: leave `repair` out, or take norm")
     if len(data) < HELD_OUT:
         raise UsageError(f"refit needs at least {HELD_OUT} images, of which one chooses the damping, got {len(data)}")
-    batches = data.x.to(next(model.parameters()).device).split(batch_size)
+    batches = parts(data.x.to(next(model.parameters()).device), batch_size)
     norms = _norms_after(dense, readers, batches[0][:1])
     at, y = _written_dense(dense, readers, table, batches, positions)
     sums = {name: (Sums(), Sums()) for name in readers}
@@ -71,7 +71,7 @@ def refit(
         live = _live(layer, table[name])
         weight, bias = _weight(layer).flatten(1), _bias(layer)
         held_out = torch.arange(first, first + len(x)) % HELD_OUT == HELD_OUT - 1
-        for part, rows in zip(sums[name], (~held_out, held_out), strict=True):
+        for of, rows in zip(sums[name], (~held_out, held_out), strict=True):
             here = rows.nonzero()[:, 0]
             if not len(here):
                 continue
@@ -79,7 +79,7 @@ def refit(
             missing = y[name][first + here.to(x.device)].flatten(0, 1) - read @ weight.T
             missing = missing if bias is None else missing - bias
             read = read[:, live.to(x.device)]
-            part.add(torch.cat([read, read.new_ones(len(read), 1)], 1) if shifts(name) else read, missing)
+            of.add(torch.cat([read, read.new_ones(len(read), 1)], 1) if shifts(name) else read, missing)
 
     def mend(name: str) -> None:
         layer = model.get_submodule(name)

@@ -81,10 +81,12 @@ def level(axes: Axes, height: float, name: str, style: str, *, left: bool = Fals
     )
 
 
-def bars(axes: Axes, x: Any, mean: Any, low: Any, high: Any, **style: Any) -> None:
-    """Means with their intervals as a line of points with bars."""
+def bars(axes: Axes, x: Any, bounds: tuple[Any, Any, Any], place: int, **style: Any) -> None:
+    """Means with their intervals, (mean, low, high), as points with bars, marked by their place among others."""
+    mean, low, high = bounds
     below, above = np.maximum(mean - low, 0), np.maximum(high - mean, 0)
-    axes.errorbar(x, mean, (below, above), **{"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2.5, **style})
+    look: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "elinewidth": 1, "capsize": 2.5}
+    axes.errorbar(x, mean, (below, above), linewidth=1.5, **look, **style)
 
 
 def percents(axis: Axis) -> None:

@@ -43,6 +43,8 @@ def prepare(settings: Compare) -> Prepared:
     """
     _check(settings)
     setting = Source.of(settings).open(exclude=settings.exclude)
+    for name in () if settings.skip_refused else settings.repair:
+        pruning.check_repair(name, setting.loaded)
     ratios = sorted({0.0, *map(float, settings.ratios)})
     options = {name: registry[name].deciding(settings.options.get(name, {})) for name in settings.criteria}
     hashes = code(settings)
@@ -115,7 +117,8 @@ def _check(settings: Compare) -> None:
         raise UsageError(f"sampling must be different names out of {', '.join(SAMPLINGS)}, got {samplings}")
     for name in settings.repair:
         check_repair(name)
-    if not settings.repair or len(set(settings.repair)) != len(settings.repair):
+    named_so = [*repairs_of(settings), *(name for name in settings.repair if name == NONE)]
+    if not named_so or len(set(named_so)) != len(named_so):
         raise UsageError(
             f"`repair` must be different names out of {NONE}, {', '.join(repairs.names())}, got {settings.repair}"
         )
@@ -146,6 +149,7 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
             desk.finish({"refused": cut.result["refused"]})
             return
         kept = cut.arrays("plan")
+        pruning.check_repair(about["repair"], setting.loaded)
         mend = mender(about["repair"], setting.loaded.model, setting.calibration(about["seed"], sampling))
     plan = None if kept is None else plan_of(kept, sites)
     if plan is None:

@@ -43,6 +43,7 @@ def prepare(settings: Prune) -> Prepared:
     """Raises UsageError for settings that contradict each other, and whatever loading and criteria raise."""
     _check(settings)
     setting = Source.of(settings).open(units=settings.scope is None, exclude=settings.exclude)
+    pruning.check_repair(settings.repair, setting.loaded)
     if settings.scope is not None:
         weights = sites.weights(setting.loaded.model, settings.exclude)
         shapes = {site.layer: sparsity.weight_of(setting.loaded.model, site).shape for site in weights}
@@ -193,9 +194,8 @@ def _cut(
         target = {"name": search.name, "asked": search.asked, **reached}
     mask = round_mask(plan, ratio, _round_to(settings))
     small = pruning.cut(dense, mask, settings.mode)
-    if settings.repair != NONE:
-        small = pruning.repaired(small, dense, setting.calibration(settings.seed, settings.sampling), settings.repair)
-    return mask, small, ratio, target
+    images = setting.calibration(settings.seed, settings.sampling)
+    return mask, pruning.repaired(small, dense, images, settings.repair), ratio, target
 
 
 def _search(setting: Bench, settings: Prune) -> Search:

@@ -10,7 +10,7 @@ from sukashi.experiments.schedule.settings import LEAKY
 from sukashi.experiments.schedule.summary import ScheduleResult, criterion_of, removed
 from sukashi.experiments.workspace import Workspace
 from sukashi.report import figures, words
-from sukashi.report.figures import MARKERS, WIDTH, Drawn
+from sukashi.report.figures import WIDTH, Drawn
 from sukashi.report.page import Page
 
 
@@ -61,18 +61,7 @@ def draw(result: ScheduleResult) -> Drawn:
         colour = figures.colour(plain(criteria[name]), place)
         # Side by side, that intervals at one level do not hide each other.
         x = np.array([removed(row) for row in rows]) + 0.006 * (place - (len(result.contenders) - 1) / 2)
-        figures.bars(
-            axes,
-            x,
-            mean,
-            low,
-            high,
-            color=colour,
-            linestyle=dashes[name],
-            linewidth=1.6,
-            label=name,
-            marker=MARKERS[place % len(MARKERS)],
-        )
+        figures.bars(axes, x, (mean, low, high), place, color=colour, linestyle=dashes[name], label=name)
     bounds = [row["accuracy"][key] for row in result.levels for key in ("low", "high")]
     figures.within(axes, [*bounds, dense["low"], dense["high"]])
     axes.set(xlabel=f"fraction of the {result.removes} that was removed", ylabel="accuracy on test images")

@@ -20,7 +20,7 @@ from sukashi.experiments.audit.saliency.verdict import is_told
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.report import figures, words
-from sukashi.report.figures import MARKERS, WIDTH, Drawn
+from sukashi.report.figures import WIDTH, Drawn
 
 PANEL = (3.7, 2.9)
 # Pixels of a gallery: of a picture with what is around it, the gap, a line above, what stands below and at the left; a
@@ -193,18 +193,7 @@ def draw_changes(result: Mapping[str, Any], measures: Sequence[str]) -> Drawn:
                 mean, low, high = (np.array([row[key] for _, row in known]) for key in ("difference", "low", "high"))
                 colour = figures.colour(group.partition(",")[0], place) if group else figures.OTHERS[0]
                 style = "-" if by_ratio else "none"
-                figures.bars(
-                    axes,
-                    x,
-                    mean,
-                    low,
-                    high,
-                    color=colour,
-                    linestyle=style,
-                    linewidth=1.5,
-                    label=group,
-                    marker=MARKERS[place % len(MARKERS)],
-                )
+                figures.bars(axes, x, (mean, low, high), place, color=colour, linestyle=style, label=group)
                 guesses = [i for i, (model, _) in enumerate(known) if model["guesses"]]
                 hollow: dict[str, Any] = {"markersize": 4, "markerfacecolor": "white", "color": colour, "zorder": 3}
                 if guesses:
