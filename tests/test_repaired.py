@@ -141,6 +141,9 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path, monkey
 
     with pytest.raises(UsageError, match="unknown repair 'refitt'"):
         prune(repair="refitt")
+    for options in ("positions=0", "batch_size=0", "positions=1.5"):
+        with pytest.raises(UsageError, match=f"{options.partition('=')[0]} of refit must be"):
+            prune(repair=f"refit[{options}]")
     with pytest.raises(UsageError, match="`repair` is for units that went"):
         prune(repair="refit", scope="global")
     with pytest.raises(UsageError, match="`repair` must be different names"):

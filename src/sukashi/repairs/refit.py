@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -31,7 +33,7 @@ def refit(
     table: Table,
     data: Batch,
     *,
-    positions: int = 64,
+    positions: Annotated[int, Field(ge=1)] = 64,
     batch_size: BatchSize = 512,
 ) -> None:
     """Each layer that reads what was cut, refitted to write what it writes in the dense network.
