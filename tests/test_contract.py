@@ -691,7 +691,7 @@ class Other(Classification):
 
 
 # What goes by activations, or how far the output distribution moves, reads images and no targets.
-UNLABELLED = {"wanda", "amp", "drift"}
+UNLABELLED = {"wanda", "amp", "drift", "obs"}
 
 
 @pytest.mark.parametrize("name", criteria.names())

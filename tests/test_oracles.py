@@ -58,9 +58,8 @@ def test_a_criterion_is_its_oracle(sequence64, small64, name, kind):
     case = small64["vit"] if method.keeps_journal else sequence64
     sites = finder.weights(case.model) if kind == "weight" else case.sites
     data = case.data if method.keeps_journal else case.data[slice(0, None, 16)]
-    found, literal = (
-        one(case.model, sites, data, generator=torch.Generator().manual_seed(0)) for one in (method, expected)
-    )
+    found = method(case.model, sites, data, generator=torch.Generator().manual_seed(0), **expected.given)
+    literal = expected(case.model, sites, data, generator=torch.Generator().manual_seed(0))
     assert type(found) is type(literal)
     assert (found.method, found.n_images) == (name, literal.n_images)
     if isinstance(found, Scores):

@@ -53,6 +53,9 @@ def refit(model, dense, table, x, norms):
         for damping in DAMPING:
             weight, bias = least_squares(*fit, before, damping)
             errors.append(float((held[0] @ weight.T + bias - held[1]).square().sum()))
+        shift = 0 if layer.bias is None else layer.bias.detach()
+        if min(errors) >= float((held[0] @ before.T + shift - held[1]).square().sum()):
+            continue
         weight, bias = least_squares(*rows(layer, read, target), before, DAMPING[errors.index(min(errors))])
         with torch.no_grad():
             layer.weight.copy_(weight.view_as(layer.weight))
