@@ -33,7 +33,7 @@ def slopes(model, name, x, uniform):
 
 
 def change(x, weight, gone, damping):
-    """D (M, N + 1) for which w + D reads nothing of `gone` with the least error over rows x, a 1 at their end; and x D'."""
+    """D (M, N + 1) for which w + D reads nothing of `gone` with the least error over rows x, and x D'."""
     n = x.shape[1] - 1
     free = [i for i in range(n + 1) if i not in gone]
     root = (damping * x[:, :-1].square().sum(0).mean()).sqrt()
