@@ -144,8 +144,6 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path, monkey
     for options in ("positions=0", "batch_size=0", "positions=1.5"):
         with pytest.raises(UsageError, match=f"{options.partition('=')[0]} of refit must be"):
             prune(repair=f"refit[{options}]")
-    with pytest.raises(UsageError, match="`repair` is for units that went"):
-        prune(repair="refit", scope="global")
     with pytest.raises(UsageError, match="`repair` must be different names"):
         compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["refit", "refit"])
 
@@ -177,12 +175,54 @@ def test_zeros_of_a_sparse_network_are_refused_before_a_criterion_works(cnn_weig
     sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=sparse, weights=cnn_weights, scope="global", **FEW)
     given = {"calibration": 8, "test_images": 100, "out": tmp_path / "out"}
     for call in (
-        lambda: sukashi.prune(sparse, "digits", "magnitude", 0.5, repair="refit", **given),
+        lambda: sukashi.prune(sparse, "digits", "magnitude", target_flops=0.5, repair="refit", **given),
         lambda: sukashi.compare(sparse, "digits", ["magnitude"], seeds=1, repair=["refit"], **given),
     ):
         with pytest.raises(UsageError, match="single weights of this network are zero and must stay so"):
             call()
     assert not (tmp_path / "out").exists()
+    cut = sukashi.prune(sparse, "digits", "magnitude", 0.5, repair="refit", round_to=1, **given)
+    made = models.load(SPEC, weights=cut.out)
+    assert made.mask is not None
+    assert all(not made.model.get_submodule(site.layer).weight[~keep].any() for site, keep in made.mask.keep.items())
+
+
+@pytest.mark.parametrize("scope", ["row", "1:3"])
+def test_what_is_left_of_the_weights_is_refitted_and_zeros_stay(cnn_weights, tmp_path, bench, scope):
+    given = {"weights": cnn_weights, "scope": scope, "exclude": ["fc*"], **FEW}
+    ratio = 0.5 if scope == "row" else 2 / 3
+    plain = sukashi.prune(SPEC, "digits", "wanda", ratio, out=tmp_path / "plain", **given)
+    found = sukashi.prune(SPEC, "digits", "wanda", ratio, out=tmp_path / "out", repair="refit", **given)
+    networks = [models.load(SPEC, weights=of.out) for of in (plain, found)]
+    assert networks[0].mask is not None
+    assert networks[1].mask is not None
+    for site, keep in networks[0].mask.keep.items():
+        assert torch.equal(keep, networks[1].mask.keep[site])
+        weights = [of.model.get_submodule(site.layer).weight for of in networks]
+        assert torch.equal(weights[1] != 0, keep & (weights[1] != 0))
+        assert not torch.equal(*weights)
+    assert found.pruned["accuracy"] >= plain.pruned["accuracy"]
+    made = pruning.repaired(networks[0], bench.loaded, bench.calibration(0), "refit").model.state_dict()
+    for name, tensor in networks[1].model.state_dict().items():
+        assert torch.equal(made[name], tensor), name
+
+
+@pytest.mark.parametrize("scope", [None, "row"])
+def test_a_schedule_mends_each_cut_before_it_trains(cnn_weights, tmp_path, scope):
+    given = {"weights": cnn_weights, "scope": scope, "epochs": 1, "lr": 1e-12, **FEW}
+    for name, repair in (("plain", "none"), ("mended", "refit")):
+        sukashi.schedule(
+            *(SPEC, "digits", "oneshot", ["magnitude"], [0.5]), out=tmp_path / name, repair=repair, seeds=1, **given
+        )
+    kept = [json.loads((tmp_path / name / "magnitude/0/0.50/trial.json").read_text()) for name in ("plain", "mended")]
+    assert kept[1]["result"]["accuracy"] > kept[0]["result"]["accuracy"]
+
+
+def test_a_schedule_that_rewinds_has_nothing_to_mend(tmp_path):
+    with pytest.raises(UsageError, match="lottery goes back to early weights, so that nothing of a repair would last"):
+        sukashi.schedule(
+            *(SPEC, "digits", "lottery", ["magnitude"], [0.5]), out=tmp_path / "out", repair="refit", scope="row", **FEW
+        )
 
 
 def test_a_transformer_is_repaired(small):

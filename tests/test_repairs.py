@@ -12,7 +12,7 @@ from oracles import ORACLES
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Batch
 from sukashi.network import surgery
-from sukashi.repairs import repairs
+from sukashi.repairs import repairs, ridge
 from sukashi.repairs.order import parts
 from sukashi.repairs.rows import places, windows, written
 
@@ -51,9 +51,19 @@ CUT = {
 ZERO = {"2": {"zero in": [1, 4]}, "6": {"zero in": list(range(18, 27))}, "8": {"zero in": [0, 4]}}
 
 
+# Every third weight of a layer, and all of an output.
+WEIGHTS = {
+    "0": {"weights": [*range(0, 108, 3)]},
+    "2": {"weights": [*range(0, 270, 3)]},
+    "6": {"weights": [*range(45), *range(46, 315, 3)]},
+}
+
+
 def cut(dense, table):
     small = copy.deepcopy(dense)
-    surgery.replay(small, table)
+    surgery.replay(small, {name: sides for name, sides in table.items() if "weights" not in sides})
+    for name, sides in table.items():
+        small.get_submodule(name).weight.data.view(-1)[sides.get("weights", [])] = 0
     return small
 
 
@@ -64,12 +74,19 @@ def repaired(name, dense, table, data, **options):
     return small
 
 
+def assert_close(found, expected):
+    for a, b in zip(found.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("table", [CUT, WEIGHTS], ids=["units", "weights"])
 @pytest.mark.parametrize("name", repairs.names())
-def test_a_repair_is_its_oracle(name):
+def test_a_repair_is_its_oracle(name, table):
     dense, data, twin = network(), images(2, 8, 8), ORACLES["repairs", name]
-    found, expected = repaired(name, dense, CUT, data), cut(dense, CUT)
-    twin(expected, dense, CUT, data.x, {"2": "3"})
-    changed = [key for key, tensor in cut(dense, CUT).state_dict().items() if not tensor.equal(found.state_dict()[key])]
+    found, expected = repaired(name, dense, table, data), cut(dense, table)
+    twin(expected, dense, table, data.x, {"2": "3"})
+    before = cut(dense, table).state_dict()
+    changed = [key for key, tensor in before.items() if not tensor.equal(found.state_dict()[key])]
     assert changed
     for (key, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
         torch.testing.assert_close(a, b, rtol=twin.rtol, atol=twin.atol, msg=key)
@@ -80,12 +97,10 @@ def test_a_repair_is_its_oracle(name):
 def test_parts_add_up_to_the_whole(name, batch_size):
     dense, data = network(), images(2, 8, 8)
     whole = repaired(name, dense, CUT, data, batch_size=10 * N_IMAGES)
-    parts = repaired(name, dense, CUT, data, batch_size=batch_size)
-    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
-        assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-11)
+    assert_close(repaired(name, dense, CUT, data, batch_size=batch_size), whole)
 
 
-@pytest.mark.parametrize("table", [CUT, ZERO], ids=["cut", "zero"])
+@pytest.mark.parametrize("table", [CUT, ZERO, WEIGHTS], ids=["cut", "zero", "weights"])
 def test_refit_comes_nearer_to_what_the_dense_network_says(table):
     dense, _data = network(), images(2, 8, 8)
     new = torch.randn(200, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -104,6 +119,29 @@ def test_what_was_silenced_stays_silent():
         weight = found.get_submodule(name).weight
         assert not weight[:, sides["zero in"]].any()
         assert not torch.equal(weight, cut(dense, ZERO).get_submodule(name).weight)
+
+
+def test_weights_that_are_zero_stay_zero(monkeypatch):
+    dense = network()
+    found = repaired("refit", dense, WEIGHTS, images(2, 8, 8))
+    for name, sides in WEIGHTS.items():
+        gone = torch.zeros_like(found.get_submodule(name).weight, dtype=torch.bool)
+        gone.view(-1)[sides["weights"]] = True
+        assert torch.equal(found.get_submodule(name).weight == 0, gone)
+    monkeypatch.setattr(ridge, "_AT_ONCE", 1)  # one output at a time
+    assert_close(repaired("refit", dense, WEIGHTS, images(2, 8, 8)), found)
+
+
+def test_layers_that_are_not_linear_in_all_they_read_are_left_as_they_are():
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()),
+        *(nn.ConvTranspose2d(6, 4, 2), nn.ReLU(), nn.Conv2d(4, 3, 1)),
+    ).double()
+    table = {"2": {"weights": [0, 9]}, "4": {"weights": [1, 2]}, "6": {"weights": [0, 5]}}
+    before, found = cut(dense, table), repaired("refit", dense, table, images(2, 8, 8))
+    changed = [key for key, tensor in before.state_dict().items() if not tensor.equal(found.state_dict()[key])]
+    assert changed == ["6.weight", "6.bias"]
 
 
 def test_a_cut_that_takes_nothing_changes_nothing():

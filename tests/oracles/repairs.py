@@ -33,16 +33,21 @@ def least_squares(x, y, weight, damping):
     root = (damping * x.square().sum(0).mean()).sqrt()
     above = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     below = torch.cat([root * torch.eye(n, dtype=x.dtype), torch.zeros(n, 1, dtype=x.dtype)], 1)
-    right = torch.cat([y, root * weight.T])
-    found = torch.linalg.lstsq(torch.cat([above, below]), right, driver="gelsd").solution
+    rows, right = torch.cat([above, below]), torch.cat([y, root * weight.T])
+    found = torch.zeros(n + 1, len(weight), dtype=x.dtype)
+    for output, own in enumerate(weight):
+        live = [*torch.nonzero(own).flatten().tolist(), n]
+        found[live, output] = torch.linalg.lstsq(rows[:, live], right[:, output], driver="gelsd").solution
     return found[:-1].T, found[-1]
 
 
 @oracle("repairs", "refit", rtol=1e-7, atol=1e-9)
 def refit(model, dense, table, x, norms):
-    """`norms` {a reader without a bias: the BatchNorm behind it}; readers are in the order in which they run."""
+    """`norms` {a reader without a bias: the BatchNorm behind it}; readers are in the order in which they run. A weight
+    that is zero stays so.
+    """
     held_out = torch.arange(len(x)) % 5 == 4
-    for name in [name for name, sides in table.items() if "in" in sides]:
+    for name in [name for name, sides in table.items() if {"in", "weights"} & sides.keys()]:
         layer = model.get_submodule(name)
         target, kept = read_and_written(dense, name, x)[1], table[name].get("out")
         target = target if kept is None else target[:, kept]

@@ -40,27 +40,30 @@ def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
 
 
 def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
-    """A copy of a network that was cut from a dense one, with what the cut took given back by a repair on some images;
-    the given one is left alone.
+    """A copy of a network that was cut from a dense one, or lost single weights, with what went given back by a repair
+    on some images; the given one is left alone, and weights that are zero stay so.
 
-    Raises UsageError for a network that was not cut from this one, and what `check_repair` does; ModelError where the
-    repair can do nothing for it.
+    Raises UsageError for a network that was not made from this one and a repair that there is not; ModelError where
+    the repair can do nothing for it.
     """
-    check_repair(repair, small)
+    check_fits(repair, dense.model)
     mend = mender(repair, dense.model, data)
     if mend is None:
         return small
     n_before = len(dense.cuts)
-    if small.spec != dense.spec or small.cuts[:n_before] != dense.cuts or len(small.cuts) == n_before:
+    cut = len(small.cuts) > n_before or small.mask is not None
+    if small.spec != dense.spec or small.cuts[:n_before] != dense.cuts or not cut:
         raise UsageError(
             f"a {small.spec} that was cut {len(small.cuts)} times was not cut from this {dense.spec}, which was cut "
             f"{n_before} times: give the network before the cut, and the cut one"
         )
+    table = surgery.together(small.cuts[n_before:])
+    for site, keep in small.mask.keep.items() if small.mask is not None else ():
+        table.setdefault(site.layer, {})["weights"] = torch.nonzero(~keep.flatten()).flatten().tolist()
     model = copy.deepcopy(small.model).to(next(dense.model.parameters()).device)
-    mend(model, surgery.together(small.cuts[n_before:]))
-    return replace(
-        small, model=model, last_cut=f"{small.last_cut}; repaired by {repair}", weights_sha256=models.digest(model)
-    )
+    mend(model, table)
+    said = "; ".join(filter(None, (small.last_cut, f"repaired by {repair}")))
+    return replace(small, model=model, last_cut=said, weights_sha256=models.digest(model))
 
 
 @torch.no_grad()
@@ -125,12 +128,15 @@ def check_sequential(criterion: str, scope: str) -> None:
         )
 
 
-def check_repair(repair: str, loaded: Loaded) -> None:
-    """Refuse, before work, a repair that there is not, one that a network has no layer for, and a sparse network."""
-    check_fits(repair, loaded.model)
-    if repair != NONE and loaded.mask is not None:
+def check_repair(repair: str, dense: Loaded) -> None:
+    """Refuse, before cuts are tried, a repair that there is not, one that a network has no layer for, and a network
+    with single weights at zero: what a trial cut leaves of these is not known.
+    """
+    check_fits(repair, dense.model)
+    if repair != NONE and dense.mask is not None:
         raise UsageError(
-            f"single weights of this network are zero and must stay so, and {repair} changes all: leave `repair` out"
+            f"single weights of this network are zero and must stay so, and {repair} of trial cuts changes all: leave "
+            "`repair` out"
         )
 
 

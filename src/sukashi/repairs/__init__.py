@@ -1,8 +1,9 @@
 """Repairs: what a cut took from a network, given back from unlabelled images in closed form, without a gradient.
 
 A repair changes weights or statistics of the cut network in place, and never its shape. It is given the network that
-was cut, the dense one, what was cut, {layer: {side: positions}} as `surgery.cut` and `surgery.zero` tell it, and
-images. The fact `needs` names layers of which a network must have one.
+was cut, the dense one, what was cut, {layer: {side: positions}} as `surgery.cut` and `surgery.zero` tell it, or of
+single weights {layer: {"weights": where zeros are in the flattened weight}}, and images. The fact `needs` names layers
+of which a network must have one.
 """
 
 from collections.abc import Callable
@@ -43,6 +44,11 @@ def check(name: str) -> None:
     """Refuse a repair that there is not, or an option that it has not."""
     if name != NONE:
         repairs[name]
+
+
+def code(name: str) -> dict[str, str]:
+    """{repair: a hash of its code}; of `NONE` nothing."""
+    return {} if name == NONE else {name: repairs[name].code}
 
 
 def check_fits(name: str, dense: nn.Module) -> None:

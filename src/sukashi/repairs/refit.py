@@ -18,6 +18,7 @@ from sukashi.network import hooks
 from sukashi.network.layers import MAKERS
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
+from sukashi.repairs.elimination import is_refittable
 from sukashi.repairs.order import in_order, parts
 from sukashi.repairs.ridge import Sums, refitted
 from sukashi.repairs.rows import places, windows, written
@@ -26,7 +27,9 @@ HELD_OUT = 5  # one image of so many chooses the damping
 _NORMS = nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d
 
 
-@repairs.register("refit", source="He et al. 2017, eq. 5; Zhang and Yang 2026 (CORP)")
+@repairs.register(
+    "refit", source="He et al. 2017, eq. 5; Zhang and Yang 2026 (CORP); of weights Frantar and Alistarh 2023"
+)
 def refit(
     model: nn.Module,
     dense: nn.Module,
@@ -36,7 +39,7 @@ def refit(
     positions: Annotated[int, Field(ge=1)] = 64,
     batch_size: BatchSize = 512,
 ) -> None:
-    """Each layer that reads what was cut, refitted to write what it writes in the dense network.
+    """Each layer that reads what was cut, or lost weights, refitted to write what it writes in the dense network.
 
     In the order in which layers run, with X what a layer reads in the network cut and refitted so far, Y what it writes
     in the dense one (without what of that was cut) and W its weights:
@@ -46,6 +49,9 @@ def refit(
     over the images and at most `positions` places of each: windows of a convolution, tokens of a linear layer. lambda
     is a multiple of the mean of X^2, the one that errs least on every fifth image, and nothing changes where none does
     better than that. A layer without a bias hands b' on to the BatchNorm that follows it, and has none elsewhere.
+
+    Single weights that are zero stay so: each output of such a layer is a system of its own, solved whole, where
+    SparseGPT goes from left to right. Layers in groups and transposed ones are left as they are.
 
     `batch_size` bounds the images in one pass, and so does their size (`order.parts`); where there are more, each layer
     takes a pass of its own. Sums are float64, so that results depend on it in rounding alone. Memory: the numbers that
@@ -70,7 +76,7 @@ def refit(
     def visit(name: str, x: Tensor) -> None:
         layer, first = model.get_submodule(name), n_seen[name]
         n_seen[name] += len(x)
-        live = _live(layer, table[name])
+        reads = _reads(layer, table[name])
         weight, bias = _weight(layer).flatten(1), _bias(layer)
         held_out = torch.arange(first, first + len(x)) % HELD_OUT == HELD_OUT - 1
         for of, rows in zip(sums[name], (~held_out, held_out), strict=True):
@@ -80,16 +86,16 @@ def refit(
             read = windows(layer, x[here.to(x.device)], at[name][first + here])
             missing = y[name][first + here.to(x.device)].flatten(0, 1) - read @ weight.T
             missing = missing if bias is None else missing - bias
-            read = read[:, live.to(x.device)]
+            read = read[:, reads.to(x.device)]
             of.add(torch.cat([read, read.new_ones(len(read), 1)], 1) if shifts(name) else read, missing)
 
     def mend(name: str) -> None:
         layer = model.get_submodule(name)
         fit, held_out = sums.pop(name)
-        change = refitted(fit, held_out, free=int(shifts(name)))
         weight = _weight(layer)
-        flat, live = weight.flatten(1), _live(layer, table[name]).to(weight.device)
-        flat[:, live] += change[: int(live.sum())].T.to(flat)
+        flat, reads = weight.flatten(1), _reads(layer, table[name]).to(weight.device)
+        change = refitted(fit, held_out, int(shifts(name)), _live(weight, reads, table[name], int(shifts(name))))
+        flat[:, reads] += change[: int(reads.sum())].T.to(flat)
         weight.copy_(flat.view_as(weight))
         bias = _bias(layer)
         if bias is not None:
@@ -104,11 +110,11 @@ def refit(
 
 
 def _readers(model: nn.Module, table: Table) -> list[str]:
-    """The layers with weights that read what was cut or silenced."""
+    """The layers that read what was cut or silenced, or lost weights, and can be refitted."""
     return [
         name
         for name, sides in table.items()
-        if {"in", "zero in"} & set(sides) and isinstance(model.get_submodule(name), MAKERS)
+        if {"in", "zero in", "weights"} & set(sides) and is_refittable(model.get_submodule(name))
     ]
 
 
@@ -122,11 +128,21 @@ def _bias(layer: nn.Module) -> Tensor | None:
     return layer.bias
 
 
-def _live(layer: nn.Module, sides: Mapping[str, Sequence[int]]) -> Tensor:
+def _reads(layer: nn.Module, sides: Mapping[str, Sequence[int]]) -> Tensor:
     """(N,) which of the numbers of a layer's windows it may read: not those that were silenced."""
-    live = torch.ones(_weight(layer).shape[1:], dtype=torch.bool)
-    live[list(sides.get("zero in", []))] = False
-    return live.flatten()
+    reads = torch.ones(_weight(layer).shape[1:], dtype=torch.bool)
+    reads[list(sides.get("zero in", []))] = False
+    return reads.flatten()
+
+
+def _live(weight: Tensor, reads: Tensor, sides: Mapping[str, Sequence[int]], free: int) -> Tensor | None:
+    """(N + free, M) which single weights may change; None where all that the layer reads may."""
+    if "weights" not in sides:
+        return None
+    live = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    live[torch.tensor(sides["weights"], dtype=torch.long, device=weight.device)] = False
+    live = live.view(len(weight), -1)[:, reads].T
+    return torch.cat([live, live.new_ones(free, live.shape[1])])
 
 
 def _norms_after(dense: nn.Module, readers: Sequence[str], x: Tensor) -> dict[str, str]:

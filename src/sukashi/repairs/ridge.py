@@ -7,6 +7,7 @@ from torch import Tensor
 
 # Of the mean square of what is read. Below the first nothing changes any more, at the last hardly anything is refitted.
 DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_AT_ONCE = 2**24  # numbers of the systems that are solved together
 
 
 class Sums:
@@ -38,10 +39,11 @@ class Sums:
         both.n_rows = self.n_rows + other.n_rows
         return both
 
-    def change(self, damping: float, free: int = 0) -> Tensor:
+    def change(self, damping: float, free: int = 0, live: Tensor | None = None) -> Tensor:
         """(N, M) the change D that minimises  sum |x D - r|^2 + lambda |D|^2,  lambda = damping * mean(diag(gram)).
 
-        The last `free` rows of D, the intercept's, cost nothing.
+        The last `free` rows of D, the intercept's, cost nothing. With `live` (N, M) only these numbers of D are other
+        than zero: each column is a system of its own.
         """
         diagonal = self.gram.diagonal()
         n = len(diagonal) - free
@@ -49,10 +51,17 @@ class Sums:
         penalty[:n] = damping * diagonal[:n].mean()
         # What is always zero has no part in what is written, and must not make the system singular.
         penalty[diagonal + penalty <= 0] = 1.0
-        factor, failed = torch.linalg.cholesky_ex(self.gram + torch.diag(penalty))
-        if failed:
-            return torch.zeros_like(self.cross)
-        return torch.cholesky_solve(self.cross, factor)
+        matrix = self.gram + torch.diag(penalty)
+        if live is None:
+            return _solved(matrix, self.cross)
+        columns = []
+        for some, cross in zip(
+            *(x.split(max(1, _AT_ONCE // matrix.numel()), dim=1) for x in (live, self.cross)), strict=True
+        ):
+            own = some.T[:, :, None] & some.T[:, None, :]
+            matrices = torch.where(own, matrix, 0.0) + torch.diag_embed((~some.T).double())
+            columns.append(_solved(matrices, (cross * some).T[:, :, None])[:, :, 0].T)
+        return torch.cat(columns, 1)
 
     def error(self, change: Tensor) -> float:
         """sum |x D - r|^2 over the rows."""
@@ -60,12 +69,19 @@ class Sums:
         return float(fitted + self.missing)
 
 
-def refitted(fit: Sums, held_out: Sums, free: int = 0) -> Tensor:
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solutions of symmetric systems; zero for one that is not positive."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    found: Tensor = torch.cholesky_solve(right, factor)
+    return torch.where(failed[..., None, None] == 0, found, 0.0)
+
+
+def refitted(fit: Sums, held_out: Sums, free: int = 0, live: Tensor | None = None) -> Tensor:
     """(N, M) the change for all rows, at the damping under which that of `fit` errs least on `held_out`; zero where
-    none errs less there than no change does.
+    none errs less there than no change does. `free` and `live` as in `Sums.change`.
     """
-    errors = [held_out.error(fit.change(damping, free)) for damping in DAMPING]
+    errors = [held_out.error(fit.change(damping, free, live)) for damping in DAMPING]
     best = min(range(len(DAMPING)), key=errors.__getitem__)
     if not errors[best] < float(held_out.missing):
         return torch.zeros_like(fit.cross)
-    return (fit + held_out).change(DAMPING[best], free)
+    return (fit + held_out).change(DAMPING[best], free, live)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sukashi import models
+from sukashi import models, repairs
 from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
@@ -32,8 +32,6 @@ from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded
 from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
-from sukashi.repairs import NONE, mender, repairs
-from sukashi.repairs import check as check_repair
 
 LATENCY_BATCH = 32
 MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
@@ -43,7 +41,10 @@ def prepare(settings: Prune) -> Prepared:
     """Raises UsageError for settings that contradict each other, and whatever loading and criteria raise."""
     _check(settings)
     setting = Source.of(settings).open(units=settings.scope is None, exclude=settings.exclude)
-    pruning.check_repair(settings.repair, setting.loaded)
+    if settings.target is None:
+        repairs.check_fits(settings.repair, setting.loaded.model)
+    else:
+        pruning.check_repair(settings.repair, setting.loaded)
     if settings.scope is not None:
         weights = sites.weights(setting.loaded.model, settings.exclude)
         shapes = {site.layer: sparsity.weight_of(setting.loaded.model, site).shape for site in weights}
@@ -68,8 +69,11 @@ def prepare(settings: Prune) -> Prepared:
 
 def code(settings: Prune) -> dict[str, str]:
     """{name: a hash of its code} of the criterion, the repair and, where the ratio is searched for, the target."""
-    mending = {} if settings.repair == NONE else {settings.repair: repairs[settings.repair].code}
-    return codes(settings) | mending | ({} if settings.target is None else {settings.target[0]: code_of(Search)})
+    return (
+        codes(settings)
+        | repairs.code(settings.repair)
+        | ({} if settings.target is None else {settings.target[0]: code_of(Search)})
+    )
 
 
 def _round_to(settings: Prune) -> int:
@@ -84,11 +88,7 @@ def _check(settings: Prune) -> None:
     check_options(settings.criterion, settings.options)
     registry[settings.criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(settings.sampling)
-    check_repair(settings.repair)
-    if settings.repair != NONE and scope is not None:
-        raise UsageError(
-            f"`repair` is for units that went, and `scope={scope!r}` removes single weights: leave one of them out"
-        )
+    repairs.check(settings.repair)
     if target is not None and scope is not None:
         raise UsageError(
             f"`{target[0]}` is for units, and `scope={scope!r}` removes single weights: give a `ratio` of these"
@@ -129,14 +129,15 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     else:
         assert ratio is not None
         weights = sites.weights(dense.model, settings.exclude)
+        images = setting.calibration(settings.seed, settings.sampling)
         mask = pruning.weight_mask(
-            *(dense, weights, setting.calibration(settings.seed, settings.sampling)),
+            *(dense, weights, images),
             *(settings.criterion, ratio, settings.scope),
             generator=torch.Generator().manual_seed(settings.seed),
             sequential=settings.sequential,
             options=settings.options,
         )
-        small = pruning.sparse(dense, mask)
+        small = pruning.repaired(pruning.sparse(dense, mask), dense, images, settings.repair)
     test, removed = setting.test(), mask.n_removed / mask.n_units
     units = settings.scope is None
     batch = _batch(setting)
@@ -210,7 +211,7 @@ def _search(setting: Bench, settings: Prune) -> Search:
         round_to=_round_to(settings),
         held_out=partial(_held_out, setting, settings),
         read=lambda split: split.whole(loaded.preprocess, setting.source.workers),
-        mend=mender(settings.repair, loaded.model, setting.calibration(settings.seed, settings.sampling)),
+        mend=repairs.mender(settings.repair, loaded.model, setting.calibration(settings.seed, settings.sampling)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sukashi import repairs
 from sukashi.core.errors import UsageError
 from sukashi.criteria import UNITS
 from sukashi.criteria import criteria as registry
@@ -27,6 +28,11 @@ def check(course: Course) -> None:
     if course.scope is not None:
         for ratio in course.ratios:
             sparsity.check_scope(course.scope, ratio)
+    repairs.check(course.repair)
+    if course.repair != repairs.NONE and schedule.rewinds:
+        raise UsageError(
+            f"{course.schedule} goes back to early weights, so that nothing of a repair would last: leave `repair` out"
+        )
     last = course.training.epochs
     if course.rewind >= last or (course.rewind and not schedule.rewinds):
         raise UsageError(f"rewind must be an epoch below {last} of a schedule that rewinds, got {course.rewind}")

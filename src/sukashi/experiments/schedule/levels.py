@@ -104,21 +104,23 @@ class Seed:
     _lasting: frozenset[str] = frozenset()
 
     def pruned(self, criterion: str, network: Loaded, ratio: float) -> Loaded:
-        """The network without that fraction of the dense one's units or weights."""
+        """The network without that fraction of the dense one's units or weights, mended where that is asked for."""
         course, setting = self.course, replace(self.setting, loaded=network)
         options = course.options.get(criterion, {})
+        images = setting.calibration(self.seed)
         if course.scope is not None:
             mask = pruning.weight_mask(
-                *(network, setting.found.sites, setting.calibration(self.seed), criterion, ratio, course.scope),
+                *(network, setting.found.sites, images, criterion, ratio, course.scope),
                 generator=torch.Generator().manual_seed(self.seed),
                 options=options,
             )
-            return pruning.sparse(network, mask)
+            return pruning.repaired(pruning.sparse(network, mask), network, images, course.repair)
         now = setting.sites_of(network.model, course.exclude)
         n_now = sum(site.n_units for site in now.sites)
         plan = plan_for(replace(setting, found=now), criterion, self.seed, options=options)
         further = max(0.0, 1 - (1 - ratio) * self.n_units / n_now)
-        return pruning.cut(network, plans.round_mask(plan, further, course.round_to))
+        cut = pruning.cut(network, plans.round_mask(plan, further, course.round_to))
+        return pruning.repaired(cut, network, images, course.repair)
 
     def rewound(self, network: Loaded, early: Loaded) -> Loaded:
         """The network with the weights of an early one, which had all its units."""

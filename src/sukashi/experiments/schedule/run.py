@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from sukashi import repairs
 from sukashi.core.bracketed import folder_of, plain
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Prepared, Trial
@@ -55,10 +56,10 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
         course,
         model=model,
         options={name: registry[name].deciding(course.options.get(name, {})) for name in course.criteria},
-        code=codes(course),
+        code=codes(course) | repairs.code(course.repair),
         **{name: used[name].identity() if name in used else None for name in TRAININGS},
     )
-    shared = {name: identity[name] for name in ("model", "data", "scope", "exclude", "round_to")}
+    shared = {name: identity[name] for name in ("model", "data", "scope", "exclude", "round_to", "repair")}
     trials = [trial for seed in seeds for trial in _trials(seed, course, given, shared)]
     log = {"hardware": hardware(setting.device)}
     return Prepared(identity, trials, {"notes": notes, "warnings": warned}, log)
@@ -86,7 +87,7 @@ def _trials(seed: Seed, course: Course, given: bool, shared: dict[str, Any]) -> 
             needs = {"parent": parent.key} | ({"early": early.key} if early else {})
             options = registry[criterion].deciding(course.options.get(criterion, {}))
             about = {**shared, "rewinds": schedule.rewinds, "options": options, **needs}
-            about["code"] = {plain(criterion): registry[criterion].code}
+            about["code"] = {plain(criterion): registry[criterion].code} | repairs.code(course.repair)
             make = partial(_next, seed, level, schedule.rewinds, needs)
             place = f"{folder_of(name)}/{seed.seed}/{named(ratio)}"
             trial = _trial(seed, level, about, make, place, f"{name}, {at}, {ratio:.0%}", tuple(needs.values()))
@@ -130,6 +131,7 @@ def _fits(setting: Bench, course: Course, given: bool) -> tuple[list[str], list[
     Raises UsageError for layers that a pattern cannot group, and whatever sampling and training refuse.
     """
     model, data = setting.loaded.model, setting.data
+    repairs.check_fits(course.repair, model)
     if course.scope is not None:
         shapes = {site.layer: sparsity.weight_of(model, site).shape for site in setting.found.sites}
         sparsity.check_shapes(course.scope, shapes)

@@ -46,6 +46,11 @@ class Levels(Settings):
     seeds: Seeds = option(
         1, ge=1, le=MAX_SEEDS, help="Number of seeds, counted from 0; each trains a dense network and all levels."
     )
+    repair: str = option(
+        "none",
+        help="Mend each network before it is trained, by the calibration images, without labels: norm, refit, see "
+        "`sukashi list repairs`.",
+    )
     rewind: int = option(0, ge=0, help="Of lottery: the epoch to whose weights it goes back; 0 is the start.")
     options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)
 
