@@ -640,6 +640,46 @@ def test_a_function_of_a_notebook_is_what_it_runs_and_reads():
         cell(CELL, shift=object())
 
 
+@pytest.mark.parametrize(
+    ("session", "old", "new"),
+    [
+        ("class Of:\n    power = 1\n    def by(self): return 2\nread = Of", "return 2", "return 3"),
+        ("class Of:\n    powers = [1]\nread = Of", "[1]", "[2]"),
+        ("class Base:\n    power = 1\nclass Of(Base): pass\nread = Of", "power = 1", "power = 2"),
+        ("class Of:\n    @property\n    def power(self): return 1\nread = Of", "return 1", "return 2"),
+        ("class Of:\n    @staticmethod\n    def power(): return 1\nread = Of", "return 1", "return 2"),
+        ("class Of:\n    def __init__(self, n): self.n = n\nread = Of(1)", "Of(1)", "Of(2)"),
+        (
+            "class Of:\n    def __init__(self, n): self.n = n\n    def by(self): return self\nread = Of(1).by",
+            "(1)",
+            "(2)",
+        ),
+        ("class Of(nn.Module):\n    def forward(self, x): return x + 1\nread = Of", "x + 1", "x + 2"),
+        ("@dataclass\nclass Of:\n    n: int = 1\n    of: list = field(default_factory=list)\nread = Of", "= 1", "= 2"),
+        ("@dataclass\nclass Of:\n    n: int\nread = Of(1)", "Of(1)", "Of(2)"),
+        ("@dataclass(frozen=True)\nclass Of:\n    n: int\nread = {'a': [Of(1)]}", "Of(1)", "Of(2)"),
+        ("class Of(Enum):\n    A = 1\n    B = 2\nread = Of", "B = 2", "B = 3"),
+        ("class Of(Enum):\n    A = 1\n    B = 2\nread = Of.A", "= Of.A", "= Of.B"),
+        ("read = partial(pow, 2)", "2", "3"),
+        ("read = lambda x: x + 1", "+ 1", "+ 2"),
+        (
+            "def make(n):\n    def inner(m): return n if m else inner(n)\n    return inner\nread = make(1)",
+            "make(1)",
+            "make(2)",
+        ),
+        ("from pathlib import Path\nread = Path('a')", "'a'", "'b'"),
+        ("read = torch.ones(2, dtype=torch.bfloat16)", "ones", "zeros"),
+        ("read = np.arange(3)", "3", "4"),
+        ("read = np.float32(1)", "1", "2"),
+    ],
+)
+def test_what_a_notebook_keeps_in_classes_objects_and_closures_is_code_too(session, old, new):
+    head = "from dataclasses import dataclass, field\nfrom enum import Enum\nfrom functools import partial\n"
+    text = f"{head}import numpy as np\nfrom torch import nn\n{session}\ndef f():\n    return read, np, nn\n"
+    assert cell(text) == cell(text)
+    assert cell(text.replace(old, new)) != cell(text)
+
+
 def test_a_criterion_of_a_notebook_is_measured_again_when_its_cell_changes():
     text = (
         HEAD.replace("from helping import sign", "sign = 1")
