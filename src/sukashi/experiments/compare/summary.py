@@ -33,7 +33,8 @@ class CompareResult(Result):
     methods         of each contender its criterion, sampling, repair and options
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
     chance          what one answer for all images gets right at best: the share of the largest class
-    sauce, relative_sauce   100 times the area under accuracy; intervals are for new seeds and new test images
+    sauce, relative_sauce   100 times the area under accuracy at the ratios asked for, whatever passes a criterion
+                    had, and so in `differences`; intervals are for new seeds and new test images
     evaluations     how often a criterion asked what one image comes to without one unit, mean over seeds; 0 for those
                     that do not ask
     lossless        up to where every seed's cut is shown to lose at most `margin`, a bound, see `curves.lossless`: a
@@ -69,7 +70,10 @@ class CompareResult(Result):
         "pass": (int, "which pass, from 1; none of a ratio"),
         "ratio_asked": (float, "the fraction of UNITS that was asked to go; none after a pass"),
         **shared("n_units_removed", "units_removed", "parameters_removed", "flops_removed", "accuracy", "n_images"),
-        "sauce": (float, "of this seed: 100 times the area under accuracy, the same in all rows of its curve"),
+        "sauce": (
+            float,
+            "of this seed: 100 times the area under accuracy at the ratios asked for, the same in all its rows",
+        ),
     }
 
     model: str
