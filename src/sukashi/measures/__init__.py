@@ -23,6 +23,12 @@ def _measures(name: str, found: Any, given: Mapping[str, Any]) -> None:
                 f"{name} returned a value of type {type(part).__name__}, and a measure returns "
                 "Measurement(a value each image, batch.image_id, unit)"
             )
+        of = next((given[images].image_id for images in ("batch", "maps") if images in given), part.ids)
+        if part.axis == "image" and part.ids != of:
+            raise UsageError(
+                f"{name} was given {len(of)} images and returned values of {len(part.ids)}: a measure returns a value "
+                "of each, in their order, and never a mean"
+            )
 
 
 measures = Registry("measure", "measures", gives=_measures, better="higher")
