@@ -190,6 +190,9 @@ def near(maps: Maps, reference_maps: Maps):
     found = sukashi.audit([NET, "half"], **given, **asked).saliency
     assert (found["attributions"], found["measures"]) == (["shine"], ["peak"])
     assert {row["measure"] for row in found["similarities"]} == {"near"}
+    told = {row["measure"]: row for row in sukashi.results("audited").table()}
+    assert {name: row["better"] for name, row in told.items()} == {"peak": None, "near": None}
+    assert told["near"]["low"] <= told["near"]["mean"] <= told["near"]["high"]
     alone()
     assert "peak" not in measures
     Path("mine.py").unlink()
@@ -450,6 +453,13 @@ def test_an_error_of_a_method_is_one_sentence_with_its_name_and_line(mine):
 def test_what_nobody_cites_comes_from_where_it_is(mine):
     mine(REGISTERED.replace('source="a test", ', ""))
     assert criteria["mine:last"].source == "mine:last"
+
+
+def test_a_function_in_place_of_its_name_is_refused_with_the_name(mine):
+    with pytest.raises(
+        UsageError, match=r"must be a string.*, got <function .*: give 'last' where .* or 'module:last'"
+    ):
+        compared(criteria=[imported("mine:last")])
 
 
 # Registered again.

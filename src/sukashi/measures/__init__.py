@@ -2,8 +2,9 @@
 
 A measure is a function that asks for what it needs by the names of its parameters, the keys of `inputs.INPUTS` and the
 providers of this registry, and has options as keywords. It returns a `Measurement`, or several by name, {"": the one
-that goes by the measure's name, "part": ...}, never averaged. The fact `better` (higher, if it says nothing else) is
-the way that is good. `inputs.measured` calls measures and makes once what several of them ask for.
+that goes by the measure's name, "part": ...}, never averaged. The fact `better` is the
+way that is good, "higher" or "lower", and None where it says nothing.
+`inputs.measured` calls measures and makes once what several of them ask for.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,6 @@ def _measures(name: str, found: Any, given: Mapping[str, Any]) -> None:
             )
 
 
-measures = Registry("measure", "measures", gives=_measures, better="higher")
+measures = Registry("measure", "measures", gives=_measures, better=None)
 
 fill(__name__, __path__)
