@@ -384,7 +384,15 @@ def test_figures_are_made_of_the_kept_values_and_nothing_else(done):
     assert json.loads((out / "results.json").read_bytes()) == told
     rows = result.table()
     assert rows == table(out / "results.parquet")
-    for row, of in zip(rows, result.saliency["comparisons"], strict=True):
+    alike = [row for row in result.saliency["similarities"] if not row["itself"]]
+    itself = {
+        (row["attribution"], row["measure"]): row["mean"] for row in result.saliency["similarities"] if row["itself"]
+    }
+    assert {row["measure"] for row in rows} >= {row["measure"] for row in alike} != set()
+    for row in rows[len(result.saliency["comparisons"]) :]:
+        assert (row["difference"], row["p"]) == (None, None)
+        assert row["reference"] == itself[row["attribution"], row["measure"]]
+    for row, of in zip(rows, [*result.saliency["comparisons"], *alike], strict=True):
         assert row["subject"] == "saliency"
         assert {name: row[name] for name in of if name in row} == {name: of[name] for name in of if name in row}
         assert {"model", "attribution", "measure", "n", "difference", "p_holm", "said"} <= set(row)
@@ -451,6 +459,8 @@ def test_a_change_is_said_in_the_sense_of_its_measure():
     said = verdict.said
     row = {"changed": True, "difference": 0.021, "low": 0.018, "high": 0.024, "n": 20, "better": "higher"}
     assert said({**row, "measure": "gini"}) == "sparser by .021 [.018, .024]"
+    assert said({**row, "measure": "peak", "better": None}) == "higher in peak by .021 [.018, .024]"
+    assert said({**row, "measure": "peak", "better": "lower"}) == "worse by peak by .021 [.018, .024]"
     assert said({**row, "measure": "deletion", "better": "lower"}) == "slower to take probability by .021 [.018, .024]"
     assert said({**row, "measure": "road/probability"}) == (
         "more faithful in probability by .021 [.018, .024], which moves with confidence"

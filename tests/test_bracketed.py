@@ -42,10 +42,16 @@ def test_a_name_with_options_is_read_and_has_one_form(text, method, options, nam
 
 
 @pytest.mark.parametrize(
-    "text", ["a[]", "a[2]", "a[b=]", "a[b=1", "a[b=1]c", "a[b=1,]", "a[b=1,b=2]", "a[b=1;c=2]", "[b=1]", "a[b=1 2]"]
+    "text", ["a[]", "a[2]", "a[b=]", "a[b=1", "a[b=1,]", "a[b=1,b=2]", "a[b=1;c=2]", "[b=1]", "a[b=1 2]"]
 )
 def test_brackets_with_anything_else_in_them_are_refused(text):
     with pytest.raises(UsageError, match=r"brackets that hold no options: write .*NAME=VALUE"):
+        parted(text)
+
+
+@pytest.mark.parametrize(("text", "behind"), [("a[b=1]c", "c"), ("cv[invert=true]+refit", r"\+refit")])
+def test_what_stands_behind_brackets_is_told_from_what_is_in_them(text, behind):
+    with pytest.raises(UsageError, match=f"goes on after its brackets: .* leave '{behind}' out"):
         parted(text)
 
 

@@ -667,7 +667,7 @@ def test_a_measure_that_lacks_something_says_what_before_any_is_measured(small, 
 
 
 def test_a_measurement_has_as_many_values_as_ids():
-    with pytest.raises(AssertionError, match=r"\(2, 2\) values of 2 images"):
+    with pytest.raises(AssertionError, match=r"a value for each of its 2 images, .* got values of shape \(2, 2\)"):
         Measurement(torch.zeros(2, 2), ("a", "b"), "share")
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 import typer
 
+import sukashi
 from sukashi.cli.main import app
+from sukashi.network import hooks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,3 +111,16 @@ def test_the_criterion_of_the_docs_works_in_a_notebook_too(alone, capsys):
     assert len(printed) == 2
     assert printed[0] == printed[1]
     assert re.fullmatch(r"activity: \d+ units, first to go \w+\[\d+\], .*", printed[0])
+
+
+def test_the_gradients_of_the_docs_are_those_of_the_loss(alone):
+    put_files(ROOT / "docs" / "criteria.md")
+    bench = sukashi.open("sukashi:digits_cnn", "digits", width=8, calibration=2)
+    found = {(row["layer"], row["unit"]): row["effect"] for row in bench.rank("slope:slope").table()}
+    site, data = bench.sites[-1], bench.calibration(0)
+    with hooks.recorded(bench.loaded.model, [site]) as seen:
+        loss = data.objective.loss(bench.loaded.model(data.x), data.target)
+    (slope,) = torch.autograd.grad(loss, seen[site])
+    steep = hooks.gather(site, [slope]).abs().reshape(len(data), site.n_units, -1).sum((0, 2)) / len(data)
+    for unit, value in enumerate(steep):
+        assert found[site.layer, unit] == pytest.approx(float(value), rel=1e-4)

@@ -189,6 +189,22 @@ def test_areas_are_the_sauce_of_each_image():
     assert of_cuts.areas(curve, 0.1)[7] == pytest.approx(of_cuts.sauce(curve.fraction, image, 0.1))
 
 
+def test_passes_are_no_points_of_what_holds_contenders_against_each_other():
+    rng = np.random.default_rng(5)
+    rows = [rng.random(60) < right for right in (0.95, 0.9, 0.5, 0.9, 0.2)]
+    fractions, n_removed = [0, 0.2, 0.5, 0.55, 0.99], np.array([0, 2, 5, 6, 9])
+    passed = a_curve(rows, fractions, ratio=np.array([0, np.nan, 0.5, np.nan, np.nan]), n_removed=n_removed)
+    plain = a_curve([rows[0], rows[2]], [0, 0.5])
+    for relative in (False, True):
+        assert of_cuts.sauce_of(passed, 0.1, relative=relative) == of_cuts.sauce_of(plain, 0.1, relative=relative)
+        assert np.array_equal(
+            of_cuts.areas(passed, 0.1, relative=relative), of_cuts.areas(plain, 0.1, relative=relative)
+        )
+    assert of_cuts.at([passed], [0.2, 0.7]) == of_cuts.at([plain], [0.2, 0.7])
+    assert of_cuts.reach([passed]) == 0.5
+    assert of_cuts.sauce_of(plain, 0.1) == of_cuts.sauce(plain.fraction, plain.accuracy, 0.1)
+
+
 def test_the_interval_of_a_relative_area_covers():
     """600 sets of 150 images of known networks: 95 % +- 3 standard errors (0.9 % each)."""
     rng, rights, fractions = np.random.default_rng(6), np.array([0.9, 0.7, 0.3]), [0, 0.4, 0.8]

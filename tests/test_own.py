@@ -3,10 +3,12 @@
 import importlib
 import io
 import json
+import random
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,6 +190,9 @@ def near(maps: Maps, reference_maps: Maps):
     found = sukashi.audit([NET, "half"], **given, **asked).saliency
     assert (found["attributions"], found["measures"]) == (["shine"], ["peak"])
     assert {row["measure"] for row in found["similarities"]} == {"near"}
+    told = {row["measure"]: row for row in sukashi.results("audited").table()}
+    assert {name: row["better"] for name, row in told.items()} == {"peak": None, "near": None}
+    assert told["near"]["low"] <= told["near"]["mean"] <= told["near"]["high"]
     alone()
     assert "peak" not in measures
     Path("mine.py").unlink()
@@ -244,7 +249,9 @@ def test_the_working_directory_comes_after_what_is_installed(alone):
     Path("netto.py").write_text("raise SystemExit('nothing to do')")
     with pytest.raises(UsageError, match="cannot import colorsys:mine"):
         imported("colorsys:mine")
-    with pytest.raises(UsageError, match=r"cannot import netto:a \(SystemExit: nothing to do\): check the name, and"):
+    with pytest.raises(
+        UsageError, match=r"cannot import netto:a \(SystemExit: nothing to do\): .*netto.py, line 1 raised"
+    ):
         imported("netto:a")
 
 
@@ -269,7 +276,15 @@ def test_the_working_directory_comes_after_what_is_installed(alone):
             "annotations of .* mean nothing .*Batches",
         ),
         ("def lost(): ...", "mine:last", r"cannot import mine:last \(AttributeError: .*no attribute 'last'"),
-        ("import nowhere_at_all", "mine:last", "cannot import mine:last .*No module named 'nowhere_at_all'"),
+        (
+            "import nowhere_at_all",
+            "mine:last",
+            "cannot import mine:last .*No module named 'nowhere.*mine.py, line 1 raised",
+        ),
+        ("\n1 / 0", "mine:last", r"cannot import mine:last \(ZeroDivision.*\): .*mine.py, line 2 raised it, put that"),
+        ("import torch\ntorch.ones(2, 'x')", "mine:last", r"cannot import mine:last .*mine.py, line 2 raised it"),
+        ("def last(", "mine:last", r"cannot import mine:last \(SyntaxError.*mine.py, line 1 raised it"),
+        ("", "nowhere_at_all:last", "cannot import nowhere_at_all:last .*: check the name, and that its folder is"),
         ("", "lost", r"unknown criterion 'lost'.*; or package\.module:function"),
         (
             BODY.format(name="magnitude"),
@@ -316,6 +331,135 @@ def test_what_attributions_and_measures_may_not_return_is_refused_in_words(mine)
         sukashi.attribute(NET, x, torch.zeros(2, dtype=torch.long), "mine:flat")
     with pytest.raises(UsageError, match="one returned a value of type float, and a measure returns Measurement"):
         sukashi.audit([NET, NET], "digits", width=8, test_images=20, population="all", measures=["mine:one"])
+
+
+SPOILS = """
+    import random, numpy
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    layer.weight.data[::2] = 0
+    layer.register_forward_hook(lambda layer, x, y: y * 0)
+    model.train().requires_grad_(False)
+    torch.set_grad_enabled(False)
+    torch.rand(3), numpy.random.rand(3), random.random()
+    data.x.zero_(), data.target.zero_()
+"""
+
+
+def test_what_a_criterion_does_to_the_network_stays_its_own(mine):
+    mine("import torch\n" + PLAIN.replace("    return Scores", f"{SPOILS}\n    return Scores", 1))
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    found = compared(criteria=["mine:last", "taylor"])
+    alone = compared("other", criteria=["taylor"])
+    assert found.dense_accuracy == alone.dense_accuracy
+    assert found.sauces["taylor"] == alone.sauces["taylor"]
+    bench = sukashi.open(NET, "digits", width=8)
+    kept = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
+    bench.rank("mine:last")
+    assert all(torch.equal(value, kept[name]) for name, value in bench.loaded.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in bench.loaded.model.parameters())
+    assert not any(module.training or module._forward_hooks for module in bench.loaded.model.modules())
+    assert torch.is_grad_enabled()
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_attributions_and_measures_of_ones_own_spoil_nothing_for_others(mine):
+    mine(
+        """
+import torch
+from sukashi.core.types import Measurement
+
+def shine(model, x, target, sites, objective):
+    found = {site: x.reshape(len(x), site.n_units, *x.shape[2:]).clone() for site in sites}
+    next(model.parameters()).data.zero_()
+    x.zero_()
+    return found
+
+def peak(model, batch, maps, generator):
+    found = maps.values.flatten(1).amax(1)
+    next(model.parameters()).data.zero_()
+    batch.x.zero_()
+    maps.values.zero_()
+    torch.rand(1, generator=generator)
+    return Measurement(found, maps.image_id, "share")
+"""
+    )
+    given = {"data": "digits", "width": 8, "test_images": 20, "population": "all"}
+    both = sukashi.audit(
+        [NET, NET],
+        attributions=["mine:shine", "saliency"],
+        measures=["mine:peak", "gini", "deletion"],
+        out="a",
+        **given,
+    )
+    alone = sukashi.audit([NET, NET], attributions=["saliency"], measures=["gini", "deletion"], out="b", **given)
+    for measure in ("gini", "deletion"):
+        assert both.saliency["models"][0]["means"]["saliency"][measure] == pytest.approx(
+            alone.saliency["models"][0]["means"]["saliency"][measure], abs=0
+        )
+
+
+def test_random_numbers_that_nobody_passes_on_are_those_of_the_seed(mine):
+    mine(
+        """
+import random
+import numpy as np
+import torch
+from sukashi.core.types import Scores
+
+def last(model, sites, data, *, generator):
+    drawn = lambda n: torch.rand(n) + torch.tensor(np.random.rand(n)) + random.random()
+    return Scores({site: drawn(site.n_units).double() for site in sites}, 0, "last")
+"""
+    )
+    bench = sukashi.open(NET, "digits", width=8)
+    first, again, other = (bench.rank("mine:last", seed=seed).table() for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_criterion_that_says_it_needs_no_data_is_given_no_images(mine):
+    mine(
+        REGISTERED.replace(
+            "    return Scores", "    assert data.x.shape[1:] == (1, 8, 8) and not len(data)\n    return Scores", 1
+        )
+    )
+    assert sukashi.open(NET, "digits", width=8).rank("mine:last").plan.method == "last"
+
+
+def test_an_error_of_a_method_is_one_sentence_with_its_name_and_line(mine):
+    mine(
+        "import torch\nfrom sukashi.core.types import Measurement\n\n"
+        "def last(model, sites, data, *, generator):\n    return torch.ones(2) @ torch.ones(3)\n\n"
+        "def mean(maps):\n    return Measurement(maps.values.mean().view(1), maps.image_id, 'share')\n\n"
+        "def first(maps):\n    return Measurement(maps.values.amax((1, 2))[:1], maps.image_id[:1], 'share')\n"
+    )
+    with pytest.raises(
+        UsageError, match=r"^last failed in .*mine.py, line 5 \(RuntimeError: .*\): put that right"
+    ) as error:
+        sukashi.open(NET, "digits", width=8).rank("mine:last")
+    assert isinstance(error.value.__cause__, RuntimeError)
+    given = {"data": "digits", "width": 8, "test_images": 20, "population": "all"}
+    with pytest.raises(
+        UsageError, match=r"^mean failed in .*line 8 \(AssertionError: a Measurement has a value for each"
+    ):
+        sukashi.audit([NET, NET], measures=["mine:mean"], **given)
+    with pytest.raises(
+        UsageError, match=r"^first was given 2 images and returned values of 1: a measure returns a value of each"
+    ):
+        sukashi.audit([NET, NET], measures=["mine:first"], **given)
+
+
+def test_what_nobody_cites_comes_from_where_it_is(mine):
+    mine(REGISTERED.replace('source="a test", ', ""))
+    assert criteria["mine:last"].source == "mine:last"
+
+
+def test_a_function_in_place_of_its_name_is_refused_with_the_name(mine):
+    with pytest.raises(
+        UsageError, match=r"must be a string.*, got <function .*: give 'last' where .* or 'module:last'"
+    ):
+        compared(criteria=[imported("mine:last")])
 
 
 # Registered again.
@@ -638,6 +782,46 @@ def test_a_function_of_a_notebook_is_what_it_runs_and_reads():
         match=r"f reads a value of type object of its session, of which nobody can tell .* make it an option",
     ):
         cell(CELL, shift=object())
+
+
+@pytest.mark.parametrize(
+    ("session", "old", "new"),
+    [
+        ("class Of:\n    power = 1\n    def by(self): return 2\nread = Of", "return 2", "return 3"),
+        ("class Of:\n    powers = [1]\nread = Of", "[1]", "[2]"),
+        ("class Base:\n    power = 1\nclass Of(Base): pass\nread = Of", "power = 1", "power = 2"),
+        ("class Of:\n    @property\n    def power(self): return 1\nread = Of", "return 1", "return 2"),
+        ("class Of:\n    @staticmethod\n    def power(): return 1\nread = Of", "return 1", "return 2"),
+        ("class Of:\n    def __init__(self, n): self.n = n\nread = Of(1)", "Of(1)", "Of(2)"),
+        (
+            "class Of:\n    def __init__(self, n): self.n = n\n    def by(self): return self\nread = Of(1).by",
+            "(1)",
+            "(2)",
+        ),
+        ("class Of(nn.Module):\n    def forward(self, x): return x + 1\nread = Of", "x + 1", "x + 2"),
+        ("@dataclass\nclass Of:\n    n: int = 1\n    of: list = field(default_factory=list)\nread = Of", "= 1", "= 2"),
+        ("@dataclass\nclass Of:\n    n: int\nread = Of(1)", "Of(1)", "Of(2)"),
+        ("@dataclass(frozen=True)\nclass Of:\n    n: int\nread = {'a': [Of(1)]}", "Of(1)", "Of(2)"),
+        ("class Of(Enum):\n    A = 1\n    B = 2\nread = Of", "B = 2", "B = 3"),
+        ("class Of(Enum):\n    A = 1\n    B = 2\nread = Of.A", "= Of.A", "= Of.B"),
+        ("read = partial(pow, 2)", "2", "3"),
+        ("read = lambda x: x + 1", "+ 1", "+ 2"),
+        (
+            "def make(n):\n    def inner(m): return n if m else inner(n)\n    return inner\nread = make(1)",
+            "make(1)",
+            "make(2)",
+        ),
+        ("from pathlib import Path\nread = Path('a')", "'a'", "'b'"),
+        ("read = torch.ones(2, dtype=torch.bfloat16)", "ones", "zeros"),
+        ("read = np.arange(3)", "3", "4"),
+        ("read = np.float32(1)", "1", "2"),
+    ],
+)
+def test_what_a_notebook_keeps_in_classes_objects_and_closures_is_code_too(session, old, new):
+    head = "from dataclasses import dataclass, field\nfrom enum import Enum\nfrom functools import partial\n"
+    text = f"{head}import numpy as np\nfrom torch import nn\n{session}\ndef f():\n    return read, np, nn\n"
+    assert cell(text) == cell(text)
+    assert cell(text.replace(old, new)) != cell(text)
 
 
 def test_a_criterion_of_a_notebook_is_measured_again_when_its_cell_changes():

@@ -70,9 +70,8 @@ def a_result(criterion: str, seed: int, **changes: Any) -> tuple[Curve, dict[str
     ids = [f"test/{i}" for i in range(N_IMAGES)]
     target = np.arange(N_IMAGES) % N_CLASSES
     curve = a_curve(correct, fraction, ratio=ratio, n_removed=n_removed, target=target, image_ids=ids)
-    measured = curve.accuracy[: 20 if len(ratio) == 20 else None]
-    order = np.argsort(fraction, kind="stable")
-    area = np.trapezoid(measured[order], fraction[order]) + (1 - fraction.max()) * (measured[order][-1] + 0.1) / 2
+    measured, at = curve.accuracy[:20], fraction[:20]
+    area = np.trapezoid(measured, at) + (1 - at[-1]) * (measured[-1] + 0.1) / 2
     result = {
         "sauce": 100 * area,
         "relative_sauce": 100 * area / curve.accuracy[0],
@@ -236,13 +235,19 @@ def test_every_table_is_also_a_file_that_says_the_same(compared: Path, page: str
         header, *rows = csv.reader(file)
     until = "at most 5 points lower, up to"
     assert header == [
-        *("criterion", "SAUCE", "SAUCE: 95% interval", "seeds", f"{until} --ratio", f"{until} parameters"),
-        *(f"{until} FLOPs", f"{until} accuracy", f"{until} accuracy: 95% interval"),
+        *("criterion", "SAUCE", "SAUCE: 95% interval, low", "SAUCE: 95% interval, high", "seeds", f"{until} --ratio"),
+        *(f"{until} parameters, %", f"{until} FLOPs, %", f"{until} accuracy, %"),
+        *(f"{until} accuracy, %: 95% interval, low", f"{until} accuracy, %: 95% interval, high"),
     ]
     shown = cells(page, "")
-    for name, sauce, within, *others in rows:
-        assert shown[name][0] == f"{sauce} {within}"
-        assert " ".join(shown[name][1:]) == (" ".join(others) if "none" not in others else f"{others[0]} none")
+    for name, sauce, low, high, *others in rows:
+        assert shown[name][0] == f"{sauce} {low} – {high}"
+        whole = f"{' '.join(others[:-2])} {others[-2]} – {others[-1]}"
+        assert " ".join(shown[name][1:]) == (whole if "none" not in others else f"{others[0]} none")
+    with (compared / "tables" / "differences.csv").open() as file:
+        header, *minus = csv.reader(file)
+    assert header == ["minus", "difference", "95% interval, low", "95% interval, high", "p", "p, Holm", "seeds"]
+    assert all(float(low) < float(difference) < float(high) for _, difference, low, high, *_ in minus)
     with (compared / "tables" / "ratios.csv").open() as file:
         measured = list(csv.DictReader(file))
     assert [row["criterion"] for row in measured[::4]] == [row[0] for row in rows], "said in each of its rows"
@@ -256,14 +261,14 @@ def test_tables_know_spans_groups_and_what_latex_reads() -> None:
         """<table data-name="a" data-groups="by"><caption>50% of <b>x_1</b></caption>
         <thead><tr><th rowspan="2">model</th><th colspan="2">so</th></tr><tr><th>p</th><th>q</th></tr></thead>
         <tbody><tr><th colspan="3">lrp</th></tr>
-        <tr><th>a &amp; b</th><td>1 <small title="low">0 – 2</small></td><td>#</td>
+        <tr><th>a &amp; b</th><td>1 <small title="low">-0.4 – 2</small></td><td>#</td>
         </tr></tbody></table>"""
     )
     assert table.columns == ["by", "model", "so p", "so q"]
-    assert table.csv().decode() == "by,model,so p,so p: low,so q\nlrp,a & b,1,0 – 2,#\n"
+    assert table.csv().decode() == 'by,model,so p,"so p: low, low","so p: low, high",so q\nlrp,a & b,1,-0.4,2,#\n'
     assert table.tex().decode().splitlines()[1:] == [
         *(r"\begin{tabular}{lrrr}", r"\toprule", r"by & model & so p & so q \\", r"\midrule"),
-        *(r"lrp & a \& b & 1 (0 -- 2) & \# \\", r"\bottomrule", r"\end{tabular}"),
+        *(r"lrp & a \& b & 1 ($-$0.4 -- 2) & \# \\", r"\bottomrule", r"\end{tabular}"),
     ]
     assert table.tex().decode().startswith(r"% 50\% of x\_1; needs \usepackage{booktabs}")
 
@@ -435,7 +440,7 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     page = paged(space)
     row = cells(page, "Accuracy by what is gone")["cswap"]
     assert [cell.split()[0] for cell in row[:4]] == ["75.0", "60.0", "–", "–"]
-    assert row[-1] == "0"
+    assert row[-1] == "not counted", "its plan looked at images, and counted nothing"
     low, high = map(float, re.findall(r"[\d.]+", row[0])[1:])
     spread = np.array([1.0] * 50 + [0.625] * 40 + [0.0] * 10).std() / 10  # of an image's mean at 15 of 40 %
     assert (high - low) / (2 * 1.96) == pytest.approx(100 * spread, rel=0.15)

@@ -260,6 +260,21 @@ def test_a_file_that_breaks_a_rule_is_refused(home, tmp_path, old, new, words):
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
+def test_pairs_go_by_the_names_of_contenders_with_options_and_repairs(home, tmp_path):
+    text = STUDY.replace('WEIGHTS = "weights"', f'WEIGHTS = "{home / "weights"}"')
+    text = text.replace('criteria = ["magnitude", "taylor"]', 'criteria = ["taylor", "lrp[reduce=sum,classes=each]"]')
+    pairs = '[["taylor/confidence+refit", "taylor"], ["lrp[reduce=sum,classes=each]+norm", "taylor+norm"]]'
+    text = re.sub(r"(?m)^pairs = .*$", f'repair = ["none", "refit", "norm"]\npairs = {pairs}', text)
+    (tmp_path / "study.toml").write_text(text)
+    assert read(tmp_path / "study.toml").pairs == [
+        ["taylor/confidence+refit", "taylor"],
+        ["lrp[classes=each,reduce=sum]+norm", "taylor+norm"],
+    ]
+    (tmp_path / "study.toml").write_text(text.replace('"refit", "norm"', '"refit"'))
+    with pytest.raises(UsageError, match=r"pairs 'lrp\[.*\]\+norm', which it does not compare"):
+        read(tmp_path / "study.toml")
+
+
 def test_a_later_model_that_cannot_be_loaded_is_refused_before_the_first_is_compared(home, tmp_path, monkeypatch):
     monkeypatch.setattr(comparing, "plan_for", None)
     (tmp_path / "study.toml").write_text(STUDY.replace("$WEIGHTS/vit", "$WEIGHTS/gone"))

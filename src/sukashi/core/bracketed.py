@@ -38,6 +38,9 @@ def parted(name: str) -> tuple[str, dict[str, Any]]:
         options[key[1]], at = value, closed.end()
         if not closed[1]:
             return whole[1].strip(), options
+    _, bracket, behind = name.strip().rpartition("]")
+    if whole is None and bracket and behind:
+        raise UsageError(f"{name!r} goes on after its brackets: options end a method's name, leave {behind!r} out")
     example = f"{name.partition('[')[0].strip()}[NAME=VALUE,NAME=VALUE]"
     raise UsageError(f"{name!r} has brackets that hold no options: write {example}, each option once")
 

@@ -22,9 +22,9 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from functools import cache, cached_property, partial
+from pathlib import Path, PurePath
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from sukashi.core.errors import UsageError, brief
@@ -36,7 +36,7 @@ _IDLE = {
     *(f"sukashi.core.{name}" for name in ("code", "errors", "imported", "progress", "registry")),
 }
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice, PurePath)
 
 
 def versions() -> dict[str, str]:
@@ -210,15 +210,28 @@ def _told(value: Any, name: str, seen: set[int]) -> Any:
                 return [*found, _own_sources(home)]
             seen = seen | {id(value)}
             return [*found, _function(value, name, seen) if isinstance(value, FunctionType) else _class(value, seen)]
+        case MethodType():
+            return [_told(part, name, seen) for part in (value.__func__, value.__self__)]
+        case partial():
+            return [_told(part, name, seen) for part in (value.func, value.args, value.keywords)]
         case Mapping():
             return [[_told(key, name, seen), _told(of, name, seen)] for key, of in value.items()]
         case set() | frozenset():
             return sorted(json.dumps(_told(of, name, seen)) for of in value)
         case list() | tuple():
             return [_told(of, name, seen) for of in value]
-        case _ if hasattr(value, "detach") or hasattr(value, "tobytes"):
-            array = value.detach().cpu().numpy() if hasattr(value, "detach") else value
-            return [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+        case _ if hasattr(value, "detach"):
+            numbers = value.detach().cpu()
+            with suppress(TypeError):  # of a type that NumPy has not, as bfloat16
+                numbers = numbers.numpy()
+            numbers = numbers if hasattr(numbers, "tobytes") else numbers.float().numpy()
+            return [str(value.dtype), list(value.shape), hashlib.sha256(numbers.tobytes()).hexdigest()]
+        case _ if hasattr(value, "tobytes") and not value.dtype.hasobject:
+            return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+        case _ if type(value).__module__ == "dataclasses":  # stands for a default that is made anew
+            return type(value).__name__
+        case _ if _home(type(value)) == "__main__" and hasattr(value, "__dict__"):
+            return [_told(type(value), name, seen), _told(vars(value), name, seen | {id(value)})]
     kind = type(value).__name__
     raise UsageError(
         f"{name} reads a value of type {kind} of its session, of which nobody can tell whether it has changed "
@@ -250,9 +263,15 @@ def _function(function: FunctionType, name: str, seen: set[int]) -> list[Any]:
 
 
 def _class(kind: type, seen: set[int]) -> list[Any]:
-    parts = {of: value for of, value in vars(kind).items() if isinstance(value, FunctionType | _PLAIN)}
-    told = {of: _told(value, kind.__name__, seen) for of, value in parts.items() if not of.startswith("__doc")}
-    return [[base.__qualname__ for base in kind.__mro__], told]
+    """Its bases, and what it holds: methods, values, what of its descriptors is written in it."""
+    told = {}
+    for of, value in vars(kind).items():
+        if isinstance(value, staticmethod | classmethod | cached_property | property):
+            value = [getattr(value, part, None) for part in ("__func__", "func", "fget", "fset", "fdel")]
+        own = not of.startswith("__") and not hasattr(value, "__get__") and of != "_abc_impl"
+        if own or isinstance(value, FunctionType):
+            told[of] = _told(value, kind.__name__, seen)
+    return [[_told(base, kind.__name__, seen) for base in kind.__bases__], told]
 
 
 def _instructions(code: CodeType) -> list[Any]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
+import sysconfig
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # Characters of a message that are shown: its beginning, and its end, which has the remedy.
 _FIRST, _LAST = 1500, 500
+_SUKASHI = str(Path(__file__).parents[1])
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _LISTED = 30  # known names that are named one by one
 
 
@@ -63,6 +68,22 @@ def writing(path: Path) -> Iterator[None]:
 def brief(error: BaseException) -> str:
     """The kind and first line of somebody else's error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def raised_in(error: BaseException) -> str | None:
+    """Where somebody's code raised an error: "FILE, line N", the last line on its way that is no library's, or else the
+    last; None where all are of sukashi and of Python's import.
+    """
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    passed = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_SUKASHI, "<frozen importlib", importlib.__file__))
+    ]
+    # What a dataclass generates lies in "<string>".
+    own = [frame for frame in passed if not frame.filename.startswith((*_LIBRARIES, "<string>"))] or passed
+    return f"{own[-1].filename}, line {own[-1].lineno}" if own else None
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from sukashi.core.errors import SukashiError, UsageError, brief
+from sukashi.core.errors import SukashiError, UsageError, brief, raised_in
 
 _NAMED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -21,7 +21,7 @@ def is_import(spec: str) -> bool:
 def imported(spec: str) -> Any:
     """What `name` is in package.module, of the working directory too where nothing else goes by that name.
 
-    Raises UsageError where it can't be imported, whatever the module raises.
+    Raises UsageError where there is none, and where the module raises anything, which says where it does.
     """
     module, _, name = spec.partition(":")
     # Last, so that nothing in it stands before what is installed.
@@ -32,7 +32,11 @@ def imported(spec: str) -> Any:
     except SukashiError:
         raise
     except (Exception, SystemExit) as error:  # whatever somebody's module raises; a script may end the process
-        raise UsageError(
-            f"cannot import {spec} ({brief(error)}): check the name, and that its folder is the working directory or "
-            "on PYTHONPATH"
-        ) from error
+        where = raised_in(error)
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        remedy = (
+            "check the name, and that its folder is the working directory or on PYTHONPATH"
+            if missing or where is None
+            else f"{where} raised it, put that right"
+        )
+        raise UsageError(f"cannot import {spec} ({brief(error)}): {remedy}") from error

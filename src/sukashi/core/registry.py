@@ -7,22 +7,27 @@ loaded when they are asked for.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+import numpy as np
+import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sukashi.core.bracketed import joined, parted
 from sukashi.core.code import code_of, has_file
-from sukashi.core.errors import SukashiError, UsageError, brief, nearest
+from sukashi.core.errors import SukashiError, UsageError, brief, nearest, raised_in
 from sukashi.core.imported import imported, is_import
-from sukashi.core.types import Kind
+from sukashi.core.types import Batch, Kind, Maps
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Gives = Callable[[str, Any, Mapping[str, Any]], None]
@@ -36,8 +41,12 @@ class Method:
     """A registered function. Its name is the registry key, the CLI name and the value in the results.
 
     `providers` make what it asks for by their names; their options are its options too. `gives(name, what it returned,
-    what it was given by name)` refuses what no method of its kind may return. `chosen` are the options that stand in
-    its name, as in drift[share=0.2].
+    what it was given by name)` refuses what no method of its kind may return; None of those that are there to change
+    what they are given. `chosen` are the options that stand in its name, as in drift[share=0.2].
+
+    Called, one of somebody's own is given copies of network, images and maps, draws random numbers that nobody passes
+    on by the seed of its `generator` (0 without one), and an error of its own is told with its name and its line. To
+    all this those of sukashi are held by the contract tests.
     """
 
     name: str
@@ -97,6 +106,11 @@ class Method:
         return _home(self.fn)
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is somebody's own, and not sukashi's."""
+        return self.home.partition(".")[0] != "sukashi"
+
+    @property
     def spec(self) -> str:
         """What another process finds it by: package.module:function."""
         return f"{self.home}:{self.fn.__name__}"
@@ -152,13 +166,64 @@ class Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**self.chosen, **kwargs}
         self.check_options({name: value for name, value in kwargs.items() if name in self.options})
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        given = dict(bound.arguments)
         # Of a criterion (model, sites, data); an attribution (model, x, target, sites) refuses in words of its own.
-        if "kinds" in self.facts and list(inspect.signature(self.fn).parameters)[1] == "sites":
-            self.check_kinds(site.kind for site in (kwargs["sites"] if "sites" in kwargs else args[1]))
-        found = self.fn(*args, **kwargs)
+        if "kinds" in self.facts and self.asks[1] == "sites":
+            self.check_kinds(site.kind for site in given["sites"])
+        if not self.facts.get("needs_data", True):
+            bound.arguments["data"] = given["data"][:0]
+        found = self._of_its_own(bound) if self.is_own else self.fn(*bound.args, **bound.kwargs)
         if self.gives is not None:
-            self.gives(self.name, found, inspect.signature(self.fn).bind(*args, **kwargs).arguments)
+            self.gives(self.name, found, given)
         return found
+
+    def _of_its_own(self, bound: inspect.BoundArguments) -> Any:
+        """What somebody's own function gives, which can spoil nothing for those that come after it."""
+        for name in self.asks if self.gives is not None else ():
+            bound.arguments[name] = _apart(bound.arguments[name])
+        generator = bound.arguments.get("generator")
+        seed = generator.initial_seed() if isinstance(generator, torch.Generator) else 0
+        try:
+            with seeded(seed), torch.set_grad_enabled(torch.is_grad_enabled()):
+                return self.fn(*bound.args, **bound.kwargs)
+        except (SukashiError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever somebody's function raises
+            raise UsageError(f"{self.name} failed in {raised_in(error)} ({brief(error)}): put that right") from error
+
+
+def _apart(value: Any) -> Any:
+    """A copy of what a method might change: a network, a tensor, images, maps."""
+    match value:
+        case torch.nn.Module():
+            return copy.deepcopy(value)
+        case torch.Tensor():
+            return value.clone()
+        case Batch():
+            return replace(value, x=value.x.clone(), target=value.target.clone())
+        case Maps():
+            return replace(value, values=value.values.clone())
+        case Mapping():
+            return {name: _apart(part) for name, part in value.items()}
+    return value
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the random numbers that torch, NumPy and Python draw by themselves are those of a seed; afterwards they
+    go on where they were.
+    """
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
 
 
 class Registry:
@@ -177,7 +242,7 @@ class Registry:
         self._methods: dict[str, Method] = {}
         self._followers: list[Callable[[Method], None]] = []
 
-    def register(self, name: str, *, source: str, **facts: Any) -> Callable[[Function], Function]:
+    def register(self, name: str, *, source: str = "", **facts: Any) -> Callable[[Function], Function]:
         """Make a function a method of this registry; `source` cites the paper, `facts` are read by its users.
 
         Registered again, as when its file is loaded anew or a cell of a notebook runs twice, it takes its own place.
@@ -201,6 +266,7 @@ class Registry:
     def provide(self, fn: Function) -> Function:
         """Make a function the provider of what it is named after, for methods registered later that ask for it."""
         self._take(self.providers, fn, "", {})
+        self.providers[fn.__name__] = replace(self.providers[fn.__name__], gives=None)
         return fn
 
     def each(self, follow: Callable[[Method], None]) -> None:
@@ -217,8 +283,10 @@ class Registry:
                 f"{self.noun} {name!r} of {_home(fn)} has the name of that of {_home(before.fn)}: give yours another"
             )
         plain = Method(name, fn, source, facts, gives=self.gives)
+        if plain.is_own and not source:
+            plain = replace(plain, source=plain.spec)
         known[name] = replace(plain, providers=tuple(self.providers[of] for of in plain.asks if of in self.providers))
-        if known[name].home.partition(".")[0] != "sukashi" and has_file(fn):
+        if known[name].is_own and has_file(fn):
             code_of(fn)  # its file is read now, as it is imported: it may be edited while it runs
 
     def _check(self, fn: Callable[..., Any]) -> None:
@@ -273,7 +341,7 @@ class Registry:
     def is_found(self, name: str) -> bool:
         """Whether another process finds a method by its name: it is sukashi's own, installed, or says where it is."""
         name, _ = parted(name)
-        return is_import(name) or self[name].home.partition(".")[0] == "sukashi" or bool(self.offered(name))
+        return is_import(name) or not self[name].is_own or bool(self.offered(name))
 
     def offered(self, name: str | None = None) -> list[EntryPoint]:
         """What installed packages offer, by a name or all of it; nothing of it is loaded."""

@@ -404,7 +404,14 @@ def checked(
         among = f" in [{'.'.join(tables)}]" if tables else ""
         remedy = f", or give `{name}`" if name in options else ""
         raise UsageError(f"{file} has no {name!r}{among}: add {_toml(name, _example(inner, name))}{remedy}")
-    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}")
+    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}{_remedy(fault['input'])}")
+
+
+def _remedy(value: Any) -> str:
+    """Of a function, which goes by its name in files and other processes."""
+    if not inspect.isroutine(value):
+        return ""
+    return f": give {value.__name__!r} where its decorator has registered it, or 'module:{value.__name__}'"
 
 
 def _shown(value: Any) -> str:

@@ -365,5 +365,6 @@ class Measurement:
 
     def __post_init__(self) -> None:
         assert self.values.shape == (len(self.ids),), (
-            f"{tuple(self.values.shape)} values of {len(self.ids)} {self.axis}s"
+            f"a Measurement has a value for each of its {len(self.ids)} {self.axis}s, and never a mean of them: got "
+            f"values of shape {tuple(self.values.shape)}"
         )

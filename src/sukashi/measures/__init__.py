@@ -2,8 +2,9 @@
 
 A measure is a function that asks for what it needs by the names of its parameters, the keys of `inputs.INPUTS` and the
 providers of this registry, and has options as keywords. It returns a `Measurement`, or several by name, {"": the one
-that goes by the measure's name, "part": ...}, never averaged. The fact `better` (higher, if it says nothing else) is
-the way that is good. `inputs.measured` calls measures and makes once what several of them ask for.
+that goes by the measure's name, "part": ...}, never averaged. The fact `better` is the
+way that is good, "higher" or "lower", and None where it says nothing.
+`inputs.measured` calls measures and makes once what several of them ask for.
 """
 
 from collections.abc import Mapping
@@ -23,8 +24,14 @@ def _measures(name: str, found: Any, given: Mapping[str, Any]) -> None:
                 f"{name} returned a value of type {type(part).__name__}, and a measure returns "
                 "Measurement(a value each image, batch.image_id, unit)"
             )
+        of = next((given[images].image_id for images in ("batch", "maps") if images in given), part.ids)
+        if part.axis == "image" and part.ids != of:
+            raise UsageError(
+                f"{name} was given {len(of)} images and returned values of {len(part.ids)}: a measure returns a value "
+                "of each, in their order, and never a mean"
+            )
 
 
-measures = Registry("measure", "measures", gives=_measures, better="higher")
+measures = Registry("measure", "measures", gives=_measures, better=None)
 
 fill(__name__, __path__)

@@ -18,7 +18,7 @@ from sukashi.core.types import Batch, Measurement
 from sukashi.measures import measures
 
 
-@measures.register("accuracy", source="share of images whose largest logit is that of their target")
+@measures.register("accuracy", source="share of images whose largest logit is that of their target", better="higher")
 def accuracy(model: nn.Module, batch: Batch) -> Measurement:
     """1 for each image whose largest logit is its target's, else 0; (B,) float, in [0, 1].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative
 
         SAUCE = 100 * integral_0^1 a(f) df
 
-    by the trapezoid rule over the measured points and the endpoint (1, `chance`). `relative` divides by the dense
+    by the trapezoid rule over the given points and the endpoint (1, `chance`). `relative` divides by the dense
     accuracy. The C-SWAP paper names the area but prints no formula: this reading fits its figures best. Between the
     largest measured fraction and 1 the line is a guess, so report that fraction too.
 
@@ -108,16 +109,33 @@ def sauce(fraction: ArrayLike, accuracies: ArrayLike, chance: float, *, relative
     return 100 * area / (float(a[0]) if relative else 1.0)
 
 
+def asked(curve: Curve) -> Curve:
+    """The points at the ratios asked for, by what is gone. All that holds contenders against each other is read off
+    these: the points after passes, which a progressive criterion has and others don't, would make its grid a finer one.
+    """
+    rows = np.flatnonzero(~np.isnan(curve.ratio))
+    rows = rows[np.argsort(curve.n_removed[rows], kind="stable")]
+    of_points = {name: getattr(curve, name)[rows] for name in ("ratio", "n_removed", "fraction", "flops")}
+    return replace(curve, **of_points, answer=curve.answer[rows], correct=curve.correct[rows])
+
+
+def sauce_of(curve: Curve, chance: float, *, relative: bool = False) -> float:
+    """`sauce` of a curve, over the ratios asked for."""
+    points = asked(curve)
+    return sauce(points.fraction, points.accuracy, chance, relative=relative)
+
+
 def areas(curve: Curve, chance: float, *, relative: bool = False) -> NDArray[np.float64]:
-    """(B,) the SAUCE of each image's own answers, right or wrong at each point; their mean is `sauce` of the curve.
+    """(B,) the SAUCE of each image's own answers, right or wrong at each ratio asked for; their mean is `sauce_of` the
+    curve.
 
     Of `relative`, a ratio of two means, it is each image's share in first order (the delta method):
     R + (area - R dense) / mean(dense), with R the relative SAUCE.
     """
-    order = np.argsort(curve.n_removed, kind="stable")
-    answers = curve.correct[order].astype(np.float64)
-    points = [*curve.fraction[order], 1.0]
-    found = 100 * np.trapezoid(np.vstack([answers, np.full(answers.shape[1], chance)]), points, axis=0)
+    points = asked(curve)
+    answers = points.correct.astype(np.float64)
+    closed = np.vstack([answers, np.full(answers.shape[1], chance)])
+    found = 100 * np.trapezoid(closed, [*points.fraction, 1.0], axis=0)
     if not relative:
         return np.asarray(found)
     dense = answers[0]
@@ -128,27 +146,28 @@ def areas(curve: Curve, chance: float, *, relative: bool = False) -> NDArray[np.
 def at(curves: Sequence[Curve], fractions: Sequence[float]) -> list[Interval | None]:
     """Accuracy at these fractions removed, over the seeds' curves and their images; None past what every seed measured.
 
-    Between measured points an image counts by straight lines between its two answers, so accuracy lies on the straight
-    line between theirs. Intervals are those of `stats.crossed`, for new seeds and new images, within [0, 1].
+    Between the ratios asked for an image counts by straight lines between its two answers, so accuracy lies on the
+    straight line between theirs. Intervals are those of `stats.crossed`, for new seeds and new images, within [0, 1].
     """
     found = stats.crossed([_answers(curve, fractions) for curve in curves], bounds=(0, 1))
     return [
         Interval(float(found.mean[i]), float(found.low[i]), float(found.high[i]), found.n)
-        if fraction <= _reach(curves)
+        if fraction <= reach(curves) + REACH
         else None
         for i, fraction in enumerate(fractions)
     ]
 
 
-def _reach(curves: Sequence[Curve]) -> float:
-    return min(float(curve.fraction.max()) for curve in curves) + REACH
+def reach(curves: Sequence[Curve]) -> float:
+    """The largest fraction that every one of them measured, at a ratio asked for."""
+    return min(float(asked(curve).fraction.max()) for curve in curves)
 
 
 def _answers(curve: Curve, fractions: Sequence[float]) -> NDArray[np.float64]:
-    """(B, F) how right each image is at these fractions, on straight lines between the measured points."""
-    order = np.argsort(curve.n_removed, kind="stable")
-    weights = [np.interp(fractions, curve.fraction[order], point) for point in np.eye(len(order))]
-    return np.asarray(curve.correct[order].T @ np.array(weights))
+    """(B, F) how right each image is at these fractions, on straight lines between the ratios asked for."""
+    points = asked(curve)
+    weights = [np.interp(fractions, points.fraction, point) for point in np.eye(len(points.ratio))]
+    return np.asarray(points.correct.T @ np.array(weights))
 
 
 def lossless(curves: Sequence[Curve], margin: float, *, level: float = 0.975) -> float:
@@ -161,16 +180,12 @@ def lossless(curves: Sequence[Curve], margin: float, *, level: float = 0.975) ->
 
     Raises UsageError for a margin outside (0, 1), or curves of other ratios.
     """
-    asked = [np.flatnonzero(~np.isnan(curve.ratio)) for curve in curves]
-    ratios = curves[0].ratio[asked[0]]
-    if any(not np.array_equal(curve.ratio[rows], ratios) for curve, rows in zip(curves, asked, strict=True)):
+    points = [asked(curve) for curve in curves]
+    ratios = points[0].ratio
+    if any(not np.array_equal(curve.ratio, ratios) for curve in points):
         raise UsageError("the seeds' curves were measured at different ratios: measure them again")
     change = np.stack(
-        [
-            curve.correct[rows[1:]].astype(np.int8) - curve.correct[rows[0]].astype(np.int8)
-            for curve, rows in zip(curves, asked, strict=True)
-        ],
-        axis=1,
+        [curve.correct[1:].astype(np.int8) - curve.correct[0].astype(np.int8) for curve in points], axis=1
     )  # (L, S, B)
     gained, lost = (change > 0).sum(axis=2), (change < 0).sum(axis=2)
     n_shown = stats.shown_up_to(gained, lost, change.shape[2], margin, level=level) if len(change) else 0

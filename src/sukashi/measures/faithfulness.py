@@ -151,7 +151,7 @@ def removal_curves(
     return RemovalCurves(batch.image_id, fixed)
 
 
-@measures.register("road", source="Rong et al. 2022, joined as in pytorch-grad-cam, not halved")
+@measures.register("road", source="Rong et al. 2022, joined as in pytorch-grad-cam, not halved", better="higher")
 def road(removal_curves: RemovalCurves, *, percentages: Percentages | None = None) -> dict[str, Measurement]:
     """How much more stays when the least relevant pixels go than when the most relevant do: (B,) in [-1, 1].
 
@@ -167,7 +167,7 @@ def road(removal_curves: RemovalCurves, *, percentages: Percentages | None = Non
     return _of_outcomes(removal_curves, lambda outcome: (least.of(outcome) - most.of(outcome)).mean(1))
 
 
-@measures.register("aopc", source="Samek et al. 2017, eq. 12; Suwal et al. 2025 and their code")
+@measures.register("aopc", source="Samek et al. 2017, eq. 12; Suwal et al. 2025 and their code", better="higher")
 def aopc(removal_curves: RemovalCurves, *, form: Form = "mean") -> dict[str, Measurement]:
     """Area over the MoRF curve of ROAD: how much is lost when the most relevant pixels go, (B,) in [-1, 1].
 
@@ -191,7 +191,7 @@ def area_over(curve: Tensor, form: Form) -> Tensor:
     return lost[:, 1:].mean(1) if form == "mean" else lost.sum(1) / (curve.shape[1] + 1)
 
 
-@measures.register("insertion", source="Petsiuk et al. 2018, sec. 3.4; Samek et al. 2017")
+@measures.register("insertion", source="Petsiuk et al. 2018, sec. 3.4; Samek et al. 2017", better="higher")
 def insertion(
     model: nn.Module,
     batch: Batch,

@@ -48,7 +48,10 @@ class Inputs:
     def call(self, method: Method, options: Mapping[str, Any]) -> Any:
         """A measure or provider, with what it asks for by name and those of `options` that are its own."""
         asked = {name: self.get(name, options) for name in method.asks}
-        return method.fn(**asked, **{name: options[name] for name in method.own_options if name in options})
+        if method.is_own and "generator" in asked:
+            # Whatever it draws, those after it draw what they draw without it.
+            asked["generator"] = asked["generator"].clone_state()
+        return method(**asked, **{name: options[name] for name in method.own_options if name in options})
 
     def missing(self, method: Method) -> list[str]:
         """What would have to be given to call a method."""
@@ -79,8 +82,6 @@ def measured(
     for name in names:
         method = measures[name]
         result = inputs.call(method, options.get(name, {}))
-        if method.gives is not None:
-            method.gives(name, result, {})
         parts = {"": result} if isinstance(result, Measurement) else result
         found |= {f"{name}/{part}" if part else name: measurement for part, measurement in parts.items()}
     return found

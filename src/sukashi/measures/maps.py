@@ -21,7 +21,7 @@ _ROWS = 4  # maps sorted at once: at 224 pixels they stay in a processor's cache
 _LEAST = 6  # pixels a side: SSIM's window reaches five beyond the border, by reflection
 
 
-@measures.register("gini", source="Suwal et al. 2025, eq. 1 (Hurley and Rickard 2009)")
+@measures.register("gini", source="Suwal et al. 2025, eq. 1 (Hurley and Rickard 2009)", better="higher")
 def gini(maps: Maps) -> Measurement:
     """How few pixels hold a map's absolute values: the Gini index; (B,) float64, in [0, 1].
 
@@ -56,7 +56,7 @@ def _sorted(values: Tensor) -> Tensor:
     return values
 
 
-@measures.register("localisation", source="Arras et al. 2022 (CLEVR-XAI), relevance mass accuracy")
+@measures.register("localisation", source="Arras et al. 2022 (CLEVR-XAI), relevance mass accuracy", better="higher")
 def localisation(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement]:
     """Share of a map's positive relevance that lies inside each concept's mask; (B,) float64, in [0, 1].
 
@@ -76,7 +76,7 @@ def localisation(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement
     return found
 
 
-@measures.register("rank_accuracy", source="Arras et al. 2022 (CLEVR-XAI), relevance rank accuracy")
+@measures.register("rank_accuracy", source="Arras et al. 2022 (CLEVR-XAI), relevance rank accuracy", better="higher")
 def rank_accuracy(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement]:
     """Share of a map's highest pixels, as many as a concept has, that lie inside its mask; (B,) float64, in [0, 1].
 
@@ -96,7 +96,7 @@ def rank_accuracy(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measuremen
     return found
 
 
-@measures.register("pointing_game", source="Zhang et al. 2018, sec. 4.1, without a tolerance")
+@measures.register("pointing_game", source="Zhang et al. 2018, sec. 4.1, without a tolerance", better="higher")
 def pointing_game(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measurement]:
     """Whether a map's highest pixel lies inside each concept's mask; (B,) float64, 1 or 0.
 
@@ -114,7 +114,7 @@ def pointing_game(maps: Maps, masks: Mapping[str, Maps]) -> dict[str, Measuremen
     return found
 
 
-@measures.register("rank_correlation", source="Spearman 1904; of saliency maps Adebayo et al. 2018")
+@measures.register("rank_correlation", source="Spearman 1904; of saliency maps Adebayo et al. 2018", better="higher")
 def rank_correlation(maps: Maps, reference_maps: Maps) -> Measurement:
     """Spearman's correlation of a map with the reference's of the same image; (B,) float64, in [-1, 1].
 
@@ -127,7 +127,7 @@ def rank_correlation(maps: Maps, reference_maps: Maps) -> Measurement:
     return Measurement(_told(found, *both), maps.image_id, "correlation")
 
 
-@measures.register("ssim", source="Wang et al. 2004, eq. 13; of saliency maps Adebayo et al. 2018")
+@measures.register("ssim", source="Wang et al. 2004, eq. 13; of saliency maps Adebayo et al. 2018", better="higher")
 def ssim(maps: Maps, reference_maps: Maps) -> Measurement:
     """Structural similarity of a map and the reference's of the same image; (B,) float64, at most 1.
 
@@ -153,7 +153,7 @@ def ssim(maps: Maps, reference_maps: Maps) -> Measurement:
     return Measurement(_told(found.view(len(maps)), *both), maps.image_id, "structural similarity")
 
 
-@measures.register("top_overlap", source="Ghorbani et al. 2019 (top-k intersection)")
+@measures.register("top_overlap", source="Ghorbani et al. 2019 (top-k intersection)", better="higher")
 def top_overlap(
     maps: Maps, reference_maps: Maps, *, fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
 ) -> Measurement:

@@ -16,7 +16,9 @@ from sukashi.measures.accuracy import outputs
 from sukashi.measures.imputation import impute
 
 
-@measures.register("region_drop", source="Zeiler and Fergus 2014, sec. 4.2, of a mask; imputed as Rong et al. 2022")
+@measures.register(
+    "region_drop", source="Zeiler and Fergus 2014, sec. 4.2, of a mask; imputed as Rong et al. 2022", better="higher"
+)
 def region_drop(
     model: nn.Module,
     batch: Batch,
@@ -39,7 +41,7 @@ def region_drop(
     return _dropped(model, batch, masks, True, tolerance, batch_size)
 
 
-@measures.register("complement_drop", source="as region_drop, of all pixels but the mask's")
+@measures.register("complement_drop", source="as region_drop, of all pixels but the mask's", better="higher")
 def complement_drop(
     model: nn.Module,
     batch: Batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -15,6 +16,10 @@ _TEX = {
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
     **{"–": "--", "×": r"$\times$", "→": r"$\rightarrow$", "−": "$-$", "±": r"$\pm$"},
 }
+
+# An interval as pages have it: its bounds are two numbers.
+_BOUNDS = re.compile(r"([-+]?[\d.]+) – ([-+]?[\d.]+)")
+_NEGATIVE = re.compile(r"(?<![\w.\-])-(?=\d)")
 
 
 @dataclass
@@ -61,21 +66,16 @@ class Table:
         return [self.groups, *named] if self.groups else named
 
     def csv(self) -> bytes:
-        """A column for what stands large and another, by its title, for the small print below it."""
-        rows, names = self.rows, self.columns or [""] * max((len(row) for row in self.rows), default=0)
-        about = [next((row[i].about or "more" for row in rows if row[i].small), "") for i in range(len(names))]
+        """A column for what stands large, where anything does, and others for the small print below it, by its title:
+        two numbers for the bounds of an interval, empty where there is none.
+        """
+        names = self.columns or [""] * max((len(row) for row in self.rows), default=0)
+        columns = [column for i, name in enumerate(names) for column in _columns(name, [row[i] for row in self.rows])]
         content = io.StringIO()
         written = csv.writer(content, lineterminator="\n")
         if any(names):
-            written.writerow([said for name, more in zip(names, about, strict=True) for said in _pair(name, more)])
-        for row in rows:
-            written.writerow(
-                [
-                    said
-                    for cell, more in zip(row, about, strict=True)
-                    for said in ([cell.text, cell.small] if more else [cell.text])
-                ]
-            )
+            written.writerow([name for name, _ in columns])
+        written.writerows(zip(*(said for _, said in columns), strict=True))
         return content.getvalue().encode()
 
     def tex(self) -> bytes:
@@ -169,8 +169,18 @@ def _grid(lines: Sequence[Sequence[Cell]]) -> Iterator[list[Cell]]:
         yield row
 
 
-def _pair(name: str, about: str) -> list[str]:
-    return [name, f"{name}: {about}"] if about else [name]
+def _columns(name: str, cells: Sequence[Cell]) -> Iterator[tuple[str, list[str]]]:
+    """The columns of a file that one of a table becomes: their names, and what stands in each row."""
+    about = next((cell.about or "more" for cell in cells if cell.small), "")
+    if not about or any(cell.text for cell in cells):
+        yield name, [cell.text for cell in cells]
+        name = f"{name}: {about}"
+    bounds = [_BOUNDS.fullmatch(cell.small) for cell in cells]
+    if any(bounds):
+        yield f"{name}, low", [found[1] if found else "" for found in bounds]
+        yield f"{name}, high", [found[2] if found else "" for found in bounds]
+    elif about:
+        yield name, [cell.small for cell in cells]
 
 
 def _whole(cell: Cell) -> str:
@@ -182,4 +192,5 @@ def _spaced(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(sign, sign) for sign in text)
+    """Text as LaTeX reads it; the sign of a negative number is a minus, and no hyphen."""
+    return "".join(_TEX.get(sign, sign) for sign in _NEGATIVE.sub("−", text))

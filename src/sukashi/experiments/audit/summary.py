@@ -46,12 +46,12 @@ class AuditResult(Result):
         "measure_options": (str, "its options, those that were given, as JSON"),
         "better": (str, "whether higher or lower is better; none where neither is"),
         "n": (int, "images on which both networks have a value"),
-        "reference": (float, "mean over these images of the reference's value"),
-        "mean": (float, "mean over these images of the model's value"),
-        "difference": (float, "mean of the model's value less the reference's on the same image"),
-        "low": (float, "its 95 % interval, a bootstrap over images: from"),
+        "reference": (float, "mean over these images of the reference's value; of a likeness that to itself, rounded"),
+        "mean": (float, "mean over these images of the model's value; of a likeness that to the reference's maps"),
+        "difference": (float, "mean of the model's value less the reference's on the same image; none of a likeness"),
+        "low": (float, "its 95 % interval, of a likeness that of its mean, a bootstrap over images: from"),
         "high": (float, "to"),
-        "p": (float, "of the paired t test"),
+        "p": (float, "of the paired t test; none of a likeness, which is not tested"),
         "p_holm": (float, "the same after Holm's correction over all rows"),
         "changed": (bool, "whether it is shown to have changed"),
         "size": (float, "the difference in standard deviations of the reference's values; none where these are equal"),
@@ -81,7 +81,7 @@ class AuditResult(Result):
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each comparison of a model with the reference."""
+        """A row for each comparison of a model with the reference, likenesses of maps last."""
         rows = []
         for name, found in self.subjects.items():
             for row in subject(name, "summary").rows(found):

@@ -35,7 +35,7 @@ class Contender:
     plans: list[Plan]
 
     def areas(self, *, relative: bool = False) -> Array:
-        """(S, B) the SAUCE of each seed's curve for each test image."""
+        """(S, B) the SAUCE of each seed's curve for each test image, over the ratios asked for."""
         chance = float(self.results[0]["chance"])
         return np.stack([curves.areas(curve, chance, relative=relative) for curve in self.curves])
 
@@ -46,8 +46,8 @@ class Contender:
 
     @property
     def reach(self) -> float:
-        """The largest fraction that every seed measured."""
-        return float(min(curve.fraction.max() for curve in self.curves))
+        """The largest fraction that every seed measured, at a ratio asked for."""
+        return curves.reach(self.curves)
 
     def rows(self, ratio: float) -> list[int]:
         """The point of each seed's curve at a ratio asked for, the nearest."""

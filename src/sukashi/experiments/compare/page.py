@@ -126,7 +126,7 @@ def _by_units(curve: Curve, n_units: int) -> Curve:
 
 def _draw_mean(axes: Axes, drawn: Sequence[Curve], colour: str, mark: str, **line: Any) -> None:
     """The mean of the seeds' curves, in their interval where it bounds anything."""
-    fractions = np.linspace(0, min(curve.fraction.max() for curve in drawn), 101)
+    fractions = np.linspace(0, curves.reach(drawn), 101)
     points = [found for found in curves.at(drawn, fractions.tolist()) if found is not None]
     mean, low, high = ([getattr(point, name) for point in points] for name in ("mean", "low", "high"))
     axes.plot(fractions, mean, color=colour, marker=mark, markersize=4, linewidth=1.8, **line)

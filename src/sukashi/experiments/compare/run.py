@@ -167,8 +167,8 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
     desk.finish(
         {
             "mode": mode,
-            "sauce": curves.sauce(curve.fraction, curve.accuracy, chance),
-            "relative_sauce": curves.sauce(curve.fraction, curve.accuracy, chance, relative=True),
+            "sauce": curves.sauce_of(curve, chance),
+            "relative_sauce": curves.sauce_of(curve, chance, relative=True),
             "dense_accuracy": float(dense.mean()),
             "chance": chance,
             "class_names": list(setting.data.class_names),

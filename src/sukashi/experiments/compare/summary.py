@@ -33,9 +33,10 @@ class CompareResult(Result):
     methods         of each contender its criterion, sampling, repair and options
     seeds           the finished ones of each contender, in the order of `sauces`, `curves` and `passes`
     chance          what one answer for all images gets right at best: the share of the largest class
-    sauce, relative_sauce   100 times the area under accuracy; intervals are for new seeds and new test images
-    evaluations     how often a criterion asked what one image comes to without one unit, mean over seeds; 0 for those
-                    that do not ask
+    sauce, relative_sauce   100 times the area under accuracy at the ratios asked for, whatever passes a criterion
+                    had, and so in `differences`; intervals are for new seeds and new test images
+    evaluations     how often a criterion asked what one image comes to without one unit, mean over seeds; None for
+                    those that look at images otherwise, whose passes are not counted
     lossless        up to where every seed's cut is shown to lose at most `margin`, a bound, see `curves.lossless`: a
                     point as in `levels`
     advice          the furthest of these, and `command`, which makes that network; None where none is shown
@@ -69,7 +70,10 @@ class CompareResult(Result):
         "pass": (int, "which pass, from 1; none of a ratio"),
         "ratio_asked": (float, "the fraction of UNITS that was asked to go; none after a pass"),
         **shared("n_units_removed", "units_removed", "parameters_removed", "flops_removed", "accuracy", "n_images"),
-        "sauce": (float, "of this seed: 100 times the area under accuracy, the same in all rows of its curve"),
+        "sauce": (
+            float,
+            "of this seed: 100 times the area under accuracy at the ratios asked for, the same in all its rows",
+        ),
     }
 
     model: str
@@ -87,7 +91,7 @@ class CompareResult(Result):
     sauce: dict[str, Bounds]
     sauces: dict[str, list[float]]
     relative_sauce: dict[str, Bounds]
-    evaluations: dict[str, float]
+    evaluations: dict[str, float | None]
     margin: float
     lossless: dict[str, dict[str, Any]]
     advice: dict[str, Any] | None
@@ -118,7 +122,7 @@ class CompareResult(Result):
                     *(name, f"{sauce['mean']:.1f}", f"{sauce['low']:.1f} to {sauce['high']:.1f}"),
                     f"{free['ratio_asked']:g}" if free["ratio_asked"] else "none",
                     *(words.printed(share if free["ratio_asked"] else None, "percent") for share in gone),
-                    f"{self.evaluations[name]:,.0f}",
+                    "not counted" if self.evaluations[name] is None else f"{self.evaluations[name]:,.0f}",
                 ]
             )
         return [*header, "image evaluations"], found
@@ -226,7 +230,7 @@ def _of_contender(one: Contender, identity: Mapping[str, Any], lossless: float) 
         "sauce": _bounds(one.sauce),
         "sauces": [float(result["sauce"]) for result in one.results],
         "relative_sauce": _bounds(stats.crossed(one.areas(relative=True))),
-        "evaluations": float(np.mean([result["n_evaluations"] for result in one.results])),
+        "evaluations": _evaluations(one),
         "lossless": _level(one, lossless, mode),
         "levels": [_level(one, ratio, mode) for ratio in identity["ratios"]],
         "accuracy_at": {f"{fraction:g}": None if found is None else _bounds(found) for fraction, found in at},
@@ -234,6 +238,12 @@ def _of_contender(one: Contender, identity: Mapping[str, Any], lossless: float) 
         "curves": _points(one, mode, passes=False),
         "passes": _points(one, mode, passes=True),
     }
+
+
+def _evaluations(one: Contender) -> float | None:
+    """None where images were looked at and nothing was counted."""
+    found = float(np.mean([result["n_evaluations"] for result in one.results]))
+    return None if not found and any(plan.n_images for plan in one.plans) else found
 
 
 def _bounds(found: stats.Interval) -> Bounds:

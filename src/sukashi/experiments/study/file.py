@@ -67,6 +67,7 @@ from sukashi.experiments.study.settings import (
     Study,
     StudyFile,
 )
+from sukashi.repairs import NONE, repairs
 
 # What stands in a path for the study's own folder, which need not be there yet.
 OUT = re.compile(r"\$OUT\b")
@@ -195,10 +196,14 @@ def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
         raise UsageError(f"{path} has no model: add a table [models.NAME] with its spec")
     for name in file.models:
         _check_name(path, name)
+    mended = {name: repairs.named(name) for name in file.repair if name != NONE}
     compared = {
-        name_of(registry.named(name), how) for name in file.criteria for how in samplings_of(name, file.sampling)
+        name_of(registry.named(name), how, repair)
+        for name in file.criteria
+        for how in samplings_of(name, file.sampling)
+        for repair in (NONE, *mended.values())
     }
-    pairs = [[_contender(name) for name in pair] for pair in file.pairs]
+    pairs = [[_contender(name, mended) for name in pair] for pair in file.pairs]
     for contender in itertools.chain.from_iterable(pairs):
         if contender not in compared:
             raise UsageError(
@@ -207,12 +212,18 @@ def _grid(path: Path, given: Mapping[str, Any]) -> ComparisonFile:
     return file.model_copy(update={"pairs": pairs})
 
 
-def _contender(name: str) -> str:
-    """A contender by the name that its criterion has in results."""
+def _contender(name: str, mended: Mapping[str, str]) -> str:
+    """A contender by the name that its criterion has in results, and its repair, of those that are `mended` with."""
+    for repair in {**mended, **{of: of for of in mended.values()}}:
+        if name.endswith(f"+{repair}"):
+            return f"{_contender(name.removesuffix(f'+{repair}'), {})}+{mended.get(repair, repair)}"
     criterion, slash, sampling = name.rpartition("/")
     if sampling not in SAMPLINGS:  # a slash may stand in the brackets of a criterion's options
-        return registry.named(name)
-    return f"{registry.named(criterion)}{slash}{sampling}"
+        criterion, slash, sampling = name, "", ""
+    try:
+        return f"{registry.named(criterion)}{slash}{sampling}"
+    except UsageError:  # what is no criterion is not compared
+        return name
 
 
 def _check_name(path: Path, name: str) -> None:

@@ -157,8 +157,8 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
 
 
 def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """How like the reference's the maps of each model are: {"model", "attribution", "measure", "n", "mean", "low",
-    "high"}, a bootstrap over images.
+    """How like the reference's the maps of each model are: {"model", "attribution", "measure", "better", "itself", "n",
+    "mean", "low", "high"}, a bootstrap over images.
 
     The rows of the reference itself hold its maps against those it has when `perturbed.rounded` otherwise: what is no
     less alike than they are was not moved by a cut, but by noise.
@@ -171,7 +171,14 @@ def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: 
         if cells[name, network.label].is_similarity(measure) and np.isfinite(values).any()
     }
     return [
-        {"model": label, "attribution": name, "measure": measure} | bounds
+        {
+            "model": label,
+            "attribution": name,
+            "measure": measure,
+            "better": cells[name, label].better[measure.partition("/")[0]],
+            "itself": label == answers[0].label,
+        }
+        | bounds
         for (label, name, measure), bounds in zip(found, _means([*found.values()], seed), strict=True)
     ]
 
@@ -269,5 +276,16 @@ def text(found: Mapping[str, Any], reference: str) -> str:
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each comparison."""
-    return list(found["comparisons"])
+    """A row for each comparison, then one for each likeness of a model's maps to the reference's, beside that which the
+    reference's have to themselves when rounded otherwise. A likeness is no difference, and nothing is tested.
+    """
+    of_reference = {(row["attribution"], row["measure"]): row["mean"] for row in found["similarities"] if row["itself"]}
+    untested = dict.fromkeys(("difference", "p", "p_holm", "changed", "size", "weight"))
+    return [
+        *found["comparisons"],
+        *(
+            {**row, **untested, "reference": of_reference.get((row["attribution"], row["measure"])), "said": ""}
+            for row in found["similarities"]
+            if not row["itself"]
+        ),
+    ]

@@ -34,14 +34,14 @@ class Cell:
     it has when `rounded` otherwise.
 
     `silent` (B,) marks maps that are constant or not finite, `curves` are ROAD's: {"morf accuracy": (B, P)}. `better`
-    is "higher" or "lower" by measure, `similarities` are those of the measures that compare two maps.
+    is "higher", "lower" or None by measure, `similarities` are those of the measures that compare two maps.
     """
 
     image_ids: tuple[str, ...]
     silent: NDArray[np.bool_]
     values: dict[str, Array]
     curves: dict[str, Array]
-    better: dict[str, str]
+    better: dict[str, str | None]
     similarities: tuple[str, ...]
 
     def is_similarity(self, measure: str) -> bool:

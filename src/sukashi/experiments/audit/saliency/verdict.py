@@ -45,9 +45,12 @@ def said(row: Mapping[str, Any]) -> str:
         alone = " once corrected" if low > 0 or high < 0 else ""
         return f"no detectable change{alone} in {row['n']} images [{short(low)}, {short(high)}]"
     measure, _, part = row["measure"].partition("/")
-    words = WORDS.get(row["measure"]) or WORDS.get(measure, (f"better by {measure}", f"worse by {measure}"))
+    of_any = (f"better by {measure}", f"worse by {measure}")
+    if row["better"] is None:
+        of_any = (f"higher in {measure}", f"lower in {measure}")
+    words = WORDS.get(row["measure"]) or WORDS.get(measure, of_any)
     rise = row["difference"] > 0
-    word = words[rise != (row["better"] == "higher")].format(part)
+    word = words[rise != (row["better"] != "lower")].format(part)
     low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
     of_confidence = "" if is_told(row["measure"]) else ", which moves with confidence"
     return f"{word} by {short(abs(row['difference']))} [{short(low)}, {short(high)}]{of_confidence}"
