@@ -31,7 +31,7 @@ from sukashi.experiments.train import page as train_page
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.measures import curves
 from sukashi.report import figures, glossary, networks, tables
-from sukashi.report.words import printed
+from sukashi.report.words import number, printed
 
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
 SITES = tuple(Site(f"layer{1 + i // 4}.{i % 4}.conv1", "channel", 16 * 2 ** (i // 4)) for i in range(12))
@@ -819,3 +819,11 @@ def test_milliseconds_have_three_digits() -> None:
 def test_a_folder_of_several_experiments_names_them(compared: Path) -> None:
     with pytest.raises(UsageError, match=f"is no experiment but holds 1 experiment: give {compared}$"):
         sukashi.results(compared.parent)
+
+
+def test_nothing_is_written_with_a_sign_that_it_does_not_have() -> None:
+    """-0.04 to one digit is 0.0, wherever differences are written."""
+    assert (number(-0.04), number(-0.04, sign=True), number(0.04, 2, sign=True)) == ("0.0", "+0.0", "+0.04")
+    for path in Path(sukashi.__file__).parent.rglob("*"):
+        if path.suffix in (".py", ".j2"):
+            assert not re.search(r":\+\.\d[f%]|%\+\.\d", path.read_text()), f"{path}: a z belongs after the sign"

@@ -56,7 +56,7 @@ def compared(arrays: Mapping[str, NDArray[Any]], names: Sequence[str], networks:
         }
         for change in classwise.changes(first[None], second[None], target, len(names))
     ]
-    change = stats.crossed([second.astype(float) - first], bounds=(-1, 1))
+    change = stats.paired([second.astype(float) - first])
     calibration = {
         name: classwise.calibration(arrays[f"{name} confidence"], arrays[f"{name} correct"]) for name in networks
     }

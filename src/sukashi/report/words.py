@@ -11,7 +11,12 @@ from sukashi.core.experiment import Result
 
 def percent(value: float) -> str:
     """0.123 is 12.3%."""
-    return f"{100 * value:.1f}%"
+    return f"{100 * value:z.1f}%"
+
+
+def number(value: float, digits: int = 1, *, sign: bool = False) -> str:
+    """0.04 is 0.0 and so is -0.04, or +0.0 with its sign."""
+    return f"{value:{'+' if sign else ''}z.{digits}f}"
 
 
 def printed(value: float | None, form: str) -> str:

@@ -223,7 +223,7 @@ def _rule(n_images: int, accuracy: float, change: Mapping[str, float]) -> str:
     within = share(round(accuracy * n_images), n_images)
     return (
         f"95% intervals for new images: the pruned network's accuracy {words.percent(within.low)} to "
-        f"{words.percent(within.high)}, its change {100 * change['low']:+.1f} to {100 * change['high']:+.1f} points."
+        f"{words.percent(within.high)}, its change {100 * change['low']:+z.1f} to {100 * change['high']:+z.1f} points."
     )
 
 
@@ -239,7 +239,7 @@ def _verdict(
     parts = [fallen] if fallen else []
     parts += [
         f"accuracy on {words.several(n_images, 'test image')} goes from {words.percent(dense['accuracy'])} to "
-        f"{words.percent(pruned['accuracy'])} ({change:+.1f})"
+        f"{words.percent(pruned['accuracy'])} ({change:+z.1f})"
     ]
     if scope is not None:
         masked = words.percent(pruned["zeros_in_masked_layers"])
@@ -248,9 +248,9 @@ def _verdict(
     else:
         for name, noun in (("parameters", "parameters"), ("flops", "FLOPs")):
             if dense[name]:
-                parts.append(f"{noun} {100 * (pruned[name] / dense[name] - 1):+.0f}%")
+                parts.append(f"{noun} {100 * (pruned[name] / dense[name] - 1):+z.0f}%")
         if latency:
             sure = not latency["low"] <= 1 <= latency["high"]
-            parts.append(f"latency {100 * (latency['factor'] - 1):+.0f}%" if sure else "latency not shown to change")
+            parts.append(f"latency {100 * (latency['factor'] - 1):+z.0f}%" if sure else "latency not shown to change")
     said = ", ".join(parts) + ("; it is as large and as slow as before" if scope is not None else "")
     return f"{said[0].upper()}{said[1:]}."

@@ -100,7 +100,7 @@ def summary(space: Workspace) -> TrainResult:
     before = found["accuracy_before"]
     verdict = f"{words.percent(found['accuracy'])} of {found['n_images']:,} test images are right"
     if before is not None:
-        verdict += f", {words.percent(before)} before ({100 * (found['accuracy'] - before):+.1f})"
+        verdict += f", {words.percent(before)} before ({100 * (found['accuracy'] - before):+z.1f})"
     timed = [logged["epochs"] for logged in space.logged("speed") if logged["trial"] == key]
     speed: dict[str, Any] = _speed(timed[-1]) if timed else {}
     epochs = words.several(found["epochs"], "epoch")
