@@ -34,6 +34,19 @@ def printed(value: float | None, form: str) -> str:
     return f"{value:.3g} {prefix}{'B' if form == 'bytes' else ''}".rstrip()
 
 
+def span(of: Mapping[str, Any], scale: float = 1, *, sign: bool = False) -> str:
+    """A mean with its bounds: +1.3 (-0.2 to +2.8)."""
+    mean, low, high = (number(scale * of[name], sign=sign) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def spread(of: Mapping[str, Any], scale: float = 1, *, sign: bool = False) -> str:
+    """What bounds a mean over seeds: 81.2 to 84.0, or of two seeds, which bound too little, each: 81.2, 84.0."""
+    if len(of.get("each", ())) == 2:
+        return ", ".join(number(scale * seed, sign=sign) for seed in of["each"])
+    return f"{number(scale * of['low'], sign=sign)} to {number(scale * of['high'], sign=sign)}"
+
+
 def p_value(p: float | None) -> str:
     """A p-value in two digits."""
     if p is None:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
-from sukashi.report import figures, words
+from sukashi.report import classes, figures, words
 from sukashi.report.figures import INK, WIDTH, Drawn
 from sukashi.report.page import Page
 
@@ -25,7 +25,11 @@ def page(result: TrainResult, space: Workspace) -> Page:
             "epochs_alt": _alt(result.history, result.epoch),
             "title": f"{result.model}, {told}",
             "warnings": result.warnings,
-            "classes": list(zip(result.class_names, result.class_counts, result.class_accuracy, strict=True)),
+            "classes": result.classes,
+            "networks": result.networks,
+            "overall": classes.overall(result.classes, result.networks),
+            "fell": classes.FELL,
+            "small": classes.too_small(result.classes["rows"]),
             "settings": dict(words.flat(space.identity)),
             "run": (space.logged("run") or [{}])[-1],
         },
