@@ -354,7 +354,9 @@ def test_samplings_compete_and_what_looks_at_no_image_runs_once(cnn_weights, tmp
 @pytest.mark.parametrize("name", ["cswap", "random"])
 def test_a_cut_removes_what_the_comparison_with_the_same_seed_planned(compared, cnn_weights, tmp_path, name):
     record = trials(compared)[name, 1]
-    sukashi.prune(SPEC, "digits", name, 0.5, out=tmp_path / "cut", seed=1, weights=cnn_weights, **CUT)
+    result = sukashi.prune(SPEC, "digits", name, 0.5, out=tmp_path / "cut", seed=1, weights=cnn_weights, **CUT)
+    for figure in ("peak_bytes", "batch_size", "parameters", "bytes"):
+        assert result.dense[figure] == compared.costs["dense"][figure], "of the same network, on as many images"
     assert (tmp_path / "cut" / "plan.npz").read_bytes() == record.read("plan.npz")
 
 

@@ -292,6 +292,12 @@ def test_words_are_explained_where_a_page_first_says_them(page: str) -> None:
     said = glossary.explained('<pre>dense</pre><p class="dense">condensed, relative SAUCE</p><!-- words -->')
     assert said.startswith('<pre>dense</pre><p class="dense">condensed, <a class="word" href="#word-relative-sauce"')
     assert re.findall('<dt id="(.*?)">', said) == ["word-relative-sauce", "word-sauce"]
+    other = "passes timed in turns; a dot at each of their points; images held out by the hash of their names"
+    assert re.findall('<dt id="(.*?)">', glossary.explained(f"<p>{other}</p><!-- words -->")) == ["word-held-out"]
+    own = "after each progressive pass; at most 5 points lower; held out by seed 0"
+    assert set(re.findall('href="#word-(.*?)"', glossary.explained(f"<p>{own}</p><!-- words -->"))) == {
+        *("progressive-pass", "point", "held-out-by-seed")
+    }
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
@@ -375,8 +381,8 @@ def test_the_heading_says_how_far_to_cut_with_the_command(page: str) -> None:
     assert (
         f"Cut {curve.n_removed[place] / 448:.1%} of the units with drift ({curve.fraction[place]:.1%} of the "
         f"parameters, {1 - curve.flops[place] / 1000:.1%} of the FLOPs): accuracy {accuracy:.1%} (mean of 5 seeds) "
-        f"instead of {curve.accuracy[0]:.1%} on {N_IMAGES} test images, shown to be at most 5 points lower over all classes "
-        "together." in words
+        f"instead of {curve.accuracy[0]:.1%} on {N_IMAGES} test images, shown to be at most 5 points lower over all "
+        "classes together." in words
     )
     command = next(line for line in words.split("sukashi prune ")[1:])
     for part in ("--data 'my cifar10'", "--criterion drift", f"--ratio {ratio:g}", "--weights w.safetensors"):

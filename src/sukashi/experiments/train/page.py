@@ -30,7 +30,14 @@ def page(result: TrainResult, space: Workspace) -> Page:
             "overall": classes.overall(result.classes, result.networks),
             "fell": classes.FELL,
             "small": classes.too_small(result.classes["rows"]),
-            "settings": dict(words.flat(space.identity)),
+            "settings": {
+                # The hash by which other pages name the folder is that of what was saved, not of what it began with.
+                **{
+                    ("weights it began with, SHA-256" if name == "model.weights_sha256" else name): said
+                    for name, said in words.flat(space.identity)
+                },
+                "weights that were saved, SHA-256": space.records()[0].kept["artefacts"].get("model.safetensors", "–"),
+            },
             "run": (space.logged("run") or [{}])[-1],
         },
     )

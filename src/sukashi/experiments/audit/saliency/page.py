@@ -85,6 +85,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     shown = {
         "found": found,
         "rows": {(row["model"], row["attribution"], row["measure"]): row for row in found["comparisons"]},
+        "own": {(row["attribution"], row["measure"]): row for row in found["own"]},
         "unspoken": [
             measure
             for measure in dict.fromkeys(row["measure"] for row in found["comparisons"])
