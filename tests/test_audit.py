@@ -24,6 +24,7 @@ from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Maps, Mask, Preprocess
 from sukashi.criteria import pruning
 from sukashi.experiments.audit import networks
+from sukashi.experiments.audit import page as audit_page
 from sukashi.experiments.audit.saliency import cells, page, verdict
 from sukashi.experiments.audit.saliency.values import ORDERS
 from sukashi.experiments.audit.settings import Audit
@@ -370,11 +371,19 @@ def test_figures_are_made_of_the_kept_values_and_nothing_else(done):
         np.testing.assert_allclose(found, [*expected, *bounds, p_values[-1]], rtol=1e-9, atol=1e-12)
         spread = np.std([b for _, b in pairs], ddof=1)
         assert row["size"] == pytest.approx(differences.mean() / spread)
-    order, worst = np.argsort(p_values, kind="stable"), 0.0
-    for place, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - place) * p_values[i]))
-        assert result.saliency["comparisons"][i]["p_holm"] == pytest.approx(worst)
-        assert result.saliency["comparisons"][i]["changed"] == (worst < 0.05)
+    rows = result.saliency["comparisons"]
+    told = [i for i, row in enumerate(rows) if not row["measure"].endswith("/probability")]
+    assert result.saliency["n_tested"] == len(told) < len(rows)
+    for family in (told, sorted(set(range(len(rows))) - set(told))):  # what moves with confidence by itself
+        worst = 0.0
+        for place, i in enumerate(sorted(family, key=lambda i: p_values[i])):
+            worst = max(worst, min(1.0, (len(family) - place) * p_values[i]))
+            assert rows[i]["p_holm"] == pytest.approx(worst)
+            assert rows[i]["changed"] == (worst < 0.05)
+    for row in result.saliency["own"]:
+        values = kept["dense", row["attribution"], row["measure"]]
+        assert (row["n"], row["mean"]) == (len(values), pytest.approx(np.mean(list(values.values()))))
+        assert row["low"] < row["mean"] < row["high"]
     for row in result.saliency["similarities"]:
         values = list(kept[row["model"], row["attribution"], row["measure"]].values())
         assert (row["n"], row["mean"]) == (len(values), pytest.approx(np.mean(values)))
@@ -443,8 +452,8 @@ def test_the_same_network_is_not_found_changed_and_a_harmed_one_is(done):
     least = min((row for row in rows if row["model"] == "noisy"), key=lambda row: row["mean"])
     assert result.verdict.startswith(
         f"Of the most relevant tenth of the pixels {least['mean']:.0%} [{100 * least['low']:.0f}, "
-        f"{100 * least['high']:.0f}] are the same in noisy, the least alike of 2 models, as in dense by "
-        f"{least['attribution']} (of the attributions the least); rounding alone leaves 100%. "
+        f"{100 * least['high']:.0f}] are the same in noisy as in dense (by {least['attribution']}, the least of 2 "
+        "models and 2 attributions). Rounding alone leaves 100%. "
     )
     assert "ROAD" in result.verdict
     assert "aopc" not in result.verdict.lower(), "it moves with how soon a network breaks"
@@ -484,9 +493,10 @@ def test_without_means_to_compare_nothing_is_said_to_be_the_same(folders, tmp_pa
     result = sukashi.audit(folders[::2], "digits", out=tmp_path / "out", **asked)
     assert result.saliency["comparisons"] == []
     assert result.verdict.startswith("Maps of noisy have a ssim of .")
-    assert result.verdict.endswith(" with those of dense by saliency; rounding alone leaves 1.000.")
-    (line,) = result.lines
+    assert result.verdict.endswith(" with those of dense (by saliency). Rounding alone leaves 1.000.")
+    line, unjudged = result.lines
     assert line.startswith("saliency: ssim with the map of dense is .")
+    assert unjudged == verdict.UNJUDGED
     page = untagged(tmp_path / "out")
     assert line in page
     assert "rounded otherwise" in page
@@ -496,8 +506,9 @@ def test_averages_that_do_not_differ_are_all_that_no_change_speaks_of(folders, t
     asked = {"attributions": ["saliency"], "measures": ["gini", "aopc"], **READING}
     result = sukashi.audit(folders[:2], "digits", out=tmp_path / "out", **asked)
     n_images = result.models[1]["n_images"]
-    assert (
-        result.verdict == f"Gini is not shown to change in {n_images} images, which does not show that it is the same."
+    assert result.verdict == (
+        f"Gini is not shown to change in the {n_images} test images that the reference and the model get right, which "
+        "does not show that it is the same."
     )
     assert result.saliency["measures"] == ["gini", "aopc"]
     assert {row["measure"] for row in result.saliency["comparisons"]} == {"gini", "aopc", "aopc/probability"}
@@ -540,15 +551,17 @@ def test_a_network_that_guesses_is_counted_and_left_out_of_what_is_said(trained_
     result = sukashi.audit([str(tmp_path / "blind"), folders[0]], "digits", out=tmp_path / "turned", **asked)
     assert "blind, the reference, is not shown to get more right than one answer for all. " in result.verdict
     result = sukashi.audit([folders[0], str(tmp_path / "blind")], "digits", out=tmp_path / "alone", **asked)
-    assert result.lines == result.saliency["moved"] == []
+    assert (result.lines, result.saliency["moved"]) == ([verdict.UNJUDGED], [])
     (note,) = (note for note in result.warnings if note.startswith("trained after the cut: "))
     assert "blind; intervals are for new images" in note
     specs = [folders[0], str(tmp_path / "blind"), folders[2], folders[1]]
     result = sukashi.audit(specs, "digits", out=tmp_path / "out", **asked)
-    first = "blind is not shown to get more right than one answer for all. Of the other 2: Maps of "
+    first = "blind is not shown to get more right than one answer for all. Maps of "
     assert result.models[1]["label"].endswith("blind")
     assert first in result.verdict
     assert not any("blind" in line for line in result.lines)
+    (blind,) = (row for row in result.saliency["comparisons"] if row["model"].endswith("blind"))
+    assert blind["p_holm"] == blind["p"], "it makes no other comparison stricter"
     last_names = [
         {row["model"].rpartition("/")[2] for row in result.saliency[rows]} for rows in ("moved", "comparisons")
     ]
@@ -591,7 +604,7 @@ def test_a_verdict_rests_on_what_the_first_table_shows_and_on_enough_images(fold
     few = sukashi.audit(specs, "digits", out=tmp_path / "few", test_images=19, **asked)
     assert not any(row["changed"] for row in few.saliency["comparisons"])
     assert few.verdict == "same and noisy have too few images to say anything (19)."
-    assert few.lines == []
+    assert few.lines == [verdict.UNJUDGED]
     assert [model["few"] for model in few.models] == [True] * 3
     shown = html.unescape((tmp_path / "few" / "report.html").read_text())
     assert "same (19), noisy (19): too few images to say anything, below 20" in shown
@@ -695,14 +708,20 @@ def test_folders_are_named_by_what_tells_them_apart(tmp_path):
 def test_a_saved_model_says_by_what_and_how_far_it_was_pruned(trained_cnn, tmp_path):
     told = {"cut": {"criterion": "drift", "ratio_asked": 0.5, "seed": 0}, "again": {"seed": 1}}
     told["level"] = {"contender": "magnitude/unenforced", "ratio_asked": 0.3, "seed": 2, "trained": True}
+    told["mended"] = {**told["cut"], "repair": "refit"}
     for name, provenance in told.items():
         saved.save(tmp_path / name, trained_cnn, provenance=provenance)
     found = {name: networks._level(str(tmp_path / name)) for name in told}
-    assert found == {
-        "cut": ("drift", 0.5, False),
-        "again": (None, None, False),
-        "level": ("magnitude/unenforced, seed 2", 0.3, True),
+    names = ("series", "ratio", "repair", "trained")
+    assert {name: tuple(of[what] for what in names) for name, of in found.items()} == {
+        "cut": ("drift", 0.5, None, False),
+        "again": (None, None, None, False),
+        "level": ("magnitude/unenforced, seed 2", 0.3, None, True),
+        "mended": ("drift", 0.5, "refit", False),
     }
+    label = {"label": "m", **found["mended"]}
+    assert audit_page._made(label) == "m: drift at ratio 0.5, mended by refit."
+    assert audit_page._made({"label": "m", **found["again"]}) == ""
 
 
 # Kept.
@@ -958,3 +977,20 @@ models = ["{spec}", "{spec}=a=b", "{spec}=own.pt", "{spec}=$OUT/cut"]"""
     monkeypatch.chdir("/")
     asked = read_study(tmp_path / "study.toml").experiments["audited"]["models"]
     assert asked == [*given, f"{spec}=$OUT/cut"]
+
+
+def test_a_gallery_has_three_images_whatever_a_network_that_is_left_out_gets_right():
+    target = np.array([0, 1, 2, 0, 1, 2, 0])
+    rows = np.arange(7)
+    assert cells.usual_rows([rows, np.array([0, 1, 2, 3])], rows, target) == [0, 1, 2], "one a class"
+    assert cells.usual_rows([rows, np.array([0, 3, 4, 6])], rows, target) == [0, 4, 3], "then a second one"
+    assert cells.usual_rows([rows[:2], rows[3:]], rows, target) == [0, 1, 2], "where none is shared"
+
+
+def test_maps_no_better_than_an_order_at_random_are_said_to_be():
+    row = {"attribution": "saliency", "measure": "road", "n": 60, "mean": 0.04, "low": -0.01, "high": 0.09}
+    (line,) = verdict.own([row, row | {"attribution": "lrp", "low": 0.01}], "dense")
+    assert line == (
+        "dense's own saliency maps are not shown to be more faithful than an order at random: ROAD .040 [-.010, .090], "
+        "at random 0."
+    )

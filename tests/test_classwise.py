@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from sukashi.core import stats
 from sukashi.measures import classwise
 
 RNG = np.random.default_rng(0)
@@ -84,14 +85,17 @@ def test_calibration_is_the_mean_over_bins():
     assert classwise.calibration(np.ones(10), np.ones(10))[1] == 0
 
 
-def test_what_a_class_lost_is_paired_with_its_interval_and_falls_when_nothing_is_in_common():
+def test_what_a_class_lost_is_paired_with_its_interval_and_falls_when_that_is_shown():
     target = np.repeat([0, 1, 2, 3], [25, 100, 3, 1])
-    dense = np.ones((2, 129), dtype=bool)
-    cut = dense.copy()
-    cut[:, :22] = False  # of the first class nearly all
-    cut[:, 25:30] = False  # of the second five points
-    cut[:, 125:128] = False  # all three of the third
+    dense = np.ones((1, 129), dtype=bool)
+    dense[0, :5] = False
+    cut = np.ones((1, 129), dtype=bool)
+    cut[0, :14] = False  # of the first class nine more, while the intervals of both overlap
+    cut[0, 25:30] = False  # of the second five points
+    cut[0, 125] = False  # one of the three of the third
     first, second, third = classwise.changes(dense, cut, target, 4)
-    assert [of.number for of in (first, second, third)] == [2, 0, 1], "one image is no sample"
-    assert [of.fell for of in (first, second, third)] == [False, True, False], "three images show little"
-    assert (second.n_images, second.dense.mean, second.cut.mean) == (25, 1.0, pytest.approx(3 / 25))
+    assert [of.number for of in (first, second, third)] == [0, 2, 1], "one image is no sample"
+    assert [of.fell for of in (first, second, third)] == [True, False, False], "three images show little"
+    assert first.cut.high > first.dense.low
+    assert (first.n_images, first.dense.low, first.cut.mean) == (25, stats.share(20, 25).low, 11 / 25)
+    assert first.change == stats.paired(np.repeat([-1, 0], [9, 16])[None])

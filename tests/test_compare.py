@@ -267,7 +267,8 @@ def test_what_is_printed(compared):
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()[:1]}
     for name in COMPARED:
         sauce = compared.sauce[name]
-        assert rows[name][1:5] == [f"{sauce['mean']:.1f}", f"{sauce['low']:.1f}", "to", f"{sauce['high']:.1f}"]
+        each = [f"{compared.sauces[name][seed]:.1f}" for seed in range(2)]
+        assert rows[name][1:4] == [f"{sauce['mean']:.1f}", f"{each[0]},", each[1]], "two seeds bound too little"
     assert "ratio, at most 1 point lower" in text
     for name in ("cswap", "random"):
         (asked,) = {record.result["n_evaluations"] for key, record in trials(compared).items() if key == (name, 0)}
@@ -352,7 +353,9 @@ def test_samplings_compete_and_what_looks_at_no_image_runs_once(cnn_weights, tmp
 @pytest.mark.parametrize("name", ["cswap", "random"])
 def test_a_cut_removes_what_the_comparison_with_the_same_seed_planned(compared, cnn_weights, tmp_path, name):
     record = trials(compared)[name, 1]
-    sukashi.prune(SPEC, "digits", name, 0.5, out=tmp_path / "cut", seed=1, weights=cnn_weights, **CUT)
+    result = sukashi.prune(SPEC, "digits", name, 0.5, out=tmp_path / "cut", seed=1, weights=cnn_weights, **CUT)
+    for figure in ("peak_bytes", "batch_size", "parameters", "bytes"):
+        assert result.dense[figure] == compared.costs["dense"][figure], "of the same network, on as many images"
     assert (tmp_path / "cut" / "plan.npz").read_bytes() == record.read("plan.npz")
 
 

@@ -420,7 +420,7 @@ def test_one_network_has_the_interval_of_its_training():
     found = stats.share(380, 400)
     assert one.dense_accuracy == {"mean": found.mean, "low": found.low, "high": found.high}
     two = told({"magnitude": [(0.5, 0.5, 0.9)]}, n_seeds=2)
-    assert two.dense_accuracy["low"] == pytest.approx(stats.crossed([np.arange(400) < 380] * 2).low)
+    assert two.dense_accuracy == one.dense_accuracy, "both seeds give the same network"
 
 
 def test_page_and_command_line_show_the_same(rounded):

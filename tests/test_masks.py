@@ -308,7 +308,7 @@ def test_a_class_that_is_gone_is_named_and_images_are_counted_by_class(audited):
     (dense, noisy) = result.models
     assert sum(noisy["images_of_class"].values()) == noisy["n_images"]
     assert noisy["images_of_class"]["9"] == 0 < dense["images_of_class"]["9"]
-    right = f"dense: {dense['right_of_class']['9']:.0%} right, noisy: 0%"
+    right = f"dense: {dense['right_of_class']['9']:.0%} of {result.tested_of_class['9']} right, noisy: 0%"
     warning = f"noisy is audited on no image of class 9 ({right}): no figure here tells of that class"
     assert warning in result.warnings
     (line,) = result.audited
@@ -317,6 +317,8 @@ def test_a_class_that_is_gone_is_named_and_images_are_counted_by_class(audited):
     page = (audited / "gone" / "report.html").read_text()
     assert warning in re.sub("<[^>]*>", "", page)
     assert "<strong>none</strong>" in page
+    assert f"<td>{result.tested_of_class['9']} of {result.split_of_class['9']}</td>" in page
+    assert sum(result.tested_of_class.values()) == result.n_images == 60
 
 
 def test_maps_are_laid_beside_those_of_a_network_that_learned_nothing(audited):

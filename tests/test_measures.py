@@ -13,10 +13,9 @@ from cases import a_curve
 from sukashi import models
 from sukashi.core import stats
 from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import Batch, Mask, Plan, Scores, rank
 from sukashi.criteria import pruning
-from sukashi.measures import accuracy, cost, measures
+from sukashi.measures import cost, measures
 from sukashi.measures import curves as of_cuts
 from sukashi.models import saved
 from sukashi.network import hooks, sites, surgery
@@ -64,14 +63,6 @@ def test_accuracy_refuses_what_means_nothing():
         _accuracy(Fixed(), Batch(x, torch.tensor([0]), ("a",)))
     with pytest.raises(DataError, match="target 2 is no class of a model with 2 logits"):
         _accuracy(Fixed(), Batch(torch.zeros(1, 2, 1, 1), torch.tensor([2]), ("a",)))
-
-
-def test_by_class():
-    classes = CLASSIFICATION.classes(torch.tensor([0, 0, 2, 2]))
-    assert accuracy.by_class(np.array([1, 0, 1, 1]), classes, 3) == [0.5, None, 1.0]
-    # An image that has two classes counts for both.
-    both = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])
-    assert accuracy.by_class(np.array([1.0, 0.25]), both, 2) == [0.625, 0.25]
 
 
 # Curves.
@@ -389,5 +380,3 @@ def test_accuracy_of_trained_weights(real_weights, real_data):
     right = _accuracy(loaded.model, batch)
     # The header says .878; .034 is three standard errors of a thousand images.
     assert right.mean().item() == pytest.approx(0.878, abs=0.034)
-    by_class = accuracy.by_class(right.numpy(), CLASSIFICATION.classes(batch.target), 10)
-    assert np.mean(by_class) == pytest.approx(right.mean().item())

@@ -214,7 +214,7 @@ def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
             f"{100 * result.dense['accuracy']:.1f}%",
             f"{100 * result.pruned['accuracy']:.1f}%",
         ),
-        "latency, ms (median)": ("2.00", "3.00"),
+        "latency, ms (median), of 32 images": ("2.00", "3.00"),
         "  × dense, median of pairs of passes": ("1.50", "(1.50", "to", "1.50)"),
         "units removed": (f"{100 * result.units_removed:.1f}%", "(8", "of", "32)"),
         "parameters removed": (f"{100 * result.parameters_removed:.1f}%",),

@@ -23,7 +23,7 @@ from sukashi.core import code, files
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.core.files import FORMAT
-from sukashi.core.stats import crossed, least_images
+from sukashi.core.stats import crossed, least_images, paired
 from sukashi.core.types import Curve, Plan, Site
 from sukashi.criteria.plans import plan_arrays
 from sukashi.experiments.compare.contenders import save_curve
@@ -31,7 +31,7 @@ from sukashi.experiments.train import page as train_page
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.measures import curves
 from sukashi.report import figures, glossary, networks, tables
-from sukashi.report.words import printed
+from sukashi.report.words import number, printed
 
 CRITERIA = {"random": 22, "magnitude": 36, "taylor": 38, "cbp": 34, "amp": 45, "cswap": 40, "drift": 52}
 SITES = tuple(Site(f"layer{1 + i // 4}.{i % 4}.conv1", "channel", 16 * 2 ** (i // 4)) for i in range(12))
@@ -199,6 +199,12 @@ def cells(text: str, heading: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in _Reader(text).tables[heading]}
 
 
+def named(text: str, name: str) -> dict[str, list[str]]:
+    """Rows of the table of a name, by their first cell."""
+    table = next(table for table in tables.tables_of(text) if table.name == name)
+    return {row[0].text: [" ".join(filter(None, (of.text, of.small))) for of in row[1:]] for row in table.rows}
+
+
 def areas(criterion: str, *, relative: bool = False) -> np.ndarray:
     return np.array([curves.areas(a_result(criterion, seed)[0], 0.1, relative=relative) for seed in range(5)])
 
@@ -291,6 +297,12 @@ def test_words_are_explained_where_a_page_first_says_them(page: str) -> None:
     said = glossary.explained('<pre>dense</pre><p class="dense">condensed, relative SAUCE</p><!-- words -->')
     assert said.startswith('<pre>dense</pre><p class="dense">condensed, <a class="word" href="#word-relative-sauce"')
     assert re.findall('<dt id="(.*?)">', said) == ["word-relative-sauce", "word-sauce"]
+    other = "passes timed in turns; a dot at each of their points; images held out by the hash of their names"
+    assert re.findall('<dt id="(.*?)">', glossary.explained(f"<p>{other}</p><!-- words -->")) == ["word-held-out"]
+    own = "after each progressive pass; at most 5 points lower; held out by seed 0"
+    assert set(re.findall('href="#word-(.*?)"', glossary.explained(f"<p>{own}</p><!-- words -->"))) == {
+        *("progressive-pass", "point", "held-out-by-seed")
+    }
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
@@ -373,8 +385,9 @@ def test_the_heading_says_how_far_to_cut_with_the_command(page: str) -> None:
     words = _Reader(page).words
     assert (
         f"Cut {curve.n_removed[place] / 448:.1%} of the units with drift ({curve.fraction[place]:.1%} of the "
-        f"parameters, {1 - curve.flops[place] / 1000:.1%} of the FLOPs): accuracy {accuracy:.1%} instead of "
-        f"{curve.accuracy[0]:.1%} on {N_IMAGES} test images, shown to be at most 5 points lower." in words
+        f"parameters, {1 - curve.flops[place] / 1000:.1%} of the FLOPs): accuracy {accuracy:.1%} (mean of 5 seeds) "
+        f"instead of {curve.accuracy[0]:.1%} on {N_IMAGES} test images, shown to be at most 5 points lower over all "
+        "classes together." in words
     )
     command = next(line for line in words.split("sukashi prune ")[1:])
     for part in ("--data 'my cifar10'", "--criterion drift", f"--ratio {ratio:g}", "--weights w.safetensors"):
@@ -406,11 +419,31 @@ def test_a_class_that_is_lost_is_the_heading(tmp_path: Path) -> None:
     assert heading is not None
     assert heading.group(1).startswith("class 9 falls from 100 to 5% where 50.0% of the units with drift (")
     assert (
-        "though accuracy as a whole, 96.2% instead of 100.0% on 500 test images, is shown to be at most 8 points lower"
-        in page
+        "though accuracy as a whole, 96.2% (mean of 2 seeds) instead of 100.0% on 500 test images, is shown to be "
+        "at most 8 points lower" in page
     )
     assert cells(page, "Class by class")["class 9"][0] == "20"
     assert "<strong>class 9</strong>" in page
+
+
+def test_two_seeds_are_shown_each_and_one_answer_to_every_image_is_told(tmp_path: Path) -> None:
+    space = fill(tmp_path / "compared", ["drift", "amp"], 2)
+    for record in space.records():
+        name, seed = record.about["criterion"], record.about["seed"]
+        curve, result = a_result(name, seed)
+        if name == "amp" or seed == 0:
+            curve.answer[curve.ratio >= 0.5] = seed
+        shutil.rmtree(record.folder)
+        finish(space, a_trial(name, seed), curve, result)
+    page = paged(space)
+    said = "One and the same answer to every image is all that is left from ratio 0.5 on by amp."
+    assert said in _Reader(page).words
+    assert said in sukashi.results(space.folder).text()
+    rows = [row for row in _Reader(page).tables["All measured ratios"] if row[-1] not in ("–", "one answer")]
+    assert [row[-1] for row in rows] == ["1 of 2", "2 of 2"]
+    each = [100 * a_result("drift", seed)[0].accuracy[10] for seed in range(2)]
+    assert rows[0][-2] == f"{np.mean(each):.1f} {each[0]:.1f}, {each[1]:.1f}", "two seeds bound too little"
+    assert "with two seeds, which bound too little, each of them" in _Reader(page).words
 
 
 def test_too_few_images_are_said_with_what_they_can_show(tmp_path: Path) -> None:
@@ -480,7 +513,7 @@ def test_costs_stand_beside_the_dense_network(page: str) -> None:
 
 def test_the_worst_classes_come_first(page: str) -> None:
     table = _Reader(page).tables["Class by class"][1:]
-    lost = [float(row[-1]) for row in table]
+    lost = [float(row[-1].split()[0]) for row in table]
     assert lost == sorted(lost)
     assert sorted(row[0] for row in table) == [f"class {k}" for k in range(10)]
     ratio, found = shown_up_to("drift"), [a_result("drift", seed)[0] for seed in range(5)]
@@ -488,6 +521,11 @@ def test_the_worst_classes_come_first(page: str) -> None:
     dense, cut = (100 * np.mean([curve.correct[row, own].mean() for curve in found]) for row in (0, place))
     assert table[0][1] == "50"
     assert [cell.split()[0] for cell in table[0][2:]] == [f"{dense:.1f}", f"{cut:.1f}", f"{cut - dense:+.1f}"]
+    change = paired([curve.correct[place, own].astype(int) - curve.correct[0, own] for curve in found])
+    assert table[0][-1].split()[1:] == [f"{100 * change.low:+.1f}", "–", f"{100 * change.high:+.1f}"]
+    small = "Too few images to show that a class loses at most 5 points, even where all answers are equal: "
+    assert small + f"{table[0][0]} (50), " in _Reader(page).words
+    assert "and 7 more classes; it takes 73." in _Reader(page).words
 
 
 def test_it_says_how_to_see_it_again(page: str) -> None:
@@ -573,23 +611,30 @@ def test_warnings_are_shown_once(tmp_path: Path) -> None:
     assert "drift: the cut network takes" not in words
 
 
-def answers() -> dict[str, np.ndarray]:
+def answers(target: np.ndarray, **given: np.ndarray) -> dict[str, np.ndarray]:
+    """What networks answered, as they are kept."""
+    found = {"target": target, "image_ids": np.arange(len(target)).astype(str)}
+    for name, answer in given.items():
+        found |= {f"{name} answer": answer, f"{name} correct": (answer == target).astype(np.uint8)}
+        found[f"{name} confidence"] = np.full(len(target), 0.9)
+    return found
+
+
+def cut_answers() -> dict[str, np.ndarray]:
     """Of 1,234 images 700 of the first class, all right before and half of them after, and 534 of the last."""
     target = np.repeat([0, 2], [700, 534]).astype(np.int32)
     dense, pruned = target.copy(), target.copy()
     dense[:23] = 2  # 98.1 % are right
     pruned[:350] = 2
-    found = {"target": target, "image_ids": np.arange(1234).astype(str)}
-    for name, answer in (("dense", dense), ("pruned", pruned)):
-        found |= {f"{name} answer": answer, f"{name} correct": (answer == target).astype(np.uint8)}
-        found[f"{name} confidence"] = np.full(1234, 0.9)
-    return found
+    return answers(target, dense=dense, pruned=pruned)
 
 
-ANSWERS = answers()
+ANSWERS = cut_answers()
 
 
-def pruned(folder: Path, about: dict[str, Any], result: dict[str, Any], clock: dict[str, float]) -> Workspace:
+def pruned(
+    folder: Path, about: dict[str, Any], result: dict[str, Any], clock: dict[str, Any], *, one_answer: bool = False
+) -> Workspace:
     """The folder of a pruned network, but for the network."""
     whole = {"model": MODEL | {"spec": "sukashi:digits_cnn"}, "data": DATA | {"spec": "digits"}}
     whole |= {"ratio_asked": 0.5, "scope": None, "sampling": "random", "repair": "none", "options": {}, "seed": 0}
@@ -602,7 +647,8 @@ def pruned(folder: Path, about: dict[str, Any], result: dict[str, Any], clock: d
         assert desk is not None
         if "scope" not in about:
             desk.save("plan", plan_arrays(a_plan(about["criterion"], 0)))
-        desk.save("answers", ANSWERS)
+        first = answers(ANSWERS["target"], pruned=np.zeros(1234, dtype=np.int32)) if one_answer else {}
+        desk.save("answers", ANSWERS | first)
         desk.finish(
             {"units_removed": None, "weights_removed": None, "layers": [], "notes": [], "warnings": [], **result}
         )
@@ -630,6 +676,7 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     )
     assert "FLOPs -75%, latency +50%." in words
     assert "95% intervals for new images: the pruned network's accuracy 93.6% to 96.1%" in words
+    assert named(page, "classes")["zero"][3] == "-46.7 -50.4 – -42.9", "Tango's of 350 to 23 in 700"
     assert "class one has no image" in words
     assert "pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in words
     assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text())["classes"]["rows"]] == [
@@ -648,6 +695,20 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     assert "class one has no image" in told
     assert "times as long" not in told, "a clock decides it"
     assert "latency" not in told
+
+
+def test_a_cut_that_leaves_one_answer_says_so_first(tmp_path: Path) -> None:
+    figures = {"accuracy": 700 / 1234, "parameters": 10, "flops": 4, "peak_bytes": 4096, "batch_size": 32}
+    result = {"dense": figures, "pruned": figures, "units_removed": 0.9, "n_images": 1234}
+    about, clock = {"criterion": "cswap", "mode": "cut", "round_to": 1}, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}
+    space = pruned(tmp_path, about, result | {"class_names": ["zero", "one", "two"]}, clock, one_answer=True)
+    page = paged(space)
+    heading = re.search("<h1>(.*?)</h1>", page, re.DOTALL)
+    assert heading is not None
+    assert heading.group(1).startswith("The pruned network takes every image for zero, accuracy on 1,234 test images")
+    assert named(page, "all-classes")["balanced accuracy, %"][1] == "50.0 (one answer for all)"
+    assert "peak memory, of 32 images" in cells(page, "What it costs to run")
+    assert "latency, ms (median), of 32 images" in cells(page, "What it costs to run")
 
 
 def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
@@ -753,17 +814,24 @@ def test_the_page_of_a_training_shows_every_epoch_and_the_one_kept(tmp_path: Pat
             "weights_removed": None,
             "zeros_in_masked_layers": None,
         },
-        **{"class_names": ["cat", "<dog>"], "class_counts": [200, 200], "class_accuracy": [0.5, None]},
+        "class_names": ["cat", "<dog>"],
         **{"history": history, "notes": ["mind <this>"], "warnings": []},
     }
     space.claim("train", about, [trial])
     space.log("run", command="sukashi finetune x", versions={"torch": "2"})
     speed = [{"images_per_second": 300.0, "waiting": 0.01}, {"images_per_second": 600.0, "waiting": 0.04}]
     space.log("speed", trial=trial.key, epochs=speed)
+    target = np.repeat([0, 1], [375, 25]).astype(np.int32)
+    right = np.where(np.arange(400) < 394, target, 0)  # of the second class 19 of 25
     with space.lease(trial) as desk:
         assert desk is not None
+        desk.save("answers", answers(target, before=np.zeros_like(target), trained=right))
         desk.finish(result)
     page = paged(space)
+    by_class = named(page, "classes")
+    assert by_class["<dog>"][:3] == ["25", "0.0 0.0 – 13.3", "76.0 56.6 – 88.5"], "Wilson's, as on every page"
+    assert by_class["<dog>"][3].startswith("+76.0 +")
+    assert named(page, "all-classes")["balanced accuracy, %"][0] == "50.0 (one answer for all)", "whatever the images"
     for said in (
         "75.0% of 400 test images are right, 50.0% before (+25.0).",
         "Weights of epoch 1 of 2 epochs",
@@ -824,3 +892,11 @@ def test_milliseconds_have_three_digits() -> None:
 def test_a_folder_of_several_experiments_names_them(compared: Path) -> None:
     with pytest.raises(UsageError, match=f"is no experiment but holds 1 experiment: give {compared}$"):
         sukashi.results(compared.parent)
+
+
+def test_nothing_is_written_with_a_sign_that_it_does_not_have() -> None:
+    """-0.04 to one digit is 0.0, wherever differences are written."""
+    assert (number(-0.04), number(-0.04, sign=True), number(0.04, 2, sign=True)) == ("0.0", "+0.0", "+0.04")
+    for path in Path(sukashi.__file__).parent.rglob("*"):
+        if path.suffix in (".py", ".j2"):
+            assert not re.search(r":\+\.\d[f%]|%\+\.\d", path.read_text()), f"{path}: a z belongs after the sign"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import torch
 
 import sukashi
 from sukashi import models
+from sukashi.core import stats
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.data import Split
 from sukashi.experiments.workspace import TRIAL, UNDER_WAY, Record, Workspace
@@ -34,10 +36,12 @@ def test_a_trained_folder_is_a_saved_model(trained, digits_split):
         right = loaded.model(test.x).argmax(1) == test.target
     assert trained.accuracy == pytest.approx(float(right.float().mean()))
     assert trained.n_images == 100
-    for number, of_class in enumerate(trained.class_accuracy):
+    for number, row in enumerate(trained.classes["rows"]):
         own = test.target == number
-        assert trained.class_counts[number] == int(own.sum())
-        assert of_class == pytest.approx(float(right[own].float().mean()))
+        found = stats.share(int(right[own].sum()), int(own.sum()))
+        assert row["n"] == found.n
+        assert row["trained"]["sensitivity"] == pytest.approx(asdict(found))
+        assert "fell" not in row, "there was nothing before"
     assert (trained.accuracy_before, trained.weights_removed, trained.zeros_in_masked_layers) == (None, None, None)
     assert (trained.finished, trained.resumed, trained.epochs, trained.epoch) == (False, None, 2, 2)
     recipe = json.loads((Path(trained.out) / "recipe.json").read_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,62 @@ def share(n_right: int, n: int, *, level: float = 0.95) -> Interval:
     return Interval(n_right / n, float(low), float(high), n)
 
 
+def accuracy(right: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Accuracy of one network for each seed, `right` (S, B) of 0 and 1: Wilson's interval of the one network that all
+    seeds give, else that of `crossed` within [0, 1]; `n` is S.
+
+    Raises: as `share` and `crossed`.
+    """
+    x = _checked(right, level)
+    if (x == x[0]).all():
+        return replace(share(round(x[0].sum()), x.shape[1], level=level), n=len(x))
+    return crossed(x, level=level, bounds=(0, 1))
+
+
+def paired(differences: ArrayLike, *, level: float = 0.95) -> Interval:
+    """How much a second network's accuracy is above a first one's: `differences` (S, B) of each seed's pair are 1 on
+    images that only the second gets right, -1 on those that only the first does, else 0; `n` is S.
+
+    Of one seed the bounds are those differences that Tango's score test leaves (see `not_lower`): equal answers bound
+    the change by z^2 / (n + z^2), where Wald's interval has no width. Of several it is the test of the mean shares,
+    with Cochran's critical value in place of z and as many images as would be as sure (see `crossed` and `score`).
+
+    Raises: as `crossed`, and UsageError for other differences.
+    """
+    x = _checked(differences, level)
+    if not np.isin(x, (-1, 0, 1)).all():
+        raise UsageError("differences of answers must be -1, 0 or 1: give right answers less right answers")
+    gained, lost, n, critical = (x > 0).mean(), (x < 0).mean(), float(x.shape[1]), stats.norm.ppf((1 + level) / 2)
+    if len(x) > 1:
+        of_seeds, of_images = _variances(x)
+        critical = float(_critical((1 - level) / 2, of_seeds, of_images, x.shape))
+        if of_seeds + of_images > 0:
+            n = float((gained + lost - (gained - lost) ** 2) / (of_seeds + of_images))
+    low = _lowest_change(gained, lost, n, critical)
+    return Interval(float(gained - lost), low, -_lowest_change(lost, gained, n, critical), len(x))
+
+
+def _lowest_change(gained: float, lost: float, n: float, critical: float) -> float:
+    """The lowest difference of shares that the score test leaves."""
+    found = gained - lost
+
+    def beyond(change: float) -> float:
+        return float(found - change - critical * np.sqrt(_variance(gained, lost, change) / n))
+
+    # At the difference found the test has no width where all images, or none, changed: it is no bound.
+    return -1.0 if found == -1 else float(optimize.brentq(beyond, -1.0, found - 1e-12))
+
+
+def _variance(gained: Any, lost: Any, change: float) -> Any:
+    """That of one image's difference, at the likeliest shares under a mean of `change` (Tango 1998): 2 q + change
+    (1 - change), with q the likeliest share that is lost, the larger root of 2 q^2 + B q + C = 0 for
+    B = (2 - gained + lost) change - (gained + lost) and C = -lost change (1 - change).
+    """
+    linear, constant = (2 - gained + lost) * change - (gained + lost), -lost * change * (1 - change)
+    q = (np.sqrt(np.maximum(linear**2 - 8 * constant, 0)) - linear) / 4
+    return np.maximum(2 * q + change * (1 - change), 0)  # what rounding takes
+
+
 def score(share: float, variance: float, n: float, *, level: float = 0.95) -> Interval:
     """A share in [0, 1] that was found with a squared standard error, and bounds that stay in [0, 1]: Wilson's, with
     the number of images that would be as sure, n = share (1 - share) / variance, as Dean and Pagano (2015) recommend
@@ -104,10 +160,12 @@ def crossed(values: ArrayLike, *, level: float = 0.95, bounds: tuple[float, floa
         m +- c sqrt(a + b),  c = (a t_{S-1} + b t_{B-1}) / (a + b),
         a = var(means of seeds) / S,  b = var(means of images) / B
 
-    with t at (1 + level) / 2: Cochran's critical value for two variances (Cochran and Cox 1950, sec. 4.14), exact where
-    one of them is 0. With one seed a = 0 and it speaks of new images alone. Noise of seed and image together is in both
-    variances, so the interval is a little wide. Satterthwaite's degrees of freedom hold less at two or three seeds
-    (benchmarks/coverage.py), and a percentile bootstrap of three seeds much less.
+    and b no less than independent answers of the seeds would leave it: networks that go wrong on opposite images cancel
+    each other in the means of these, and other seeds need not. With t at (1 + level) / 2, c is Cochran's critical value
+    for two variances (Cochran and Cox 1950, sec. 4.14), exact where one of them is 0. With one seed a = 0 and it speaks
+    of new images alone. Noise of seed and image together is in both variances, so the interval is a little wide.
+    Satterthwaite's degrees of freedom hold less at two or three seeds (benchmarks/coverage.py), and a percentile
+    bootstrap of three seeds much less.
 
     A mean of values within `bounds` has an interval within them: that of `score` with c in place of z.
 
@@ -148,7 +206,10 @@ def _variances(x: Array) -> tuple[Any, Any]:
     n_seeds, n_images = x.shape[:2]
     if n_images < 2:
         raise UsageError("an interval over images needs at least 2 of them, got 1")
-    of_images = x.mean(axis=0).var(axis=0, ddof=1) / n_images
+    of_images = x.mean(axis=0).var(axis=0, ddof=1)
+    if n_seeds > 1:
+        of_images = np.maximum(of_images, x.var(axis=1, ddof=1).mean(axis=0) / n_seeds)
+    of_images = of_images / n_images
     of_seeds = x.mean(axis=1).var(axis=0, ddof=1) / n_seeds if n_seeds > 1 else np.zeros_like(of_images)
     return of_seeds, of_images
 
@@ -194,9 +255,8 @@ def not_lower(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, 
 
         T = (b - c + n margin) / sqrt(n (2 q - margin (1 + margin))) >= z_level
 
-    with q the likeliest p_c under p_b - p_c = -margin, the larger root of 2n q^2 + B q + C = 0 for
-    B = -(b + c) - (2n - b + c) margin and C = c margin (1 + margin). Unlike McNemar's test it asks about a margin, and
-    unlike Wald's it does not call equal answers on few images a proof: b = c = 0 needs n >= z^2 (1 / margin - 1).
+    with q the likeliest p_c under p_b - p_c = -margin (see `_variance`). Unlike McNemar's test it asks about a margin,
+    and unlike Wald's it does not call equal answers on few images a proof: b = c = 0 needs n >= z^2 (1 / margin - 1).
 
     Raises: UsageError for a margin or a level outside (0, 1), or counts that do not fit n.
     """
@@ -205,11 +265,8 @@ def not_lower(n_gained: ArrayLike, n_lost: ArrayLike, n: int, margin: float, *, 
     b, c = np.asarray(n_gained, dtype=np.float64), np.asarray(n_lost, dtype=np.float64)
     if n < 1 or (b < 0).any() or (c < 0).any() or (b + c > n).any():
         raise UsageError(f"gained and lost images must be counts that n = {n} holds, got {b} and {c}")
-    linear = -(b + c) - (2 * n - b + c) * margin
-    constant = c * margin * (1 + margin)
-    q = (np.sqrt(linear**2 - 8 * n * constant) - linear) / (4 * n)
-    variance = n * (2 * q - margin * (1 + margin))
-    shown = b - c + n * margin >= stats.norm.ppf(level) * np.sqrt(np.maximum(variance, 0))
+    error = np.sqrt(n * _variance(b / n, c / n, -margin))
+    shown = b - c + n * margin >= stats.norm.ppf(level) * error
     return bool(shown) if np.ndim(shown) == 0 else shown
 
 

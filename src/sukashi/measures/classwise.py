@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from sukashi.core.stats import Interval, crossed, score, share
+from sukashi.core.stats import Interval, accuracy, crossed, paired, score, share
 
 Array = NDArray[np.float64]
 
@@ -129,29 +129,30 @@ def calibration(confidence: Array, correct: NDArray[Any]) -> tuple[Interval, flo
 
 @dataclass(frozen=True)
 class Change:
-    """A class's sensitivity before and after: each a mean over seeds, with its interval for new seeds and images."""
+    """A class's sensitivity before and after, and their difference on the same images, over seeds; and whether it
+    `fell`: by ten points or more, and shown to be a loss."""
 
     number: int
     n_images: int
     dense: Interval
     cut: Interval
-
-    @property
-    def fell(self) -> bool:
-        """Whether it fell by ten points or more, and the two intervals leave nothing in common."""
-        return bool(self.dense.mean - self.cut.mean >= FALL and self.cut.high < self.dense.low)
+    change: Interval
+    fell: bool
 
 
 def changes(dense: NDArray[Any], cut: NDArray[Any], target: NDArray[Any], n_classes: int) -> list[Change]:
     """What became of each class with two images or more, the largest loss first.
 
-    `dense` and `cut` (S, B) say which images each seed's network gets right. Bounds hold for all classes together
-    (Bonferroni).
+    `dense` and `cut` (S, B) say which images each seed's network gets right. Each interval is one of 95 %, of a
+    difference that of `stats.paired`; what fell is so by such intervals of 95 % for all classes together (Bonferroni).
     """
-    level, found = 1 - 0.05 / n_classes, []
+    found = []
     for k in range(n_classes):
         own = target == k
         if own.sum() >= 2:
-            pair = (crossed(of[:, own], level=level, bounds=(0, 1)) for of in (dense, cut))
-            found.append(Change(k, int(own.sum()), *pair))
-    return sorted(found, key=lambda one: one.cut.mean - one.dense.mean)
+            before, after = dense[:, own], cut[:, own]
+            difference = after.astype(int) - before
+            change, surer = paired(difference), paired(difference, level=1 - 0.05 / n_classes)
+            fell = change.mean <= -FALL and surer.high < 0
+            found.append(Change(k, int(own.sum()), accuracy(before), accuracy(after), change, fell))
+    return sorted(found, key=lambda one: float(one.change.mean))

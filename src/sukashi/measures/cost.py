@@ -21,11 +21,18 @@ from sukashi.core.precision import exact
 from sukashi.core.types import Mask
 from sukashi.network import surgery
 
+BATCH = 32  # images at once of what is told of latency and memory
+
+
+def batch_of(images: Tensor, n: int = BATCH) -> Tensor:
+    """So many images, those that there are again and again."""
+    return images.repeat(-(-n // len(images)), 1, 1, 1)[:n]
+
 
 def sizes(model: nn.Module, example: Tensor, mask: Mask) -> dict[str, dict[str, int]]:
     """{"dense": figures, "cut": figures}: what no clock decides, the same on every run.
 
-    `parameters`, `flops` (of one image), `peak_bytes` (of a pass over `example`) and `bytes` (of model.safetensors).
+    As of `size`.
     """
     small = copy.deepcopy(model)
     surgery.cut(small, mask)
@@ -33,11 +40,13 @@ def sizes(model: nn.Module, example: Tensor, mask: Mask) -> dict[str, dict[str, 
 
 
 def size(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """`parameters`, `flops` (of one image), `peak_bytes` (of a pass over `example`) and `bytes` of one network."""
+    """`parameters`, `flops` (of one image), `peak_bytes` (of a pass over `example`, of `batch_size` images) and `bytes`
+    of one network."""
     return {
         "parameters": n_parameters(model),
         "flops": flops(model, example),
         "peak_bytes": peak_bytes(model, example),
+        "batch_size": len(example),
         "bytes": n_bytes(model),
     }
 

@@ -40,7 +40,7 @@ WORDS = (
     Word(
         "contender",
         "What is held against others: a criterion, followed by “/” and how its calibration images were drawn, where "
-        "not at random.",
+        "not at random, and by “+” and what repairs its cuts.",
     ),
     Word(
         "unit",
@@ -53,10 +53,10 @@ WORDS = (
         "A method that says how much each position in a network, or each pixel, had to do with an answer.",
     ),
     Word(
-        "pass",
+        "progressive pass",
         "One round of a progressive criterion: units are judged in turn, each in the network that the removals before "
         "it left.",
-        "pass(?:es)?",
+        "progressive pass(?:es)?",
     ),
     Word(
         "progressive",
@@ -69,7 +69,11 @@ WORDS = (
         "A margin of .01 is one point.",
         "lossless(?:ly)?",
     ),
-    Word("point", "A percentage point, .01 of accuracy: from 95% to 94% is one point.", "points"),
+    Word(
+        "point",
+        "A percentage point, .01 of accuracy: from 95% to 94% is one point.",
+        r"[\d.]+ points?|ten points|in points|points of accuracy",
+    ),
     Word(
         "scope",
         "Among which single weights the least important are looked for: those of a row (one output), of a layer, of "
@@ -114,7 +118,8 @@ WORDS = (
     Word("Wilson", "Wilson's interval of a share, such as accuracy, of so many images.", "Wilson(?:'s|&#39;s)?"),
     Word(
         "95% interval",
-        "What a method gives that covers the true value in 95 of 100 repetitions, with other seeds and images.",
+        "What a method gives that covers the true value in 95 of 100 repetitions: with other images, and where it is "
+        "for new seeds too, with other seeds.",
         "95% (?:bootstrap )?intervals?",
     ),
     Word(
@@ -138,7 +143,11 @@ WORDS = (
     Word(
         "held out by seed",
         "Images kept from training, chosen by the hash of their names and the seed: another seed keeps others.",
-        "held out(?: by seed)?",
+    ),
+    Word(
+        "held out",
+        "Images kept from training, chosen by the hash of their names: the same ones whatever the seed.",
+        "held out(?! by seed)",
     ),
     Word(
         "waiting",

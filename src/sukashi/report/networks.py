@@ -63,6 +63,7 @@ def cost_table(
     `n_images` on how many images accuracy is.
     """
     rows: list[tuple[str, list[str], list[str]]] = []
+    first = next(iter(columns.values()), {})
     for name, (_, form) in FIGURES.items():
         values = [figures.get(name) for figures in columns.values()]
         if any(value is not None for value in values):
@@ -71,27 +72,36 @@ def cost_table(
                 f"× {value / dense:.2f}" if dense and value is not None and form != "percent" else ""
                 for value in values[1:]
             ]
-            rows.append((_called(name, n_images), [words.printed(value, form) for value in values], ["", *told]))
+            rows.append((_called(name, first, n_images), [words.printed(value, form) for value in values], ["", *told]))
     if latency:
         dense_ms = statistics.median(of["dense_ms"] for of in latency.values())
         times = [dense_ms, *(latency[name]["cut_ms"] if name in latency else None for name in [*columns][1:])]
         told = [f"× {factor(latency[name])}" if name in latency else "" for name in columns]
-        rows.append((LATENCY, [words.printed(ms, "ms") for ms in times], told))
+        rows.append((at_once(LATENCY, first), [words.printed(ms, "ms") for ms in times], told))
     return {"columns": list(columns), "rows": rows, "note": note} if rows else None
 
 
 def figure_rows(columns: Mapping[str, Mapping[str, Any]], n_images: int) -> list[tuple[str, list[str]]]:
     """What each figure is called, accuracy with its `n_images`, and how it is printed for each network."""
+    first = next(iter(columns.values()))
     return [
-        (_called(name, n_images), [words.printed(of.get(name), form) for of in columns.values()])
+        (_called(name, first, n_images), [words.printed(of.get(name), form) for of in columns.values()])
         for name, (_, form) in FIGURES.items()
         if any(of.get(name) is not None for of in columns.values())
     ]
 
 
-def _called(name: str, n_images: int) -> str:
+def _called(name: str, dense: Mapping[str, Any], n_images: int) -> str:
     noun, _ = FIGURES[name]
-    return f"{noun} on {words.several(n_images, 'test image')}" if name == "accuracy" else noun
+    if name == "accuracy":
+        return f"{noun} on {words.several(n_images, 'test image')}"
+    return at_once(noun, dense) if name == "peak_bytes" else noun
+
+
+def at_once(noun: str, dense: Mapping[str, Any]) -> str:
+    """What is measured of so many images at once: latency, ms (median), of 32 images."""
+    size = dense.get("batch_size")
+    return f"{noun}, of {words.several(size, 'image')}" if size else noun
 
 
 def timed(turns: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from sukashi.core.errors import writing
 from sukashi.report.figures import DPI, WIDTH, Drawn
 from sukashi.report.glossary import explained
 from sukashi.report.tables import tables_of
-from sukashi.report.words import p_value, percent
+from sukashi.report.words import number, p_value, percent
 
 REPORT = "report.html"
 FOLDERS = ("figures", "tables")
@@ -50,7 +50,7 @@ def write(folder: Path, page: Page, spelled: Callable[[str], str]) -> None:
         lstrip_blocks=True,
         finalize=lambda shown: spelled(shown) if type(shown) is str else shown,  # HTML that is made has another type
     )
-    environment.filters |= {"percent": percent, "p_value": p_value, "file": folder_of}
+    environment.filters |= {"percent": percent, "number": number, "p_value": p_value, "file": folder_of}
     inlined = {name: _inlined(drawn) for name, drawn in page.figures.items()}
     said = environment.get_template(page.template).render(figures=inlined, **page.shown)
     drawn = {folder_of(name): of for name, of in page.figures.items()}

@@ -11,7 +11,12 @@ from sukashi.core.experiment import Result
 
 def percent(value: float) -> str:
     """0.123 is 12.3%."""
-    return f"{100 * value:.1f}%"
+    return f"{100 * value:z.1f}%"
+
+
+def number(value: float, digits: int = 1, *, sign: bool = False) -> str:
+    """0.04 is 0.0 and so is -0.04, or +0.0 with its sign."""
+    return f"{value:{'+' if sign else ''}z.{digits}f}"
 
 
 def printed(value: float | None, form: str) -> str:
@@ -27,6 +32,19 @@ def printed(value: float | None, form: str) -> str:
     while value >= 999.5:
         value, prefix = value / 1000, next(prefixes)
     return f"{value:.3g} {prefix}{'B' if form == 'bytes' else ''}".rstrip()
+
+
+def span(of: Mapping[str, Any], scale: float = 1, *, sign: bool = False) -> str:
+    """A mean with its bounds: +1.3 (-0.2 to +2.8)."""
+    mean, low, high = (number(scale * of[name], sign=sign) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def spread(of: Mapping[str, Any], scale: float = 1, *, sign: bool = False) -> str:
+    """What bounds a mean over seeds: 81.2 to 84.0, or of two seeds, which bound too little, each: 81.2, 84.0."""
+    if len(of.get("each", ())) == 2:
+        return ", ".join(number(scale * seed, sign=sign) for seed in of["each"])
+    return f"{number(scale * of['low'], sign=sign)} to {number(scale * of['high'], sign=sign)}"
 
 
 def p_value(p: float | None) -> str:

@@ -20,6 +20,7 @@ from sukashi.experiments.bench import Bench, Source
 from sukashi.experiments.reading import Architecture
 from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
+from sukashi.repairs import NONE
 
 POPULATIONS = {
     "both": "the reference and the model get right",
@@ -29,23 +30,26 @@ POPULATIONS = {
 # Below so many images nothing is said of a model: with 20 pairs a t test at 5 % finds four times in five a mean of .66
 # standard deviations of the differences (Cohen 1988), and smaller ones less often.
 FEW = 20
+TOLD = ("label", "series", "ratio", "trained", "repair", "weights_sha256")  # of a model, beside its answers
 
 
 @dataclass(frozen=True)
 class Answers:
     """What a model of the audit answers.
 
-    `label` is its column's name, `series` and `ratio` what pruned it and how far (or None), `trained` whether it was
-    trained after it was cut, as its recipe tells. `right` (N,) says which of
-    the test images it gets right, `rows` are those on which it is audited; `image_ids` (N,) and `target` (N,) are the
-    same for all models. `identity` is what decides its answers, `areas` (N,) for each concept the share of an image's
-    pixels it has, where the data know.
+    `label` is its column's name; `series`, `ratio` and `repair` say what pruned it, how far, and what mended it (or
+    None), `trained` says whether it was trained after it was cut, as its recipe tells; `weights_sha256` is that of the
+    file of its weights, where it has one. `right` (N,) says which of the test images it gets right, `rows` are those on
+    which it is audited; `image_ids` (N,) and `target` (N,) are the same for all models. `identity` is what decides its
+    answers, `areas` (N,) for each concept the share of an image's pixels it has, where the data know.
     """
 
     label: str
     series: str | None
     ratio: float | None
     trained: bool
+    repair: str | None
+    weights_sha256: str | None
     class_names: tuple[str, ...]
     identity: Mapping[str, Any]
     image_ids: tuple[str, ...]
@@ -66,6 +70,17 @@ class Answers:
         return dict(zip(self.class_names, counts.tolist(), strict=True))
 
     @property
+    def tested_of_class(self) -> dict[str, int]:
+        """How many of the test images each class has."""
+        counts = np.bincount(self.target, minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def spoken_of(self) -> bool:
+        """Whether sentences may speak of it: it knows the classes, and has images enough."""
+        return not (self.guesses or self.few)
+
+    @property
     def right_of_class(self) -> dict[str, float]:
         """Which share of the test images of each class it gets right."""
         shares = (self.right[self.target == number] for number in range(len(self.class_names)))
@@ -79,7 +94,7 @@ class Answers:
 
 def packed(answers: Sequence[Answers]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Plain facts of each model and arrays, from which `unpacked` makes the answers again."""
-    facts = [{name: getattr(one, name) for name in ("label", "series", "ratio", "trained")} for one in answers]
+    facts = [{name: getattr(one, name) for name in TOLD} for one in answers]
     for fact, one in zip(facts, answers, strict=True):
         fact |= {"identity": dict(one.identity), "class_names": list(one.class_names)}
     arrays: dict[str, Any] = {
@@ -95,7 +110,7 @@ def packed(answers: Sequence[Answers]) -> tuple[list[dict[str, Any]], dict[str, 
 def unpacked(facts: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]]) -> list[Answers]:
     return [
         Answers(
-            **{name: fact[name] for name in ("label", "series", "ratio", "trained", "identity")},
+            **{name: fact[name] for name in (*TOLD, "identity")},
             class_names=tuple(fact["class_names"]),
             image_ids=tuple(arrays["image_ids"].tolist()),
             target=arrays["target"],
@@ -163,13 +178,11 @@ def opened(asked: Audit) -> list[Network]:
                     f"there is no test image to audit {whose} on, of {len(right)}, that "
                     f"{POPULATIONS[population]}: give more `test_images` or another `population`"
                 )
-            series, ratio, trained = _level(spec)
             loaded = setting.loaded
             answers = Answers(
                 label=label,
-                series=series,
-                ratio=ratio,
-                trained=trained,
+                **_level(spec),
+                weights_sha256=loaded.weights_sha256,
                 class_names=images.class_names,
                 identity={
                     "spec": loaded.spec,
@@ -239,15 +252,21 @@ def labels(specs: Sequence[str]) -> list[str]:
     return found
 
 
-def _level(model: str) -> tuple[str | None, float | None, bool]:
-    """By what a saved model was pruned and how far, where its recipe says so; and whether it was trained then."""
+def _level(model: str) -> dict[str, Any]:
+    """By what a saved model was pruned, how far, and what mended it, where its recipe says so; and whether it was
+    trained then."""
     spec, own = parted(model)
-    path = Path(own or spec) / models.RECIPE
+    path, found = Path(own or spec) / models.RECIPE, {"series": None, "ratio": None, "repair": None, "trained": False}
     if not path.is_file():
-        return None, None, False
+        return found
     told = models.read_recipe(path).provenance
-    trained = bool(told.get("trained"))
+    found["trained"] = bool(told.get("trained"))
     series, ratio = told.get("contender", told.get("criterion")), told.get("ratio", told.get("ratio_asked"))
     if not isinstance(series, str) or not isinstance(ratio, int | float):
-        return None, None, trained
-    return (f"{series}, seed {told['seed']}" if told.get("seed") else series), float(ratio), trained
+        return found
+    repair = told.get("repair", NONE)
+    return found | {
+        "series": f"{series}, seed {told['seed']}" if told.get("seed") else series,
+        "ratio": float(ratio),
+        "repair": None if repair == NONE else repair,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sukashi.experiments.audit.networks import FEW, POPULATIONS
@@ -23,7 +24,15 @@ def page(result: AuditResult, space: Workspace) -> Page:
     settings: dict[str, Any] = {
         **space.identity,
         **{name: subject(name, "page").settings(space) for name in result.subjects},
-        "models": {one.label: dict(one.identity) for one in answers},
+        # A file's hash is that of every page; that of the tensors says which networks are the same one.
+        "models": {
+            one.label: {
+                **{name: value for name, value in one.identity.items() if name != "weights"},
+                "weights_sha256": one.weights_sha256,
+                "tensors_sha256": one.identity["weights"],
+            }
+            for one in answers
+        },
     }
     return Page(
         "experiments/audit/page.html.j2",
@@ -37,6 +46,7 @@ def page(result: AuditResult, space: Workspace) -> Page:
                 *(line for of in panels.values() for line in of["warnings"]),
             ],
             "panels": panels,
+            "made": " ".join(filter(None, map(_made, result.models))),
             "classes": len(answers[0].class_names) <= CLASSES,
             "guessing": [model["label"] for model in result.models if model["guesses"]],
             "least": FEW,
@@ -45,6 +55,14 @@ def page(result: AuditResult, space: Workspace) -> Page:
             "run": (space.logged("run") or [{}])[-1],
         },
     )
+
+
+def _made(model: Mapping[str, Any]) -> str:
+    """What made a model, as in m30r: magnitude at ratio 0.3, mended by refit; empty where nobody says."""
+    if model["ratio"] is None:
+        return ""
+    mended = f", mended by {model['repair']}" if model["repair"] else ""
+    return f"{model['label']}: {model['series']} at ratio {model['ratio']:.4g}{mended}."
 
 
 def _left_out(result: AuditResult) -> list[str]:

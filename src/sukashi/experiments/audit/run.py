@@ -61,6 +61,7 @@ def prepare(settings: Audit) -> Prepared:
             *dict.fromkeys(said for n in networks for said in n.setting.data.notes),
             *(note for one in looking.values() for note in one.notes),
         ],
+        "split_of_class": dict(zip(reference.data.class_names, reference.data.test.counts.tolist(), strict=True)),
         **{name: one.facts for name, one in looking.items()},
     }
     first, *others = (network.answers for network in networks)

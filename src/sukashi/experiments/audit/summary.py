@@ -17,16 +17,17 @@ from sukashi.report import words
 
 CLASSES = 12  # of which each is counted in words
 NAMED = 5  # classes at most that a warning names
-TOLD = ("warnings", "notes")  # facts beside those of subjects
+TOLD = ("warnings", "notes", "split_of_class")  # facts beside those of subjects
 
 
 class AuditResult(Result):
     """Networks beside the first of them.
 
-    models     of each: label, series and ratio (what pruned it and how far, where its recipe says so), accuracy,
-               guesses (not shown to get more images right than guessing would), few (too few images to say anything),
-               n_images, images_of_class (how many of each class it is audited on), right_of_class (the share of the
-               test images of each class that it gets right)
+    models     of each: label, series, ratio and repair (what pruned it, how far, and what mended it, where its recipe
+               says so), accuracy, guesses (not shown to get more images right than guessing would), few (too few images
+               to say anything), n_images, images_of_class (how many of each class it is audited on), right_of_class
+               (the share of the test images of each class that it gets right)
+    tested_of_class, split_of_class   how many test images of each class are looked at, and how many the split has
     audited    the same in words
     options    of each attribution and measure, those that were given
     saliency   what its maps are like, see `audit.saliency.summary`; and so for each subject that was looked at
@@ -52,7 +53,7 @@ class AuditResult(Result):
         "low": (float, "its 95 % interval, of a likeness that of its mean, a bootstrap over images: from"),
         "high": (float, "to"),
         "p": (float, "of the paired t test; none of a likeness, which is not tested"),
-        "p_holm": (float, "the same after Holm's correction over all rows"),
+        "p_holm": (float, "the same after Holm's correction: over what sentences may speak of, the rest by itself"),
         "changed": (bool, "whether it is shown to have changed"),
         "size": (float, "the difference in standard deviations of the reference's values; none where these are equal"),
         "weight": (str, "the size in a word"),
@@ -63,6 +64,8 @@ class AuditResult(Result):
     data: str
     options: dict[str, dict[str, Any]]
     n_images: int
+    tested_of_class: dict[str, int]
+    split_of_class: dict[str, int]
     models: list[dict[str, Any]]
     verdict: str
     lines: list[str]
@@ -120,11 +123,14 @@ def summary(space: Workspace) -> AuditResult:
         data=space.identity["data"]["spec"],
         options={name: of for what in ("attributions", "measures") for name, of in space.identity[what].items()},
         n_images=len(answers[0].right),
+        tested_of_class=answers[0].tested_of_class,
+        split_of_class=facts["split_of_class"],
         models=[
             {
                 "label": one.label,
                 "series": one.series,
                 "ratio": one.ratio,
+                "repair": one.repair,
                 "accuracy": float(one.right.mean()),
                 "guesses": one.guesses,
                 "few": one.few,
@@ -178,8 +184,9 @@ def _gone(answers: Sequence[Answers]) -> list[str]:
     for one in answers[1:]:
         gone = [name for name, n in one.images_of_class.items() if not n]
         right = {name: (first.right_of_class[name], one.right_of_class[name]) for name in gone[:NAMED]}
+        n_of = first.tested_of_class
         told = [
-            f"{words.of_class(name)} ({first.label}: {a:.0%} right, {one.label}: {b:.0%})"
+            f"{words.of_class(name)} ({first.label}: {a:.0%} of {n_of[name]} right, {one.label}: {b:.0%})"
             for name, (a, b) in right.items()
         ]
         if gone:

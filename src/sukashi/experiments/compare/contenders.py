@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sukashi.core.errors import DataError, ModelError, UsageError
-from sukashi.core.stats import Interval, crossed
+from sukashi.core.stats import Interval, accuracy, crossed
 from sukashi.core.types import Curve, Plan
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.workspace import Desk, Record, Workspace
@@ -53,19 +54,32 @@ class Contender:
         """The point of each seed's curve at a ratio asked for, the nearest."""
         return [int(np.nanargmin(np.abs(curve.ratio - ratio))) for curve in self.curves]
 
+    def one_answer_from(self, ratios: Sequence[float]) -> float | None:
+        """The ratio from which on the networks of all seeds give one answer to every image; None where the last of
+        `ratios`, which rise, leaves more."""
+        found = None
+        for ratio in reversed([ratio for ratio in ratios if ratio > 0]):
+            if self.at(ratio)["one_answer"] < len(self.curves):
+                break
+            found = ratio
+        return found
+
     def at(self, ratio: float) -> dict[str, Any]:
         """What is gone and what is left at a ratio asked for, over the seeds: of units, parameters and FLOPs the mean,
-        of accuracy the mean with its interval for new seeds and new images."""
+        of accuracy the mean with its interval for new seeds and new images, and `each` seed's; of how many seeds the
+        network gives `one_answer` to every image."""
         rows = self.rows(ratio)
         pairs = list(zip(self.curves, rows, strict=True))
         dense = self.curves[0].flops[0]
-        right = crossed([curve.correct[row] for curve, row in pairs], bounds=(0, 1))
+        right = np.stack([curve.correct[row] for curve, row in pairs])
         return {
             "ratio_asked": ratio,
             "units_removed": float(np.mean([curve.n_removed[row] for curve, row in pairs])) / self.plans[0].n_units,
             "removed": float(np.mean([curve.fraction[row] for curve, row in pairs])),
             "flops_removed": float(1 - np.mean([curve.flops[row] for curve, row in pairs]) / dense) if dense else None,
-            "accuracy": right,
+            "accuracy": accuracy(right),
+            "each": right.mean(axis=1),
+            "one_answer": sum(bool((curve.answer[row] == curve.answer[row][0]).all()) for curve, row in pairs),
         }
 
 

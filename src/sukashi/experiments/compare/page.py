@@ -22,7 +22,7 @@ from sukashi.experiments.workspace import Workspace
 from sukashi.measures import curves
 from sukashi.measures.curves import THRESHOLDS
 from sukashi.repairs import NONE
-from sukashi.report import figures, words
+from sukashi.report import classes, figures, words
 from sukashi.report.figures import COLOURS, MARKERS, OTHERS, WIDTH, Drawn
 from sukashi.report.networks import MODES, categories_alt, cost_table, draw_categories, has_categories, slower
 from sukashi.report.page import Page
@@ -49,6 +49,8 @@ def page(result: CompareResult, space: Workspace) -> Page:
     if with_categories:
         drawn["categories"] = draw_categories(with_categories)
     leader = result.contenders[0]
+    seeds = {of["n"] for of in result.sauce.values()}
+    repaired = any(of["repair"] != NONE for of in result.methods.values())
     return Page(
         "experiments/compare/page.html.j2",
         drawn,
@@ -65,11 +67,17 @@ def page(result: CompareResult, space: Workspace) -> Page:
             "pairs": verdict.pairs_of(len(result.differences)),
             "lower": words.points(result.margin),
             "faster": verdict.faster(result.speed),
+            "fell": classes.FELL,
+            "small": classes.too_small(result.classes["rows"], result.margin),
+            "repaired": repaired,
+            # Of two seeds a table shows each, for the t interval of two says next to nothing.
+            "two_seeds": "; with two seeds, which bound too little, each of them" if 2 in seeds else "",
             "costs": cost_table(
                 result.costs,
                 result.latency,
                 result.n_images,
-                "The network cut for real beside the dense one, with half of the units removed.",
+                "The network cut for real beside the dense one, with half of the units removed."
+                + (" What a repair mends costs the same." if repaired else ""),
             ),
             "settings": {
                 **dict(words.flat(space.identity)),

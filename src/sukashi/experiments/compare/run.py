@@ -29,8 +29,7 @@ from sukashi.measures import cost, curves
 from sukashi.repairs import NONE, mender, repairs
 from sukashi.repairs import check as check_repair
 
-LATENCY_BATCH = 32
-SPEED_BATCHES = 1, 32
+SPEED_BATCHES = 1, cost.BATCH
 CURVES = "curves"  # by which a change of the code that measures them is told
 
 
@@ -183,7 +182,7 @@ def _measure(setting: Bench, options: Mapping[str, Any], desk: Desk) -> None:
 
 def _cost(setting: Bench, plan: Plan) -> dict[str, dict[str, int]]:
     """Parameters and FLOPs, dense and with half of the units gone: what no clock decides."""
-    return cost.sizes(setting.loaded.model, setting.example[:1], plan.mask(0.5))
+    return cost.sizes(setting.loaded.model, cost.batch_of(setting.example), plan.mask(0.5))
 
 
 def _conclude(setting: Bench, settings: Compare, space: Workspace) -> None:
@@ -203,7 +202,7 @@ def _time(setting: Bench, space: Workspace) -> None:
     A clock decides these, so they are kept apart from the results, which every run gives alike.
     """
     timed = {entry["trial"] for entry in space.logged("latency")}
-    batch = setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
+    batch = cost.batch_of(setting.example)
     # A repaired network takes as long as the cut one.
     done = [r for r in space.records() if "refused" not in r.result and repair_of(r) == NONE]
     missing = [r for r in done if r.key not in timed]
@@ -231,7 +230,7 @@ def _time_advised(setting: Bench, settings: Compare, space: Workspace) -> None:
     small = pruning.cut(setting.loaded, plan.mask(ratios[best.name]))
     with progress.task("latency of the advised cut", len(missing)) as shown:
         for size in missing:
-            batch = setting.example[:1].repeat(size, 1, 1, 1)
+            batch = cost.batch_of(setting.example, size)
             dense, cut = cost.latency((setting.loaded.model, small.model), batch, warmup=1, seconds=2.0)
             said = {"contender": best.name, "ratio": ratios[best.name], "batch_size": size}
             space.log("speed", **said, dense_ms=dense, cut_ms=cut, hardware=hardware(setting.device))

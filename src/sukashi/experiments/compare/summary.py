@@ -20,9 +20,12 @@ from sukashi.experiments.workspace import Workspace
 from sukashi.measures import curves
 from sukashi.report import networks, words
 
+Array = NDArray[np.float64]
+
 _GONE = ("units", "parameters", "FLOPs")
 
-Bounds = dict[str, Any]  # {"mean", "low", "high", "n"}, low and high None where one value bounds nothing
+# {"mean", "low", "high", "n"}, low and high None where one value bounds nothing; of seeds `each` of them.
+Bounds = dict[str, Any]
 
 
 class CompareResult(Result):
@@ -42,7 +45,9 @@ class CompareResult(Result):
     advice          the furthest of these, and `command`, which makes that network; None where none is shown
     speed           what a clock decides of that network, {images at once: dense_ms, cut_ms, factor, low, high}
     levels          of each ratio asked for, over seeds: units_removed, parameters_removed (None in mode zero),
-                    flops_removed, accuracy {"mean", "low", "high", "n"}
+                    flops_removed, accuracy {"mean", "low", "high", "n", "each"}, of how many seeds the network gives
+                    `one_answer` to every image
+    one_answer_from the ratio from which on every seed's network gives one answer to every image; None where none does
     accuracy_at     at 0.15, 0.3, 0.5 and 0.7 of what `removes` says; None where no trial went that far
     measured_up_to  the largest fraction that every seed measured
     differences     of SAUCE between pairs, the better first, paired by seed and image: mean, low, high, n, p, p_holm
@@ -52,7 +57,7 @@ class CompareResult(Result):
     latency         what a clock decides, of the network with half of the units gone: the medians dense_ms and cut_ms
                     and the factor between them, low to high, both networks timed in turns
     classes         of the advised cut, or else the leader's of half of the units: of each class with two test images or
-                    more its sensitivity before and after, the largest loss first, and whether it `fell`
+                    more its sensitivity before and after and its change, the largest loss first, and whether it `fell`
 
     `verdict` says how far one may cut and with what, `lines` what to do with that, how fast it is and who leads, `rule`
     what decided that.
@@ -97,6 +102,7 @@ class CompareResult(Result):
     advice: dict[str, Any] | None
     speed: dict[str, dict[str, Any]]
     levels: dict[str, list[dict[str, Any]]]
+    one_answer_from: dict[str, float | None]
     accuracy_at: dict[str, dict[str, Bounds | None]]
     measured_up_to: dict[str, float]
     differences: list[dict[str, Any]]
@@ -112,14 +118,15 @@ class CompareResult(Result):
     rule: str
 
     def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        header = ["criterion", "SAUCE", "95% interval", f"ratio, at most {words.points(self.margin)} lower", *_GONE]
+        within = "each seed" if {of["n"] for of in self.sauce.values()} == {2} else "95% interval"
+        header = ["criterion", "SAUCE", within, f"ratio, at most {words.points(self.margin)} lower", *_GONE]
         found = []
         for name in self.contenders:
             sauce, free = self.sauce[name], self.lossless[name]
             gone = [free[key] for key in ("units_removed", "parameters_removed", "flops_removed")]
             found.append(
                 [
-                    *(name, f"{sauce['mean']:.1f}", f"{sauce['low']:.1f} to {sauce['high']:.1f}"),
+                    *(name, f"{sauce['mean']:.1f}", words.spread(sauce)),
                     f"{free['ratio_asked']:g}" if free["ratio_asked"] else "none",
                     *(words.printed(share if free["ratio_asked"] else None, "percent") for share in gone),
                     "not counted" if self.evaluations[name] is None else f"{self.evaluations[name]:,.0f}",
@@ -208,7 +215,7 @@ def summary(space: Workspace, margin: float | None = None) -> CompareResult:
         classes=_classes(best or leader, ratios[best.name] if best else 0.5),
         refused=refused(space),
         verdict=said,
-        lines=[*todo, leads],
+        lines=[*todo, leads, *verdict.one_answers(found, identity["ratios"])],
         rule=rule,
         warnings=_warnings(space, found),
         notes=_told(found, "notes"),
@@ -219,6 +226,7 @@ def _of_contender(one: Contender, identity: Mapping[str, Any], lossless: float) 
     """The fields of a result that are by contender, of one of them; `lossless` is the ratio of its lossless point."""
     mode = identity["mode"]
     at = zip(curves.THRESHOLDS, curves.at(one.curves, curves.THRESHOLDS), strict=True)
+    each: list[Any] = [curves.at([curve], curves.THRESHOLDS) for curve in one.curves]
     return {
         "methods": {
             "criterion": plain(one.criterion),
@@ -227,13 +235,17 @@ def _of_contender(one: Contender, identity: Mapping[str, Any], lossless: float) 
             "options": identity["options"][one.criterion],
         },
         "seeds": list(one.seeds),
-        "sauce": _bounds(one.sauce),
+        "sauce": _bounds(one.sauce, one.areas().mean(axis=1)),
         "sauces": [float(result["sauce"]) for result in one.results],
         "relative_sauce": _bounds(stats.crossed(one.areas(relative=True))),
         "evaluations": _evaluations(one),
         "lossless": _level(one, lossless, mode),
+        "one_answer_from": one.one_answer_from(identity["ratios"]),
         "levels": [_level(one, ratio, mode) for ratio in identity["ratios"]],
-        "accuracy_at": {f"{fraction:g}": None if found is None else _bounds(found) for fraction, found in at},
+        "accuracy_at": {
+            f"{fraction:g}": None if found is None else _bounds(found, [of[place].mean for of in each])
+            for place, (fraction, found) in enumerate(at)
+        },
         "measured_up_to": one.reach,
         "curves": _points(one, mode, passes=False),
         "passes": _points(one, mode, passes=True),
@@ -246,8 +258,10 @@ def _evaluations(one: Contender) -> float | None:
     return None if not found and any(plan.n_images for plan in one.plans) else found
 
 
-def _bounds(found: stats.Interval) -> Bounds:
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n}
+def _bounds(found: stats.Interval, each: Sequence[float] | Array = ()) -> Bounds:
+    """With what `each` seed has, where these are given."""
+    bounds = {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n}
+    return bounds | ({"each": [float(of) for of in each]} if len(each) else {})
 
 
 def _pairs(found: Sequence[Contender]) -> list[dict[str, Any]]:
@@ -309,7 +323,7 @@ def _equal(found: Sequence[Contender]) -> list[list[str]]:
 def _level(one: Contender, ratio: float, mode: str) -> dict[str, Any]:
     at = one.at(ratio)
     parameters = at["removed"] if mode == "cut" else None
-    return at | {"parameters_removed": parameters, "accuracy": _bounds(at["accuracy"])}
+    return at | {"parameters_removed": parameters, "accuracy": _bounds(at["accuracy"], at.pop("each"))}
 
 
 def _advice(space: Workspace, best: Contender | None, ratios: Mapping[str, float], mode: str) -> dict[str, Any] | None:
@@ -352,14 +366,14 @@ def _pass_means(one: Contender) -> list[dict[str, Any]]:
             np.array([getattr(curve, name)[row] for curve, row in points], dtype=np.float64)
             for name in ("n_removed", "fraction")
         )
-        right = stats.crossed([curve.correct[row] for curve, row in points], bounds=(0, 1))
+        right = np.stack([curve.correct[row] for curve, row in points])
         found.append(
             {
                 "number": number + 1,
                 "n_units_removed": _span(units),
                 "units_removed": _span(units / one.plans[0].n_units),
                 "removed": _span(removed),
-                "accuracy": _bounds(right),
+                "accuracy": _bounds(stats.accuracy(right), right.mean(axis=1)),
             }
         )
     return found
@@ -392,15 +406,22 @@ def _latency(space: Workspace, found: Sequence[Contender]) -> dict[str, dict[str
 def _classes(one: Contender, ratio: float) -> dict[str, Any]:
     """What became of each class at a ratio, over the seeds."""
     at = one.at(ratio)
-    names = one.results[0]["class_names"]
-    rows = [
-        {
-            "name": names[change.number],
-            "n": change.n_images,
-            "dense": _bounds(change.dense),
-            "cut": _bounds(change.cut),
-            "fell": change.fell,
-        }
-        for change in verdict.changes(one, ratio)
-    ]
+    names, target = one.results[0]["class_names"], one.curves[0].target
+    rows = []
+    for of in verdict.changes(one, ratio):
+        own = target == of.number
+        dense, cut = (
+            np.array([curve.correct[row][own].mean() for curve, row in zip(one.curves, places, strict=True)])
+            for places in ([0] * len(one.curves), one.rows(ratio))
+        )
+        rows.append(
+            {
+                "name": names[of.number],
+                "n": of.n_images,
+                "dense": _bounds(of.dense, dense),
+                "cut": _bounds(of.cut, cut),
+                "change": _bounds(of.change),
+                "fell": of.fell,
+            }
+        )
     return {"contender": one.name, "ratio_asked": ratio, "units_removed": at["units_removed"], "rows": rows}

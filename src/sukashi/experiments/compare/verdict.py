@@ -18,9 +18,10 @@ from sukashi.experiments.workspace import Workspace
 from sukashi.measures import classwise, curves
 from sukashi.repairs import NONE
 from sukashi.report import networks, words
-from sukashi.report.classes import falls
+from sukashi.report.classes import falls, too_small
 
 ENOUGH_SEEDS = 5
+AREA = "SAUCE is 100 times the area under accuracy, from nothing removed to all."
 
 
 def furthest(found: Sequence[Contender], margin: float) -> dict[str, float]:
@@ -63,12 +64,15 @@ def headline(
         more.append(f"{words.percent(at['flops_removed'])} of the FLOPs")
     where = f"{words.percent(at['units_removed'])} of the units with {best.name}"
     gone = where + (f" ({', '.join(more)})" if more else "")
-    right = f"{words.percent(at['accuracy'].mean)} instead of {words.percent(dense)}"
+    mean = f" (mean of {words.seeds(len(best.seeds))})" if len(best.seeds) > 1 else ""
+    right = f"{words.percent(at['accuracy'].mean)}{mean} instead of {words.percent(dense)}"
     right += f" on {words.several(n_images, 'test image')}"
-    fallen = [change for change in changes(best, ratio) if change.fell]
+    became, names = changes(best, ratio), best.results[0]["class_names"]
+    fallen = [change for change in became if change.fell]
     if not fallen:
-        return f"{verb} {gone}: accuracy {right}, shown to be {lower}.", []
-    names = best.results[0]["class_names"]
+        of_each = [{"name": names[change.number], "n": change.n_images} for change in became]
+        small = too_small(of_each, margin)
+        return f"{verb} {gone}: accuracy {right}, shown to be {lower} over all classes together.", [small] * bool(small)
     told = falls([(names[change.number], change.dense.mean, change.cut.mean) for change in fallen])
     cut = "are cut" if mode == "cut" else "are silenced"
     return (
@@ -150,26 +154,35 @@ def speed_of(space: Workspace, best: Contender, ratio: float) -> dict[str, dict[
 
 
 def faster(speed: Mapping[str, Mapping[str, Any]]) -> str:
-    """How much faster the advised network is, on one image and on many, in one sentence; empty where none was timed."""
+    """What part of the dense network's time the advised one takes, on one image and on many, in one sentence; empty
+    where none was timed."""
     if not speed:
         return ""
-    shown, open_ = [], []
+    said = []
     for n_images, of in speed.items():
         on = "one image" if n_images == "1" else f"{n_images} images at once"
-        low, high = 1 / of["high"], 1 / of["low"] if of["low"] else math.inf
-        if low <= 1 <= high:
-            open_.append(f"on {on} ({low:.2f} to {high:.2f} times as fast)")
-        else:
-            shown.append(f"{1 / of['factor']:.2f} times as fast on {on} ({low:.2f} to {high:.2f})")
-    said = [*shown, *([f"not shown to be faster or slower {words.listed(open_)}"] if open_ else [])]
-    return f"That network is {words.listed(said)}; 95% intervals, {next(iter(speed.values()))['hardware']}."
+        so = ", not shown to differ" if of["low"] <= 1 <= of["high"] else ""
+        said.append(f"{networks.factor(of)} for {on}{so}")
+    hardware = next(iter(speed.values()))["hardware"]
+    return f"Of the dense network's time that network takes × {words.listed(said)}; 95% intervals, {hardware}."
+
+
+def one_answers(found: Sequence[Contender], ratios: Sequence[float]) -> list[str]:
+    """A sentence on where one answer to every image is all that is left, of each contender that comes to it."""
+    by_ratio: dict[float, list[str]] = {}
+    for one in found:
+        ratio = one.one_answer_from(ratios)
+        if ratio is not None:
+            by_ratio.setdefault(ratio, []).append(one.name)
+    told = [f"from ratio {ratio:g} on by {words.listed(names)}" for ratio, names in sorted(by_ratio.items())]
+    return [f"One and the same answer to every image is all that is left {words.listed(told)}."] if told else []
 
 
 def who_leads(found: Sequence[Contender], pairs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Which criterion keeps most accuracy over the whole range, in one sentence, and the rule that decided it."""
     leader, name, best = found[0], found[0].name, found[0].sauce
     if len(found) == 1:
-        return f"Over the whole range {name} reaches a SAUCE of {best.mean:.1f} ({words.seeds(best.n)}).", ""
+        return f"Over the whole range {name} reaches a SAUCE of {best.mean:.1f} ({words.seeds(best.n)}).", AREA
     against = [pair for pair in pairs if pair["first"] == name]
     if len(against) < len(found) - 1:
         lone = next(one.name for one in found[1:] if one.name not in [pair["second"] for pair in against])
@@ -183,10 +196,10 @@ def who_leads(found: Sequence[Contender], pairs: Sequence[Mapping[str, Any]]) ->
         return (
             f"Over the whole range {name} has the highest SAUCE, {best.mean:.1f}, {gap:.1f} above {second}; "
             "one seed can't tell whether another would agree.",
-            f"`seeds={ENOUGH_SEEDS}` adds seeds to this folder.",
+            f"{AREA} `seeds={ENOUGH_SEEDS}` adds seeds to this folder.",
         )
     rule = (
-        "A criterion leads when a t test of SAUCE, paired by seed and image, separates it from every other one "
+        f"{AREA} A criterion leads when a t test of SAUCE, paired by seed and image, separates it from every other one "
         f"(p < 0.05 after Holm's correction over {pairs_of(len(pairs))})."
     )
     p = words.p_value(runner["p_holm"])

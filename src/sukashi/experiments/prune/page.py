@@ -56,6 +56,8 @@ def page(result: PruneResult, space: Workspace) -> Page:
             "target": reached(result.target, result.ratio, result.layers) if result.target else "",
             "classes": result.classes,
             "networks": NETWORKS,
+            "fell": classes.FELL,
+            "small": classes.too_small(result.classes["rows"]),
             "overall": classes.overall(result.classes, NETWORKS),
             "settings": dict(words.flat(space.identity)) | {"test images": f"{result.n_images:,}"},
             "mode": MODES["sparse" if sparse else result.mode],

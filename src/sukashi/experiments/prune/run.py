@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sukashi import models, repairs
@@ -28,13 +27,9 @@ from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.targets import BY_SETTING, Search, unused
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, cost
-from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded
 from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
-
-LATENCY_BATCH = 32
-MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
 
 
 def prepare(settings: Prune) -> Prepared:
@@ -157,7 +152,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     provenance = {**about, **found, "units_removed" if units else "weights_removed": removed}
     for name, content in models.contents(small, provenance).items():
         desk.save(name, content)
-    desk.save("answers", _answers(answers, setting.data.n_classes))
+    desk.save("answers", accuracy.kept(answers, setting.data.n_classes))
     desk.finish(
         {
             **figures,
@@ -231,22 +226,7 @@ def _check_target(setting: Bench, settings: Prune, missing: Sequence[Trial]) -> 
 
 def _batch(setting: Bench) -> torch.Tensor:
     """What latency and memory are measured on."""
-    return setting.example.repeat(LATENCY_BATCH, 1, 1, 1)[:LATENCY_BATCH]
-
-
-def _answers(answers: Mapping[str, Replies], n_classes: int) -> dict[str, np.ndarray]:
-    """What both networks answer to the test images; probabilities where they are few enough to keep."""
-    found: dict[str, np.ndarray] = {
-        "image_ids": np.array(answers["dense"].image_ids, dtype=np.str_),
-        "target": answers["dense"].target,
-    }
-    for name, of in answers.items():
-        assert of.probability is not None
-        found |= {f"{name} answer": of.answer, f"{name} correct": of.correct}
-        found[f"{name} confidence"] = of.probability.max(axis=1)
-        if n_classes <= MOST_CLASSES:
-            found[f"{name} probability"] = of.probability
-    return found
+    return cost.batch_of(setting.example)
 
 
 def _layers(setting: Bench, mask: Mask, small: Loaded) -> list[dict[str, Any]]:
@@ -329,6 +309,6 @@ def _time(setting: Bench, space: Workspace) -> None:
         "latency",
         dense_ms=dense,
         cut_ms=pruned,
-        batch_size=LATENCY_BATCH,
+        batch_size=cost.BATCH,
         threads=torch.get_num_threads(),
     )

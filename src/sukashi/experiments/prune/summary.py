@@ -26,15 +26,16 @@ NETWORKS = "dense", "pruned"
 class PruneResult(Result):
     """A pruned network beside the dense one.
 
-    `dense` and `pruned` hold accuracy, parameters, flops (of an image), peak_bytes (of a batch) and bytes (of the
-    file); with a scope zeros_in_masked_layers and zeros_in_all too. `classes` is what both make of each class:
-    sensitivity, specificity, AUC, balanced accuracy, calibration, confusion, see `report.classes.compared`. Fractions
-    removed are of all units, of the weights in scope, and of all parameters. `ratio` is where the plan was cut: as
-    asked, or found for a `target`, which holds its name, what was asked and what was reached. `layers` counts the units
-    before and after, from input to output, with a scope the weights. `latency` of a batch is what a clock decides, and
-    so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its 95 % interval, low to
-    high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes, `infer` the script
-    that asks it about images. `tuning` is the call that trains the network on, empty where that lies in memory.
+    `dense` and `pruned` hold accuracy, parameters, flops (of an image), peak_bytes (of a pass over batch_size images)
+    and bytes (of the file); with a scope zeros_in_masked_layers and zeros_in_all too. `classes` is what both make of
+    each class: sensitivity, specificity, AUC, balanced accuracy, calibration, confusion, see `report.classes.by_class`.
+    Fractions removed are of all units, of the weights in scope, and of all parameters. `ratio` is where the plan was
+    cut: as asked, or found for a `target`, which holds its name, what was asked and what was reached. `layers` counts
+    the units before and after, from input to output, with a scope the weights. `latency` of as many images at once is
+    what a clock decides, and so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its
+    95 % interval, low to high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes`
+    bytes, `infer` the script that asks it about images. `tuning` is the call that trains the network on, empty where
+    that lies in memory.
     """
 
     kind: ClassVar[str] = "prune"
@@ -50,7 +51,8 @@ class PruneResult(Result):
         **shared("units_removed", "weights_removed", "parameters_removed", "flops_removed", "accuracy", "n_images"),
         "parameters": (int, "its parameters"),
         "flops": (int, "its FLOPs on one image"),
-        "peak_bytes": (int, "memory at its peak for one batch, in bytes"),
+        "peak_bytes": (int, "memory at its peak in a pass over `batch_size` images, in bytes"),
+        "batch_size": (int, "images of that pass, and of those that are timed"),
         "bytes": (int, "of its file of weights"),
         "zeros_in_masked_layers": (float, "with a scope: the share of the masked layers' weights that is zero"),
         "zeros_in_all": (float, "with a scope: the share of all parameters that is zero"),
@@ -92,7 +94,7 @@ class PruneResult(Result):
         rows = [[noun, *values] for noun, values in told]
         if self.latency:
             times = [words.printed(self.latency[name], "ms") for name in ("dense_ms", "cut_ms")]
-            rows += [[networks.LATENCY, *times]]
+            rows += [[networks.at_once(networks.LATENCY, self.dense), *times]]
             rows += [["  × dense, median of pairs of passes", "", networks.factor(self.latency)]]
         what, gone = ("weights", self.weights_removed) if self.scope else ("units", self.units_removed)
         assert gone is not None
@@ -164,7 +166,7 @@ def summary(space: Workspace) -> PruneResult:
     clocked = space.logged("latency")[-1:]
     latency = networks.timed(clocked) if clocked else {}
     dense, pruned, scope = found["dense"], found["pruned"], about["scope"]
-    by_class = classes.compared(records[0].arrays("answers"), found["class_names"], NETWORKS)
+    by_class = classes.by_class(records[0].arrays("answers"), found["class_names"], NETWORKS)
     return PruneResult(
         model=about["model"]["spec"],
         weights_sha256=about["model"]["weights_sha256"],
@@ -184,7 +186,7 @@ def summary(space: Workspace) -> PruneResult:
         onnx=f"onnx/{onnx.ONNX}" if exported else None,
         onnx_bytes=len(exported[0].read(onnx.ONNX)) if exported else None,
         infer=f"onnx/{onnx.INFER}" if exported and exported[0].has(onnx.INFER) else None,
-        verdict=_verdict(dense, pruned, found["n_images"], latency, scope, classes.fallen(by_class["rows"], NETWORKS)),
+        verdict=_verdict(dense, pruned, found["n_images"], latency, scope, by_class),
         tuning=_tuning(space),
         rule=_rule(found["n_images"], pruned["accuracy"], by_class["accuracy_change"]),
         warnings=found["warnings"],
@@ -223,7 +225,7 @@ def _rule(n_images: int, accuracy: float, change: Mapping[str, float]) -> str:
     within = share(round(accuracy * n_images), n_images)
     return (
         f"95% intervals for new images: the pruned network's accuracy {words.percent(within.low)} to "
-        f"{words.percent(within.high)}, its change {100 * change['low']:+.1f} to {100 * change['high']:+.1f} points."
+        f"{words.percent(within.high)}, its change {100 * change['low']:+z.1f} to {100 * change['high']:+z.1f} points."
     )
 
 
@@ -233,13 +235,16 @@ def _verdict(
     n_images: int,
     latency: Mapping[str, float],
     scope: str | None,
-    fallen: str,
+    by_class: Mapping[str, Any],
 ) -> str:
     change = 100 * (pruned["accuracy"] - dense["accuracy"])
+    fallen, one_answer = classes.fallen(by_class["rows"], NETWORKS), by_class["one_answer"]["pruned"]
+    if one_answer is not None:
+        fallen = f"the pruned network takes every image for {words.of_class(one_answer)}"
     parts = [fallen] if fallen else []
     parts += [
         f"accuracy on {words.several(n_images, 'test image')} goes from {words.percent(dense['accuracy'])} to "
-        f"{words.percent(pruned['accuracy'])} ({change:+.1f})"
+        f"{words.percent(pruned['accuracy'])} ({change:+z.1f})"
     ]
     if scope is not None:
         masked = words.percent(pruned["zeros_in_masked_layers"])
@@ -248,9 +253,9 @@ def _verdict(
     else:
         for name, noun in (("parameters", "parameters"), ("flops", "FLOPs")):
             if dense[name]:
-                parts.append(f"{noun} {100 * (pruned[name] / dense[name] - 1):+.0f}%")
+                parts.append(f"{noun} {100 * (pruned[name] / dense[name] - 1):+z.0f}%")
         if latency:
             sure = not latency["low"] <= 1 <= latency["high"]
-            parts.append(f"latency {100 * (latency['factor'] - 1):+.0f}%" if sure else "latency not shown to change")
+            parts.append(f"latency {100 * (latency['factor'] - 1):+z.0f}%" if sure else "latency not shown to change")
     said = ", ".join(parts) + ("; it is as large and as slow as before" if scope is not None else "")
     return f"{said[0].upper()}{said[1:]}."

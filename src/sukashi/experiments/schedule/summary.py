@@ -89,8 +89,8 @@ class ScheduleResult(Result):
                     *(row["contender"], f"{removed(row):.1%}", f"{row['ratio_asked']:.1%}", f"{less:.1%}"),
                     f"{100 * right['mean']:.1f}",
                     f"{100 * right['low']:.1f} to {100 * right['high']:.1f}",
-                    f"{100 * change['mean']:+.1f}",
-                    f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}",
+                    f"{100 * change['mean']:+z.1f}",
+                    f"{100 * change['low']:+z.1f} to {100 * change['high']:+z.1f}",
                 ]
             )
         return header, rows
@@ -170,8 +170,8 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
                 "contender": name,
                 "ratio_asked": ratio,
                 "shown": place < n_shown,
-                "accuracy": _share(over_seeds(name, ratio)),
-                "difference": _bounds(stats.crossed(over_seeds(name, ratio) - dense)),
+                "accuracy": _bounds(stats.accuracy(over_seeds(name, ratio))),
+                "difference": _bounds(stats.paired(over_seeds(name, ratio) - dense)),
                 "units_removed": gone if what == "units" else None,
                 "weights_removed": gone if what == "weights" else None,
                 "parameters_removed": float(
@@ -182,7 +182,7 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
     pairs = []
     for one, other in itertools.combinations(names, 2):
         for ratio in identity["ratios"]:
-            difference = _bounds(stats.crossed(over_seeds(one, ratio) - over_seeds(other, ratio)))
+            difference = _bounds(stats.paired(over_seeds(one, ratio) - over_seeds(other, ratio)))
             gone_of = [removed(rows[name, ratio]) for name in (one, other)]
             pair = {"first": one, "second": other, "ratio_asked": ratio, "removed": gone_of, "difference": difference}
             pairs.append(pair | {"so": _so(pair)})
@@ -193,7 +193,7 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
         "contenders": names,
         "seeds": identity["seeds"],
         "n_images": dense.shape[1],
-        "dense_accuracy": _share(dense),
+        "dense_accuracy": _bounds(stats.accuracy(dense)),
         "levels": list(rows.values()),
         "pairs": pairs,
     }
@@ -304,18 +304,10 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
             f"{name}: "
             + (f"at {words.listed([*map(level, safe[:-1]), level(safe[-1], of)])}" if safe else "at no level")
             + f" accuracy is shown to be at most {words.points(LOST)} lower; at {level(row)}{leak} it is "
-            f"{100 * last['mean']:+.1f} points from the dense network's ({100 * last['low']:+.1f} to "
-            f"{100 * last['high']:+.1f})."
+            f"{100 * last['mean']:+z.1f} points from the dense network's ({100 * last['low']:+z.1f} to "
+            f"{100 * last['high']:+z.1f})."
         )
     return said
-
-
-def _share(right: NDArray[np.float64]) -> dict[str, float]:
-    """Of one seed the interval that the page of its training shows, which is for images alone too."""
-    if len(right) == 1:
-        return _bounds(stats.share(int(right.sum()), right.size))
-    found = stats.crossed(right)
-    return {"mean": found.mean, "low": max(0.0, found.low), "high": min(1.0, found.high)}
 
 
 def _bounds(found: Interval) -> dict[str, float]:

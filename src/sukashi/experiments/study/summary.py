@@ -47,7 +47,7 @@ class StudyResult(Result):
             said = "no seed in common"
             if pair["mean"] is not None:
                 said = (
-                    f"{pair['mean']:+.1f} of SAUCE, 95% interval {pair['low']:.1f} to {pair['high']:.1f}, p "
+                    f"{pair['mean']:+z.1f} of SAUCE, 95% interval {pair['low']:z.1f} to {pair['high']:z.1f}, p "
                     f"{words.p_value(pair['p_holm'])} (Holm): {so(pair)}"
                 )
             parts.append(f"{pair['model']}: {pair['first']} minus {pair['second']}: {said}")

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sukashi.experiments.train.summary import TrainResult
 from sukashi.experiments.workspace import Workspace
-from sukashi.report import figures, words
+from sukashi.report import classes, figures, words
 from sukashi.report.figures import INK, WIDTH, Drawn
 from sukashi.report.page import Page
 
@@ -25,8 +25,19 @@ def page(result: TrainResult, space: Workspace) -> Page:
             "epochs_alt": _alt(result.history, result.epoch),
             "title": f"{result.model}, {told}",
             "warnings": result.warnings,
-            "classes": list(zip(result.class_names, result.class_counts, result.class_accuracy, strict=True)),
-            "settings": dict(words.flat(space.identity)),
+            "classes": result.classes,
+            "networks": result.networks,
+            "overall": classes.overall(result.classes, result.networks),
+            "fell": classes.FELL,
+            "small": classes.too_small(result.classes["rows"]),
+            "settings": {
+                # The hash by which other pages name the folder is that of what was saved, not of what it began with.
+                **{
+                    ("weights it began with, SHA-256" if name == "model.weights_sha256" else name): said
+                    for name, said in words.flat(space.identity)
+                },
+                "weights that were saved, SHA-256": space.records()[0].kept["artefacts"].get("model.safetensors", "–"),
+            },
             "run": (space.logged("run") or [{}])[-1],
         },
     )

@@ -16,7 +16,6 @@ from sukashi.experiments.bench import Bench, Source, hardware
 from sukashi.experiments.train.settings import Finetune, Train
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import accuracy
-from sukashi.measures.accuracy import by_class
 from sukashi.models import Loaded
 from sukashi.network.sites import Found
 from sukashi.training import loop
@@ -74,7 +73,15 @@ def _train(settings: Train, loaded: Loaded, images: Data, desk: Desk) -> Mapping
     for name, content in models.contents(fitted.loaded, {**desk.trial.about, "trained": True}).items():
         desk.save(name, content)
     log_speed(desk, fitted)
-    desk.finish(_figures(fitted, loaded, before, images, settings))
+    test = images.test.limit(settings.test_images)
+    batches = test.batches(fitted.loaded.preprocess, _BATCH, settings.workers)
+    networks = {"before": before, "trained": fitted.loaded}
+    answers = {
+        name: accuracy.replies(of.model, batches, probabilities=True) for name, of in networks.items() if of is not None
+    }
+    desk.save("answers", accuracy.kept(answers, images.n_classes))
+    right = {name: float(of.correct.mean()) for name, of in answers.items()}
+    desk.finish(_figures(fitted, loaded, right, len(test), images, settings))
     return {"resumed": fitted.resumed or None}
 
 
@@ -90,17 +97,17 @@ def history_of(fitted: Fitted) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name not in clocks} for entry in fitted.history]
 
 
-def _figures(fitted: Fitted, start: Loaded, before: Loaded | None, images: Data, settings: Train) -> dict[str, Any]:
-    """What was measured; `start` is what training started from, `before` the same where that was trained already."""
-    test = images.test.limit(settings.test_images)
-    batches = test.batches(fitted.loaded.preprocess, _BATCH, settings.workers)
-    correct, _ = accuracy.evaluate(fitted.loaded.model, batches)
+def _figures(
+    fitted: Fitted, start: Loaded, right: Mapping[str, float], n_images: int, images: Data, settings: Train
+) -> dict[str, Any]:
+    """What was measured; `start` is what training started from, `right` the accuracy on so many images of what it gave,
+    and of the network before it where that was trained already."""
     chosen = fitted.history[fitted.epoch - 1]
     _, validation, _ = splits(images, settings.training)
     return {
-        "accuracy": float(correct.mean()),
-        "accuracy_before": None if before is None else float(accuracy.evaluate(before.model, batches)[0].mean()),
-        "n_images": len(test),
+        "accuracy": right["trained"],
+        "accuracy_before": right.get("before"),
+        "n_images": n_images,
         "epochs": len(fitted.history),
         "epoch": fitted.epoch,
         "validation": {"loss": chosen["val_loss"], "accuracy": chosen["val_accuracy"]},
@@ -108,8 +115,6 @@ def _figures(fitted: Fitted, start: Loaded, before: Loaded | None, images: Data,
         "weights_removed": fitted.removed,
         "zeros_in_masked_layers": fitted.zeros,
         "class_names": list(images.class_names),
-        "class_accuracy": by_class(correct, test.objective.classes(test.targets), images.n_classes),
-        "class_counts": test.counts.tolist(),
         "history": history_of(fitted),
         "warnings": [*images.warnings, *seen(images, settings.training, start)],
         "notes": [*images.notes, *fitted.notes],

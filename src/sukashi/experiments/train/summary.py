@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sukashi.core.errors import UsageError
@@ -10,7 +10,7 @@ from sukashi.core.experiment import Columns, Result
 from sukashi.core.stats import share
 from sukashi.experiments.columns import shared
 from sukashi.experiments.workspace import Workspace
-from sukashi.report import words
+from sukashi.report import classes, words
 
 
 class TrainResult(Result):
@@ -22,6 +22,8 @@ class TrainResult(Result):
                        `n_validation` images
     weights_removed, zeros_in_masked_layers   shares of the weights a mask speaks of that it removes, and that are zero
                        in the end; None without a mask
+    classes            what it makes of each class: sensitivity, specificity, AUC, balanced accuracy, calibration,
+                       confusion; and what was `before`, beside it, see `report.classes.by_class`
     history            of each epoch: train_loss, val_loss, val_accuracy, lr
     images_per_second, waiting (the share of the time spent on getting images ready), resumed (the step this call went
                        on from)   what a clock and a call decide
@@ -52,8 +54,7 @@ class TrainResult(Result):
     weights_removed: float | None
     zeros_in_masked_layers: float | None
     class_names: list[str]
-    class_accuracy: list[float | None]
-    class_counts: list[int]
+    classes: dict[str, Any]
     history: list[dict[str, Any]]
     verdict: str
     rule: str
@@ -78,10 +79,16 @@ class TrainResult(Result):
         return rows[0], rows[1:]
 
     def text(self) -> str:
-        said = [words.table(*self.overview()), *self.remarks()]
+        said = [words.table(*self.overview()), "", classes.text(self.classes, self.networks), *self.remarks()]
         if self.resumed:
             said += ["", f"Went on from step {self.resumed}"]
+        said += ["", self.rule]
         return "\n".join([*said, "", f"Saved: {self.out}", *words.where(self)])
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """What stands side by side class by class."""
+        return _networks(self.accuracy_before)
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each epoch."""
@@ -98,9 +105,10 @@ def summary(space: Workspace) -> TrainResult:
     found, key, about = records[0].result, records[0].key, records[0].about
     reached = share(round(found["accuracy"] * found["n_images"]), found["n_images"])
     before = found["accuracy_before"]
+    by_class = classes.by_class(records[0].arrays("answers"), found["class_names"], _networks(before))
     verdict = f"{words.percent(found['accuracy'])} of {found['n_images']:,} test images are right"
     if before is not None:
-        verdict += f", {words.percent(before)} before ({100 * (found['accuracy'] - before):+.1f})"
+        verdict += f", {words.percent(before)} before ({100 * (found['accuracy'] - before):+z.1f})"
     timed = [logged["epochs"] for logged in space.logged("speed") if logged["trial"] == key]
     speed: dict[str, Any] = _speed(timed[-1]) if timed else {}
     epochs = words.several(found["epochs"], "epoch")
@@ -109,12 +117,27 @@ def summary(space: Workspace) -> TrainResult:
         weights_sha256=about["model"]["weights_sha256"],
         data=about["data"]["spec"],
         seed=about["seed"],
+        classes=by_class,
         verdict=f"{verdict}.",
-        rule=f"Weights of epoch {found['epoch']} of {epochs}. The 95% interval of the accuracy is "
-        f"{words.percent(reached.low)} to {words.percent(reached.high)} (Wilson's); the test images chose nothing.",
+        rule=f"Weights of epoch {found['epoch']} of {epochs}. 95% intervals for new images: accuracy "
+        f"{words.percent(reached.low)} to {words.percent(reached.high)}{_changed(by_class)}; the test images chose "
+        "nothing.",
         **found,
         **speed,
     )
+
+
+def _changed(by_class: Mapping[str, Any]) -> str:
+    """The interval of what training on changed, where it did."""
+    of = by_class["accuracy_change"]
+    if of is None:
+        return ""
+    low, high = (words.number(100 * of[name], sign=True) for name in ("low", "high"))
+    return f", its change {low} to {high} points"
+
+
+def _networks(before: float | None) -> tuple[str, ...]:
+    return ("trained",) if before is None else ("before", "trained")
 
 
 def _speed(epochs: list[dict[str, Any]]) -> dict[str, Any]:

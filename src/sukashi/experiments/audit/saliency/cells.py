@@ -107,6 +107,19 @@ def parts(network: Network, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+def usual_rows(of_models: Sequence[NDArray[np.int64]], rows: NDArray[np.int64], target: NDArray[np.int64]) -> list[int]:
+    """USUAL images that all models of which sentences speak are audited on, or else any of `rows`: the first of each
+    class, then the second."""
+    shared = set(rows.tolist()).intersection(*(of.tolist() for of in of_models)) or set(rows.tolist())
+    seen: dict[int, int] = {}
+    order = []
+    for row in sorted(shared):
+        number = int(target[row])
+        seen[number] = seen.get(number, 0) + 1
+        order.append((seen[number], number, row))
+    return [row for _, _, row in sorted(order)[:USUAL]]
+
+
 def _codes(measures: Sequence[str]) -> dict[str, str]:
     return {name: registry[name].code for name in measures}
 
@@ -327,10 +340,8 @@ class Auditor:
         labels, answers = [n.label for n in self.networks], [n.answers for n in self.networks]
         cells = {(name, label): Cell.read(desk.needed(key)) for label, key in desk.trial.about["cells"].items()}
         pairs = moved(answers, cells, [name])
-        seen = set.intersection(*(set(n.rows.tolist()) for n in self.networks)) or set(self.rows.tolist())
+        usual = usual_rows([one.rows for one in answers if one.spoken_of], self.rows, answers[0].target)
         target = answers[0].target
-        first = {int(target[row]): row for row in sorted(seen, reverse=True)}
-        usual = [row for _, row in sorted(first.items())][:USUAL]
         place = {image_id: row for row, image_id in enumerate(answers[0].image_ids)}
         chosen = [(row, "") for row in usual] + [(place[pair["image_id"]], pair["model"]) for pair in pairs]
         at = np.array([row for row, _ in chosen])

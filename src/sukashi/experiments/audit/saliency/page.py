@@ -85,6 +85,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     shown = {
         "found": found,
         "rows": {(row["model"], row["attribution"], row["measure"]): row for row in found["comparisons"]},
+        "own": {(row["attribution"], row["measure"]): row for row in found["own"]},
         "unspoken": [
             measure
             for measure in dict.fromkeys(row["measure"] for row in found["comparisons"])
@@ -117,7 +118,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
 def _changes_alt(found: Mapping[str, Any], measures: Sequence[str]) -> str:
     """The figure of changes in words."""
     told = [
-        f"{row['model']}, {row['attribution']}, {row['measure']} {row['difference']:+.3f}"
+        f"{row['model']}, {row['attribution']}, {row['measure']} {row['difference']:+z.3f}"
         for row in found["comparisons"]
         if row["measure"] in measures and row["low"] is not None
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sukashi.core import stats
 from sukashi.core.files import canonical
-from sukashi.experiments.audit.networks import FEW, Answers
+from sukashi.experiments.audit.networks import FEW, POPULATIONS, Answers
 from sukashi.experiments.audit.saliency import places, sanity, verdict
 from sukashi.experiments.audit.saliency.values import Array, Cell, Cells, curves_table, values_table
 from sukashi.experiments.audit.saliency.verdict import CERTAIN, is_told, said, weight
@@ -33,13 +33,15 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     comparisons = compare(answers, cells | regions, [*names, *([NO_MAP] if regions else [])], seed)
     similarities = alike(answers, cells, names, seed)
     points = pointing(answers, cells, names, seed)
-    left_out = {one.label for one in answers[1:] if one.guesses or one.few}
+    left_out = {one.label for one in answers[1:] if not one.spoken_of}
+    spoken_of = {one.label for one in answers[1:]} - left_out
     spoken, likenesses = (
         [row for row in rows if row["model"] not in left_out and row["n"] >= FEW and is_told(row["measure"])]
         for rows in (comparisons, similarities)
     )
     told = [row for row in spoken if row["attribution"] != NO_MAP]
     measures = [row["measure"] for row in comparisons if row["attribution"] != NO_MAP and is_told(row["measure"])]
+    of_reference = own(cells, names, answers[0].label, seed)
     about, values = sanity.values(records, names)
     sane = [row | bounds for row, bounds in zip(about, _means(values, seed), strict=True)]
     return {
@@ -60,15 +62,19 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
             }
             for one in answers
         ],
-        "verdict": verdict.verdict(told, likenesses, answers, _fraction(records)),
+        "verdict": verdict.verdict(told, likenesses, answers, _fraction(records), _population(records)),
         "lines": [
             *verdict.nearness(likenesses, names, answers[0].label),
             *verdict.lines(told, names, len(answers) - 1 - len(left_out)),
             *verdict.confidence([row for row in comparisons if row["model"] not in left_out]),
             *verdict.aims(told, points),
+            *verdict.own(of_reference, answers[0].label),
             *places.needs([row for row in spoken if row["attribution"] == NO_MAP], answers[0].label),
             *sanity.doubts(sane),
+            *([] if points or regions else [verdict.UNJUDGED]),
         ],
+        "own": of_reference,
+        "n_tested": sum(family(row, spoken_of) == (True, True) for row in comparisons),
         "comparisons": comparisons,
         "similarities": similarities,
         "pointing": points,
@@ -82,6 +88,10 @@ def _fraction(records: Sequence[Record]) -> float:
     """Which fraction of the pixels `top_overlap` calls the highest."""
     asked = (record.about.get("measures", {}).get("top_overlap") for record in records)
     return float(next((options["fraction"] for options in asked if options), 0.1))
+
+
+def _population(records: Sequence[Record]) -> str:
+    return POPULATIONS[next(record.about["population"] for record in records if "population" in record.about)]
 
 
 def tables(records: Sequence[Record]) -> dict[str, bytes]:
@@ -113,8 +123,9 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
 
     {"model", "attribution", "measure", "better", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm",
     "size", "changed", "said"}: means over the images, their mean difference with a 95 % bootstrap interval, the p-value
-    of the paired t test before and after Holm's correction over all rows, the difference in standard deviations of the
-    reference's values, and in words. Where all images differ by the same, t has no value and p is that of the signs.
+    of the paired t test before and after Holm's correction over the rows of its `family`, the difference in standard
+    deviations of the reference's values, and in words. Where all images differ by the same, t has no value and p is
+    that of the signs.
     A row of fewer than FEW images has not `changed`, whatever its p-value.
     """
     found: list[dict[str, Any]] = []
@@ -146,7 +157,7 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
                         "p": p if p is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0,
                     }
                 )
-    corrected = stats.holm([row["p"] for row in found]).tolist()
+    corrected = _corrected(found, {one.label for one in answers if one.spoken_of})
     for row, p_holm, spread, bounds in zip(found, corrected, spreads, _means(differences, seed), strict=True):
         row |= {"n": bounds["n"], "difference": bounds["mean"], "low": bounds["low"], "high": bounds["high"]}
         row |= {"p_holm": p_holm, "changed": p_holm < CERTAIN and row["n"] >= FEW}
@@ -154,6 +165,38 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
         row["weight"] = weight(row["size"])
         row["said"] = said(row)
     return found
+
+
+def family(row: Mapping[str, Any], spoken: Collection[str]) -> tuple[bool, bool]:
+    """With which others a comparison is corrected for being many: with those that sentences may speak of, or by itself
+    what is left out of them, models as well as measures that move with confidence."""
+    return row["model"] in spoken, is_told(row["measure"])
+
+
+def _corrected(rows: Sequence[Mapping[str, Any]], spoken: Collection[str]) -> list[float]:
+    families: dict[tuple[bool, bool], list[int]] = {}
+    for place, row in enumerate(rows):
+        families.setdefault(family(row, spoken), []).append(place)
+    found = [1.0] * len(rows)
+    for members in families.values():
+        for place, p in zip(members, stats.holm([rows[i]["p"] for i in members]).tolist(), strict=True):
+            found[place] = p
+    return found
+
+
+def own(cells: Cells, names: Sequence[str], reference: str, seed: int) -> list[dict[str, Any]]:
+    """What the reference's maps are like: {"attribution", "measure", "n", "mean", "low", "high"}, a bootstrap over all
+    images that any model is audited on."""
+    found = {
+        (name, measure): values[np.isfinite(values)]
+        for name in names
+        for measure, values in cells[name, reference].values.items()
+        if not cells[name, reference].is_similarity(measure) and np.isfinite(values).any()
+    }
+    return [
+        {"attribution": name, "measure": measure} | bounds
+        for (name, measure), bounds in zip(found, _means([*found.values()], seed), strict=True)
+    ]
 
 
 def alike(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
@@ -220,7 +263,7 @@ def moved(answers: Sequence[Answers], cells: Cells, names: Sequence[str]) -> lis
         of_reference = cells[name, answers[0].label]
         pairs = []
         for network in answers[1:]:
-            if network.guesses:
+            if not network.spoken_of:
                 continue
             cell = cells[name, network.label]
             measure = next(filter(cell.is_similarity, cell.values), next(iter(cell.values), None))

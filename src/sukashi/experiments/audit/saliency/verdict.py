@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sukashi.experiments.audit.networks import FEW, Answers
+from sukashi.experiments.audit.networks import FEW, POPULATIONS, Answers
 from sukashi.report import words
 from sukashi.report.words import between
 
@@ -27,6 +27,10 @@ WORDS = {
     "region_drop": ("more in need of the {}", "less in need of the {}"),
     "complement_drop": ("more in need of all but the {}", "less in need of all but the {}"),
 }
+UNJUDGED = (
+    "Whether the maps lie where the evidence is was not judged: that takes `masks` that say where, and localisation "
+    "among the `measures`."
+)
 NAMED = 3  # models at most of which a sentence gives the names
 # Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
 SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
@@ -82,12 +86,13 @@ def verdict(
     likenesses: Sequence[Mapping[str, Any]],
     answers: Sequence[Answers],
     fraction: float,
+    population: str,
 ) -> str:
     """What is said first: whether models look at the same places as the reference, then how faithful their maps are.
 
-    `fraction` is that of the pixels which `top_overlap` calls the most relevant. Of models that guess, or have too few
-    images, no more than that is said: whatever their maps show, the first do not know these classes and of the second
-    it may be chance.
+    `fraction` is that of the pixels which `top_overlap` calls the most relevant, `population` says which images. Of
+    models that guess, or have too few images, no more than that is said: whatever their maps show, the first do not
+    know these classes and of the second it may be chance.
     """
     others, reference = answers[1:], answers[0].label
     few = [network for network in others if network.few]
@@ -104,10 +109,12 @@ def verdict(
         n = between([len(network.rows) for network in few])
         said.append(f"{_whose(few, others)} {verb} too few images to say anything ({n}).")
     if rest:
-        of_rest = f"Of the other {len(rest)}: " if said and len(rest) > 1 else ""
-        found = [_of_places(likenesses, rest, reference, fraction), _of_faithfulness(told, rest, reference)]
+        found = [
+            _of_places(likenesses, rest, reference, fraction),
+            _of_faithfulness(told, rest, reference, population),
+        ]
         nothing = f"Nothing was compared with {reference} on {FEW} images or more."
-        said.append(of_rest + (" ".join(filter(None, found)) or nothing))
+        said.append(" ".join(filter(None, found)) or nothing)
     return " ".join(said)
 
 
@@ -124,18 +131,29 @@ def _of_places(likenesses: Sequence[Mapping[str, Any]], labels: Sequence[str], r
         return ""
     least = min(others, key=lambda row: row["mean"])
     same, own = least["attribution"], floor.get(least["attribution"])
-    model = f"{least['model']}, the least alike of {len(labels)} models," if len(labels) > 1 else least["model"]
-    among = " (of the attributions the least)" if len({row["attribution"] for row in others}) > 1 else ""
+    model, n_attributions = least["model"], len({row["attribution"] for row in others})
+    of = [f"{len(labels)} models"] * (len(labels) > 1) + [f"{n_attributions} attributions"] * (n_attributions > 1)
+    among = f", the least of {words.listed(of)}" if of else ""
     if measure == "top_overlap":
         tenth = "tenth" if fraction == 0.1 else f"{fraction:.0%}"
         said = f"Of the most relevant {tenth} of the pixels {_percent(least)} are the same in {model} as in {reference}"
-        alone = "" if own is None else f"; rounding alone leaves {own['mean']:.0%}"
+        alone = "" if own is None else f" Rounding alone leaves {own['mean']:.0%}"
     else:
         said = f"Maps of {model} have a {measure.replace('_', ' ')} of {_bounded(least)} with those of {reference}"
-        alone = "" if own is None else f"; rounding alone leaves {short(own['mean'])}"
+        alone = "" if own is None else f" Rounding alone leaves {short(own['mean'])}"
     if own is not None and least["high"] >= own["low"]:
         alone += ", so that no change of place is shown"
-    return f"{said} by {same}{among}{alone}."
+    return f"{said} (by {same}{among}).{alone}{'.' if alone else ''}"
+
+
+def own(rows: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
+    """A sentence on the reference's own maps where they are not shown to be more faithful than an order at random."""
+    return [
+        f"{reference}'s own {row['attribution']} maps are not shown to be more faithful than an order at random: ROAD "
+        f"{_bounded(row)}, at random 0."
+        for row in rows
+        if row["measure"] == "road" and row["n"] >= FEW and row["low"] <= 0
+    ]
 
 
 def _percent(row: Mapping[str, Any]) -> str:
@@ -143,7 +161,7 @@ def _percent(row: Mapping[str, Any]) -> str:
     return f"{row['mean']:.0%}{bounds}"
 
 
-def _of_faithfulness(told: Sequence[Mapping[str, Any]], labels: Sequence[str], reference: str) -> str:
+def _of_faithfulness(told: Sequence[Mapping[str, Any]], labels: Sequence[str], reference: str, population: str) -> str:
     """What became of faithfulness by ROAD, or without it of the first measure that is not moved by confidence."""
     measures = sorted({row["measure"]: None for row in told}, key=_rank)
     if not measures:
@@ -158,7 +176,8 @@ def _of_faithfulness(told: Sequence[Mapping[str, Any]], labels: Sequence[str], r
     name = "How faithful maps are (ROAD)" if measure == "road" else measure.replace("_", " ").capitalize()
     n = between([row["n"] for row in rows])
     if not changes:
-        return f"{name} is not shown to change in {n} images, which does not show that it is the same."
+        whose = f"the {n} test images that {population}" if population != POPULATIONS["all"] else f"{n} images"
+        return f"{name} is not shown to change in {whose}, which does not show that it is the same."
     by_word: dict[str, list[Mapping[str, Any]]] = {}
     for row in changes:
         by_word.setdefault(row["said"].partition(" by ")[0], []).append(row)
