@@ -202,6 +202,7 @@ def test_what_is_left_of_the_weights_is_refitted_and_zeros_stay(cnn_weights, tmp
         assert torch.equal(weights[1] != 0, keep & (weights[1] != 0))
         assert not torch.equal(*weights)
     assert found.pruned["accuracy"] >= plain.pruned["accuracy"]
+    assert "it is not the dense network with those weights at zero." in str(found)
     made = pruning.repaired(networks[0], bench.loaded, bench.calibration(0), "refit").model.state_dict()
     for name, tensor in networks[1].model.state_dict().items():
         assert torch.equal(made[name], tensor), name

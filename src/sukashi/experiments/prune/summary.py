@@ -121,9 +121,10 @@ class PruneResult(Result):
         """What a repair did, in a sentence."""
         if self.repair == NONE:
             return []
+        gone = "those units silent" if self.scope is None else "those weights at zero"
         return [
             f"Mended by {self.repair} on the images that calibrate, without their classes: its weights are no longer "
-            "the dense network's, so that it is not the dense network with those units silent."
+            f"the dense network's, so that it is not the dense network with {gone}."
         ]
 
     def shipped(self, folder: str = "") -> list[str]:
