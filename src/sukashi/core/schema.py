@@ -15,7 +15,7 @@ import re
 import shlex
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
@@ -149,6 +149,16 @@ def check_ratio(ratio: float) -> float:
             f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
         )
     return ratio
+
+
+def check_scale(mean: Sequence[float]) -> None:
+    """Raises UsageError for means that no pixels in [0, 1] have: those of pixels up to 255."""
+    if max(mean, default=0.0) > 1:
+        said, scaled = (",".join(f"{value:.4g}" for value in values) for values in (mean, [of / 255 for of in mean]))
+        raise UsageError(
+            f"`mean` is that of pixels in [0, 1], got {said}, as of pixels in [0, 255]: divide `mean` and `std` by 255 "
+            f"({scaled} is this mean)"
+        )
 
 
 Ratio = Annotated[float, AfterValidator(check_ratio)]
