@@ -142,11 +142,17 @@ def default_of(field: FieldInfo) -> Any:
     return None if field.default is PydanticUndefined else field.default
 
 
+def percentage(value: object) -> str:
+    """The end of an error about a fraction, where it was given in percent."""
+    return f"; {value:g}% is {value / 100:g}" if isinstance(value, int | float) and 1 <= value <= 100 else ""
+
+
 def check_ratio(ratio: float) -> float:
     """A ratio in [0, 1). Raises UsageError for another."""
     if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
         raise UsageError(
             f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
+            f"{percentage(ratio)}"
         )
     return ratio
 
@@ -414,7 +420,8 @@ def checked(
         among = f" in [{'.'.join(tables)}]" if tables else ""
         remedy = f", or give `{name}`" if name in options else ""
         raise UsageError(f"{file} has no {name!r}{among}: add {_toml(name, _example(inner, name))}{remedy}")
-    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}")
+    remedy = percentage(fault["input"]) if fault.get("ctx", {}).get("lt") == 1 else ""
+    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}{remedy}")
 
 
 def _shown(value: Any) -> str:

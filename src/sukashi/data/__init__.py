@@ -44,6 +44,7 @@ from sukashi.data.masks import masks_beside, masks_given
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
 from sukashi.data.splits import Batches, Split
+from sukashi.data.tree import is_plain_split, split_of
 
 __all__ = ["Batches", "Data", "Split", "check_classes", "check_there", "hold", "load", "names"]
 
@@ -192,8 +193,32 @@ def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: 
         return _by_name(spec, max_pixels)
     path = Path(spec).expanduser()
     if _is_parquet(path):
-        return path.stem, parquet.parquet(path, [path], label, groups, max_pixels)
-    return path.resolve().name, _in_folder(path, label, groups, max_pixels)
+        name, found = path.stem, parquet.parquet(path, [path], label, groups, max_pixels)
+    else:
+        name, found = path.resolve().name, _in_folder(path, label, groups, max_pixels)
+    apart = _apart(path.absolute()) if len(found.splits) == 1 else []
+    for told in apart:
+        warnings.warn(told, stacklevel=4)  # before images are read, which takes long
+    return name, replace(found, warnings=(*found.warnings, *apart))
+
+
+def _apart(path: Path) -> list[str]:
+    """A warning where a split is given alone and others of its dataset lie beside it."""
+    is_alike = _is_parquet if _is_parquet(path) else lambda other: other.is_dir() and is_plain_split(other.name)
+    others: list[str] = []
+    if is_alike(path) and split_of(path.name) is not None:
+        with contextlib.suppress(OSError):
+            others = [
+                other.name
+                for other in sorted(path.parent.iterdir())
+                if split_of(other.name) not in (None, split_of(path.name)) and is_alike(other)
+            ]
+    if not others:
+        return []
+    return [
+        f"{path.name} is read alone, and not {', '.join(others[:3])} beside it: give the folder that holds them all, "
+        f"`data={str(path.parent)!r}`, to test on images of their own"
+    ]
 
 
 def _beside(path: Path) -> str:
