@@ -812,11 +812,11 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"models": (0, 2)}, r'models\.\w{12} was "sukashi:digits_cnn", now null'),
-        ({"attributions": ["lrp"]}, r"attributions\.integrated_gradients was {}, now null"),
+        ({"models": (0, 2)}, r'models\.\w{12} was "sukashi:digits_cnn", now not given'),
+        ({"attributions": ["lrp"]}, r"attributions\.integrated_gradients was {}, now not given"),
         (
             {"options": {"integrated_gradients": {"steps": 1}}},
-            r"integrated_gradients\.steps was null, now 1",
+            r"integrated_gradients\.steps was not given, now 1",
         ),
     ],
 )
@@ -845,7 +845,7 @@ def test_an_audit_grows_by_a_pruned_model_though_the_names_of_the_others_change(
     shutil.copytree(tmp_path / "half", tmp_path / "deep" / "half")
     specs = [folders[0], str(tmp_path / "deep" / "half"), folders[2]]
     assert len(sukashi.audit(specs, "digits", **asked).models) == 3
-    with pytest.raises(UsageError, match=r'models\.drift, 0\.5, \w{12} was "sukashi:digits_cnn", now null'):
+    with pytest.raises(UsageError, match=r'models\.drift, 0\.5, \w{12} was "sukashi:digits_cnn", now not given'):
         sukashi.audit(folders[::2], "digits", **asked)
 
 

@@ -288,6 +288,7 @@ def test_a_comparison_that_cannot_be_right(refused, tmp_path, code, args, words)
     ("code", "args", "words"),
     [
         (2, ["--ratio", "1"], ["ratio must be in [0, 1), got 1.0"]),
+        (2, ["--ratio", "50%"], ["--ratio", "valid number", "; 50% is 0.5"]),
         (2, ["--ratio", "half"], ["--ratio", "valid number"]),
         (2, ["--mode", "zero", "--round-to", "8"], ["--round-to is for widths", "leave it out"]),
         (2, ["--mode", "null"], ["mode must be cut or zero, got 'null'"]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 import warnings
 from pathlib import Path
@@ -963,3 +964,26 @@ def test_a_hidden_folder_is_no_near_name_and_a_name_of_ours_comes_first(tmp_path
     with pytest.raises(UsageError) as refused:
         data.load("gitt")
     assert ".git" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["folders", "parquet"])
+def test_a_split_that_is_given_alone_is_told_of_those_beside_it_before_images_are_read(tmp_path, kind, monkeypatch):
+    rows = [{"image": encode(Image.fromarray(np.full((8, 8), 20 * k, np.uint8))), "label": k % 2} for k in range(8)]
+    for split in ("train", "test"):
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
+        for k, row in enumerate(rows if kind == "folders" else ()):
+            (tmp_path / split / str(row["label"])).mkdir(parents=True, exist_ok=True)
+            (tmp_path / split / str(row["label"]) / f"{k}.png").write_bytes(row["image"])
+    alone, other = ("train", "test") if kind == "folders" else ("train.parquet", "test.parquet")
+    words = f"{alone} is read alone, and not {other} beside it: give the folder .*, `data='{tmp_path}'`"
+    with pytest.warns(UserWarning, match=words):
+        found = data.load(tmp_path / alone)
+    assert any(re.match(words, told) for told in found.warnings)
+    monkeypatch.setattr(data, "_read", lambda *given: (_ for _ in ()).throw(DataError("images are read")))
+    with pytest.warns(UserWarning, match=words), pytest.raises(DataError, match="images are read"):
+        data.load(tmp_path / alone)
+    monkeypatch.undo()
+    with warnings.catch_warnings(record=True) as caught:
+        data.load(tmp_path)
+    assert not [warning for warning in caught if "read alone" in str(warning.message)]

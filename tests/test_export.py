@@ -248,3 +248,19 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
         sukashi.export(str(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="is no folder that a file could lie in"):
         sukashi.export("sukashi:digits_cnn")
+
+
+def test_what_infer_cannot_read_is_one_line(shipped, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    infer, file = shipped.whole.infer, shipped.whole.file
+    for arguments, words in [
+        ((), "python infer.py MODEL.onnx IMAGE"),
+        ((file, str(tmp_path / "none.png")), "none.png can't be read as an image: No such file or directory"),
+        ((file, str(tmp_path / "text.png")), "text.png can't be read as an image: cannot identify"),
+        ((str(tmp_path / "none.onnx"), "a.png"), "none.onnx can't be run: "),
+        ((str(tmp_path / "text.png"), "a.png"), "text.png can't be run: "),
+    ]:
+        done = alone(infer, *arguments)
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr

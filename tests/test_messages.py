@@ -27,6 +27,7 @@ OTHERS = (
     ("data/shapes.py", "^shapes: size={} and n={}"),
     ("experiments/compare/verdict.py", r"^(sukashi\.open\(|rank\(|, \w+=)"),
     ("models/adapted.py", "give it a parameter n_classes"),
+    ("models/specs.py", "n_classes or num_classes"),
     ("models/onnx.py", "the shorter side to `shorter`"),
     ("criteria/attributed.py", "`reduce` over positions"),
 )

@@ -7,6 +7,7 @@ import pickle
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -16,10 +17,12 @@ import torchvision
 from torch import nn
 from torch.nn.utils import prune
 
+import sukashi
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Mask, Preprocess, Site
 from sukashi.criteria import pruning
+from sukashi.experiments import bench
 from sukashi.models.architectures import OWN
 from sukashi.network.layers import Attention
 
@@ -497,7 +500,7 @@ def test_import_path():
         ("overflowing", "NaN or Inf"),
         ("mapping", r"\(images, classes\)"),
         ("number", "must return a torch.nn.Module"),
-        ("sizeless", "attribute preprocess"),
+        ("sizeless", "does not say what it reads"),
         ("probable", "probabilities, not logits: leave the softmax out"),
         ("logarithmic", "probabilities, not logits"),
         ("alike", "probabilities, not logits"),
@@ -702,3 +705,168 @@ def test_a_file_of_weights_is_no_model(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
     with pytest.raises(UsageError, match=r"is a file of weights and not a model.* `weights`"):
         models.load(str(tmp_path / "w.pt"))
+
+
+# Networks of one's own.
+
+CODE = """
+from torch import nn
+from sukashi import Preprocess
+
+def plain(num_classes=10, width=4):
+    body = nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(width, num_classes))
+
+def asking(num_classes):
+    return plain(num_classes)
+
+def fixed(width=4):
+    return plain(10, width)
+
+def told():
+    net = plain()
+    net.preprocess = Preprocess(8, 8, 3, (0.5,) * 3, (0.25,) * 3)
+    return net
+
+def bytewise():
+    net = plain()
+    net.preprocess = Preprocess(8, 8, 3, (124.0, 116.0, 104.0), (58.0, 57.0, 57.0))
+    return net
+"""
+READ = {"size": [8], "mean": [0.5, 0.4, 0.3], "std": [0.25]}
+
+
+@pytest.fixture
+def own(alone):
+    Path("birds").mkdir()
+    Path("birds/__init__.py").touch()
+    Path("birds/net.py").write_text(CODE)
+    alone()
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.filterwarnings("ignore:.*random weights")
+class TestOwn:
+    def test_what_it_reads_may_be_said_where_its_code_does_not(self, tmp_path):
+        loaded = models.load("birds.net:plain", **READ)
+        assert loaded.preprocess == Preprocess(8, 8, 3, (0.5, 0.4, 0.3), (0.25,) * 3)
+        read = "8 x 8, mean 0.5, 0.4, 0.3, std 0.25, 0.25, 0.25 (as asked), whole images resized, aspect ratio not kept"
+        assert loaded.reads == f"{read} (where nobody says)"
+        assert models.load("birds.net:plain", size=[8], mean=[0.5], std=[0.25]).preprocess.channels == 3
+        models.save(tmp_path / "saved", loaded, provenance={})
+        assert models.load("birds.net:plain", weights=tmp_path / "saved").preprocess == loaded.preprocess
+        header = {"size": "8", "mean": "0.5,0.4,0.3", "std": "0.25"}
+        safetensors.torch.save_file(loaded.model.state_dict(), tmp_path / "a.safetensors", header)
+        assert models.load("birds.net:plain", weights=tmp_path / "a.safetensors").preprocess == loaded.preprocess
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            (
+                {},
+                "give `size`, `mean` and `std`, or in its code .*: from sukashi import Preprocess; model.preprocess = ",
+            ),
+            ({"size": [8], "mean": [0.5]}, "give `std` too, or"),
+        ],
+    )
+    def test_where_nobody_says_what_it_reads_both_remedies_are_named(self, given, words):
+        with pytest.raises(ModelError, match=words):
+            models.load("birds.net:plain", **given)
+
+    def test_its_class_count_is_called_as_its_parameter_is(self, tmp_path):
+        loaded = models.load("birds.net:asking", n_classes=7, **READ)
+        assert loaded.n_classes == 7
+        models.save(tmp_path / "saved", loaded, provenance={})
+        assert models.load("birds.net:asking", weights=tmp_path / "saved").n_classes == 7
+        assert models.with_new_head(models.load("birds.net:plain", **READ), 3).n_classes == 3
+        with pytest.raises(ModelError, match="must be told its class count, num_classes: give `n_classes=N`"):
+            models.load("birds.net:asking", **READ)
+        with pytest.raises(ModelError, match=r"takes \(width\) and no n_classes or num_classes: leave `n_classes` out"):
+            models.load("birds.net:fixed", n_classes=7, **READ)
+        with pytest.raises(ModelError, match=r"takes \(num_classes\) and no width: leave `width` out"):
+            models.load("birds.net:asking", n_classes=7, width=3, **READ)
+
+    @pytest.mark.parametrize(
+        ("spec", "near"),
+        [
+            ("birds/net.py:plain", "'birds.net:plain'?"),
+            ("./birds/net.py:plain", "'birds.net:plain'?"),
+            ("birds/net:plain", "'birds.net:plain'?"),
+            ("birds.net.plain", "'birds.net:plain'?"),
+            ("birds/net.py", "'birds.net:NAME'?"),
+        ],
+    )
+    def test_a_file_in_place_of_a_module_is_told_as_the_module(self, spec, near):
+        with pytest.raises(UsageError) as caught:
+            models.load(spec)
+        assert str(caught.value) == f"unknown model {spec!r}: did you mean {near}"
+
+    def test_a_file_in_another_folder_is_told_with_the_path_of_python(self, monkeypatch):
+        folder = Path.cwd()
+        Path("elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        with pytest.raises(UsageError, match=f"did you mean 'net:plain' with PYTHONPATH={folder}/birds"):
+            models.load(f"{folder}/birds/net.py:plain")
+        monkeypatch.chdir("../birds")
+        with pytest.raises(UsageError, match=r"cannot import net\.py:plain: did you mean 'net:plain'"):
+            models.load("net.py:plain")
+
+    def test_means_of_pixels_up_to_255_are_refused_whoever_says_them(self):
+        words = r"pixels in \[0, 1\], got 124,116,104, as of pixels in \[0, 255\]: divide .* \(0.4863,0.4549,0.4078 is"
+        with pytest.raises(UsageError, match=words):
+            models.load("birds.net:bytewise")
+        with pytest.raises(UsageError, match=words):
+            models.load("birds.net:told", mean=[124, 116, 104])
+        with pytest.raises(UsageError, match=words):
+            sukashi.check("nobody:asks", "nor:this", mean=[124, 116, 104], std=[58, 57, 57])
+
+    def test_a_saved_folder_is_refused_with_the_call_that_names_its_code(self):
+        models.save("cut", models.load("birds.net:told"), provenance={})
+        for call, told in [
+            (
+                lambda: sukashi.finetune("cut", "digits", epochs=2, out="tuned"),
+                "`sukashi.finetune(model='birds.net:told', data='digits', epochs=2, out='tuned', weights='cut')`",
+            ),
+            (
+                lambda: sukashi.export("cut", file="a.onnx"),
+                "`sukashi.export(model='birds.net:told', file='a.onnx', weights='cut')`",
+            ),
+            (
+                lambda: sukashi.audit(["cut", "cut"], "digits", out="o"),
+                "`sukashi.audit(models=['birds.net:told=cut', 'birds.net:told=cut'], data='digits', out='o')`",
+            ),
+            (lambda: sukashi.load("cut"), "`model='birds.net:told'` with `weights='cut'`"),
+        ]:
+            with pytest.raises(ModelError) as caught:
+                call()
+            head = "cut needs the code of birds.net:told, and a recipe must not choose what code runs"
+            assert str(caught.value) == f"{head}: name it yourself, {told}"
+
+    def test_a_saved_folder_of_its_code_is_exported_into_itself_and_read_as_asked(self):
+        pytest.importorskip("onnxscript")
+        models.save("cut", models.load("birds.net:told"), provenance={})
+        found = sukashi.export("birds.net:told", weights="cut", mean=[0.4], std=[0.2])
+        assert found.file == "cut/onnx/model.onnx"
+        assert found.metadata["mean"] == "[0.4, 0.4, 0.4]"
+        assert "recipe_sha256" in found.metadata
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"model": "birds.net:plain"},
+            {"model": "birds/net.py:plain"},
+            {"model": "birds.net:told", "weights": "nowhere.pt"},
+            {"model": "sukashi:digits_cmm"},
+            {"model": "timm:resnet_18"},
+        ],
+    )
+    def test_a_model_is_refused_before_images_are_read(self, monkeypatch, given):
+        monkeypatch.setattr(bench.datasets, "load", lambda *given, **named: pytest.fail("images were read"))
+        for call in (
+            partial(sukashi.check, **given),
+            partial(sukashi.train, **given, out="o"),
+            partial(sukashi.compare, **given, criteria=["random"], out="o"),
+            partial(sukashi.export, **given, file="a.onnx"),
+        ):
+            with pytest.raises((ModelError, UsageError)):
+                call(data="digits")

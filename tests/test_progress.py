@@ -90,3 +90,15 @@ def test_a_comparison_from_python_is_heard(monkeypatch, tmp_path):
             **{"width": 8, "calibration": 2, "test_images": 20, "ratios": [0.5], "seeds": 1, "out": tmp_path / "out"},
         )
     assert "trials" in shown.getvalue()
+
+
+def test_what_is_left_is_not_told_by_the_first_thing_done(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    line = waiting._Line(waiting._Lines(), "checking train", 50_000)
+    clock[0] = 0.9  # it took so long to start
+    line.advance()
+    assert str(line) == "checking train 1/50000"
+    clock[0] = 2.5
+    line.advance(4999)
+    assert str(line).startswith("checking train 5000/50000, about 2")

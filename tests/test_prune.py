@@ -376,3 +376,26 @@ def test_a_network_that_may_be_guessing_is_told_what_was_assumed_of_it(cnn_weigh
         "images read as 8 x 8, mean 0, std 1, whole images resized, aspect ratio not kept (sukashi's defaults" in said
     )
     assert "numbered as 0, 1, 2, 3, ..." in said
+
+
+def test_a_cut_that_leaves_a_guess_says_which_layers_are_worn_and_what_may_keep_more(small, cnn_weights, tmp_path):
+    given = {"weights": cnn_weights, "data": "digits", "width": 8, "calibration": 4, "test_images": 200, "round_to": 1}
+    found = sukashi.prune("sukashi:digits_cnn", criterion="random", ratio=0.9, out=tmp_path / "a", **given)
+    (told,) = (warning for warning in found.warnings if "after the cut" in warning)
+    least = [of["layer"] for of in found.layers if of["kept"] == 1]
+    assert least
+    assert all(name in told for name in least)
+    remedies = f"`criterion='drift'`, `repair='refit'`, `exclude={least!r}` or a smaller cut may keep more"
+    assert told.endswith(f"no more than must stay. {remedies}")
+    kept = sukashi.prune("sukashi:digits_cnn", criterion="drift", ratio=0.1, out=tmp_path / "b", **given)
+    assert not [warning for warning in kept.warnings if "after the cut" in warning]
+
+
+def test_several_criteria_and_percentages_are_told_what_is_meant():
+    given = {"model": "m", "data": "d", "out": "o"}
+    with pytest.raises(UsageError, match=r"`criterion` is one, got 'drift,taylor': .* `sukashi.compare`, which takes"):
+        sukashi.prune(**given, criterion="drift,taylor", ratio=0.5)
+    with pytest.raises(UsageError, match=r"`target_flops` must be in \(0, 1\), got 50.0; 50% is 0.5$"):
+        sukashi.prune(**given, criterion="drift[share=0.2,steps=3]", target_flops=50.0)
+    with pytest.raises(UsageError, match=r"or with a scope of weights; 30% is 0.3$"):
+        sukashi.prune(**given, criterion="drift", ratio=30)

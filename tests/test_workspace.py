@@ -533,3 +533,16 @@ def test_a_write_cut_short_leaves_the_previous_state(tmp_path):
         assert content(tmp_path) == before
         desk.journal["second"] = "now"
         assert dict(desk.journal) == {"first": "x" * 400, "second": "now"}
+
+
+def test_what_was_asked_otherwise_is_told_before_what_follows_from_it():
+    kept = {"code": {"taylor": "a", "norm": "b"}, "criterion": "taylor", "data": {"sha256": "c"}, "target_flops": 0.5}
+    asked = {"code": {"drift": "d", "norm": "e"}, "criterion": "drift", "data": {"sha256": "f"}, "target_flops": None}
+    with pytest.raises(UsageError) as caught:
+        files.refuse_other("out", kept, asked)
+    assert str(caught.value) == (
+        'out is an existing output folder of another trial: criterion was "taylor", now "drift"; target_flops was 0.5, '
+        "now not given; the code of norm has changed and 1 more; choose another `out` or remove the folder"
+    )
+    with pytest.raises(UsageError, match="trial: data has other contents; choose"):
+        files.refuse_other("out", {"data": {"sha256": "c"}}, {"data": {"sha256": "f"}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import re
 import shlex
 import sys
 import warnings
@@ -219,6 +220,10 @@ def main() -> None:
                 raise
             context = getattr(error, "ctx", None)
             remedy = f"see `{context.command_path if context else 'sukashi'} --help`"
-            say(f"{error.format_message().rstrip('.')} ({remedy})", style="red")
+            told = error.format_message().rstrip(".")
+            percents = [word.rpartition("=")[2] for word in sys.argv if re.fullmatch(r"(--[\w-]+=)?\d+(\.\d+)?%", word)]
+            if "valid number" in told and percents:
+                told += f"; {percents[0]} is {float(percents[0][:-1]) / 100:g}"
+            say(f"{told} ({remedy})", style="red")
             exit_code = 2
     sys.exit(exit_code)

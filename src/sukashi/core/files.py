@@ -148,7 +148,8 @@ def remove_drafts(folder: Path, name: str = "") -> None:
 
 def refuse_other(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """UsageError, naming the differences, where a folder was made by another configuration than is asked for."""
-    different = list(differences("", kept, asked))
+    different = [_phrase(*of) for of in sorted(differences("", kept, asked), key=lambda of: _is_hash(of[0]))]
+    different = list(dict.fromkeys(filter(None, different)))
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UsageError(
@@ -200,16 +201,31 @@ def unreadable(path: Path, why: str) -> DataError:
     return DataError(f"{path} can't be read ({why}): remove its folder and run the same command again")
 
 
-def differences(path: str, kept: Any, asked: Any) -> Iterator[str]:
-    """One phrase for each setting in which two configurations differ."""
+def differences(path: str, kept: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Each setting in which two configurations differ: its name, and what it was and is."""
     if isinstance(kept, dict) and isinstance(asked, dict):
         for key in sorted({*kept, *asked}):
             yield from differences(f"{path}.{key}" if path else key, kept.get(key), asked.get(key))
     elif kept != asked:
-        yield f"{path} was {_short(kept)}, now {_short(asked)}"
+        yield path, kept, asked
+
+
+def _is_hash(path: str) -> bool:
+    return path.startswith("code.") or path.rpartition(".")[2].endswith("sha256")
+
+
+def _phrase(path: str, kept: Any, asked: Any) -> str:
+    """What is another, in a phrase; of code that follows from the names of methods, nothing."""
+    if not _is_hash(path):
+        return f"{path} was {_short(kept)}, now {_short(asked)}"
+    if not path.startswith("code."):
+        return f"{path.rpartition('.')[0] or 'what it read'} has other contents"
+    return f"the code of {path.removeprefix('code.')} has changed" if kept and asked else ""
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
     text = canonical(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -15,7 +15,7 @@ import re
 import shlex
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
@@ -142,13 +142,29 @@ def default_of(field: FieldInfo) -> Any:
     return None if field.default is PydanticUndefined else field.default
 
 
+def percentage(value: object) -> str:
+    """The end of an error about a fraction, where it was given in percent."""
+    return f"; {value:g}% is {value / 100:g}" if isinstance(value, int | float) and 1 <= value <= 100 else ""
+
+
 def check_ratio(ratio: float) -> float:
     """A ratio in [0, 1). Raises UsageError for another."""
     if not (isinstance(ratio, int | float) and 0 <= ratio < 1):
         raise UsageError(
             f"ratio must be in [0, 1), got {ratio}: it is the fraction REMOVED of units, or with a scope of weights"
+            f"{percentage(ratio)}"
         )
     return ratio
+
+
+def check_scale(mean: Sequence[float]) -> None:
+    """Raises UsageError for means that no pixels in [0, 1] have: those of pixels up to 255."""
+    if max(mean, default=0.0) > 1:
+        said, scaled = (",".join(f"{value:.4g}" for value in values) for values in (mean, [of / 255 for of in mean]))
+        raise UsageError(
+            f"`mean` is that of pixels in [0, 1], got {said}, as of pixels in [0, 255]: divide `mean` and `std` by 255 "
+            f"({scaled} is this mean)"
+        )
 
 
 Ratio = Annotated[float, AfterValidator(check_ratio)]
@@ -404,10 +420,11 @@ def checked(
         among = f" in [{'.'.join(tables)}]" if tables else ""
         remedy = f", or give `{name}`" if name in options else ""
         raise UsageError(f"{file} has no {name!r}{among}: add {_toml(name, _example(inner, name))}{remedy}")
-    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}{_remedy(fault['input'])}")
+    remedy = percentage(fault["input"]) if fault.get("ctx", {}).get("lt") == 1 else _by_name(fault["input"])
+    raise UsageError(f"{shown} {_rule(fault, inner)}, got {_shown(fault['input'])}{remedy}")
 
 
-def _remedy(value: Any) -> str:
+def _by_name(value: Any) -> str:
     """Of a function, which goes by its name in files and other processes."""
     if not inspect.isroutine(value):
         return ""

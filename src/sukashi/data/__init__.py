@@ -44,8 +44,9 @@ from sukashi.data.masks import masks_beside, masks_given
 from sukashi.data.memory import hold
 from sukashi.data.shapes import Shapes
 from sukashi.data.splits import Batches, Split
+from sukashi.data.tree import is_plain_split, split_of
 
-__all__ = ["Batches", "Data", "Split", "check_classes", "hold", "load", "names"]
+__all__ = ["Batches", "Data", "Split", "check_classes", "check_there", "hold", "load", "names"]
 
 ORDER = ("train", "val", "test")
 """Splits in the order they are read and named."""
@@ -128,6 +129,23 @@ def load(
     return whole if only is None else whole.only(only)
 
 
+def check_there(spec: str | Path) -> None:
+    """Refuse a name that is none, and a folder or file that is not there, before anything is read."""
+    if not str(spec):
+        raise UsageError("data must not be empty: give a folder, or a name such as digits")
+    if isinstance(spec, str) and (spec.partition(":")[0] in _NAMED or spec.startswith(memory.PREFIX)):
+        return
+    path = Path(spec).expanduser()
+    if not path.is_dir() and not _is_parquet(path):
+        near = nearest(str(spec), names())  # a name of ours first: folders lie beside by chance
+        known = f", and no such folder{near if 'did you mean' in near else _beside(path) or near}"
+        raise UsageError(f"unknown data {str(spec)!r}{': it is no folder' if path.exists() else known}")
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir()
+
+
 def _check_asked(class_map: Mapping[str, int] | None, only: Sequence[str] | None, max_pixels: int) -> None:
     if not 1 <= max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
         raise UsageError(
@@ -168,20 +186,39 @@ def _is_whole(splits: Mapping[str, Split]) -> bool:
 
 
 def _found(spec: str | Path, label: str | None, groups: str | None, max_pixels: int) -> tuple[str, Found]:
-    if not str(spec):
-        raise UsageError("data must not be empty: give a folder, or a name such as digits")
+    check_there(spec)
     if isinstance(spec, str) and (spec.partition(":")[0] in _NAMED or spec.startswith(memory.PREFIX)):
         if label is not None:
             raise UsageError(f"{spec} has no columns, `label={label!r}` is for those of Parquet and CSV: leave it out")
         return _by_name(spec, max_pixels)
     path = Path(spec).expanduser()
-    if path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir():
-        return path.stem, parquet.parquet(path, [path], label, groups, max_pixels)
-    if not path.is_dir():
-        near = nearest(str(spec), names())  # a name of ours first: folders lie beside by chance
-        known = f", and no such folder{near if 'did you mean' in near else _beside(path) or near}"
-        raise UsageError(f"unknown data {str(spec)!r}{': it is no folder' if path.exists() else known}")
-    return path.resolve().name, _in_folder(path, label, groups, max_pixels)
+    if _is_parquet(path):
+        name, found = path.stem, parquet.parquet(path, [path], label, groups, max_pixels)
+    else:
+        name, found = path.resolve().name, _in_folder(path, label, groups, max_pixels)
+    apart = _apart(path.absolute()) if len(found.splits) == 1 else []
+    for told in apart:
+        warnings.warn(told, stacklevel=4)  # before images are read, which takes long
+    return name, replace(found, warnings=(*found.warnings, *apart))
+
+
+def _apart(path: Path) -> list[str]:
+    """A warning where a split is given alone and others of its dataset lie beside it."""
+    is_alike = _is_parquet if _is_parquet(path) else lambda other: other.is_dir() and is_plain_split(other.name)
+    others: list[str] = []
+    if is_alike(path) and split_of(path.name) is not None:
+        with contextlib.suppress(OSError):
+            others = [
+                other.name
+                for other in sorted(path.parent.iterdir())
+                if split_of(other.name) not in (None, split_of(path.name)) and is_alike(other)
+            ]
+    if not others:
+        return []
+    return [
+        f"{path.name} is read alone, and not {', '.join(others[:3])} beside it: give the folder that holds them all, "
+        f"`data={str(path.parent)!r}`, to test on images of their own"
+    ]
 
 
 def _beside(path: Path) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
-from sukashi.core.schema import Settings, option
+from sukashi.core.schema import Settings, call_of, default_of, option
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import calibration, plans, pruning
 from sukashi.criteria import criteria as registry
@@ -45,7 +45,8 @@ class Source(Reading):
 
     @classmethod
     def of(cls, settings: Opening, **more: Any) -> Source:
-        """That of an experiment's settings; `more` says what these do not."""
+        """That of an experiment's settings; `more` says what these do not. Raises what `check_code` does."""
+        check_code(settings)
         return cls(**{name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)} | more)
 
     def read(self) -> Data:
@@ -67,26 +68,28 @@ class Source(Reading):
             raise UsageError(f"`test_images` must be at least {images.n_classes}, one a class, got {self.test_images}")
         return images
 
-    def build(self, images: Data, seed: int = 0, *, new_head: bool = False) -> tuple[Loaded, Data]:
+    def early(self, seed: int = 0) -> Loaded | None:
+        """The model, before images are read, which takes longer than to refuse it; None where it waits for the number
+        of their classes.
+        """
+        pick_device(self.device)
+        datasets.check_there(self.data)
+        loaded = self._load(self.n_classes, seed)
+        return None if self._waits else loaded
+
+    def build(
+        self, images: Data, seed: int = 0, *, new_head: bool = False, early: Loaded | None = None
+    ) -> tuple[Loaded, Data]:
         """The model for these data, on its device, with a `new_head` for them, and the data as it answers them; what is
-        random is drawn by `seed`.
+        random is drawn by `seed`. What was loaded `early` is taken as it is.
         """
         place = pick_device(self.device)
         if images.preprocess is not None and self.pixels:
             raise UsageError(f"{self.data} is tensors as a network takes them: leave `{next(iter(self.pixels))}` out")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
-            loaded = models.load(
-                self.model,
-                weights=self.weights,
-                weights_key=self.weights_key,
-                n_classes=images.n_classes if self.n_classes is None and self.untrained else self.n_classes,
-                width=self.width,
-                pretrained=self.pretrained,
-                output=self.output,
-                **self.pixels,
-            )
-            if new_head:
+        loaded = early or self._load(images.n_classes if self._waits else self.n_classes, seed)
+        if new_head:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
                 loaded = models.with_new_head(loaded, images.n_classes)
         if images.preprocess is not None:
             read_by = dict.fromkeys(models.READ, models.Origin("the images are tensors"))
@@ -100,6 +103,25 @@ class Source(Reading):
             told = f"images are read as {loaded.reads}: weights that were trained otherwise lose accuracy by it"
             images = images.noting(f"{told}; `size`, `mean`, `std` and `resize` say how")
         return loaded, images.noting(*loaded.notes)
+
+    def _load(self, n_classes: int | None, seed: int) -> Loaded:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # a model without weights of its own is the same one in every run
+            return models.load(
+                self.model,
+                weights=self.weights,
+                weights_key=self.weights_key,
+                n_classes=n_classes,
+                width=self.width,
+                pretrained=self.pretrained,
+                output=self.output,
+                **self.pixels,
+            )
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the model has as many classes as the data."""
+        return self.untrained and self.n_classes is None
 
     @property
     def pixels(self) -> dict[str, Any]:
@@ -118,14 +140,16 @@ class Source(Reading):
         Without `units` nobody looks for what could be cut, and nothing need be found. Sites of layers to `exclude` are
         left out.
         """
-        images = self.read()
+        early, images = self.early(), self.read()
         images.train.calibration(self.calibration, 0)
-        setting = self.beside(images)
+        setting = self.beside(images, early)
         return replace(setting, found=setting.sites_of(setting.loaded.model, exclude)) if units else setting
 
-    def beside(self, images: Data) -> Bench:
-        """The model with data that are read already, found to run on them; nobody looks for what could be cut."""
-        loaded, images = self.build(images)
+    def beside(self, images: Data, early: Loaded | None = None) -> Bench:
+        """The model, that was loaded `early` or not, with data that are read already, found to run on them; nobody
+        looks for what could be cut.
+        """
+        loaded, images = self.build(images, early=early)
         for note in loaded.notes:
             warnings.warn(note, stacklevel=4)
         if self.untrained:
@@ -291,6 +315,24 @@ class Ranking:
     def __repr__(self) -> str:
         first = ", ".join(f"{row['layer']}[{row['unit']}]" for row in self.table()[:5])
         return f"{self.plan.method}: {words.several(self.plan.n_units, 'unit')}, first to go {first}, ..."
+
+
+def check_code(settings: Opening) -> None:
+    """Refuse saved folders of code that these settings do not name, with the call that does.
+
+    Raises ModelError.
+    """
+    fields = type(settings).model_fields
+    given = {name: getattr(settings, name) for name in fields if name in settings.model_fields_set}
+    given = {name: value for name, value in given.items() if value != default_of(fields[name])}
+    one, several = given.get("model"), given.get("models")
+    for folder in [one] if isinstance(one, str) else several if isinstance(several, list) else []:
+        if settings.kind and (code := models.code_of(folder)) is not None:
+            named = {"model": code, "weights": folder}
+            if several is not None:
+                whole = ((spec, models.code_of(spec)) for spec in several)
+                named = {"models": [spec if made is None else f"{made}={spec}" for spec, made in whole]}
+            raise models.needs_code(folder, code, f"`{call_of(type(settings), {**given, **named})}`")
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from sukashi.core.schema import Settings, option
+from sukashi.core.schema import Settings, check_scale, option
 
 OPTIONS = "Options by method, as {method: {option: value}}."
 
@@ -57,6 +57,11 @@ class Pixels(Settings):
         help="squash (the whole image resized, aspect ratio not kept); crop (shorter side to the size, enlarged as the "
         "architecture was published, then the centre); or crop:N, with the shorter side to N pixels.",
     )
+
+    @model_validator(mode="after")
+    def _of_pixels_up_to_one(self) -> Self:
+        check_scale(self.mean or ())
+        return self
 
 
 class Images(Settings):

@@ -7,7 +7,7 @@ from sukashi.models.loading import load
 from sukashi.models.memory import hold
 from sukashi.models.onnx import INFER, ONNX, check_onnx_installed, infer_script, onnx_file
 from sukashi.models.recipe import MASKS, RECIPE, WEIGHTS, Recipe, read_recipe, recipe_sha256
-from sukashi.models.saved import contents, save
+from sukashi.models.saved import code_of, contents, needs_code, save
 from sukashi.models.sparse import semi_structured
 from sukashi.models.specs import names
 from sukashi.models.weights import digest, tensor_digests
@@ -24,6 +24,7 @@ __all__ = [
     "Recipe",
     "Trained",
     "check_onnx_installed",
+    "code_of",
     "contents",
     "digest",
     "given_loaded",
@@ -31,6 +32,7 @@ __all__ = [
     "infer_script",
     "load",
     "names",
+    "needs_code",
     "noise",
     "onnx_file",
     "probe",

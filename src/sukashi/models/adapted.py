@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, SukashiError, UsageError, brief
+from sukashi.core.schema import check_scale
 from sukashi.core.types import Mask, Preprocess
 from sukashi.models.checks import checked_logits, noise
 from sukashi.models.loaded import READ, Loaded, Origin
@@ -77,8 +78,9 @@ def read_as(
     given = {name: value for name, value in zip(READ, (size, mean, std, resize), strict=True) if value is not None}
     if not given:
         return loaded
+    check_scale(mean or ())
     own = loaded.preprocess
-    height, width = (own.height, own.width) if size is None else _sides(size)
+    height, width = (own.height, own.width) if size is None else sides(size)
     # Another size keeps the proportion of what is cropped.
     ratio = loaded.crop if own.shorter is None else own.shorter / min(own.height, own.width)
     shorter = own.shorter if resize is None else _shorter(resize, ratio, min(height, width))
@@ -96,7 +98,8 @@ def read_as(
     )
 
 
-def _sides(size: Sequence[int]) -> tuple[int, int]:
+def sides(size: Sequence[int]) -> tuple[int, int]:
+    """Height and width. Raises UsageError for what is no size."""
     if len(size) not in (1, 2) or min(size) < 1:
         raise UsageError(f"size must be a side, or height and width, each at least 1, got {','.join(map(str, size))}")
     return int(size[0]), int(size[-1])

@@ -23,7 +23,11 @@ def resized(image: Image.Image, height: int, width: int, shorter: int) -> Image.
 
 def pixels(path: str, channels: int, height: int, width: int, shorter: int) -> np.ndarray:
     """(C, H, W) in [0, 1]: the image upright, over white where it is transparent, resized."""
-    opened = Image.open(path)
+    try:
+        opened = Image.open(path)
+        opened.load()
+    except (OSError, Image.DecompressionBombError) as error:
+        sys.exit(f"{path} can't be read as an image: {getattr(error, 'strerror', None) or error}")
     if opened.mode not in MODES or (opened.mode == "I" and opened.format not in ("PNG", "PPM")):
         sys.exit(f"{path}: {opened.format} of mode {opened.mode} has no fixed scale to [0, 1]")
     image, scale = ImageOps.exif_transpose(opened), 255
@@ -38,8 +42,13 @@ def pixels(path: str, channels: int, height: int, width: int, shorter: int) -> n
     return np.broadcast_to(planes[None] if planes.ndim == 2 else planes.transpose(2, 0, 1), (channels, height, width))
 
 
-def main(model: str, *images: str) -> None:
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+def main(model: str = "", *images: str) -> None:
+    if not model:
+        sys.exit(__doc__)
+    try:
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has many
+        sys.exit(f"{model} can't be run: {(str(error).splitlines() or [type(error).__name__])[0]}")
     about = session.get_modelmeta().custom_metadata_map
     size = [int(about[name]) for name in ("channels", "height", "width", "shorter")]
     mean, std = (np.array(json.loads(about[name]), dtype=np.float32)[:, None, None] for name in ("mean", "std"))

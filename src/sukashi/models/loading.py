@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, SukashiError, UsageError
+from sukashi.core.schema import check_scale
 from sukashi.core.types import Mask, Preprocess, Site
-from sukashi.models.adapted import read_as
+from sukashi.models.adapted import read_as, sides
 from sukashi.models.checks import checked_logits, noise, probe
 from sukashi.models.fitting import Fit, fit, n_rows, side_of
 from sukashi.models.formats import File, holds_weights, read
@@ -42,7 +43,8 @@ def load(
     """The model that `spec` names, checked on two passes over noise.
 
     `spec` is `sukashi:NAME`, `timm:NAME`, `torchvision:NAME`, `package.module:callable` (called without arguments, or
-    with `n_classes` and `width` where given; the model it returns must have an attribute `preprocess`), or a folder
+    with `n_classes`, which may be called num_classes, and `width` where given; what it reads is in an attribute
+    `preprocess` of the model it returns, or else in `size`, `mean` and `std`), or a folder
     written by `pruned.save`. `weights` is a file of safetensors or of torch.save, the index of such a file in parts, a
     folder with one of these, or a saved folder of the same spec (the only way to open one whose spec is an import path:
     a recipe must not choose what code runs), for which its file of weights stands too. Names that tools have
@@ -61,7 +63,7 @@ def load(
     asked = {"size": size, "mean": mean, "std": std, "resize": resize}
     home = None if weights is None else _home(Path(weights))
     return read_as(
-        _loaded(spec, home, weights_key, n_classes, width, pretrained, output),
+        _loaded(spec, home, weights_key, n_classes, width, pretrained, output, _given(**asked)),
         **{name: value for name, value in asked.items() if value is not None},  # type: ignore[arg-type]
     )
 
@@ -74,8 +76,11 @@ def _loaded(
     width: int | None,
     pretrained: bool,
     output: str | None,
+    asked: Mapping[str, Any],
 ) -> Loaded:
-    """The network with images read as its weights say, or else as is usual for the architecture."""
+    """The network with images read as its weights say, or else as is usual for the architecture; what was `asked` of
+    this stands in where nobody says.
+    """
     check_name(spec)
     given = _given(weights_key=weights_key, n_classes=n_classes, width=width, pretrained=pretrained, output=output)
     whole = _whole(spec, weights, given)
@@ -95,7 +100,10 @@ def _loaded(
         model, preprocess, class_names = build(spec, options, pretrained)
     else:
         model, preprocess, found = _filled(spec, options, file, weights_key)
-    model = prepare(model, options)
+    model, own = prepare(model, options), preprocess is not None
+    if preprocess is None:
+        preprocess = _stated(spec, model, {**({} if file is None else stated_reading(file)), **asked})
+    check_scale(preprocess.mean)
     logits = checked_logits(model, noise(preprocess), spec, whole=not ours)
     known = stated if stated is not None else n_classes
     if known is not None and logits.shape[1] != known:
@@ -118,11 +126,32 @@ def _loaded(
         weights_sha256=digest(model) if file is None else file.sha256_of(weights_key),
         mask=_mask(model, found),
         notes=tuple(f"{weights}: {note}" for note in found.notes),
-        read_by=dict.fromkeys(READ, _origin(spec, pretrained)),
+        read_by=dict.fromkeys(READ, _origin(spec, pretrained) if own else Origin("where nobody says")),
         trained_on=trained_on,
         crop=(preprocess.shorter or side) / side,
     )
     return loaded if file is None else _as_stated(loaded, file)
+
+
+def _stated(spec: str, model: nn.Module, said: Mapping[str, Any]) -> Preprocess:
+    """What stands in where somebody's code does not say what it reads: the size as it was said, and as many channels
+    as there are numbers, or where one is for all as the first convolution reads. `read_as` puts in mean and deviation.
+
+    Raises ModelError where one of them was not said.
+    """
+    missing = [f"`{name}`" for name in ("size", "mean", "std") if name not in said]
+    if missing:
+        given = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
+        raise ModelError(
+            f"{spec} does not say what it reads: give {given}{' too' * (len(missing) < 3)}, or in its code an "
+            "attribute: from sukashi import Preprocess; model.preprocess = Preprocess(32, 32, 3, (0.5, 0.5, 0.5), "
+            "(0.25, 0.25, 0.25)), which are height, width, channels, mean, deviation"
+        )
+    height, width = sides(said["size"])
+    n_channels = max(len(said["mean"]), len(said["std"]))
+    if n_channels == 1:
+        n_channels = next((of.in_channels for of in model.modules() if isinstance(of, nn.Conv2d)), 1)
+    return Preprocess(height, width, n_channels, (0.0,) * n_channels, (1.0,) * n_channels)
 
 
 def _is_drawn(spec: str, options: Mapping[str, Any], model: nn.Module) -> bool:
@@ -156,7 +185,9 @@ def _as_stated(loaded: Loaded, file: File) -> Loaded:
         raise ModelError(f"the header of {file.path} says what cannot be: {error}") from error
 
 
-def _filled(spec: str, options: dict[str, Any], file: File, key: str | None) -> tuple[nn.Module, Preprocess, Fit]:
+def _filled(
+    spec: str, options: dict[str, Any], file: File, key: str | None
+) -> tuple[nn.Module, Preprocess | None, Fit]:
     """A model with the weights of a file, which also decide its class count and image size: both go into `options`."""
     notes: list[str] = []
     model, preprocess, _ = build(spec, options, False)

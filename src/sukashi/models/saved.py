@@ -35,6 +35,13 @@ from sukashi.models.weights import fill, tensor_digests
 from sukashi.network import sparsity, surgery
 
 
+def code_of(folder: str | Path) -> str | None:
+    """The import path without which the network of a saved folder can't be built; None where there is none."""
+    recipe = Path(folder) / RECIPE
+    made = read_recipe(recipe).model.spec if recipe.is_file() else LIBRARIES[0]
+    return None if made.partition(":")[0] in LIBRARIES else made
+
+
 def open_folder(folder: Path, spec: str | None) -> Loaded:
     """The model of a saved folder, rebuilt from its recipe; `spec` is what the caller takes it for."""
     if spec is None and not (folder / RECIPE).exists() and holds_weights(folder):
@@ -51,10 +58,7 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
     if spec is not None and spec != made:
         raise ModelError(f"{folder} holds a {made}, not a {spec}: give the spec it was made from")
     if spec is None and made.partition(":")[0] not in LIBRARIES:
-        raise ModelError(
-            f"{folder} needs the code of {made}, and a recipe must not choose what code runs: "
-            f"load {made} with the folder as its weights"
-        )
+        raise needs_code(folder, made, f"`model={made!r}` with `weights={str(folder)!r}`")
     file = read(folder / WEIGHTS)
     found = tensor_digests(file.tensors)
     if file.sha256 != recipe.weights_sha256 or found != recipe.tensors:
@@ -64,6 +68,7 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
             f"tensor at fault: {wrong[0] if wrong else 'none, only the header differs'}: restore the folder"
         )
     bare, published, _ = build(made, options, False)
+    published = published or preprocess
     model = prepare(bare, options)
     for table in recipe.cuts:
         surgery.replay(model, table)
@@ -91,6 +96,12 @@ def open_folder(folder: Path, spec: str | None) -> Loaded:
             "or cuts may be wrong: restore the folder"
         )
     return loaded
+
+
+def needs_code(folder: str | Path, made: str, remedy: str) -> ModelError:
+    return ModelError(
+        f"{folder} needs the code of {made}, and a recipe must not choose what code runs: name it yourself, {remedy}"
+    )
 
 
 def _mask(path: Path, recipe: MaskRecipe, model: nn.Module) -> Mask:

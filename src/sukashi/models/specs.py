@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from sukashi.core.errors import ModelError, UsageError, brief, nearest
-from sukashi.core.imported import imported, is_import
+from sukashi.core.imported import imported, is_import, nearest_import
 from sukashi.core.types import Preprocess
 from sukashi.models.architectures import OWN
 from sukashi.models.checks import candidates, copied, named_outputs
@@ -63,13 +64,13 @@ def names() -> list[str]:
 
 # Architectures.
 
-Built = tuple[nn.Module, Preprocess, tuple[str, ...] | None]
+Built = tuple[nn.Module, Preprocess | None, tuple[str, ...] | None]
 Builder = Callable[[str, Mapping[str, Any], bool], Built]
 
 
 def build(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
-    """Model, preprocessing as it was published and class names (or None) of a spec, with the architecture's own
-    weights.
+    """Model, preprocessing as it was published (None where somebody's code does not say) and class names (or None) of
+    a spec, with the architecture's own weights.
     """
     source, colon, name = spec.partition(":")
     if not colon or not name:
@@ -163,17 +164,40 @@ def _imported(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
     if pretrained:
         raise UsageError(f"{spec} has no pretrained weights on a hub: give a file of weights, or load them in {name}")
     build = imported(spec)
+    given = _arguments(spec, build, options)
     try:
-        model = build(**{key: options[key] for key in ("n_classes", "width") if key in options})
+        model = build(**given)
     except Exception as error:  # whatever a user's function raises
         raise ModelError(f"{spec} could not be built{_told(options)} ({brief(error)}): check it") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned a {type(model).__name__}: it must return a torch.nn.Module")
     preprocess = getattr(model, "preprocess", None)
-    if not isinstance(preprocess, Preprocess):
-        raise ModelError(f"{spec} does not say what it reads: give its model an attribute preprocess = Preprocess(...)")
     # The caller may still hold the model, and train it.
-    return copied(model, spec), preprocess, None
+    return copied(model, spec), preprocess if isinstance(preprocess, Preprocess) else None, None
+
+
+def _arguments(spec: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What somebody's function is called with: its class count goes by n_classes or, as in torchvision, num_classes.
+
+    Raises ModelError for an option that it does not take, and where it must be told its class count.
+    """
+    given = {key: options[key] for key in ("n_classes", "width") if key in options}
+    try:
+        taken = inspect.signature(build).parameters
+    except (TypeError, ValueError):  # no function, or one that does not say
+        return given
+    count = next((name for name in ("n_classes", "num_classes") if name in taken), None)
+    if count is not None and taken[count].default is inspect.Parameter.empty and "n_classes" not in given:
+        raise ModelError(f"{spec} must be told its class count, {count}: give `n_classes=N`")
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    named = {(count or key) if key == "n_classes" else key: value for key, value in given.items()}
+    for key, name in zip(given, named, strict=True):
+        if name not in taken and not any_name:
+            wanted = "n_classes or num_classes" if key == "n_classes" else key
+            raise ModelError(
+                f"{spec} takes ({', '.join(taken)}) and no {wanted}: leave `{key}` out, or give it such a parameter"
+            )
+    return named
 
 
 def _from_memory(spec: str, options: Mapping[str, Any], pretrained: bool) -> Built:
@@ -192,6 +216,8 @@ _SOURCES: dict[str, Builder] = {
 
 
 def _unknown(spec: str) -> UsageError:
+    if (near := nearest_import(spec)) is not None:
+        return UsageError(f"unknown model {spec!r}: did you mean {near}?")
     if ":" not in spec and os.path.isfile(spec):
         if (Path(spec).parent / RECIPE).exists():
             return UsageError(f"{spec} is a file of a saved folder: give the folder, {Path(spec).parent}")

@@ -23,8 +23,9 @@ from sukashi.core.progress import Listener, Task
 from sukashi.report import words
 
 log = Console(stderr=True)  # one for bars and messages, so that neither draws over the other
-# Seconds: where progress is not drawn, a line says first after FIRST_LINE and then every LINE how far the work is.
-FIRST_LINE, LINE = 10.0, 30.0
+# Seconds: where progress is not drawn, a line says first after FIRST_LINE and then every LINE how far the work is; what
+# is left is not told before ESTIMATE, for the first things done take as long as it takes to start.
+FIRST_LINE, LINE, ESTIMATE = 10.0, 30.0, 2.0
 
 
 @contextmanager
@@ -114,7 +115,8 @@ class _Line:
         said = [f"{self.title} {self.done}" + (f"/{self.total}" if self.total else "")]
         if self.note:
             said.append(self.note)
-        if self.done and self.total:
-            left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        taken = time.monotonic() - self.start
+        if self.done and self.total and taken >= ESTIMATE:
+            left = taken / self.done * (self.total - self.done)
             said.append(f"about {words.duration(left)} left")
         return ", ".join(said)

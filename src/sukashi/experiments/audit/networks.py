@@ -152,12 +152,13 @@ def opened(asked: Audit) -> list[Network]:
     specs, population = asked.models, asked.population
     sources = _sources(asked)
     source = sources[0]
+    early = [own.early() for own in sources]
     images = source.read()
     batches: dict[tuple[Preprocess, Objective], Batch] = {}
     found: list[Network] = []
     with progress.task("models", len(specs)) as shown:
-        for spec, label, own in zip(specs, labels(specs), sources, strict=True):
-            setting = own.beside(images)
+        for spec, label, own, model in zip(specs, labels(specs), sources, early, strict=True):
+            setting = own.beside(images, model)
             preprocess = setting.loaded.preprocess
             size, first = size_of(preprocess), size_of(found[0].loaded.preprocess if found else preprocess)
             if size != first:

@@ -17,9 +17,9 @@ from sukashi.core.errors import ModelError, UsageError, writing
 from sukashi.core.experiment import Result
 from sukashi.core.objective import CLASSIFICATION
 from sukashi.core.types import pass_size
-from sukashi.experiments.bench import Source
+from sukashi.experiments.bench import Source, check_code
 from sukashi.experiments.export.settings import Export
-from sukashi.experiments.reading import Architecture
+from sukashi.experiments.reading import Architecture, Pixels
 from sukashi.models import Loaded, onnx
 from sukashi.report import words
 
@@ -73,13 +73,15 @@ class ExportResult(Result):
 def export(asked: Export) -> ExportResult:
     """See `functions.export`."""
     models.check_onnx_installed(fp16=asked.fp16)
+    check_code(asked)
     path = _place(asked)
     files.check_free(path)
     loaded, images = _opened(asked)
     script, beside = models.infer_script(loaded.preprocess), path.with_name(models.INFER)
     if script and beside.exists() and beside.read_bytes() != script:
         raise UsageError(f"{beside} is another file: nothing is overwritten; give another place or remove it")
-    recipe = _recipe(asked)
+    folder = _folder(asked)
+    recipe = folder and folder / models.RECIPE
     content = models.onnx_file(loaded, {} if recipe is None else {"recipe_sha256": models.recipe_sha256(recipe)})
     agreement = None
     if asked.fp16:
@@ -145,26 +147,29 @@ def _place(asked: Export) -> Path:
         raise UsageError(
             f"there is no folder {asked.model!r}: give a saved network's, or a model's name with `file=FILE`"
         )
-    if not Path(asked.model).is_dir():
+    folder = _folder(asked) or Path(asked.model)
+    if not folder.is_dir():
         raise UsageError(f"{asked.model} is no folder that a file could lie in: say where, `file='FILE.onnx'`")
-    return Path(asked.model) / "onnx" / name
+    return folder / "onnx" / name
 
 
 def _opened(asked: Export) -> tuple[Loaded, torch.Tensor | None]:
     """The network, and with data its test images; then its classes are called as theirs."""
     if asked.data is None:
-        given = {name: getattr(asked, name) for name in Architecture.model_fields}
+        given = {name: getattr(asked, name) for name in (*Architecture.model_fields, *Pixels.model_fields)}
         return models.load(asked.model, **given), None
     source = Source.of(asked, calibration=1)
-    bench = source.beside(source.read())
+    early = source.early()
+    bench = source.beside(source.read(), early)
     names = bench.data.names_of_outputs(bench.loaded.class_names)
     return replace(bench.loaded, class_names=names), bench.test().x
 
 
-def _recipe(asked: Export) -> Path | None:
-    """The recipe of a saved folder."""
-    folders = (Path(folder) for folder in (asked.model, asked.weights) if folder is not None)
-    return next((folder / models.RECIPE for folder in folders if (folder / models.RECIPE).is_file()), None)
+def _folder(asked: Export) -> Path | None:
+    """The saved folder that is exported."""
+    given = (Path(place) for place in (asked.model, asked.weights) if place is not None)
+    folders = (place.parent if place.name == models.WEIGHTS else place for place in given)
+    return next((folder for folder in folders if (folder / models.RECIPE).is_file()), None)
 
 
 def _random(loaded: Loaded) -> torch.Tensor:

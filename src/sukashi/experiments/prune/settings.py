@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEED, Ratio, option
@@ -59,7 +59,8 @@ class Prune(Reading):
         None,
         gt=0,
         lt=1,
-        help="Remove as little as is shown to take at most this fraction of its time. A clock decides.",
+        help="Remove as little as is shown to take at most this fraction of its time: torch on this machine, 32 "
+        "images at once. A clock decides.",
     )
     max_drop: float | None = option(
         None,
@@ -94,6 +95,16 @@ class Prune(Reading):
         "repairs`.",
     )
     options: dict[str, Any] = option({}, help="Options of the criterion.")
+
+    @field_validator("criterion")
+    @classmethod
+    def _one(cls, criterion: str) -> str:
+        if "," in re.sub(r"\[.*\]", "", criterion):
+            raise UsageError(
+                f"`criterion` is one, got {criterion!r}: give one of them, or `criteria` to `sukashi.compare`, which "
+                "takes several"
+            )
+        return criterion
 
     @model_validator(mode="after")
     def _said_in_one_way(self) -> Self:

@@ -233,6 +233,15 @@ class Latency(Target):
             f"at once (asked: at most {asked})"
         )
 
+    def doubts(self, found: Mapping[str, Any], training: str) -> list[str]:
+        if found["reached"] > 0.9 * found["asked"]:
+            return []
+        reached, asked = words.percent(found["reached"]), words.percent(found["asked"])
+        return [
+            f"the cut takes {reached} of the dense network's time where {asked} would do: no smaller one was shown to "
+            "be fast enough, by times that vary on a machine that does other work; a `ratio` says how much goes itself"
+        ]
+
     def _unreachable(self, search: Search, of: Mapping[str, float]) -> UsageError:
         took = f"{of['factor']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
         return search.unreachable(f"takes {took} of the dense network's time")

@@ -46,6 +46,7 @@ def prepare(settings: Schedule | Scheduled) -> Prepared:
             "out"
         )
     check_trained(course, given)
+    source.early()
     images = source.read()
     seeds = [Seed(source, images, course, seed, bytes_of(settings.memory)) for seed in range(course.seeds)]
     notes, warned = _fits(seeds[0].setting, course, given)

@@ -42,7 +42,8 @@ def prepare(settings: Train) -> Prepared:
             if source.untrained
             else "a new head is for the classes of the data: leave `n_classes` out"
         )
-    loaded, images = source.build(source.read(), chosen.seed, new_head=settings.new_head)
+    early = source.early(chosen.seed)
+    loaded, images = source.build(source.read(), chosen.seed, new_head=settings.new_head, early=early)
     device = next(loaded.model.parameters()).device
     models.probe(loaded, images.train.subset([0, len(images.train) - 1]).whole(loaded.preprocess).x.to(device))
     # The data names the classes: a saved model refuses data that counts them in another order.
