@@ -341,3 +341,10 @@ def test_a_group_that_calibrates_is_judged_by_none_of_its_images(cnn_weights):
     found = run._search(setting, settings).held_out()
     assert len(found) > 50
     assert not used & {own[name] for name in found.image_ids}
+
+
+def test_a_cut_far_faster_than_asked_is_doubted():
+    latency = targets.BY_SETTING["target_latency"]
+    (told,) = latency.doubts({"name": "target_latency", "asked": 0.75, "reached": 0.65}, "train")
+    assert told.startswith("the cut takes 65.0% of the dense network's time where 75.0% would do: no smaller one was")
+    assert not latency.doubts({"name": "target_latency", "asked": 0.75, "reached": 0.7}, "train")
