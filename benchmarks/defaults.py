@@ -62,7 +62,7 @@ def main() -> None:
                 generator = torch.Generator().manual_seed(seed)
                 plan = criteria[name](loaded.model, sites, batch, generator=generator, **options)
                 curve = curves.curve(loaded.model, sites, plan, RATIOS, test)
-                areas.append(curves.sauce(curve.fraction, curve.accuracy, test.objective.chance(test.target)))
+                areas.append(curves.sauce_of(curve, test.objective.chance(test.target)))
                 at = int((curve.n_removed == plan.passes[0]).argmax())
                 passes.append(f"{curve.fraction[at]:.2f} -> {curve.accuracy[at]:.2f}")
             said = f"{name} " + " ".join(f"{key}={value}" for key, value in options.items())
