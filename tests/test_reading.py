@@ -187,10 +187,12 @@ def test_every_command_that_reads_images_takes_how(cnn_weights, tmp_path):
 
 
 def test_check_asks_whether_the_network_is_what_it_should_be(cnn_weights):
-    right, off = (sukashi.check(**NET, weights=cnn_weights, limit=0, **given) for given in ({}, {"mean": 30.0}))
+    right, off = (
+        sukashi.check(**NET, weights=cnn_weights, limit=0, **given) for given in ({}, {"mean": 1.0, "std": 0.1})
+    )
     assert right.n_right > 150 > 100 > off.n_right
     assert off.text().startswith(
-        "read as 8 x 8 (sukashi's defaults for digits_cnn), mean 30 (as asked), std 1, whole images resized"
+        "read as 8 x 8 (sukashi's defaults for digits_cnn), mean 1, std 0.1 (as asked), whole images resized"
     )
     assert f"right on {off.n_right} of 200 test images" in off.text().splitlines()[0]
     drawn = sukashi.check(**NET, limit=0)

@@ -354,7 +354,7 @@ def test_a_folder_of_another_run_is_refused_by_its_difference(start, few, tmp_pa
     other = models.load("sukashi:digits_cnn", width=8)
     with pytest.raises(UsageError, match=r"model.weights was"):
         fit(other, few, Training(epochs=1), out=tmp_path / "run")
-    with pytest.raises(UsageError, match=r"data.sha256 was"):
+    with pytest.raises(UsageError, match="data has other contents"):
         fit(start, replace(few, sha256="0"), Training(epochs=1), out=tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")

@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-FORMAT: Final = 4  # of experiment.json and recipe.json; what another version wrote is refused
+FORMAT: Final = 5  # of experiment.json and recipe.json; what another version wrote is refused
 _held: set[Path] = set()  # folders this process holds: POSIX locks do not exclude their own process
 
 

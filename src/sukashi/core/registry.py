@@ -165,13 +165,15 @@ class Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**self.chosen, **kwargs}
-        self.check_options({name: value for name, value in kwargs.items() if name in self.options})
-        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        signature = inspect.signature(self.fn)
+        more = {name: value for name, value in kwargs.items() if name not in signature.parameters}
+        self.check_options(more | {name: value for name, value in kwargs.items() if name in self.options})
+        bound = signature.bind(*args, **kwargs)
         given = dict(bound.arguments)
         # Of a criterion (model, sites, data); an attribution (model, x, target, sites) refuses in words of its own.
         if "kinds" in self.facts and self.asks[1] == "sites":
             self.check_kinds(site.kind for site in given["sites"])
-        if not self.facts.get("needs_data", True):
+        if self.is_own and not self.facts.get("needs_data", True):
             bound.arguments["data"] = given["data"][:0]
         found = self._of_its_own(bound) if self.is_own else self.fn(*bound.args, **bound.kwargs)
         if self.gives is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import ModelError
-from sukashi.core.precision import without_tf32
+from sukashi.core.precision import exact, without_tf32
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch, Mask, Member, Plan, Site
 from sukashi.criteria import criteria
@@ -111,7 +111,7 @@ def _readers(model: nn.Module, sites: Sequence[Site], data: Batch) -> dict[Site,
     readers = {
         site: [m.module for m in site.consumers if is_refittable(model.get_submodule(m.module))] for site in sites
     }
-    with torch.no_grad():
+    with exact():
         order = hooks.calls(model, data.x[:1].to(next(model.parameters()).device))
     often = {name for names in readers.values() for name in names if order.count(name) != 1}
     alien = [site.layer for site, names in readers.items() if not names or often & {*names}]
@@ -144,7 +144,6 @@ def _sums(
     draw = {name: np.random.default_rng(number) for number, name in enumerate(names)}
     uniform = torch.rand(len(data), _DRAWS, generator=generator, dtype=torch.float64)
     batches = parts(data.x.to(device), batch_size)
-    outputs = [finder.place(model, name, batches[0][:2]) for name in names]
     at: dict[str, Tensor] = {}
     grams: dict[str, Tensor] = {}
     found: dict[str, _Sums] = {}
@@ -156,6 +155,7 @@ def _sums(
 
     first = 0
     with without_tf32(), torch.enable_grad():
+        outputs = [finder.place(model, name, batches[0][:2]) for name in names]
         for x in batches:
             with hooks.recorded(model, outputs) as seen, hooks.followed(model, lambda *_: None, leave):
                 log_p = data.objective.answers(model(x)).log_softmax(1)

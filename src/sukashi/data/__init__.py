@@ -129,6 +129,11 @@ def load(
     return whole if only is None else whole.only(only)
 
 
+def in_memory(spec: str | Path) -> bool:
+    """Whether it names images that this process holds."""
+    return isinstance(spec, str) and spec.startswith(memory.PREFIX)
+
+
 def check_there(spec: str | Path) -> None:
     """Refuse a name that is none, and a folder or file that is not there, before anything is read."""
     if not str(spec):

@@ -70,10 +70,12 @@ class Source(Reading):
 
     def early(self, seed: int = 0) -> Loaded | None:
         """The model, before images are read, which takes longer than to refuse it; None where it waits for the number
-        of their classes.
+        of their classes, and where they are in memory, ready and without a size to choose.
         """
         pick_device(self.device)
         datasets.check_there(self.data)
+        if datasets.in_memory(self.data):
+            return None
         loaded = self._load(self.n_classes, seed)
         return None if self._waits else loaded
 

@@ -66,7 +66,7 @@ class Recipe(Strict):
     `sha256` is the hash of all else in the recipe.
     """
 
-    format: Literal[4]  # files.FORMAT
+    format: Literal[5]  # files.FORMAT
     model: ArchitectureRecipe
     preprocess: InputRecipe
     n_classes: int
