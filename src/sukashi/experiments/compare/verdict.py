@@ -161,10 +161,10 @@ def faster(speed: Mapping[str, Mapping[str, Any]]) -> str:
     said = []
     for n_images, of in speed.items():
         on = "one image" if n_images == "1" else f"{n_images} images at once"
-        so = ", not shown to differ" if of["low"] <= 1 <= of["high"] else ""
-        said.append(f"{networks.factor(of)} for {on}{so}")
+        so = ", which is not shown to differ" if of["low"] <= 1 <= of["high"] else ""
+        said.append(f"× {networks.factor(of)} for {on}{so}")
     hardware = next(iter(speed.values()))["hardware"]
-    return f"Of the dense network's time that network takes × {words.listed(said)}; 95% intervals, {hardware}."
+    return f"Time, beside the dense network's: {'; '.join(said)}. 95% intervals, {hardware}."
 
 
 def one_answers(found: Sequence[Contender], ratios: Sequence[float]) -> list[str]:
