@@ -11,12 +11,13 @@ import torch
 import sukashi
 from sukashi import models
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import rank
+from sukashi.core.types import Mask, rank
 from sukashi.criteria import criteria, pruning
 from sukashi.criteria.plans import plan_of
 from sukashi.experiments.compare.contenders import curve_of, named
 from sukashi.experiments.workspace import Workspace
 from sukashi.network import surgery
+from sukashi.network.sites import weights
 from sukashi.repairs import mender
 
 SPEC = "sukashi:digits_cnn"
@@ -159,8 +160,11 @@ def test_what_cannot_be_repaired_is_refused(bench, cnn_weights, tmp_path, monkey
         sukashi.compare(vit, "digits", ["magnitude"], out=tmp_path / "out", repair=["norm"], calibration=8)
     with pytest.raises(UsageError, match="`repair` must be different names"):
         compare(["magnitude"], tmp_path / "out", cnn_weights, repair=["none", "none"])
-    with pytest.raises(UsageError, match="was not cut from this"):
-        pruning.repaired(bench.loaded, bench.loaded, bench.calibration(0), "refit")
+    (site,) = weights(bench.loaded.model, ["conv2", "conv3", "fc*"])
+    sparse = pruning.sparse(bench.loaded, Mask({site: torch.ones(8, 1, 3, 3) > 0}))  # of nothing
+    for same in (bench.loaded, sparse):
+        with pytest.raises(UsageError, match="was not cut from this"):
+            pruning.repaired(same, bench.loaded, bench.calibration(0), "refit")
     assert not (tmp_path / "out").exists()
 
 

@@ -47,10 +47,10 @@ def change(x, weight, gone, damping):
 
 
 @oracle("criteria", "obs", rtol=1e-5, atol=1e-9, positions=64, rounds=2)
-def obs(model, sites, data, *, generator):
+def obs(model, sites, data, *, generator, error="output", rounds=2):
     keep, order, price = all_kept(sites), [], {}
     n_units = sum(site.n_units for site in sites)
-    for number in (1, 2):
+    for number in range(1, rounds + 1):
         small = copy.deepcopy(model)
         table = surgery.cut(small, Mask({site: kept.clone() for site, kept in keep.items()}))
         if order:
@@ -63,25 +63,28 @@ def obs(model, sites, data, *, generator):
             read, put = read_and_written(small, reader, data.x)
             x, _ = rows(layer, read, put)
             x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-            weights = slopes(small, reader, data.x, uniform) / len(x)
-            n_places = len(x) / len(data)
+            if error == "output":  # P / 2 F, of a mean over places
+                weights = len(x) / len(data) / 2 * slopes(small, reader, data.x, uniform) / len(x)
+            else:
+                flat = rows(layer, read, put)[1]
+                weights = torch.eye(flat.shape[1], dtype=x.dtype) / (flat - flat.mean(0)).square().mean(0).sum()
             taps = 1 if isinstance(layer, nn.Linear) else layer.kernel_size[0] * layer.kernel_size[1]
             weight = torch.cat([layer.weight.detach().flatten(1), layer.bias.detach()[:, None]], 1)
             units = torch.nonzero(keep[site]).flatten().tolist()
-            left, gone, error, highest = list(range(len(units))), [], 0.0, 0.0
+            left, gone, reached, highest = list(range(len(units))), [], 0.0, 0.0
             while left:
                 rises = []
                 for unit in left:
                     inputs = [p * taps + tap for p in index[unit] for tap in range(taps)]
                     _, off = change(x, weight, [*gone, *inputs], 1e-3)
-                    rises.append(float(n_places / 2 * (off @ weights * off).sum() / len(x)) - error)
+                    rises.append(float((off @ weights * off).sum() / len(x)) - reached)
                 best = min(range(len(left)), key=rises.__getitem__)
-                error += rises[best]
+                reached += rises[best]
                 highest = max(highest, rises[best])
                 unit = left.pop(best)
                 gone += [p * taps + tap for p in index[unit] for tap in range(taps)]
                 price[position, units[unit]] = highest
-        n_gone = n_units * number // 2 - len(order)
+        n_gone = n_units * number // rounds - len(order)
         for pair in sorted(set(price) - set(order), key=lambda pair: (price[pair], pair)):
             if n_gone and keep[sites[pair[0]]].sum() > 1:
                 keep[sites[pair[0]]][pair[1]] = False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import ModelError
-from sukashi.core.precision import exact, without_tf32
+from sukashi.core.precision import without_tf32
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch, Mask, Member, Plan, Site
 from sukashi.criteria import criteria
@@ -23,9 +23,9 @@ from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
 from sukashi.network.exclude import remedy
 from sukashi.repairs import mender
-from sukashi.repairs.elimination import Elimination, gram_of, inputs_of, is_refittable
+from sukashi.repairs.elimination import Elimination, gram_of, inputs_of
 from sukashi.repairs.order import parts
-from sukashi.repairs.rows import places, written
+from sukashi.repairs.rows import is_refittable, places, written
 
 Error = Literal["output", "layer"]
 _DRAWS = 3  # of classes from the answer to each image
@@ -64,10 +64,10 @@ def obs(
     Memory: the numbers that each reader reads, squared, in float64, of all of them. `batch_size` bounds the images in
     one pass.
 
-    Raises ModelError for a site whose readers are neither linear layers nor convolutions without groups, or are called
-    more than once; UsageError for fewer than five images, which `refit` needs.
+    Raises ModelError for a site whose readers are neither linear layers nor convolutions without groups, and for logits
+    that are not finite; UsageError for fewer than five images, which `refit` needs.
     """
-    readers = _readers(model, sites, data)
+    readers = _readers(model, sites)
     names = sorted({name for of in readers.values() for name in of})
     keep = {site: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
     n_units = sum(site.n_units for site in sites)
@@ -106,18 +106,14 @@ def _cheapest(price: Mapping[tuple[int, int], float], gone: Sequence[Row]) -> li
     return sorted(left, key=lambda pair: (price[pair], pair))
 
 
-def _readers(model: nn.Module, sites: Sequence[Site], data: Batch) -> dict[Site, list[str]]:
+def _readers(model: nn.Module, sites: Sequence[Site]) -> dict[Site, list[str]]:
     """{site: the layers that read its units and can be refitted}."""
     readers = {
         site: [m.module for m in site.consumers if is_refittable(model.get_submodule(m.module))] for site in sites
     }
-    with exact():
-        order = hooks.calls(model, data.x[:1].to(next(model.parameters()).device))
-    often = {name for names in readers.values() for name in names if order.count(name) != 1}
-    alien = [site.layer for site, names in readers.items() if not names or often & {*names}]
-    if alien:
-        reads = "is neither a linear layer nor a convolution without groups, or is called more than once"
-        others = (site.layer for site in sites if site.layer not in alien)
+    if alien := [site.layer for site, names in readers.items() if not names]:
+        reads = "is neither a linear layer nor a convolution without groups"
+        others = (site.layer for site, names in readers.items() if names)
         raise ModelError(f"what reads the units of {alien[0]!r} {reads}: {remedy(alien, others)}")
     return readers
 
@@ -159,6 +155,10 @@ def _sums(
         for x in batches:
             with hooks.recorded(model, outputs) as seen, hooks.followed(model, lambda *_: None, leave):
                 log_p = data.objective.answers(model(x)).log_softmax(1)
+            if not torch.isfinite(log_p).all():
+                raise ModelError(
+                    "the model's logits hold NaN or Inf on calibration images: check weights and preprocessing"
+                )
             reached = log_p.detach().double().exp().cumsum(1).cpu()
             classes = torch.searchsorted(reached, uniform[first : first + len(x)] * reached[:, -1:]).to(device)
             written_there = [seen[site][0] for site in outputs]
@@ -212,12 +212,12 @@ class _Reader:
     @staticmethod
     def of(model: nn.Module, member: Member, sums: _Sums, error: Error) -> _Reader:
         layer, n = model.get_submodule(member.module), sums.gram[-1, -1]
-        mend = Elimination.of(layer, sums.gram, intercept=True)
+        mend = Elimination(layer, sums.gram)
         if error == "output":
             weights = sums.n_places / 2 * sums.slopes / n / n
         else:
             product = mend.weight @ sums.gram
             variance = (product * mend.weight).sum() - product[:, -1].square().sum() / n
             # One that always writes the same loses nothing.
-            weights = torch.eye(len(product), dtype=product.dtype) / variance.clamp(min=torch.finfo(product.dtype).tiny)
+            weights = torch.eye(len(product)).to(product) / variance.clamp(min=torch.finfo(product.dtype).tiny)
         return _Reader(mend, inputs_of(layer, member.index), weights)

@@ -51,7 +51,8 @@ def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
     if mend is None:
         return small
     n_before = len(dense.cuts)
-    cut = len(small.cuts) > n_before or small.mask is not None
+    n_zeros, n_zeros_before = (0 if of.mask is None else of.mask.n_removed for of in (small, dense))
+    cut = len(small.cuts) > n_before or n_zeros > n_zeros_before
     if small.spec != dense.spec or small.cuts[:n_before] != dense.cuts or not cut:
         raise UsageError(
             f"a {small.spec} that was cut {len(small.cuts)} times was not cut from this {dense.spec}, which was cut "

@@ -8,55 +8,33 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sukashi.network.layers import MAKERS
 from sukashi.repairs.rows import windows
 
-# Of the mean square of what is read.
-DAMPING = 1e-3
+DAMPING = 1e-3  # of the mean square of what is read
 
 
 class Elimination:
-    """A layer y = W x + b whose inputs go, a few at a time, while what is left of W makes up for them.
+    """A layer y = W x + b whose inputs go, a few at a time, while what is left of W and b makes up for them.
 
-    With H = sum x x' + lambda over rows x that were read (lambda is `damping` times the mean of x^2; the intercept, the
+    With H = sum x x' + lambda over rows x that were read (lambda is a thousandth of the mean of x^2; the intercept, the
     last of x, costs nothing), and R the inputs that go, the change that raises sum |y' - y|^2 + lambda |W' - W|^2 least
     (Hassibi and Stork 1993; Frantar and Alistarh 2022, eq. 3 and 4, for several weights at once) is
 
         W' = W - W_R (H^-1_RR)^-1 H^-1_R,      rise = sum over outputs of W_R (H^-1_RR)^-1 W_R'
 
     and H^-1 loses R by one step of Gauss. One after another they come to the least squares solution of all together.
+    A layer without a bias is taken to have one of zero: what follows it, a BatchNorm as a rule, can have it.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, *, intercept: bool, damping: float = DAMPING) -> None:
-        """`weight` (M, N) and `gram` (N, N), float64; with an intercept the last of N is the bias, and reads a 1."""
-        self.weight = weight
+    def __init__(self, layer: nn.Module, gram: Tensor) -> None:
+        """`gram` (N + 1, N + 1) are the sums of what the layer read, as `gram_of` gives them."""
+        weight, bias = cast(Tensor, layer.weight).flatten(1).double(), cast(Tensor | None, layer.bias)
+        column = torch.zeros_like(weight[:, 0]) if bias is None else bias.double()
+        self.weight = torch.cat([weight, column[:, None]], 1)  # (M, N + 1)
         penalty = torch.zeros_like(gram.diagonal())
-        penalty[: len(gram) - intercept] = damping * gram.diagonal()[: len(gram) - intercept].mean()
+        penalty[:-1] = DAMPING * gram.diagonal()[:-1].mean()
         penalty[gram.diagonal() + penalty <= 0] = 1.0  # what is always zero has no part in what is written
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(penalty)))
-
-    @staticmethod
-    def of(layer: nn.Module, gram: Tensor, *, intercept: bool) -> Elimination:
-        """That of a layer, from the sums of what it read (`gram_of`), with or without a bias that may change."""
-        weight, bias = cast(Tensor, layer.weight).flatten(1).double(), cast(Tensor | None, layer.bias)
-        if not intercept:
-            return Elimination(weight, gram[:-1, :-1], intercept=False)
-        column = torch.zeros_like(weight[:, 0]) if bias is None else bias.double()
-        return Elimination(torch.cat([weight, column[:, None]], 1), gram, intercept=True)
-
-    def without(self, inputs: Tensor) -> Tensor:
-        """(M, N) the weights once these inputs (k,) are gone too."""
-        weight: Tensor = self.weight - self.weight[:, inputs] @ self._lever(inputs)
-        weight[:, inputs] = 0.0
-        return weight
-
-    def remove(self, inputs: Tensor) -> None:
-        """Take these inputs (k,) out for good."""
-        lever = self._lever(inputs)
-        self.weight = self.without(inputs)
-        self.inverse = self.inverse - self.inverse[:, inputs] @ lever
-        self.inverse[inputs] = self.inverse[:, inputs] = 0.0
-        self.inverse[inputs, inputs] = 1.0
 
     def rises(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """(U,) by how much the loss of each of these groups of inputs (U, k) alone raises the error, whose products of
@@ -67,16 +45,14 @@ class Elimination:
         found: Tensor = ((lost @ weights) * torch.linalg.solve(own, lost)).sum((1, 2))
         return found
 
-    def _lever(self, inputs: Tensor) -> Tensor:
-        """(k, N) by how much of each input's weight those of the others change."""
-        found: Tensor = torch.linalg.solve(self.inverse[inputs][:, inputs], self.inverse[inputs])
-        return found
-
-
-def is_refittable(layer: nn.Module) -> bool:
-    """Whether each number a layer writes is linear in a window of all that it reads."""
-    whole = getattr(layer, "groups", 1) == 1 and not getattr(layer, "transposed", False)
-    return isinstance(layer, MAKERS) and whole
+    def remove(self, inputs: Tensor) -> None:
+        """Take these inputs (k,) out for good."""
+        lever = torch.linalg.solve(self.inverse[inputs][:, inputs], self.inverse[inputs])
+        self.weight = self.weight - self.weight[:, inputs] @ lever
+        self.weight[:, inputs] = 0.0
+        self.inverse = self.inverse - self.inverse[:, inputs] @ lever
+        self.inverse[inputs] = self.inverse[:, inputs] = 0.0
+        self.inverse[inputs, inputs] = 1.0
 
 
 def gram_of(layer: nn.Module, x: Tensor, at: Tensor) -> Tensor:
@@ -90,11 +66,3 @@ def inputs_of(layer: nn.Module, index: Sequence[Sequence[int]]) -> Tensor:
     """(U, k) where the positions of each unit stand among a layer's inputs: of a convolution, with all taps."""
     taps = cast(Tensor, layer.weight)[0, 0].numel()
     return (torch.tensor(index)[:, :, None] * taps + torch.arange(taps)).flatten(1)
-
-
-def parameters_of(layer: nn.Module, weight: Tensor) -> dict[str, Tensor]:
-    """Those of a layer from a matrix (M, N), whose last column is the bias, if it has one."""
-    like = cast(Tensor, layer.weight)
-    if layer.bias is None:
-        return {"weight": weight.view_as(like).to(like)}
-    return {"weight": weight[:, :-1].reshape(like.shape).to(like), "bias": weight[:, -1].to(like)}

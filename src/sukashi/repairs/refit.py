@@ -18,10 +18,9 @@ from sukashi.network import hooks
 from sukashi.network.layers import MAKERS
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
-from sukashi.repairs.elimination import is_refittable
 from sukashi.repairs.order import in_order, parts
 from sukashi.repairs.ridge import Sums, refitted
-from sukashi.repairs.rows import places, windows, written
+from sukashi.repairs.rows import is_refittable, places, windows, written
 
 HELD_OUT = 5  # one image of so many chooses the damping
 _NORMS = nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d

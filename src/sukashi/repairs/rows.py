@@ -12,6 +12,14 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from sukashi.network.layers import MAKERS
+
+
+def is_refittable(layer: nn.Module) -> bool:
+    """Whether each number a layer writes is linear in a window of all that it reads."""
+    whole = getattr(layer, "groups", 1) == 1 and not getattr(layer, "transposed", False)
+    return isinstance(layer, MAKERS) and whole
+
 
 def places(layer: nn.Module, y: Tensor, at_most: int, generator: np.random.Generator) -> Tensor:
     """(B, P) positions of what a layer writes, y: at most so many of each image, drawn anew for each.
@@ -36,7 +44,7 @@ def windows(layer: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return written(layer, x, at)
     assert isinstance(layer, nn.modules.conv._ConvNd)
-    assert layer.groups == 1, "layers in groups lose whole groups, and read nothing less"
+    assert is_refittable(layer)
     n_dims = len(layer.kernel_size)
     if isinstance(layer, Conv2dSame):
         x = pad_same(x, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
