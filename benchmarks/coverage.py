@@ -151,6 +151,24 @@ def not_lower(rng: np.random.Generator, n: int) -> Iterator[Row]:
         )
 
 
+def changes_of_accuracy(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """Cut networks, of a seed each, beside one dense network on the same images."""
+    for images, gained, lost in ((50, 0.0, 0.02), (225, 0.0, 0.0), (225, 0.01, 0.03), (2000, 0.02, 0.07)):
+        counts = rng.multinomial(images, [gained, lost, 1 - gained - lost], size=n)
+        drawn = (np.repeat((1, -1, 0), row) for row in counts)
+        covered = np.mean([held(stats.paired(of[None]), gained - lost) for of in drawn])
+        yield "paired", f"1 seed, {images} images, {gained:.0%} gained, {lost:.0%} lost", "covers", covered
+    for seeds, images, of_seeds in ((2, 225, 0.1), (3, 225, 0.1), (3, 2000, 0.3), (5, 500, 0.3)):
+        covered = []
+        for _ in range(n):
+            hard = rng.normal(0, 1, images)
+            dense = np.sqrt(2) * norm.ppf(0.9) - hard + rng.normal(0, 1, images) > 0
+            skill = rng.normal(0, of_seeds, (seeds, 1))
+            cut = np.sqrt(2 + of_seeds**2) * norm.ppf(0.85) + skill - hard + rng.normal(0, 1, (seeds, images)) > 0
+            covered.append(held(stats.paired(cut.astype(int) - dense), -0.05))
+        yield "paired", f"{seeds} seeds, {images} images, from 90% to 85% right", "covers", np.mean(covered)
+
+
 def shares(rng: np.random.Generator, n: int) -> Iterator[Row]:
     for images in (20, 225, 2000):
         for right in (0.5, 0.9, 0.99):
@@ -207,7 +225,19 @@ def times(rng: np.random.Generator, n: int) -> Iterator[Row]:
             yield "ratio", f"{turns} turns, {name}", "covers", np.mean(covered)
 
 
-STUDIES = (over_seeds, over_seeds_and_images, areas, lossless, levels, not_lower, shares, by_class, bootstraps, times)
+STUDIES = (
+    over_seeds,
+    over_seeds_and_images,
+    areas,
+    lossless,
+    levels,
+    not_lower,
+    changes_of_accuracy,
+    shares,
+    by_class,
+    bootstraps,
+    times,
+)
 
 
 def main() -> None:

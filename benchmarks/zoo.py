@@ -9,7 +9,8 @@ share a folder. Names as arguments run those anew.
     python benchmarks/zoo.py --table                  writes the table of docs/models.md from the folder
     python benchmarks/zoo.py --onnx --criteria        exports each cut network too, and tries every criterion
 
-criteria: one that scores all units in one pass is given all sites. One that asks about units one by one (the registry
+criteria: one that scores all units in one pass is given all sites, one that eliminates them in rounds the first units
+of each. One that asks about units one by one (the registry
 says how often it `visits` them) takes a site or not for the layers it goes through: the engine is asked about all sites
 of a kind, and the criterion itself is tried on the last of them, behind which little lies, and on its first units.
 share: parameters that go when each site keeps one unit. off: the largest difference between the logits of the cut and
@@ -197,6 +198,8 @@ def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, dict[str, str]]:
     said = {}
     for method in registry:
         reasons, own = (unfit, few) if "visits" in method.facts else ({}, sites)
+        if "rounds" in method.options:
+            own = [little(site) for site in sites]
         found = reasons | {"sites": refusal(partial(run, method, model, own, batch))}
         said[method.name] = {kind: reason for kind, reason in found.items() if reason}
     return said
@@ -205,8 +208,9 @@ def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, dict[str, str]]:
 def run(method: Method, model: Any, sites: Any, batch: Batch) -> None:
     """Call a criterion, in as few steps as it takes; one of single weights on those."""
     own = sites if "channel" in method.facts["kinds"] else finder.weights(model)
-    steps = {name: 2 for name in ("steps",) if name in method.options}
-    method(model, own, batch, generator=torch.Generator().manual_seed(0), **steps)
+    fewest = {"steps": 2, "rounds": 1}
+    few = {name: n for name, n in fewest.items() if name in method.options}
+    method(model, own, batch, generator=torch.Generator().manual_seed(0), **few)
 
 
 def refusal(call: Callable[[], object]) -> str:

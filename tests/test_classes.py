@@ -179,6 +179,7 @@ ASKED = {"data": "digits", "only": ONLY, "test_images": 60}
 COMPARED = {**ASKED, "calibration": 6, "criteria": ["random", "cswap"], "ratios": [0.5], "seeds": 1}
 
 
+@pytest.mark.slow
 def test_a_comparison_counts_the_data_s_classes(ten, tmp_path):
     found = {}
     for among in ("data", "model"):

@@ -695,6 +695,7 @@ def test_ctrl_c_and_the_same_command_again(sukashi, tmp_path, weights):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["sukashi.criteria.pruning.cut", "sukashi.models.contents", "sukashi.report.page.write"]
 )

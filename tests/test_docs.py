@@ -88,6 +88,7 @@ def test_commands_on_digits_run_in_order(page, trained_cnn, alone):
             assert app([*words, *SMALL[words[0]]], standalone_mode=False) in (None, 0)
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_readme_runs(capsys):
     blocks = [block for block in python_of(ROOT / "README.md") if "def small" not in block]
     if find_spec("pandas") is None:

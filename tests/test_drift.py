@@ -131,6 +131,7 @@ def test_parameters_of_a_unit_are_those_a_cut_takes_away(small, name):
 # The engine, site after site, round after round.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, DEFAULT_BUDGET], ids=["recomputed", "cached"])
 @pytest.mark.parametrize("name", ["cnn", "vit", "resnet20"])
 def test_reopened_sites_give_the_masked_networks_logits(small64, name, budget):

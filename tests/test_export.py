@@ -152,6 +152,10 @@ def test_a_file_says_what_it_is(shipped):
 
 def test_float16_is_held_against_float32(shipped):
     of = shipped.half.fp16
+    assert all(ms > 0 for ms in shipped.half.latency_ms.values())
+    assert re.search(
+        r"onnxruntime takes \S+ ms for one image and \S+ ms for 32 images at once, on \d", shipped.half.text()
+    )
     assert shipped.half.file.endswith("onnx/model-fp16.onnx")
     assert shipped.half.bytes < shipped.whole.bytes
     assert shipped.half.metadata == shipped.whole.metadata | {"precision": "float16"}

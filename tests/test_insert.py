@@ -126,6 +126,7 @@ def explanations():
     return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), EACH)
 def test_an_identity_changes_no_relevance_no_difference_and_no_site(name, layer, explanations):
     model, x = MODELS[name], images(name)
@@ -140,6 +141,7 @@ def test_an_identity_changes_no_relevance_no_difference_and_no_site(name, layer,
             torch.testing.assert_close(mine[site], theirs[site], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), EACH)
 def test_a_projection_taken_for_a_linear_map_is_seen_and_explained(name, layer):
     """The literal twin puts the same layer into a deep copy by hand, behind the host, for good."""
@@ -199,6 +201,7 @@ def without(site):
     return Mask({site: keep})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), EACH)
 def test_sites_that_fit_are_cut_as_ever_and_the_others_refused_by_the_true_reason(name, layer):
     with inserted(MODELS[name], layer, projection(name, layer, rank=3), rule=plain):

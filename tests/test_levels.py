@@ -176,6 +176,7 @@ def test_a_training_under_way_goes_on_where_it_was(lottery, tmp_path, monkeypatc
     assert (out / level).read_bytes() == (whole / level).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_study_grows_as_if_all_had_been_asked_for_at_once(lottery, tmp_path, monkeypatch):
     result, whole, chosen = lottery
     first = chosen | {"seeds": 1, "ratios": [0.3], "enforce_mask": [True]}
@@ -241,6 +242,7 @@ def test_a_layer_that_is_excluded_keeps_its_units_at_every_level(weights, tmp_pa
     assert [row["units_removed"] for row in result.levels] == pytest.approx([0.3, 0.6], abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["oneshot", "iterative"])
 def test_channels_go_for_real(schedule, weights, tmp_path):
     chosen = course(
@@ -553,6 +555,7 @@ def test_lottery_refuses_trained_weights(weights, tmp_path):
         ran(course(), tmp_path / "out", weights=str(weights), width=8)
 
 
+@pytest.mark.slow
 def test_a_study_file_holds_a_course(lottery, tmp_path):
     result, _, _ = lottery
     file = tmp_path / "lottery.toml"

@@ -294,6 +294,7 @@ def test_masks_of_no_audited_image_are_refused_with_the_name_that_is_missing(aud
     assert not (audited / "none").exists()
 
 
+@pytest.mark.slow
 def test_masks_that_only_lie_there_and_fit_no_audited_image_are_left_out(audited):
     shutil.copytree(audited / "digits", audited / "own" / "digits")
     shutil.copytree(audited / "left" / "train", audited / "own" / "digits" / "masks" / "train")

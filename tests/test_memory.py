@@ -83,6 +83,7 @@ def test_networks_of_the_same_weights_have_names_of_their_own(make):
     assert other == models.hold(make())
 
 
+@pytest.mark.slow
 def test_a_name_is_the_same_in_another_process():
     code = """
 import sys

@@ -394,6 +394,7 @@ def test_class_counts_that_differ(digits):
         models.probe(loaded, torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "options", "layers"),
     [
@@ -434,6 +435,7 @@ def test_a_new_head_on_a_mask_and_a_cut_leaves_both(small):
     assert [site.layer for site in renewed.mask.keep] == ["fc1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"])
 def test_a_transformer_is_laid_out_for_another_size(spec, tmp_path):
     loaded = models.load(spec, n_classes=3, size=[64])

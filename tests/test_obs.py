@@ -10,6 +10,7 @@ import torch
 from oracles import ORACLES
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.criteria import criteria
+from sukashi.repairs import elimination
 
 
 def ranked(model, sites, data, **options):
@@ -26,6 +27,22 @@ def test_errors_of_layers_are_shares_of_what_their_readers_write(sequence64, rou
     np.testing.assert_array_equal(found.site, expected.site)
     np.testing.assert_array_equal(found.unit, expected.unit)
     np.testing.assert_allclose(found.effect, expected.effect, rtol=1e-5, atol=1e-9)
+
+
+def test_what_is_put_off_changes_nothing(sequence64, monkeypatch):
+    found = ranked(sequence64.model, sequence64.sites, sequence64.data[slice(0, None, 16)])
+    for rows in (1, 10):
+        monkeypatch.setattr(elimination, "_PUT_OFF", rows)
+        again = ranked(sequence64.model, sequence64.sites, sequence64.data[slice(0, None, 16)])
+        np.testing.assert_array_equal(again.unit, found.unit)
+        np.testing.assert_allclose(again.effect, found.effect, rtol=1e-9)
+
+
+def test_a_network_whose_answers_depend_on_nothing_has_free_units(sequence64):
+    deaf = copy.deepcopy(sequence64.model)
+    deaf[-1].weight.data.zero_()
+    plan = ranked(deaf, sequence64.sites, sequence64.data[slice(0, None, 16)], rounds=1)
+    np.testing.assert_allclose(plan.effect, 0, atol=1e-12)
 
 
 def test_a_unit_that_another_makes_up_for_costs_next_to_nothing(sequence64):

@@ -96,6 +96,7 @@ def test_files_of_a_room_are_found_by_themselves_in_the_order_of_their_names(tmp
     assert imported("room:found") == ["room.first", "room.second"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [PLAIN, REGISTERED], ids=["plain", "registered"])
 def test_a_criterion_in_a_file_goes_by_its_name_everywhere(mine, source, capsys):
     mine(source)
@@ -138,6 +139,7 @@ def test_prune_and_schedule_take_it_too(mine):
         sukashi.schedule(NET, how="oneshot", criteria=["mine:last", "magnitude"], out="levels", **given, **ASKED)
 
 
+@pytest.mark.slow
 def test_a_study_file_takes_it_with_its_pairs(mine):
     Path("study.toml").write_text(
         """
@@ -611,6 +613,7 @@ def edited(monkeypatch, module):
     assert code.sources(module) != sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "done_again"),
     [

@@ -104,7 +104,8 @@ def test_a_cut_model_loaded_in_a_new_process_is_the_masked_model(small, cnn_weig
     assert result.classes["overconfidence"]["pruned"]["mean"] == pytest.approx(surer, abs=1e-5)
     assert result.pruned["bytes"] == (out / "model.safetensors").stat().st_size
     assert Path(result.report).is_file()
-    assert result.latency["low"] <= result.latency["factor"] <= result.latency["high"]
+    assert [*result.latency] == ["1", "32"], "what a device sees at a time, and what keeps a machine busy"
+    assert all(of["low"] <= of["factor"] <= of["high"] for of in result.latency.values())
 
 
 def test_what_lies_in_the_folder(cnn_weights, tmp_path):
@@ -207,7 +208,8 @@ def test_a_sparse_model_has_the_figures_of_its_zeros(small, cnn_weights, tmp_pat
 
 def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
     result = prune("magnitude", 0.5, tmp_path / "cut", cnn_weights)
-    result = result.model_copy(update={"latency": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])})
+    clock = {"32": timed([{"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}])}
+    result = result.model_copy(update={"latency": clock})
     text = result.text()
     for noun, values in {
         "accuracy on 50 test images": (
@@ -222,7 +224,10 @@ def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
         (line,) = (line for line in text.splitlines() if line.startswith(noun + " "))
         assert line.removeprefix(noun).split() == list(values)
     assert "weights removed" not in text
-    assert "warning: pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in text
+    assert (
+        "warning: pruned, 32 images at once: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one"
+        in text
+    )
     assert f"Accuracy on 50 test images goes from {100 * result.dense['accuracy']:.1f}% to" in text
     told = f"`sukashi.finetune(model='{result.out}', data='digits', test_images=50, out='{result.out}-tuned')`"
     said = [f"Saved: {result.out}", f"Fine-tune what is left: {told}", "", f"Report: {result.report}"]
@@ -235,6 +240,7 @@ def test_what_is_printed_and_the_table(cnn_weights, tmp_path):
     assert table[0].keys() == table[1].keys()
 
 
+@pytest.mark.slow
 def test_the_last_words_are_what_trains_the_network_on(cnn_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = prune("magnitude", 0.5, "my cut", cnn_weights, skip_bad=True, max_pixels=100)
@@ -249,6 +255,7 @@ def test_the_last_words_are_what_trains_the_network_on(cnn_weights, tmp_path, mo
     assert sukashi.results("my cut-tuned").accuracy == tuned.accuracy
 
 
+@pytest.mark.slow
 def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights, tmp_path):
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         pytest.skip(f"{', '.join(missing)} not installed: pip install 'sukashi[onnx]'")
@@ -261,6 +268,10 @@ def test_onnx_agrees_with_the_masked_model_and_may_come_later(small, cnn_weights
     result = prune("magnitude", 0.5, out, cnn_weights, onnx=True)
     assert (result.onnx, result.infer, result.finished) == ("onnx/model.onnx", "onnx/infer.py", False)
     assert result.onnx_bytes == (out / result.onnx).stat().st_size
+    assert without.onnx_latency == {}
+    assert [*result.onnx_latency] == [*result.latency] == ["1", "32"]
+    assert "latency, ms (median), the ONNX file, of 1 image " in result.text()
+    assert len(Workspace(out).logged("latency")) == 4, "timed beside the ONNX file anew, and not a third time"
     assert (out / "onnx" / "infer.py").read_bytes() == models.infer_script(case.loaded.preprocess)
     line = f"python {out}/onnx/infer.py {out}/onnx/model.onnx IMAGE ..."
     assert line in result.text()

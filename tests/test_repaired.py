@@ -212,6 +212,7 @@ def test_what_is_left_of_the_weights_is_refitted_and_zeros_stay(cnn_weights, tmp
         assert torch.equal(made[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", [None, "row"])
 def test_a_schedule_mends_each_cut_before_it_trains(cnn_weights, tmp_path, scope):
     given = {"weights": cnn_weights, "scope": scope, "epochs": 1, "lr": 1e-12, **FEW}

@@ -426,6 +426,7 @@ def test_a_class_that_is_lost_is_the_heading(tmp_path: Path) -> None:
     assert "<strong>class 9</strong>" in page
 
 
+@pytest.mark.slow
 def test_two_seeds_are_shown_each_and_one_answer_to_every_image_is_told(tmp_path: Path) -> None:
     space = fill(tmp_path / "compared", ["drift", "amp"], 2)
     for record in space.records():
@@ -480,6 +481,7 @@ def test_accuracy_is_interpolated_and_never_beyond_what_was_measured(tmp_path: P
     assert "cswap was measured only up to 40.0% of the parameters removed" in _Reader(page).words
 
 
+@pytest.mark.slow
 def test_the_margin_is_that_of_the_run_unless_another_is_given(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "compared")
     rows = {}
@@ -642,7 +644,8 @@ def pruned(
     space, trial = Workspace(folder), Trial(whole, nothing, place=".")
     space.claim("prune", whole, [trial])
     space.log("run", command="sukashi prune sukashi:digits_cnn")
-    space.log("latency", **clock)
+    for batch_size, times in clock.items():
+        space.log("latency", batch_size=batch_size, **times)
     with space.lease(trial) as desk:
         assert desk is not None
         if "scope" not in about:
@@ -667,18 +670,24 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
         "warnings": ["class one has no image"],
     }
     about = {"criterion": "cswap", "mode": "cut", "round_to": 8}
-    space = pruned(tmp_path, about, result, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6})
+    clock = {
+        32: {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6, "onnx_ms": [1.0] * 6},
+        1: {"dense_ms": [1.0] * 6, "cut_ms": [0.9, 1.1] * 3},
+    }
+    space = pruned(tmp_path, about, result, clock)
     page = paged(space)
     words = _Reader(page).words
     assert (
         "Zero falls from 97 to 50%, accuracy on 1,234 test images goes from 98.1% to 95.0% (-3.1), parameters -60%, "
         in words
     )
-    assert "FLOPs -75%, latency +50%." in words
+    assert "FLOPs -75%, latency +50% for 32 images at once, not shown to change for one image." in words
     assert "95% intervals for new images: the pruned network's accuracy 93.6% to 96.1%" in words
     assert named(page, "classes")["zero"][3] == "-46.7 -50.4 – -43.0", "Tango's of 350 to 23 in 700"
     assert "class one has no image" in words
-    assert "pruned: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in words
+    assert (
+        "pruned, 32 images at once: the cut network takes 1.50 (1.50 to 1.50) times as long as the dense one" in words
+    )
     assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text())["classes"]["rows"]] == [
         "zero",
         "two",
@@ -687,7 +696,9 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     assert costs["accuracy on 1,234 test images"] == ["98.1%", "95.0%"]
     assert costs["units removed"] == ["–", "45.0%"]
     assert costs["parameters removed"] == ["–", "60.0%"]
-    assert costs["latency, ms (median)"] == ["2.00", "3.00 × 1.50 (1.50 to 1.50)"]
+    assert costs["latency, ms (median), of 32 images"] == ["2.00", "3.00 × 1.50 (1.50 to 1.50)"]
+    assert costs["latency, ms (median), of 1 image"] == ["1.00", "1.00 × 1.00 (0.90 to 1.10)"]
+    assert costs["latency, ms (median), the ONNX file, of 32 images"] == ["2.00", "1.00 × 0.50 (0.50 to 0.50)"]
     assert (tmp_path / "figures" / "categories.png").exists()
     assert "sukashi prune sukashi:digits_cnn" in words
     assert cells(page, "How it was done")["ratio_asked"] == ["0.5"]
@@ -700,7 +711,8 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
 def test_a_cut_that_leaves_one_answer_says_so_first(tmp_path: Path) -> None:
     figures = {"accuracy": 700 / 1234, "parameters": 10, "flops": 4, "peak_bytes": 4096, "batch_size": 32}
     result = {"dense": figures, "pruned": figures, "units_removed": 0.9, "n_images": 1234}
-    about, clock = {"criterion": "cswap", "mode": "cut", "round_to": 1}, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}
+    about = {"criterion": "cswap", "mode": "cut", "round_to": 1}
+    clock = {32: {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}}
     space = pruned(tmp_path, about, result | {"class_names": ["zero", "one", "two"]}, clock, one_answer=True)
     page = paged(space)
     heading = re.search("<h1>(.*?)</h1>", page, re.DOTALL)
@@ -726,9 +738,8 @@ def test_a_sparse_folder_says_what_zeros_are_not(tmp_path: Path) -> None:
         "n_images": 1234,
         "class_names": ["zero", "one", "two"],
     }
-    space = pruned(
-        tmp_path, {"criterion": "wanda", "scope": "row"}, result, {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}
-    )
+    clock = {32: {"dense_ms": [2.0] * 6, "cut_ms": [3.0] * 6}}
+    space = pruned(tmp_path, {"criterion": "wanda", "scope": "row"}, result, clock)
     page = paged(space)
     words = _Reader(page).words
     assert (

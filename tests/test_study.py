@@ -170,6 +170,7 @@ def test_a_finished_study_computes_nothing_again_from_wherever_it_is_run(home, d
     }
 
 
+@pytest.mark.slow
 def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS", str(home / "weights"))
     (tmp_path / "small").mkdir()
@@ -193,6 +194,7 @@ def test_a_study_grows_by_models_and_seeds(home, done, tmp_path, monkeypatch):
     assert files_of(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has random weights")
 def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_path, monkeypatch):
     @functools.wraps(criteria["taylor"].fn)
@@ -222,6 +224,7 @@ def test_a_criterion_that_refuses_a_model_is_left_out_with_its_reason(home, tmp_
         sukashi.results(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_out_and_data_may_be_given_and_variables_come_from_the_environment(home, done, small, tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTS", str(tmp_path))
     for name in ("cnn", "vit"):

@@ -39,7 +39,14 @@ def compare(model: nn.Module, x: torch.Tensor, mask: Mask) -> tuple[float, float
     return float((masked - cut).abs().max() / scale), float((masked - dense).abs().max() / scale)
 
 
-@pytest.mark.parametrize("name", ZOO)
+# The others of a family are slow.
+SWIFT = ("torchvision:resnet18", "torchvision:mobilenet_v2", "timm:vit_tiny_patch16_224", "sukashi:cifar_resnet20")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SWIFT or "digits" in name else pytest.param(name, marks=pytest.mark.slow) for name in ZOO],
+)
 def test_masked_logits_equal_cut_logits(name):
     model, shape = build(name)
     _, n_units = ZOO[name]

@@ -202,7 +202,21 @@ def test_latency_is_shown_by_the_upper_bound_and_searched_with_few_looks(small, 
     of = result.target
     assert of["low"] < of["reached"] < of["high"] == high(result.ratio) <= 0.5
     assert of["batch_size"] == 32
+    assert [*result.latency] == ["1", "32"]
     assert f"Latency: {100 * of['reached']:.1f}% ({100 * of['low']:.1f}% to {100 * of['high']:.1f}%)" in result.text()
+
+
+def test_a_latency_may_be_that_of_as_many_images_as_are_asked_for(cnn_weights, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        cost, "latency", lambda models, batch, **how: sizes.append(len(batch)) or ([2.0] * 6, [0.9] * 6)
+    )
+    result = prune(tmp_path / "o", cnn_weights, target_latency=0.5, target_batch=4)
+    assert (result.target["batch_size"], set(sizes[:-3]), sizes[-3:]) == (4, {4}, [1, 4, 32])
+    assert "4 images at once (asked: at most 50.0%)" in result.text()
+    assert "latency -55% for one image, -55% for 4 images at once, -55% for 32 images at once." in result.verdict
+    with pytest.raises(UsageError, match="`target_batch` is about the time of `target_latency`: give that too"):
+        prune(tmp_path / "p", cnn_weights, target_flops=0.5, target_batch=4)
 
 
 def test_a_search_that_was_killed_goes_on_with_what_the_clock_said(small, cnn_weights, tmp_path, monkeypatch):

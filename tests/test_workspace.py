@@ -341,6 +341,7 @@ def test_a_new_experiment_that_is_refused_leaves_what_was_there(tmp_path):
 # Several processes.
 
 
+@pytest.mark.slow
 def test_a_leased_trial_is_free_again_when_its_process_dies(tmp_path, processes):
     space = Workspace(tmp_path)
     space.claim("compare", ASKED, trials())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -23,11 +23,12 @@ from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
 from sukashi.network.exclude import remedy
 from sukashi.repairs import mender
-from sukashi.repairs.elimination import Elimination, gram_of, inputs_of
+from sukashi.repairs.elimination import Elimination, gram_of, inputs_of, weight_of
 from sukashi.repairs.order import parts
 from sukashi.repairs.rows import is_refittable, places, written
 
 Error = Literal["output", "layer"]
+MOST_READ = 12_000  # numbers whose products, a matrix of 1.2 GB, are held several times
 _DRAWS = 3  # of classes from the answer to each image
 
 
@@ -64,8 +65,8 @@ def obs(
     Memory: the numbers that each reader reads, squared, in float64, of all of them. `batch_size` bounds the images in
     one pass.
 
-    Raises ModelError for a site whose readers are neither linear layers nor convolutions without groups, and for logits
-    that are not finite; UsageError for fewer than five images, which `refit` needs.
+    Raises ModelError for a site whose readers are neither linear layers nor convolutions without groups, or read more
+    than `MOST_READ` numbers at a place, and for logits that are not finite; UsageError for fewer than five images.
     """
     readers = _readers(model, sites)
     names = sorted({name for of in readers.values() for name in of})
@@ -111,6 +112,19 @@ def _readers(model: nn.Module, sites: Sequence[Site]) -> dict[Site, list[str]]:
     readers = {
         site: [m.module for m in site.consumers if is_refittable(model.get_submodule(m.module))] for site in sites
     }
+    wide = {
+        site.layer: n
+        for site, names in readers.items()
+        for n in [cast(Tensor, model.get_submodule(name).weight)[0].numel() for name in names]
+        if n > MOST_READ
+    }
+    if wide:
+        layer, n = next(iter(wide.items()))
+        others = (site.layer for site in readers if site.layer not in wide)
+        raise ModelError(
+            f"what reads the units of {layer!r} reads {n:,} numbers at a place, and obs holds the products of at most "
+            f"{MOST_READ:,}: {remedy([*wide], others)}"
+        )
     if alien := [site.layer for site, names in readers.items() if not names]:
         reads = "is neither a linear layer nor a convolution without groups"
         others = (site.layer for site, names in readers.items() if names)
@@ -182,42 +196,31 @@ def _prices(
     model: nn.Module, site: Site, names: Collection[str], sums: Mapping[str, _Sums], error: Error, n: int
 ) -> list[float]:
     """The price of each unit of a site; units after the `n` cheapest are not eliminated, for no more will go."""
-    readers = [_Reader.of(model, m, sums[m.module], error) for m in site.consumers if m.module in names]
-    left = list(range(site.n_units))
-    found, price = [0.0] * len(left), 0.0
+    readers = [_reader(model, m, sums[m.module], error) for m in site.consumers if m.module in names]
+    found, price = torch.zeros(site.n_units, dtype=torch.float64), 0.0
     with torch.no_grad():
-        while left:
-            rises = torch.stack([of.mend.rises(of.inputs[left], of.weights) for of in readers]).sum(0).tolist()
-            if site.n_units - len(left) == n:
-                for unit, rise in zip(left, rises, strict=True):
-                    found[unit] = max(price, rise)
+        for number in range(site.n_units):
+            rises = torch.stack([of.rises() for of in readers]).sum(0).cpu()
+            if number == n:
+                left = rises.isfinite()
+                found[left] = rises[left].clamp(min=price)
                 break
-            cheapest = min(range(len(left)), key=rises.__getitem__)
-            price = max(price, rises[cheapest])
-            unit = left.pop(cheapest)
-            found[unit] = price
+            unit = int(rises.argmin())
+            found[unit] = price = max(price, float(rises[unit]))
             for of in readers:
-                of.mend.remove(of.inputs[unit])
-    return found
+                of.remove(unit)
+    return cast(list[float], found.tolist())
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A reader of a site, the inputs (U, k) that are each unit's, and (M, M) by what errors of its outputs count."""
-
-    mend: Elimination
-    inputs: Tensor
-    weights: Tensor
-
-    @staticmethod
-    def of(model: nn.Module, member: Member, sums: _Sums, error: Error) -> _Reader:
-        layer, n = model.get_submodule(member.module), sums.gram[-1, -1]
-        mend = Elimination(layer, sums.gram)
-        if error == "output":
-            weights = sums.n_places / 2 * sums.slopes / n / n
-        else:
-            product = mend.weight @ sums.gram
-            variance = (product * mend.weight).sum() - product[:, -1].square().sum() / n
-            # One that always writes the same loses nothing.
-            weights = torch.eye(len(product)).to(product) / variance.clamp(min=torch.finfo(product.dtype).tiny)
-        return _Reader(mend, inputs_of(layer, member.index), weights)
+def _reader(model: nn.Module, member: Member, sums: _Sums, error: Error) -> Elimination:
+    """A reader of a site, ready to lose its units, with what errors of its outputs count by."""
+    layer, n = model.get_submodule(member.module), sums.gram[-1, -1]
+    if error == "output":
+        weights = sums.n_places / 2 * sums.slopes / n / n
+    else:
+        weight = weight_of(layer)
+        product = weight @ sums.gram
+        variance = (product * weight).sum() - product[:, -1].square().sum() / n
+        # One that always writes the same loses nothing.
+        weights = torch.eye(len(product)).to(product) / variance.clamp(min=torch.finfo(product.dtype).tiny)
+    return Elimination(layer, sums.gram, inputs_of(layer, member.index), weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -21,7 +21,8 @@ from sukashi.core.precision import exact
 from sukashi.core.types import Mask
 from sukashi.network import surgery
 
-BATCH = 32  # images at once of what is told of latency and memory
+BATCH = 32  # images at once of what is told of memory
+SPEED_BATCHES = 1, BATCH  # and of latency: what a device sees at a time, and what keeps a machine busy
 
 
 def batch_of(images: Tensor, n: int = BATCH) -> Tensor:
@@ -100,7 +101,12 @@ def peak_bytes(model: nn.Module, example: Tensor) -> int:
 
 
 def latency(
-    networks: Sequence[nn.Module], example: Tensor, *, warmup: int = 3, repeats: int = 20, seconds: float = 20.0
+    networks: Sequence[Callable[[Tensor], object]],
+    example: Tensor,
+    *,
+    warmup: int = 3,
+    repeats: int = 20,
+    seconds: float = 20.0,
 ) -> list[list[float]]:
     """Milliseconds of each timed pass over `example`, one list a network, measured in turns.
 
@@ -155,7 +161,7 @@ def _held(model: nn.Module, example: Tensor) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), example]
 
 
-def _timed(network: nn.Module, batch: Tensor) -> float:
+def _timed(network: Callable[[Tensor], object], batch: Tensor) -> float:
     """Milliseconds of one pass."""
     if batch.is_cuda:
         torch.cuda.synchronize(batch.device)

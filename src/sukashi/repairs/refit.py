@@ -22,6 +22,7 @@ from sukashi.repairs.order import in_order, parts
 from sukashi.repairs.ridge import Sums, refitted
 from sukashi.repairs.rows import is_refittable, places, windows, written
 
+MOST_READ = 16_384  # numbers whose products, a matrix of 2 GB, are held several times
 HELD_OUT = 5  # one image of so many chooses the damping
 _NORMS = nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d
 
@@ -54,9 +55,11 @@ def refit(
 
     `batch_size` bounds the images in one pass, and so does their size (`order.parts`); where there are more, each layer
     takes a pass of its own. Sums are float64, so that results depend on it in rounding alone. Memory: the numbers that
-    a layer reads, squared, in float64, and `positions` x images x outputs of all layers that are refitted.
+    a layer reads, or the places where it is read if these are fewer, squared, in float64, and `positions` x images x
+    outputs of all layers that are refitted.
 
-    Raises ModelError where nothing that reads what was cut has weights to refit, UsageError for fewer than five images.
+    Raises ModelError where nothing that reads what was cut has weights to refit, and where a layer reads more than
+    `MOST_READ` numbers at more than so many places, UsageError for fewer than five images.
     """
     readers = _readers(model, table)
     if not readers:
@@ -66,6 +69,7 @@ def refit(
     batches = parts(data.x.to(next(model.parameters()).device), batch_size)
     norms = _norms_after(dense, readers, batches[0][:1])
     at, y = _written_dense(dense, readers, table, batches, positions)
+    _check_memory(model, table, at)
     sums = {name: (Sums(), Sums()) for name in readers}
     n_seen = dict.fromkeys(readers, 0)
 
@@ -115,6 +119,21 @@ def _readers(model: nn.Module, table: Table) -> list[str]:
         for name, sides in table.items()
         if {"in", "zero in", "weights"} & set(sides) and is_refittable(model.get_submodule(name))
     ]
+
+
+def _check_memory(model: nn.Module, table: Table, at: Mapping[str, Tensor]) -> None:
+    """Refuse a layer whose products don't fit the memory, before any is refitted."""
+    for name, places_read in at.items():
+        n, n_places = _weight(model.get_submodule(name))[0].numel(), places_read.numel()
+        if n <= MOST_READ or (n_places <= MOST_READ and "weights" not in table[name]):
+            continue
+        what = "of every image" if places_read.shape[1] == 1 else f"at {places_read.shape[1]} places of every image"
+        most = 0 if "weights" in table[name] else MOST_READ // places_read.shape[1]
+        fewer = f"at most {most:,} calibration images or " if most >= HELD_OUT else ""
+        raise ModelError(
+            f"layer {name!r} reads {n:,} numbers {what}, and refit holds the products of at most {MOST_READ:,}: give "
+            f"{fewer}another repair, or leave it out"
+        )
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -55,12 +55,15 @@ def _shares(plans: Sequence[Plan], category: str) -> Array:
 
 
 def cost_table(
-    columns: Mapping[str, Mapping[str, Any]], latency: Mapping[str, Mapping[str, float]], n_images: int, note: str
+    columns: Mapping[str, Mapping[str, Any]],
+    clocks: Mapping[str, Mapping[str, Mapping[str, float]]],
+    n_images: int,
+    note: str,
 ) -> dict[str, Any] | None:
     """Rows of (name, printed figures, factors of the dense one), in the order of FIGURES; None where none is known.
 
-    `columns` are the dense network's figures and those of others by name, `latency` that of the others, see `timed`,
-    `n_images` on how many images accuracy is.
+    `columns` are the dense network's figures and those of others by name, `clocks` rows of latency {noun: {name: its
+    latency}}, see `timed`, `n_images` on how many images accuracy is.
     """
     rows: list[tuple[str, list[str], list[str]]] = []
     first = next(iter(columns.values()), {})
@@ -73,11 +76,11 @@ def cost_table(
                 for value in values[1:]
             ]
             rows.append((_called(name, first, n_images), [words.printed(value, form) for value in values], ["", *told]))
-    if latency:
+    for noun, latency in clocks.items():
         dense_ms = statistics.median(of["dense_ms"] for of in latency.values())
         times = [dense_ms, *(latency[name]["cut_ms"] if name in latency else None for name in [*columns][1:])]
         told = [f"× {factor(latency[name])}" if name in latency else "" for name in columns]
-        rows.append((at_once(LATENCY, first), [words.printed(ms, "ms") for ms in times], told))
+        rows.append((noun, [words.printed(ms, "ms") for ms in times], told))
     return {"columns": list(columns), "rows": rows, "note": note} if rows else None
 
 
@@ -95,13 +98,17 @@ def _called(name: str, dense: Mapping[str, Any], n_images: int) -> str:
     noun, _ = FIGURES[name]
     if name == "accuracy":
         return f"{noun} on {words.several(n_images, 'test image')}"
-    return at_once(noun, dense) if name == "peak_bytes" else noun
+    return at_once(noun, dense.get("batch_size")) if name == "peak_bytes" else noun
 
 
-def at_once(noun: str, dense: Mapping[str, Any]) -> str:
+def at_once(noun: str, n_images: int | None) -> str:
     """What is measured of so many images at once: latency, ms (median), of 32 images."""
-    size = dense.get("batch_size")
-    return f"{noun}, of {words.several(size, 'image')}" if size else noun
+    return f"{noun}, of {words.several(n_images, 'image')}" if n_images else noun
+
+
+def images_at_once(n_images: int | str) -> str:
+    """So many images in a sentence about time."""
+    return "one image" if int(n_images) == 1 else f"{n_images} images at once"
 
 
 def timed(turns: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:

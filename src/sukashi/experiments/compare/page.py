@@ -24,7 +24,16 @@ from sukashi.measures.curves import THRESHOLDS
 from sukashi.repairs import NONE
 from sukashi.report import classes, figures, words
 from sukashi.report.figures import COLOURS, MARKERS, OTHERS, WIDTH, Drawn
-from sukashi.report.networks import MODES, categories_alt, cost_table, draw_categories, has_categories, slower
+from sukashi.report.networks import (
+    LATENCY,
+    MODES,
+    at_once,
+    categories_alt,
+    cost_table,
+    draw_categories,
+    has_categories,
+    slower,
+)
 from sukashi.report.page import Page
 
 DASHES = {
@@ -74,7 +83,7 @@ def page(result: CompareResult, space: Workspace) -> Page:
             "two_seeds": "; with two seeds, which bound too little, each of them" if 2 in seeds else "",
             "costs": cost_table(
                 result.costs,
-                result.latency,
+                {at_once(LATENCY, result.costs["dense"].get("batch_size")): result.latency} if result.latency else {},
                 result.n_images,
                 "The network cut for real beside the dense one, with half of the units removed."
                 + (" What a repair mends costs the same." if repaired else ""),

@@ -29,7 +29,6 @@ from sukashi.measures import cost, curves
 from sukashi.repairs import NONE, mender, repairs
 from sukashi.repairs import check as check_repair
 
-SPEED_BATCHES = 1, cost.BATCH
 CURVES = "curves"  # by which a change of the code that measures them is told
 
 
@@ -223,7 +222,7 @@ def _time_advised(setting: Bench, settings: Compare, space: Workspace) -> None:
     if best is None:
         return
     timed = verdict.speed_of(space, best, ratios[best.name])
-    missing = [size for size in SPEED_BATCHES if str(size) not in timed]
+    missing = [size for size in cost.SPEED_BATCHES if str(size) not in timed]
     if not missing:
         return
     plan = plan_of(plan_arrays(best.plans[0]), setting.found.sites)

@@ -160,9 +160,8 @@ def faster(speed: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     said = []
     for n_images, of in speed.items():
-        on = "one image" if n_images == "1" else f"{n_images} images at once"
         so = ", which is not shown to differ" if of["low"] <= 1 <= of["high"] else ""
-        said.append(f"× {networks.factor(of)} for {on}{so}")
+        said.append(f"× {networks.factor(of)} for {networks.images_at_once(n_images)}{so}")
     hardware = next(iter(speed.values()))["hardware"]
     return f"Time, beside the dense network's: {'; '.join(said)}. 95% intervals, {hardware}."
 

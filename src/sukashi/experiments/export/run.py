@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from sukashi.core.types import pass_size
 from sukashi.experiments.bench import Source, check_code
 from sukashi.experiments.export.settings import Export
 from sukashi.experiments.reading import Architecture, Pixels
+from sukashi.measures import cost
 from sukashi.models import Loaded, onnx
-from sukashi.report import words
+from sukashi.report import networks, words
 
 N_RANDOM = 256
 
@@ -32,10 +34,12 @@ class ExportResult(Result):
     `file` holds `bytes` bytes with that `sha256`, `infer` is the script beside it, None where image files can't feed
     the network. `metadata` is what the file says of itself. Of float16 `fp16` holds, beside the float32 file on
     `n_images` `images`: the `largest_difference` of a logit, as a fraction of the largest logit, and the share of
-    `same_answers` with its 95 % interval, `low` to `high` (Wilson's), see `agree`.
+    `same_answers` with its 95 % interval, `low` to `high` (Wilson's), see `agree`. `latency_ms` is the median time of
+    {images at once: a pass} in onnxruntime on `threads` of this machine's CPU, which a clock decides.
     """
 
     kind: ClassVar[str] = "export"
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency_ms", "threads")
 
     model: str
     file: str
@@ -44,6 +48,8 @@ class ExportResult(Result):
     sha256: str
     metadata: dict[str, str]
     fp16: dict[str, Any] | None
+    latency_ms: dict[str, float]
+    threads: int
     notes: list[str]
 
     def text(self) -> str:
@@ -55,6 +61,8 @@ class ExportResult(Result):
                 f"the same answers ({words.percent(of['low'])} to {words.percent(of['high'])}), logits at most "
                 f"{of['largest_difference']:.1e} of the largest apart"
             )
+        times = [f"{words.printed(ms, 'ms')} ms for {networks.images_at_once(n)}" for n, ms in self.latency_ms.items()]
+        said.append(f"onnxruntime takes {words.listed(times)}, on {words.several(self.threads, 'thread')} of this CPU")
         said += [f"note: {note}" for note in self.notes]
         if self.infer:
             said += [
@@ -103,6 +111,8 @@ def export(asked: Export) -> ExportResult:
         sha256=hashlib.sha256(content).hexdigest(),
         metadata=onnx.metadata(content),
         fp16=agreement,
+        latency_ms=_latency(content, _random(loaded) if images is None else images),
+        threads=torch.get_num_threads(),
         notes=[*loaded.notes, *_doubts(asked, recipe, script)],
     )
 
@@ -137,6 +147,16 @@ def agree(whole: bytes, content: bytes, parts: Iterable[torch.Tensor]) -> dict[s
         "low": same.low,
         "high": same.high,
     }
+
+
+def _latency(content: bytes, images: torch.Tensor) -> dict[str, float]:
+    """{images at once: the median milliseconds of a pass}"""
+    opened, found = onnx.session(content), {}
+    for size in cost.SPEED_BATCHES:
+        batch = cost.batch_of(images, size)
+        (times,) = cost.latency([lambda x: onnx.logits(opened, x.numpy())], batch, seconds=5.0)
+        found[str(size)] = statistics.median(times)
+    return found
 
 
 def _place(asked: Export) -> Path:

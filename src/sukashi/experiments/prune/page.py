@@ -50,7 +50,7 @@ def page(result: PruneResult, space: Workspace) -> Page:
             "result": result,
             "title": f"{result.model}, {'sparse' if sparse else 'pruned'}",
             "warnings": [*result.warnings, *result.slower()],
-            "costs": cost_table(costs, {"pruned": result.latency} if result.latency else {}, result.n_images, note),
+            "costs": cost_table(costs, result.clocks(), result.n_images, note),
             "layers": layers,
             "categories_alt": categories_alt({plans[0].method: plans}) if plans else "",
             "target": reached(result.target, result.ratio, result.layers) if result.target else "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,11 @@ from sukashi.experiments.prune.targets import BY_SETTING, Search, unused
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, classwise, cost
 from sukashi.measures.accuracy import Replies
-from sukashi.models import Loaded
+from sukashi.models import Loaded, onnx
 from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
 from sukashi.report import words
 
-LATENCY_BATCH = 32
 MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
 
 
@@ -65,7 +64,7 @@ def prepare(settings: Prune) -> Prepared:
         )
     log = {"hardware": hardware(setting.device)}
     before = None if settings.target is None else partial(_check_target, setting, settings)
-    return Prepared(about, trials, log=log, before=before, after=partial(_time, setting))
+    return Prepared(about, trials, log=log, before=before, after=partial(_time, setting, settings))
 
 
 def code(settings: Prune) -> dict[str, str]:
@@ -141,7 +140,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
         small = pruning.repaired(pruning.sparse(dense, mask), dense, images, settings.repair)
     test, removed = setting.test(), mask.n_removed / mask.n_units
     units = settings.scope is None
-    batch = _batch(setting)
+    batch = cost.batch_of(setting.example)
     both = {"dense": dense, "pruned": small}
     answers = {name: accuracy.replies(of.model, test, probabilities=True) for name, of in both.items()}
     figures = {
@@ -208,7 +207,7 @@ def _search(setting: Bench, settings: Prune) -> Search:
         *settings.target,
         model=loaded.model,
         sites=setting.sites,
-        batch=_batch(setting),
+        batch=cost.batch_of(setting.example, settings.target_batch or cost.BATCH),
         mode=settings.mode,
         round_to=_round_to(settings),
         held_out=partial(_held_out, setting, settings),
@@ -229,11 +228,6 @@ def _check_target(setting: Bench, settings: Prune, missing: Sequence[Trial]) -> 
     """Refuse a target that no plan reaches, where the network is not there yet."""
     if any("onnx" not in trial.about for trial in missing):
         _search(setting, settings).check()
-
-
-def _batch(setting: Bench) -> torch.Tensor:
-    """What latency and memory are measured on."""
-    return cost.batch_of(setting.example)
 
 
 def _layers(setting: Bench, mask: Mask, small: Loaded) -> list[dict[str, Any]]:
@@ -332,17 +326,25 @@ def _export(setting: Bench, desk: Desk) -> None:
     desk.finish({"opset": "torch's default"})
 
 
-def _time(setting: Bench, space: Workspace) -> None:
-    """Log the latency of the dense and the pruned network in turns, unless an earlier run did."""
-    if space.logged("latency") or not Path(space.folder / models.RECIPE).exists():
+def _time(setting: Bench, settings: Prune, space: Workspace) -> None:
+    """Log the latency of the dense and the pruned network and of the ONNX file in turns, of one image, of many and of
+    as many as a target asks for, unless an earlier run did."""
+    home = Path(space.folder)
+    if not (home / models.RECIPE).exists():
         return
-    small = models.load(setting.loaded.spec, weights=space.folder)
+    file = home / "onnx" / models.ONNX
+    exported = setting.device.type == "cpu" and file.exists()
+    timed = {entry["batch_size"] for entry in space.logged("latency") if "onnx_ms" in entry or not exported}
+    missing = sorted({*cost.SPEED_BATCHES, *filter(None, [settings.target_batch])} - timed)
+    if not missing:
+        return
+    small = models.load(setting.loaded.spec, weights=home)
     small.model.to(setting.device)
-    dense, pruned = cost.latency((setting.loaded.model, small.model), _batch(setting))
-    space.log(
-        "latency",
-        dense_ms=dense,
-        cut_ms=pruned,
-        batch_size=cost.BATCH,
-        threads=torch.get_num_threads(),
-    )
+    networks: dict[str, Callable[[torch.Tensor], object]] = {"dense_ms": setting.loaded.model, "cut_ms": small.model}
+    if exported:
+        opened = onnx.session(file.read_bytes())
+        networks["onnx_ms"] = lambda images: onnx.logits(opened, images.numpy())
+    for size in missing:
+        times = cost.latency([*networks.values()], cost.batch_of(setting.example, size), seconds=10.0)
+        found = dict(zip(networks, times, strict=True))
+        space.log("latency", **found, batch_size=size, threads=torch.get_num_threads())

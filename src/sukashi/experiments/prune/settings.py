@@ -59,8 +59,11 @@ class Prune(Reading):
         None,
         gt=0,
         lt=1,
-        help="Remove as little as is shown to take at most this fraction of its time: torch on this machine, 32 "
-        "images at once. A clock decides.",
+        help="Remove as little as is shown to take at most this fraction of its time: torch on this machine. A clock "
+        "decides.",
+    )
+    target_batch: int | None = option(
+        None, ge=1, default="32", help="Images at once whose time `target_latency` is about: 1 for a device."
     )
     max_drop: float | None = option(
         None,
@@ -113,6 +116,8 @@ class Prune(Reading):
             known = ", ".join(f"`{name}`" for name in ("ratio", *TARGETS))
             told = " and ".join(f"`{name}`" for name in given) if given else "nothing that says it"
             raise UsageError(f"how much goes is said by one of {known}, got {told}: give one")
+        if self.target_batch is not None and self.target_latency is None:
+            raise UsageError("`target_batch` is about the time of `target_latency`: give that too, or leave it out")
         return self
 
     @property

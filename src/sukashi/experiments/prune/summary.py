@@ -31,15 +31,16 @@ class PruneResult(Result):
     each class: sensitivity, specificity, AUC, balanced accuracy, calibration, confusion, see `report.classes.by_class`.
     Fractions removed are of all units, of the weights in scope, and of all parameters. `ratio` is where the plan was
     cut: as asked, or found for a `target`, which holds its name, what was asked and what was reached. `layers` counts
-    the units before and after, from input to output, with a scope the weights. `latency` of as many images at once is
-    what a clock decides, and so is the `verdict`: the medians dense_ms and cut_ms, and the factor between them with its
-    95 % interval, low to high, both networks timed in turns. `onnx` is the ONNX file in the folder, of `onnx_bytes`
-    bytes, `infer` the script that asks it about images. `tuning` is the call that trains the network on, empty where
+    the units before and after, from input to output, with a scope the weights. `latency` and the `verdict` a clock
+    decides: {images at once: the medians dense_ms and cut_ms, and the factor between them with its 95 % interval, low
+    to high, both networks timed in turns}; `onnx_latency` is that of the ONNX file on a CPU, beside the dense network
+    in torch. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes, `infer` the script that asks it about
+    images. `tuning` is the call that trains the network on, empty where
     that lies in memory.
     """
 
     kind: ClassVar[str] = "prune"
-    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "verdict", "tuning")
+    of_call: ClassVar[tuple[str, ...]] = (*Result.of_call, "latency", "onnx_latency", "verdict", "tuning")
     columns: ClassVar[Columns] = {
         **shared(
             "model", "weights_sha256", "data", "criterion", "sampling", "repair", "options", "calibration", "seed"
@@ -52,7 +53,7 @@ class PruneResult(Result):
         "parameters": (int, "its parameters"),
         "flops": (int, "its FLOPs on one image"),
         "peak_bytes": (int, "memory at its peak in a pass over `batch_size` images, in bytes"),
-        "batch_size": (int, "images of that pass, and of those that are timed"),
+        "batch_size": (int, "images of that pass"),
         "bytes": (int, "of its file of weights"),
         "zeros_in_masked_layers": (float, "with a scope: the share of the masked layers' weights that is zero"),
         "zeros_in_all": (float, "with a scope: the share of all parameters that is zero"),
@@ -77,7 +78,8 @@ class PruneResult(Result):
     parameters_removed: float
     dense: dict[str, Any]
     pruned: dict[str, Any]
-    latency: dict[str, float]
+    latency: dict[str, dict[str, float]]
+    onnx_latency: dict[str, dict[str, float]]
     n_images: int
     class_names: list[str]
     classes: dict[str, Any]
@@ -92,10 +94,9 @@ class PruneResult(Result):
     def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         told = networks.figure_rows({"dense": self.dense, "pruned": self.pruned}, self.n_images)
         rows = [[noun, *values] for noun, values in told]
-        if self.latency:
-            times = [words.printed(self.latency[name], "ms") for name in ("dense_ms", "cut_ms")]
-            rows += [[networks.at_once(networks.LATENCY, self.dense), *times]]
-            rows += [["  × dense, median of pairs of passes", "", networks.factor(self.latency)]]
+        for noun, of in self.clocks().items():
+            rows += [[noun, *(words.printed(of["pruned"][name], "ms") for name in ("dense_ms", "cut_ms"))]]
+            rows += [["  × dense, median of pairs of passes", "", networks.factor(of["pruned"])]]
         what, gone = ("weights", self.weights_removed) if self.scope else ("units", self.units_removed)
         assert gone is not None
         n, n_all = _counts(self.layers)
@@ -135,9 +136,16 @@ class PruneResult(Result):
         line = [f"  {onnx.run_line(f'{folder}{self.infer}', file)}"] if self.infer else []
         return [f"ONNX: {file}, {size}", *line]
 
+    def clocks(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Rows of latency: {what is timed: {network: its latency beside the dense one's}}."""
+        timed = ((networks.LATENCY, self.latency), (f"{networks.LATENCY}, the ONNX file", self.onnx_latency))
+        return {networks.at_once(noun, int(n)): {"pruned": found} for noun, of in timed for n, found in of.items()}
+
     def slower(self) -> list[str]:
         """A sentence where cutting made the network slower."""
-        return networks.slower({"pruned": self.latency}) if self.latency and self.mode == "cut" else []
+        if self.mode != "cut":
+            return []
+        return networks.slower({f"pruned, {networks.images_at_once(n)}": of for n, of in self.latency.items()})
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each of the two networks."""
@@ -164,8 +172,13 @@ def summary(space: Workspace) -> PruneResult:
         raise UsageError(f"{space.folder} holds no finished network: give the same `sukashi.prune` again")
     about, found = records[0].about, records[0].result
     exported = [record for record in records if "onnx" in record.about]
-    clocked = space.logged("latency")[-1:]
-    latency = networks.timed(clocked) if clocked else {}
+    clocked = sorted(space.logged("latency"), key=lambda entry: entry["batch_size"])
+    latency = {str(entry["batch_size"]): networks.timed([entry]) for entry in clocked}
+    onnx_latency = {
+        str(entry["batch_size"]): networks.timed([{"dense_ms": entry["dense_ms"], "cut_ms": entry["onnx_ms"]}])
+        for entry in clocked
+        if "onnx_ms" in entry
+    }
     dense, pruned, scope = found["dense"], found["pruned"], about["scope"]
     by_class = classes.by_class(records[0].arrays("answers"), found["class_names"], NETWORKS)
     return PruneResult(
@@ -183,6 +196,7 @@ def summary(space: Workspace) -> PruneResult:
         **{name: found[name] for name in ("layers", "dense", "pruned")},
         parameters_removed=1 - pruned["parameters"] / dense["parameters"],
         latency=latency,
+        onnx_latency=onnx_latency,
         classes=by_class,
         onnx=f"onnx/{onnx.ONNX}" if exported else None,
         onnx_bytes=len(exported[0].read(onnx.ONNX)) if exported else None,
@@ -234,7 +248,7 @@ def _verdict(
     dense: Mapping[str, Any],
     pruned: Mapping[str, Any],
     n_images: int,
-    latency: Mapping[str, float],
+    latency: Mapping[str, Mapping[str, float]],
     scope: str | None,
     by_class: Mapping[str, Any],
 ) -> str:
@@ -256,7 +270,16 @@ def _verdict(
             if dense[name]:
                 parts.append(f"{noun} {100 * (pruned[name] / dense[name] - 1):+z.0f}%")
         if latency:
-            sure = not latency["low"] <= 1 <= latency["high"]
-            parts.append(f"latency {100 * (latency['factor'] - 1):+z.0f}%" if sure else "latency not shown to change")
+            parts.append(f"latency {_slower_or_faster(latency)}")
     said = ", ".join(parts) + ("; it is as large and as slow as before" if scope is not None else "")
     return f"{said[0].upper()}{said[1:]}."
+
+
+def _slower_or_faster(latency: Mapping[str, Mapping[str, float]]) -> str:
+    """What the cut did to the time of many images, and of one: -40% for 32 images at once, -20% for one image."""
+    sure = {n: of for n, of in latency.items() if not of["low"] <= 1 <= of["high"]}
+    told = [f"{100 * (of['factor'] - 1):+z.0f}% for {networks.images_at_once(n)}" for n, of in sure.items()]
+    if len(sure) < len(latency):
+        unsure = words.listed([networks.images_at_once(n) for n in latency if n not in sure])
+        told.append("not shown to change" + (f" for {unsure}" if sure else ""))
+    return ", ".join(told)
