@@ -14,6 +14,7 @@ import sukashi
 from pictures import encode, noise, write
 from sukashi import data, models
 from sukashi.core.errors import DataError, UsageError
+from sukashi.data import grouping
 
 NET = {"model": "sukashi:digits_cnn", "width": 8, "data": "digits"}
 SEEN = "may have been trained on: accuracy can flatter"
@@ -50,6 +51,38 @@ def test_a_patient_is_never_on_both_sides(tmp_path):
     train, validation = found.train.validation(0.25)
     assert not of(train) & of(validation)
     assert validation.counts.tolist() == [6, 6]
+
+
+def test_names_that_number_images_of_one_are_noticed(tmp_path):
+    alone = data.load(patients(tmp_path / "alone"))
+    said = "names such as 'p0_0.png' look like several images of one patient or scene: 60 of 60 images are of 20, and "
+    remedy = f"`groups={grouping.GROUPS!r}` keeps them together where images are held out"
+    assert alone.warnings == (f"{said}test images are held out one by one: accuracy can flatter; if so, {remedy}",)
+    kept = data.load(tmp_path / "alone", groups=grouping.GROUPS)
+    assert not of(kept.train) & of(kept.test)
+    assert len(of(kept.train) | of(kept.test)) == 20
+    assert kept.warnings == ()
+
+    split = patients(patients(tmp_path / "split", split="train"), split="test", shift=5)
+    (torn,) = (warning for warning in data.load(split).warnings if "look like" in warning)
+    assert (
+        "120 images are of 30, and 10 of these are in test (30 images) and in train (30 images): accuracy can" in torn
+    )
+    apart = data.load(patients(patients(tmp_path / "apart", split="train"), split="test", shift=50))
+    assert not [warning for warning in apart.warnings if "look like" in warning]
+    (noted,) = (note for note in apart.notes if "look like" in note)
+    assert "accuracy can flatter" not in noted
+    assert noted.endswith(remedy)
+
+
+def test_names_that_say_nothing_of_patients_are_not_doubted(tmp_path):
+    for k, name in enumerate(("n01_", "n02_")):
+        for i in range(30):  # the number before the last is a class
+            write(tmp_path / "classes" / name / f"{name}{i}.png", encode(noise(100 * k + i)))
+            write(tmp_path / "counted" / name / f"img_{name[:3]}{i}.png", encode(noise(100 * k + i)))
+    for place in ("classes", "counted"):
+        found = data.load(tmp_path / place)
+        assert not [said for said in (*found.warnings, *found.notes) if "look like" in said]
 
 
 def test_a_smaller_part_of_whole_groups_is_in_a_larger_one_and_others_change_nothing(tmp_path):

@@ -18,7 +18,7 @@ from sukashi.experiments.compare.contenders import curve_of, named
 from sukashi.experiments.workspace import Workspace
 from sukashi.network import surgery
 from sukashi.network.sites import weights
-from sukashi.repairs import mender
+from sukashi.repairs import mender, repairs
 
 SPEC = "sukashi:digits_cnn"
 FEW = {"calibration": 8, "test_images": 100, "width": 8}
@@ -251,3 +251,28 @@ def test_every_cut_of_a_curve_may_be_mended_by_norm(cnn_weights, tmp_path):
     found = compare(["magnitude"], tmp_path / "out", cnn_weights, ratios=[0.05, 0.3, 0.6], repair=["norm"])
     assert set(found.contenders) == {"magnitude", "magnitude+norm"}
     assert found.sauces["magnitude+norm"] != found.sauces["magnitude"]
+
+
+def test_a_repair_of_ones_own_spoils_nothing_but_what_it_mends(bench, monkeypatch):
+    def spoils(model, dense, table, data, *, returns: bool = False):
+        for network in (model, dense):
+            next(network.parameters()).data.zero_()
+        data.x.zero_()
+        table.clear()
+        return model if returns else None
+
+    spoils.__module__ = "somewhere"
+    monkeypatch.setattr(repairs, "_methods", dict(repairs._methods))
+    repairs.register("spoils", source="nobody")(spoils)
+    data, dense = bench.calibration(0), copy.deepcopy(bench.loaded.model)
+    plan = rank(criteria["magnitude"](dense, bench.sites, data, generator=torch.Generator()))
+    x, small = data.x.clone(), copy.deepcopy(dense)
+    table = surgery.cut(small, plan.mask(0.5))
+    told = copy.deepcopy(table)
+    mender("spoils", dense, data)(small, table)
+    assert not next(small.parameters()).any()
+    assert all(a.equal(b) for a, b in zip(dense.parameters(), bench.loaded.model.parameters(), strict=True))
+    assert data.x.equal(x)
+    assert table == told
+    with pytest.raises(UsageError, match=r"gives DigitsCNN: a repair changes the weights of `model` in place"):
+        mender("spoils[returns=true]", dense, data)(small, table)

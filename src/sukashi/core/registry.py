@@ -183,7 +183,8 @@ class Method:
     def _of_its_own(self, bound: inspect.BoundArguments) -> Any:
         """What somebody's own function gives, which can spoil nothing for those that come after it."""
         for name in self.asks if self.gives is not None else ():
-            bound.arguments[name] = _apart(bound.arguments[name])
+            if name not in self.facts.get("changes", ()):
+                bound.arguments[name] = _apart(bound.arguments[name])
         generator = bound.arguments.get("generator")
         seed = generator.initial_seed() if isinstance(generator, torch.Generator) else 0
         try:

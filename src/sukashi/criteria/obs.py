@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
@@ -16,14 +16,14 @@ from sukashi.core import progress
 from sukashi.core.errors import ModelError
 from sukashi.core.precision import without_tf32
 from sukashi.core.registry import BatchSize
-from sukashi.core.types import Batch, Mask, Member, Plan, Site
+from sukashi.core.types import Batch, Mask, Plan, Site
 from sukashi.criteria import criteria
 from sukashi.criteria.progressive import Row, Verdict, plan_of
 from sukashi.network import hooks, surgery
 from sukashi.network import sites as finder
 from sukashi.network.exclude import remedy
 from sukashi.repairs import mender
-from sukashi.repairs.elimination import Elimination, gram_of, inputs_of, weight_of
+from sukashi.repairs.elimination import Elimination, gram_of, inputs_of, inverse_of, weight_of
 from sukashi.repairs.order import parts
 from sukashi.repairs.rows import is_refittable, places, written
 
@@ -62,8 +62,8 @@ def obs(
     the reader writes, tr(D H D') / variance, which knows nothing of what follows. Over images and at most `positions`
     places of each. No labels are used.
 
-    Memory: the numbers that each reader reads, squared, in float64, of all of them. `batch_size` bounds the images in
-    one pass.
+    Memory: twice the numbers that each reader reads, squared, in float64, of all of them. `batch_size` bounds the
+    images in one pass.
 
     Raises ModelError for a site whose readers are neither linear layers nor convolutions without groups, or read more
     than `MOST_READ` numbers at a place, and for logits that are not finite; UsageError for fewer than five images.
@@ -85,10 +85,12 @@ def obs(
                 mend(small, table)
             present = surgery.renumber(sites, mask)
             sums = _sums(small, names, data, positions, batch_size, generator)
+            with torch.no_grad():
+                priced = {name: _priced(small.get_submodule(name), sums.pop(name), error) for name in names}
             n_gone = n_units * number // rounds - len(rows)
             for position, (site, now) in enumerate(zip(sites, present, strict=True)):
                 units = torch.nonzero(keep[site]).flatten().tolist()
-                found = _prices(small, now, readers[site], sums, error, n_gone)
+                found = _prices(now, priced, small, n_gone)
                 price |= {(position, unit): of for unit, of in zip(units, found, strict=True)}
             for pair in _cheapest(price, rows):
                 site = sites[pair[0]]
@@ -192,35 +194,33 @@ def _sums(
     return found
 
 
-def _prices(
-    model: nn.Module, site: Site, names: Collection[str], sums: Mapping[str, _Sums], error: Error, n: int
-) -> list[float]:
+def _prices(site: Site, readers: Mapping[str, tuple[Tensor, Tensor]], model: nn.Module, n: int) -> list[float]:
     """The price of each unit of a site; units after the `n` cheapest are not eliminated, for no more will go."""
-    readers = [_reader(model, m, sums[m.module], error) for m in site.consumers if m.module in names]
+    going = [
+        Elimination(*readers[m.module], inputs_of(model.get_submodule(m.module), m.index))
+        for m in site.consumers
+        if m.module in readers
+    ]
     found, price = torch.zeros(site.n_units, dtype=torch.float64), 0.0
-    with torch.no_grad():
-        for number in range(site.n_units):
-            rises = torch.stack([of.rises() for of in readers]).sum(0).cpu()
-            if number == n:
-                left = rises.isfinite()
-                found[left] = rises[left].clamp(min=price)
-                break
-            unit = int(rises.argmin())
-            found[unit] = price = max(price, float(rises[unit]))
-            for of in readers:
-                of.remove(unit)
+    for number in range(site.n_units):
+        rises = torch.stack([of.rises() for of in going]).sum(0).cpu()
+        if number == n:
+            left = rises.isfinite()
+            found[left] = rises[left].clamp(min=price)
+            break
+        unit = int(rises.argmin())
+        found[unit] = price = max(price, float(rises[unit]))
+        for of in going:
+            of.remove(unit)
     return cast(list[float], found.tolist())
 
 
-def _reader(model: nn.Module, member: Member, sums: _Sums, error: Error) -> Elimination:
-    """A reader of a site, ready to lose its units, with what errors of its outputs count by."""
-    layer, n = model.get_submodule(member.module), sums.gram[-1, -1]
+def _priced(layer: nn.Module, sums: _Sums, error: Error) -> tuple[Tensor, Tensor]:
+    """H^-1 of a reader and the products S of its weights, by what errors of its outputs count (see `Elimination`)."""
+    weight, n = weight_of(layer), sums.gram[-1, -1]
     if error == "output":
-        weights = sums.n_places / 2 * sums.slopes / n / n
-    else:
-        weight = weight_of(layer)
-        product = weight @ sums.gram
-        variance = (product * weight).sum() - product[:, -1].square().sum() / n
-        # One that always writes the same loses nothing.
-        weights = torch.eye(len(product)).to(product) / variance.clamp(min=torch.finfo(product.dtype).tiny)
-    return Elimination(layer, sums.gram, inputs_of(layer, member.index), weights)
+        return inverse_of(sums.gram), weight.T @ (sums.n_places / 2 * sums.slopes / n / n @ weight)
+    product = weight @ sums.gram
+    variance = (product * weight).sum() - product[:, -1].square().sum() / n
+    # One that always writes the same loses nothing.
+    return inverse_of(sums.gram), weight.T @ weight / variance.clamp(min=torch.finfo(product.dtype).tiny)

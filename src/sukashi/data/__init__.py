@@ -91,6 +91,7 @@ def load(
     number = _numbers(name, found, class_map)
     class_names = tuple(found.class_names[k] for k in torch.argsort(number).tolist())
     of_images = None if groups is None else grouping.groups_of(name, found, groups)
+    noticed, torn = grouping.unnoticed(found) if groups is None else ([], [])
     read, digests = _read(name, found, number, class_names, of_images)
     bad = tuple(pair for split in read.values() for pair in split.bad)
     if bad and not skip_bad:
@@ -116,7 +117,7 @@ def load(
         _masks=found.masks,
         _facts=found.facts,
         _converted=tuple((of.name, rule, n) for of in read.values() for rule, n in sorted(of.notes.items())),
-        _notes=(*found.notes, *renamed),
+        _notes=(*found.notes, *noticed, *renamed),
         _warnings=(
             *found.warnings,
             *(f"{len(of.bad)} unreadable image(s) of {of.name} left out" for of in read.values() if of.bad),
@@ -124,6 +125,7 @@ def load(
             *(said for split in splits.values() for said in _lonely_classes(split)),
             *_duplicates(splits, digests),
             *grouping.shared(splits),
+            *torn,
         ),
     )
     return whole if only is None else whole.only(only)

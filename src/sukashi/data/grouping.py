@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from itertools import combinations
 
@@ -11,6 +12,9 @@ from sukashi.data.images import Found
 from sukashi.data.splits import Split
 
 _SHOWN = 3
+_FEWEST = 10  # groups by names alone, below which nothing is said
+_NUMBERED = re.compile(r"([^/]*\d)[_-]\d+(?:\.\w+)?$")
+GROUPS = r"([^/]*\d(?=[_-]\d+(?:\.|$))|[^/]+)[^/]*$"  # what comes before the last number, or else all of the name
 
 
 def groups_of(name: str, found: Found, asked: str) -> dict[str, str]:
@@ -50,6 +54,41 @@ def _pattern(name: str, asked: str) -> re.Pattern[str]:
             f"{pattern.groups}: {remedy}"
         )
     return pattern
+
+
+def unnoticed(found: Found) -> tuple[list[str], list[str]]:
+    """Notes and warnings on images whose names number several of one, as 00012_003 does of a patient: where what comes
+    before the last number ends in a number itself, many have it in common, and it is no name of a class.
+    """
+    split_of: dict[str, Counter[str]] = {}
+    example: dict[str, str] = {}
+    n_images = 0
+    for split, (source, _) in found.splits.items():
+        named = getattr(source, "names", source.ids)
+        n_images += len(named)
+        for text in named:
+            match = _NUMBERED.search(text)
+            if match:
+                split_of.setdefault(match[1], Counter())[split] += 1
+                example.setdefault(match[1], text)
+    several = {group: of for group, of in split_of.items() if of.total() > 1}
+    n_several = sum(of.total() for of in several.values())
+    if len(several) < max(_FEWEST, 2 * len(found.class_names)) or n_several < n_images / 10:
+        return [], []
+    name = example[max(several, key=lambda group: several[group].total())]
+    said = (
+        f"names such as {name.rsplit('/', 1)[-1]!r} look like several images of one patient or scene: {n_several:,} of "
+        f"{n_images:,} images are of {len(several):,}"
+    )
+    remedy = f"; if so, `groups={GROUPS!r}` keeps them together where images are held out"
+    torn = {group: of for group, of in several.items() if len(of) > 1}
+    if len(found.splits) == 1:
+        return [], [f"{said}, and test images are held out one by one: accuracy can flatter{remedy}"]
+    if not torn:
+        return [said + remedy], []
+    n = sum((of for of in torn.values()), Counter())
+    where = " and ".join(f"in {split} ({n[split]:,} images)" for split in found.splits if n[split])
+    return [], [f"{said}, and {len(torn):,} of these are {where}: accuracy can flatter{remedy}"]
 
 
 def shared(splits: Mapping[str, Split]) -> list[str]:

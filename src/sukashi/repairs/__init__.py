@@ -3,14 +3,15 @@
 A repair changes weights or statistics of the cut network in place, and never its shape. It is given the network that
 was cut, the dense one, what was cut, {layer: {side: positions}} as `surgery.cut` and `surgery.zero` tell it, or of
 single weights {layer: {"weights": where zeros are in the flattened weight}}, and images. The fact `needs` names layers
-of which a network must have one.
+of which a network must have one, `changes` what it is given and changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
-from sukashi.core.errors import ModelError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.precision import exact
 from sukashi.core.registry import Registry, fill
 from sukashi.core.types import Batch
@@ -18,7 +19,22 @@ from sukashi.network.surgery import Table
 
 NONE = "none"  # the cut as it is
 
-repairs = Registry("repair", "repairs", takes="model, dense, table, data", needs=(nn.Module,))
+
+def _changes_in_place(name: str, found: object, given: Mapping[str, Any]) -> None:
+    if found is not None:
+        raise UsageError(
+            f"{name} gives {type(found).__name__}: a repair changes the weights of `model` in place and returns nothing"
+        )
+
+
+repairs = Registry(
+    "repair",
+    "repairs",
+    takes="model, dense, table, data",
+    gives=_changes_in_place,
+    needs=(nn.Module,),
+    changes=("model",),
+)
 
 Mend = Callable[[nn.Module, Table], None]
 

@@ -31,17 +31,12 @@ class Elimination:
     A layer without a bias is taken to have one of zero: what follows it, a BatchNorm as a rule, can have it.
     """
 
-    def __init__(self, layer: nn.Module, gram: Tensor, inputs: Tensor, weights: Tensor) -> None:
-        """`gram` (N + 1, N + 1) are the sums of what the layer read, as `gram_of` gives them, `inputs` (U, k) those of
-        each unit, `weights` (M, M) by what products of errors of outputs count.
+    def __init__(self, inverse: Tensor, errors: Tensor, inputs: Tensor) -> None:
+        """`inverse` and `errors` (N + 1, N + 1) are H^-1, as `inverse_of` gives it, and S of a layer before anything
+        goes, which stay as they are; `inputs` (U, k) those of each unit.
         """
-        weight = weight_of(layer)
-        penalty = torch.zeros_like(gram.diagonal())
-        penalty[:-1] = DAMPING * gram.diagonal()[:-1].mean()
-        penalty[gram.diagonal() + penalty <= 0] = 1.0  # what is always zero has no part in what is written
-        self._inverse = _Falling(torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(penalty))), inputs)
-        self._errors = _Falling(weight.T @ (weights @ weight), inputs)
-        self._gone = torch.zeros(len(inputs), dtype=torch.bool, device=gram.device)
+        self._inverse, self._errors = _Falling(inverse.clone(), inputs), _Falling(errors.clone(), inputs)
+        self._gone = torch.zeros(len(inputs), dtype=torch.bool, device=inverse.device)
 
     def rises(self) -> Tensor:
         """(U,) by how much the loss of each unit alone raises the error; infinite for one that is gone."""
@@ -84,6 +79,14 @@ class _Falling:
         if self._n >= _PUT_OFF:
             self._matrix -= self._left[: self._n].T @ self._right[: self._n]
             self._n = 0
+
+
+def inverse_of(gram: Tensor) -> Tensor:
+    """H^-1 (N + 1, N + 1) of the sums of what a layer read, as `gram_of` gives them."""
+    penalty = torch.zeros_like(gram.diagonal())
+    penalty[:-1] = DAMPING * gram.diagonal()[:-1].mean()
+    penalty[gram.diagonal() + penalty <= 0] = 1.0  # what is always zero has no part in what is written
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(penalty)))
 
 
 def weight_of(layer: nn.Module) -> Tensor:
