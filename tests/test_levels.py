@@ -420,9 +420,23 @@ def test_the_figure_stands_where_it_was_measured(monkeypatch):
 def test_one_network_has_the_interval_of_its_training():
     one = told({"magnitude": [(0.5, 0.5, 0.9)]})
     found = stats.share(380, 400)
-    assert one.dense_accuracy == {"mean": found.mean, "low": found.low, "high": found.high}
+    bounds = {"mean": found.mean, "low": found.low, "high": found.high}
+    assert one.dense_accuracy == {**bounds, "each": [0.95]}
     two = told({"magnitude": [(0.5, 0.5, 0.9)]}, n_seeds=2)
-    assert two.dense_accuracy == one.dense_accuracy, "both seeds give the same network"
+    assert two.dense_accuracy == {**bounds, "each": [0.95, 0.95]}, "both seeds give the same network"
+
+
+def test_of_two_seeds_each_is_told_and_of_others_an_interval():
+    one, two, three = (told({"magnitude": [(0.5, 0.5, 0.9)]}, n_seeds=n) for n in (1, 2, 3))
+    each = ", ".join(f"{100 * of:.1f}" for of in two.levels[0]["accuracy"]["each"])
+    assert f"  {each}  " in two.text()
+    assert ("each seed" in two.text(), "95% interval" in two.text()) == (True, False)
+    for other in (one, three):
+        of = other.levels[0]["accuracy"]
+        assert f"{100 * of['low']:.1f} to {100 * of['high']:.1f}" in other.text()
+        assert "each seed" not in other.text()
+    (row,) = two.model_copy(update={"options": {"magnitude": {}}}).table()
+    assert (row["accuracy_mean"], "accuracy_each" in row) == (0.9, False)
 
 
 def test_page_and_command_line_show_the_same(rounded):

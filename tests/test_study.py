@@ -152,7 +152,8 @@ def test_what_is_printed_and_the_table(home, done):
     for name in ("cnn", "vit"):
         assert f"\n{name}\n\n{sukashi.results(home / 'results' / name).text()}" in "\n" + text
     first = done.pairs[0]
-    assert f"cnn: taylor minus magnitude: {first['mean']:+.1f} of SAUCE, 95% interval {first['low']:.1f} to" in text
+    each = ", ".join(f"{of:+.1f}" for of in first["each"])
+    assert f"cnn: taylor minus magnitude: {first['mean']:+.1f} of SAUCE, each seed {each}, p" in text
     assert text.endswith(f"Report: {done.report}")
     rows = [{"name": name, "kind": "compare", "verdict": done.experiments[name]["verdict"]} for name in ("cnn", "vit")]
     assert done.table() == rows == pq.read_table(home / "results" / "results.parquet").to_pylist()

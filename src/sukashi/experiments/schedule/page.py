@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -46,24 +49,30 @@ def _alt(result: ScheduleResult) -> str:
     return f"Accuracy by the fraction of the {result.removes} that was removed: {'; '.join(told)}."
 
 
+def _span(of: Mapping[str, Any]) -> tuple[float, float, float]:
+    """A mean with its interval, or with two seeds, which bound too little, with these."""
+    two = len(of["each"]) == 2
+    return of["mean"], *((min(of["each"]), max(of["each"])) if two else (of["low"], of["high"]))
+
+
 def draw(result: ScheduleResult) -> Drawn:
     """Accuracy by level with intervals, a line for each contender."""
     figure = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(result.contenders)), layout="constrained")
     axes = figure.subplots()
     dense = result.dense_accuracy
-    axes.axhspan(dense["low"], dense["high"], color=figures.FAINT, alpha=0.5, linewidth=0)
+    _, dense_low, dense_high = _span(dense)
+    axes.axhspan(dense_low, dense_high, color=figures.FAINT, alpha=0.5, linewidth=0)
     figures.level(axes, dense["mean"], "dense", "--")
     criteria = {name: criterion_of(name) for name in result.contenders}
     dashes = figures.dashes({name: (of, ":" if name.endswith(LEAKY) else "-") for name, of in criteria.items()})
     for place, name in enumerate(result.contenders):
         rows = [row for row in result.levels if row["contender"] == name]
-        mean, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("mean", "low", "high"))
+        mean, low, high = (np.array(of) for of in zip(*(_span(row["accuracy"]) for row in rows), strict=True))
         colour = figures.colour(plain(criteria[name]), place)
         # Side by side, that intervals at one level do not hide each other.
         x = np.array([removed(row) for row in rows]) + 0.006 * (place - (len(result.contenders) - 1) / 2)
         figures.bars(axes, x, (mean, low, high), place, color=colour, linestyle=dashes[name], label=name)
-    bounds = [row["accuracy"][key] for row in result.levels for key in ("low", "high")]
-    figures.within(axes, [*bounds, dense["low"], dense["high"]])
+    figures.within(axes, [value for row in result.levels for value in _span(row["accuracy"])] + [dense_low, dense_high])
     axes.set(xlabel=f"fraction of the {result.removes} that was removed", ylabel="accuracy on test images")
     figures.percents(axes.xaxis)
     figures.percents(axes.yaxis)

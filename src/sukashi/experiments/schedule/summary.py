@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class ScheduleResult(Result):
              it are `shown` to be at most 2 points less accurate; units_removed or weights_removed (with a scope; the
              other is None), the mean fraction that was removed of the dense network's; parameters_removed; the share
              of weights that are zero in the end, zeros_in_masked_layers; accuracy and its difference from the dense
-             network of the same seed, {"mean", "low", "high"} for new seeds and new images
+             network of the same seed, {"mean", "low", "high"} for new seeds and new images, `each` of the seeds
     pairs    of two contenders at the same ratio: difference, first minus second, what was `removed` of each, and `so`;
              where that is more than a point apart, they are "not comparable"
     """
@@ -67,7 +67,7 @@ class ScheduleResult(Result):
     contenders: list[str]
     seeds: int
     n_images: int
-    dense_accuracy: dict[str, float]
+    dense_accuracy: dict[str, Any]
     levels: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
     verdict: str
@@ -75,10 +75,11 @@ class ScheduleResult(Result):
 
     def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         of_weights = self.removes == "weights"
+        interval = "each seed" if self.seeds == 2 else "95% interval"
         header = [
             *("contender", f"{self.removes} removed", "asked for"),
-            *("zeros at the end" if of_weights else "parameters removed", "accuracy, %", "95% interval"),
-            *("against dense, points", "95% interval"),
+            *("zeros at the end" if of_weights else "parameters removed", "accuracy, %", interval),
+            *("against dense, points", interval),
         ]
         rows = []
         for row in self.levels:
@@ -87,18 +88,16 @@ class ScheduleResult(Result):
             rows.append(
                 [
                     *(row["contender"], f"{removed(row):.1%}", f"{row['ratio_asked']:.1%}", f"{less:.1%}"),
-                    f"{100 * right['mean']:.1f}",
-                    f"{100 * right['low']:.1f} to {100 * right['high']:.1f}",
-                    f"{100 * change['mean']:+z.1f}",
-                    f"{100 * change['low']:+z.1f} to {100 * change['high']:+z.1f}",
+                    *(f"{100 * right['mean']:.1f}", words.spread(right, 100)),
+                    *(f"{100 * change['mean']:+z.1f}", words.spread(change, 100, sign=True)),
                 ]
             )
         return header, rows
 
     def text(self) -> str:
-        mean, low, high = (100 * self.dense_accuracy[name] for name in ("mean", "low", "high"))
+        mean, spread = 100 * self.dense_accuracy["mean"], words.spread(self.dense_accuracy, 100)
         on = f"on {words.several(self.n_images, 'test image')}, {words.seeds(self.seeds)}"
-        said = [words.table(*self.overview()), "", f"dense accuracy {mean:.1f} % ({low:.1f} to {high:.1f}) {on}", ""]
+        said = [words.table(*self.overview()), "", f"dense accuracy {mean:.1f} % ({spread}) {on}", ""]
         said += [self.verdict, *self.lines, *self.remarks()]
         return "\n".join([*said, *words.where(self)])
 
@@ -106,7 +105,11 @@ class ScheduleResult(Result):
         """A row for each level."""
         flat = []
         for row in self.levels:
-            bounds = {f"{name}_{key}": value for name in ("accuracy", "difference") for key, value in row[name].items()}
+            bounds = {
+                f"{name}_{key}": row[name][key]
+                for name in ("accuracy", "difference")
+                for key in ("mean", "low", "high")
+            }
             criterion = criterion_of(row["contender"])
             about = {"criterion": plain(criterion), "options": as_json(self.options[criterion]), "n_seeds": self.seeds}
             found = {**dict(self), **row, **bounds, **about}
@@ -159,6 +162,11 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
 
     dense = over_seeds("dense", 0.0)
     rows = {}
+
+    def bounds(of: Callable[[NDArray[np.float64]], Interval], values: NDArray[np.float64]) -> dict[str, Any]:
+        found = of(values)
+        return {"mean": found.mean, "low": found.low, "high": found.high, "each": values.mean(axis=1).tolist()}
+
     for name in names:
         change = np.array([over_seeds(name, ratio) - dense for ratio in identity["ratios"]])
         gained, lost = ((sign * change > 0).sum(axis=2) for sign in (1, -1))
@@ -170,8 +178,8 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
                 "contender": name,
                 "ratio_asked": ratio,
                 "shown": place < n_shown,
-                "accuracy": _bounds(stats.accuracy(over_seeds(name, ratio))),
-                "difference": _bounds(stats.paired(over_seeds(name, ratio) - dense)),
+                "accuracy": bounds(stats.accuracy, over_seeds(name, ratio)),
+                "difference": bounds(stats.paired, over_seeds(name, ratio) - dense),
                 "units_removed": gone if what == "units" else None,
                 "weights_removed": gone if what == "weights" else None,
                 "parameters_removed": float(
@@ -182,7 +190,7 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
     pairs = []
     for one, other in itertools.combinations(names, 2):
         for ratio in identity["ratios"]:
-            difference = _bounds(stats.paired(over_seeds(one, ratio) - over_seeds(other, ratio)))
+            difference = bounds(stats.paired, over_seeds(one, ratio) - over_seeds(other, ratio))
             gone_of = [removed(rows[name, ratio]) for name in (one, other)]
             pair = {"first": one, "second": other, "ratio_asked": ratio, "removed": gone_of, "difference": difference}
             pairs.append(pair | {"so": _so(pair)})
@@ -193,7 +201,7 @@ def of_outcomes(outcomes: Sequence[Outcome], identity: Mapping[str, Any]) -> dic
         "contenders": names,
         "seeds": identity["seeds"],
         "n_images": dense.shape[1],
-        "dense_accuracy": _bounds(stats.accuracy(dense)),
+        "dense_accuracy": bounds(stats.accuracy, dense),
         "levels": list(rows.values()),
         "pairs": pairs,
     }
@@ -304,11 +312,6 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
             f"{name}: "
             + (f"at {words.listed([*map(level, safe[:-1]), level(safe[-1], of)])}" if safe else "at no level")
             + f" accuracy is shown to be at most {words.points(LOST)} lower; at {level(row)}{leak} it is "
-            f"{100 * last['mean']:+z.1f} points from the dense network's ({100 * last['low']:+z.1f} to "
-            f"{100 * last['high']:+z.1f})."
+            f"{100 * last['mean']:+z.1f} points from the dense network's ({words.spread(last, 100, sign=True)})."
         )
     return said
-
-
-def _bounds(found: Interval) -> dict[str, float]:
-    return {"mean": found.mean, "low": found.low, "high": found.high}

@@ -22,8 +22,8 @@ class StudyResult(Result):
     """Several experiments: what each found, by name, as its results.json has it, with its `kind`.
 
     verdicts, texts   of each what its page and its command say, times included
-    pairs   differences of two contenders' SAUCE, first minus second, in each compared model: mean, low, high, n, p and
-            p_holm, corrected over all of the study's pairs; None where they share no seed
+    pairs   differences of two contenders' SAUCE, first minus second, in each compared model: mean, low, high, n, `each`
+            seed's, p and p_holm, corrected over all of the study's pairs; None where they share no seed
     """
 
     kind: ClassVar[str] = "study"
@@ -46,8 +46,9 @@ class StudyResult(Result):
         for pair in self.pairs:
             said = "no seed in common"
             if pair["mean"] is not None:
+                interval = "each seed" if len(pair["each"]) == 2 else "95% interval"
                 said = (
-                    f"{pair['mean']:+z.1f} of SAUCE, 95% interval {pair['low']:z.1f} to {pair['high']:z.1f}, p "
+                    f"{pair['mean']:+z.1f} of SAUCE, {interval} {words.spread(pair, sign=True)}, p "
                     f"{words.p_value(pair['p_holm'])} (Holm): {so(pair)}"
                 )
             parts.append(f"{pair['model']}: {pair['first']} minus {pair['second']}: {said}")
@@ -111,6 +112,7 @@ def _pair(model: str, space: Workspace, first: str, second: str) -> dict[str, An
     ]
     seeds = sorted(set(areas[0]) & set(areas[1]))
     if not seeds:
-        return about | dict.fromkeys(("mean", "low", "high", "n", "p", "p_holm"))
+        return about | dict.fromkeys(("mean", "low", "high", "n", "each", "p", "p_holm"))
     between = np.stack([areas[0][seed] - areas[1][seed] for seed in seeds])
-    return about | asdict(stats.crossed(between)) | {"p": stats.crossed_test(between), "p_holm": None}
+    found = asdict(stats.crossed(between)) | {"each": between.mean(axis=1).tolist()}
+    return about | found | {"p": stats.crossed_test(between), "p_holm": None}
