@@ -52,7 +52,7 @@ def moved_along(said):
 
 FIELDS = ("site", "unit", "category", "effect", "p_values")
 # What a method does again and again it does seldom here; its defaults are tried once.
-SELDOM = {"n_samples": 3, "steps": 3, "rounds": 3}
+SELDOM = {"n_samples": 3, "n_masks": 8, "steps": 3, "rounds": 3}
 
 
 def seldom(method):

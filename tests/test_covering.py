@@ -1,4 +1,4 @@
-"""Grad-CAM, occlusion and SmoothGrad: which layer is read, which patches are covered, what is refused, and captum."""
+"""Grad-CAM, occlusion, RISE and SmoothGrad: which layer is read, what is covered, what is refused, and captum."""
 
 import pytest
 import torch
@@ -112,3 +112,24 @@ def test_captum_says_the_same(body):
     maps = attr.LayerGradCam(body, body[3]).attribute(x, target=TARGET, relu_attributions=True)
     expected = attr.LayerAttribution.interpolate(maps, (11, 13), "bilinear")
     torch.testing.assert_close(explained(attributions["gradcam"], body, x).sum(1, keepdim=True), expected)
+
+
+def test_rise_finds_what_alone_decides():
+    """A network that reads one corner is explained by that corner."""
+    corner = torch.zeros(1, 3, 12, 12, dtype=torch.float64)
+    corner[:, :, :4, :4] = 1
+    reads = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 3)).double().eval()
+    with torch.no_grad():
+        reads[1].weight.copy_(torch.cat([corner.flatten(1), 0 * corner.flatten(1), -corner.flatten(1)]))
+    x = 1 + 0.1 * noise(2, 3, 12, 12)
+    found = explained(attributions["rise"], reads, x, torch.tensor([0, 2]), cells=3, n_masks=500).sum(1)
+    inside, outside = found[:, :4, :4].mean((1, 2)), found[:, 8:, 8:].abs().mean((1, 2))
+    assert (inside.sign() == torch.tensor([1.0, -1.0])).all(), "for the class it speaks for, against the other"
+    assert (inside.abs() > 5 * outside).all()
+
+
+def test_rise_counts_what_is_seen_beside_the_baseline(body):
+    x = noise(3, 3, 11, 13)
+    found = explained(attributions["rise"], body, x, n_masks=30)
+    assert not torch.allclose(found, explained(attributions["rise"], body, x, n_masks=30, baseline=1.0))
+    assert not explained(attributions["rise"], body, x, n_masks=30, baseline=x).abs().max() > 1e-12, "nothing is hidden"

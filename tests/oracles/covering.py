@@ -38,6 +38,26 @@ def occlusion(model, image, target, site, *, window=1, stride=1):
     return (total / times / channels).flatten().repeat(channels, 1)
 
 
+@oracle("attributions", "rise", n_masks=20, cells=2)
+def rise(model, image, target, site, *, n_masks=20, cells=2, kept=0.5):
+    """Mask by mask: the logit of what is seen, less the mean of all, times the mask."""
+    channels, *size = image.shape
+    generator = torch.Generator().manual_seed(0)
+    grids = (torch.rand(n_masks, cells + 1, cells + 1, generator=generator) < kept).to(image)
+    sides = [-(-length // cells) for length in size]
+    shifts = [torch.randint(side, (n_masks,), generator=generator).tolist() for side in sides]
+    masks, logits = [], []
+    with torch.no_grad():
+        for grid, top, left in zip(grids, *shifts, strict=True):
+            large = [(cells + 1) * side for side in sides]
+            mask = torch.nn.functional.interpolate(grid[None, None], size=large, mode="bilinear")[0, 0]
+            masks.append(mask[top : top + size[0], left : left + size[1]])
+            logits.append(model((image * masks[-1])[None])[0, target])
+    mean = sum(logits) / n_masks
+    total = sum((logit - mean) * mask for logit, mask in zip(logits, masks, strict=True))
+    return (total / (n_masks * kept) / channels).flatten().repeat(channels, 1)
+
+
 @oracle("attributions", "gradcam")
 def gradcam(model, image, target, site):
     """Channel by channel of what the last layer before vectors gives, each pixel of the image between four of a map."""
