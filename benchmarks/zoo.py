@@ -208,7 +208,7 @@ def those_that_run(model: Any, sites: Any, x: Any) -> dict[str, dict[str, str]]:
 def run(method: Method, model: Any, sites: Any, batch: Batch) -> None:
     """Call a criterion, in as few steps as it takes; one of single weights on those."""
     own = sites if "channel" in method.facts["kinds"] else finder.weights(model)
-    fewest = {"steps": 2, "rounds": 1}
+    fewest = {"steps": 2, "n_samples": 2, "rounds": 1}
     few = {name: n for name, n in fewest.items() if name in method.options}
     method(model, own, batch, generator=torch.Generator().manual_seed(0), **few)
 
