@@ -1,12 +1,13 @@
 """What of the networks of torchvision and timm can be cut, is the cut right, and how long does the search take?
 
 Each network runs in a process of its own, with random weights, random BatchNorm statistics and images as small as it
-takes, and leaves one JSON file in the folder: what is there is not run again, and several runs with other names may
-share a folder. Names as arguments run those anew.
+takes, and leaves one JSON file in the folder; several runs with other names may share a folder. The table is of the
+folder and of the rows beside it in docs/models.json. What is in either is not run again: names as arguments run those
+anew.
 
     python benchmarks/zoo.py                          all networks, and the table of what the folder holds
     python benchmarks/zoo.py timm:levit_128           one
-    python benchmarks/zoo.py --table                  writes the table of docs/models.md from the folder
+    python benchmarks/zoo.py --table                  writes the table of docs/models.md, and its rows
     python benchmarks/zoo.py --onnx --criteria        exports each cut network too, and tries every criterion
 
 criteria: one that scores all units in one pass is given all sites, one that eliminates them in rounds the first units
@@ -48,6 +49,7 @@ from sukashi.network import sites as finder
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 FORK = multiprocessing.get_context("fork")  # what is imported here, no process imports again
+ROWS = DOCS.with_suffix(".json")
 MARKS = "<!-- zoo -->", "<!-- end of zoo -->"
 SEARCH_CAP = 60.0  # seconds of processor time a search may take
 WRONG = 1e-10  # of float64 logits that should be equal
@@ -340,24 +342,30 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks to run anew; all that the folder lacks if left out")
+    parser.add_argument("names", nargs="*", help="networks to run anew; all that have no row if left out")
     parser.add_argument("--folder", type=Path, default=Path("zoo"), help="where a JSON file a network is kept")
     parser.add_argument("--limit", type=int, default=600, help="seconds a network may take")
     parser.add_argument("--onnx", action="store_true", help="export each cut network")
     parser.add_argument("--criteria", action="store_true", help="try every criterion")
-    parser.add_argument("--table", action="store_true", help=f"run nothing, write the table of {DOCS.name}")
+    parser.add_argument(
+        "--table", action="store_true", help=f"run nothing, write the table of {DOCS.name} and {ROWS.name}"
+    )
     given = parser.parse_args()
     known = networks()
     place = {name: given.folder / f"{name.replace(':', '+')}.json" for name in known}
     if wrong := [name for name in given.names if name not in known]:
         parser.error(f"unknown network {wrong[0]}")
     given.folder.mkdir(parents=True, exist_ok=True)
-    for name in [] if given.table else given.names or [name for name in known if not place[name].exists()]:
+    found = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    missing = [name for name in known if name not in found and not place[name].exists()]
+    for name in [] if given.table else given.names or missing:
         row = ran(name, known[name], given)
         place[name].write_text(json.dumps(row))
         print(" ".join([verdict(row), *cells(row, Footnotes())]), flush=True)
-    rows = [json.loads(place[name].read_text()) for name in known if place[name].exists()]
+    found |= {name: json.loads(of.read_text()) for name, of in place.items() if of.exists()}
+    rows = [found[name] for name in known if name in found]
     if given.table:
+        ROWS.write_text(json.dumps({row["network"]: row for row in rows}, indent=0) + "\n")
         before, _, rest = DOCS.read_text().partition(MARKS[0])
         DOCS.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
     print(json.dumps(totals(rows)))

@@ -87,7 +87,7 @@ def unnoticed(found: Found) -> tuple[list[str], list[str]]:
     if not torn:
         return [said + remedy], []
     n = sum((of for of in torn.values()), Counter())
-    where = " and ".join(f"in {split} ({n[split]:,} images)" for split in found.splits if n[split])
+    where = " and ".join(f"in {split} ({n[split]:,} images)" for split in sorted(n, key=lambda split: split != "train"))
     return [], [f"{said}, and {len(torn):,} of these are {where}: accuracy can flatter{remedy}"]
 
 
