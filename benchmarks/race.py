@@ -296,6 +296,8 @@ def main() -> None:
             )
     summary = {"dense": float(dense_right.mean()), "test_images": n}
     stages = [*REPAIRS, *(["tuned"] if chosen.epochs else [])]
+    if len({way.startswith("tp ") for _, way, _ in right}) < 2:
+        stages = []  # one side alone has nobody to race against
     for share in shares:
         for repair in stages:
             sides = {"ours": {}, "theirs": {}}
