@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import re
 import sysconfig
 import traceback
 from collections.abc import Collection, Iterator
@@ -66,8 +67,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """The kind and first line of somebody else's error."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    """The kind and first line of somebody else's error, without a terminal's colours."""
+    said = re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() or [""]
+    return f"{type(error).__name__}: {said[0][:200]}"
 
 
 def raised_in(error: BaseException) -> str | None:
