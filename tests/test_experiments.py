@@ -91,7 +91,7 @@ def test_every_kind_with_a_folder_has_an_example_here():
 def clockless():
     """Latencies that no clock decides, so that pages are the same too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "latency", lambda models, batch, **how: ([2.0] * 6, [1.0] * 6))
+        patch.setattr(cost, "latency", lambda models, batch, **how: [[2.0] * 6, *([[1.0] * 6] * (len(models) - 1))])
         yield
 
 

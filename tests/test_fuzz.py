@@ -30,7 +30,7 @@ def test_altered_folders_are_refused_in_a_sentence_or_are_what_they_say(tmp_path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has random weights")
 def test_odd_options_are_refused_in_a_sentence_or_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "latency", lambda models, batch, **how: ([2.0] * 6, [1.0] * 6))
+    monkeypatch.setattr(cost, "latency", lambda models, batch, **how: [[2.0] * 6, *([[1.0] * 6] * (len(models) - 1))])
     for told, ended in options.tries(random.Random(2), 14, tmp_path):
         assert not ended.fault, f"{told}: {ended.said}"
 

@@ -55,7 +55,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def clockless(monkeypatch):
-    monkeypatch.setattr(cost, "latency", lambda models, batch, **how: ([2.0] * 6, [1.0] * 6))
+    monkeypatch.setattr(cost, "latency", lambda models, batch, **how: [[2.0] * 6, *([[1.0] * 6] * (len(models) - 1))])
 
 
 @pytest.fixture

@@ -148,7 +148,10 @@ def fuzz() -> int:
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # sums in another order would be other bytes
-    cost.latency = lambda models, batch, **how: ([2.0] * 6, [1.0] * 6)  # a clock's, and seconds each time
+    cost.latency = lambda models, batch, **how: [
+        [2.0] * 6,
+        *([[1.0] * 6] * (len(models) - 1)),
+    ]  # a clock's, and seconds each time
     draw, end = random.Random(asked.seed), time.monotonic() + 60 * asked.minutes
     kills, amidst, rounds, faults = Counter[str](), Counter[str](), Counter[str](), []
     with tempfile.TemporaryDirectory() as name:

@@ -115,7 +115,7 @@ def prepare(home: Path) -> None:
 
 
 def tries(draw: random.Random, n: int, home: Path) -> Iterator[tuple[str, Ended]]:
-    cost.latency = lambda models, batch, **how: ([2.0] * 6, [1.0] * 6)  # seconds each time
+    cost.latency = lambda models, batch, **how: [[2.0] * 6, *([[1.0] * 6] * (len(models) - 1))]  # seconds each time
     prepare(home)
     for kind, option, value in cases(draw, n):
         shown = value if len(value) < 80 else f"{value[:40]}... ({len(value)} characters)"
