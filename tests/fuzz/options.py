@@ -85,8 +85,9 @@ def _options(kind: str) -> list[str]:
     flags = [
         option_of(field).flag or f"--{name.replace('_', '-')}"
         for name, field in fields.items()
-        if name not in ("out", "options") and field.annotation is not bool and not option_of(field).argument
+        if name != "options" and field.annotation is not bool and not option_of(field).argument
     ]
+    flags = [flag for flag in flags if flag != "--out"]
     return [*flags, "--set"] if "options" in fields else flags
 
 
