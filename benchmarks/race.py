@@ -21,30 +21,33 @@ import argparse
 import copy
 import json
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-import timm
+import numpy as np
 import torch
 import torch_pruning as tp
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core import stats
-from sukashi.core.errors import SukashiError
-from sukashi.core.types import Batch, Plan, Preprocess, Scores, rank
+from sukashi.core.errors import ModelError, SukashiError
+from sukashi.core.types import Batch, Plan, Scores, rank
 from sukashi.criteria import criteria
+from sukashi.experiments.prune.targets import Search
 from sukashi.measures import accuracy, cost
 from sukashi.network import sites as finder
 from sukashi.network import surgery
 from sukashi.network.surgery import Table
-from sukashi.repairs import mender
+from sukashi.repairs import check_fits, mender
 
 REPAIRS = ("none", "norm", "refit")
+PEER = "tp "  # before the names of their ways
+Array = NDArray[np.bool_]
 STEPS = 400  # of Torch-Pruning's pruner from none to all of the channels
 IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
     "magnitude": tp.importance.GroupMagnitudeImportance,
@@ -57,11 +60,38 @@ IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
 
 
 @dataclass(frozen=True)
+class Network:
+    """What is read, as `models.load` takes it, and which layers Torch-Pruning leaves alone."""
+
+    spec: str
+    weights: str
+    data: str
+    width: int | None = None
+    size: int | None = None
+    beyond: Callable[[str], bool] = lambda name: name in ("fc", "linear", "classifier", "head")
+
+
+def _on_the_stream(name: str) -> bool:
+    """Where ResNet-20's stages meet zeros are put beside the channels, which Torch-Pruning's cuts don't reckon with."""
+    return name in ("conv1", "linear") or name.endswith(".conv2")
+
+
+NETWORKS = {
+    "resnet20": Network("sukashi:cifar_resnet20", "resnet20-cifar10", "cifar10", beyond=_on_the_stream),
+    "resnet18": Network("sukashi:cifar_resnet18", "resnet18w32-cifar10", "cifar10", width=32),
+    "efficientnet": Network(
+        "timm:tf_efficientnet_lite0", "efficientnet_lite0-tin20-head", "tiny-imagenet-20", size=128
+    ),
+    "vit": Network("timm:vit_small_patch14_dinov2", "dinov2_vits14-tin20", "tiny-imagenet-20", size=112),
+}
+
+
+@dataclass(frozen=True)
 class Contest:
-    """A dense network, its layers that Torch-Pruning can't cut, and the images that calibrate, train and test it."""
+    """A dense network, which of its layers Torch-Pruning leaves alone, and what calibrates, trains and tests it."""
 
     dense: nn.Module
-    beyond: Sequence[str]
+    beyond: Callable[[str], bool]
     calibration: Batch
     train: Batch
     test: Batch
@@ -78,7 +108,7 @@ class Cut:
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=["resnet20", "resnet18", "efficientnet", "vit"])
+    parser.add_argument("network", choices=[*NETWORKS])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--weights", type=Path, default=Path("../shared/weights"))
     parser.add_argument("--criteria", default="magnitude,taylor,obs,random", help="ours, by commas")
@@ -91,56 +121,43 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def contest(chosen: argparse.Namespace) -> Contest:
-    if chosen.network in ("resnet20", "resnet18"):
-        width = {"resnet20": None, "resnet18": 32}[chosen.network]
-        file = {"resnet20": "resnet20-cifar10", "resnet18": "resnet18w32-cifar10"}[chosen.network]
-        loaded = models.load(
-            f"sukashi:cifar_{chosen.network}", width=width, weights=chosen.weights / f"{file}.safetensors"
-        )
-        model, reads, folder = loaded.model, loaded.preprocess, "cifar10"
-    else:
-        name, file, size, middle, spread, more = {
-            "efficientnet": ("tf_efficientnet_lite0", "efficientnet_lite0-tin20-head", 128, 0.5, 0.5, {}),
-            "vit": ("vit_small_patch14_dinov2", "dinov2_vits14-tin20", 112, None, None, {"img_size": 112}),
-        }[chosen.network]
-        model = timm.create_model(name, num_classes=20, **more)
-        model.load_state_dict({k: v.float() for k, v in load_file(chosen.weights / f"{file}.safetensors").items()})
-        mean, std = (
-            ((middle,) * 3, (spread,) * 3) if middle is not None else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
-        reads, folder = Preprocess(size, size, 3, mean, std), "tiny-imagenet-20"
-    data = datasets.load(str(chosen.data / folder))
-    of = data.train.calibration(chosen.calibration, 0)
-    train = data.train.whole(reads, 0) if chosen.epochs else of.whole(reads, 0)
-    # Where ResNet-20's stages meet, zeros are put beside the channels that there are: Torch-Pruning's cuts don't run.
-    stream = [name for name, _ in model.named_modules() if name.endswith(".conv2") or name == "conv1"]
-    beyond = ["fc", "linear", "classifier", "head", *(stream if chosen.network == "resnet20" else [])]
-    return Contest(
-        model.eval(), beyond, of.whole(reads, 0).by_class(), train, data.test.limit(chosen.test_images).whole(reads, 0)
-    )
+    network = NETWORKS[chosen.network]
+    how = {"width": network.width, "size": network.size and [network.size] * 2}
+    loaded = models.load(network.spec, weights=chosen.weights / f"{network.weights}.safetensors", **how)
+    data = datasets.load(str(chosen.data / network.data))
+    calibration = data.train.calibration(chosen.calibration, 0).whole(loaded.preprocess, 0).by_class()
+    train = data.train.whole(loaded.preprocess, 0) if chosen.epochs else calibration
+    test = data.test.limit(chosen.test_images).whole(loaded.preprocess, 0)
+    return Contest(loaded.model, network.beyond, calibration, train, test)
 
 
 def ours(asked: Contest, criterion: str, shares: Sequence[float]) -> list[Cut]:
-    """A cut of each share of the FLOPs: the fewest units of the criterion's plan that go with so many."""
+    """A cut of each share of the FLOPs, as `prune --target-flops --round-to 1` finds it along the criterion's plan."""
     start = time.perf_counter()
     sites = finder.find(asked.dense, asked.calibration.x[:2]).sites
     outcome = criteria[criterion](asked.dense, sites, asked.calibration, generator=torch.Generator().manual_seed(0))
     plan: Plan = rank(outcome) if isinstance(outcome, Scores) else outcome
-    seconds = time.perf_counter() - start
-    dense = cost.flops(asked.dense, asked.calibration.x[:1])
-
-    def at(n: int) -> tuple[nn.Module, Table]:
-        model = copy.deepcopy(asked.dense)
-        return model, surgery.cut(model, plan.mask(n / plan.n_units))
-
-    found = []
+    seconds, found = time.perf_counter() - start, []
     for share in shares:
-        most = (1 - share) * dense
-        n = bisect_left(
-            range(plan.n_removable), True, key=lambda n: cost.flops(at(n)[0], asked.calibration.x[:1]) <= most
+        search = Search(
+            "target_flops",
+            1 - share,
+            model=asked.dense,
+            sites=sites,
+            batch=asked.calibration.x[:1],
+            mode="cut",
+            round_to=1,
+            held_out=no_images,
+            read=no_images,
         )
-        found.append(Cut(*at(n), seconds))
+        ratio, _ = search.ratio(plan, {})
+        model = copy.deepcopy(asked.dense)
+        found.append(Cut(model, surgery.cut(model, search.mask(plan, ratio)), seconds))
     return found
+
+
+def no_images(*_: object) -> NoReturn:
+    raise AssertionError("FLOPs need no images")
 
 
 def theirs(asked: Contest, importance: str, everywhere: bool, shares: Sequence[float]) -> list[Cut]:
@@ -157,7 +174,7 @@ def theirs(asked: Contest, importance: str, everywhere: bool, shares: Sequence[f
         global_pruning=everywhere,
         pruning_ratio=1.0,
         iterative_steps=STEPS,
-        ignored_layers=[layer for name, layer in model.named_modules() if name in asked.beyond],
+        ignored_layers=[layer for name, layer in model.named_modules() if asked.beyond(name)],
         num_heads=heads,
         prune_num_heads=bool(heads),
         prune_head_dims=False,
@@ -215,17 +232,16 @@ def _whole(layer: nn.Module) -> dict[str, Tensor]:
 
 def _table(kept: Mapping[str, Mapping[str, Tensor]], dense: nn.Module) -> Table:
     """What of each layer is left, of those that lost something."""
-    return {
-        name: {
-            side: of.tolist() for side, of in sides.items() if len(of) < len(_whole(dense.get_submodule(name))[side])
-        }
-        for name, sides in kept.items()
-        if any(len(of) < len(_whole(dense.get_submodule(name))[side]) for side, of in sides.items())
-    }
+    found = {}
+    for name, sides in kept.items():
+        whole = _whole(dense.get_submodule(name))
+        found[name] = {side: of.tolist() for side, of in sides.items() if len(of) < len(whole[side])}
+    return {name: sides for name, sides in found.items() if sides}
 
 
 def mended(asked: Contest, cut: Cut, repair: str) -> tuple[nn.Module, float]:
-    """The network, and the seconds of mending it."""
+    """The network, and the seconds of mending it. Raises ModelError where the repair has nothing to mend."""
+    check_fits(repair, asked.dense)
     model, mend = copy.deepcopy(cut.model), mender(repair, asked.dense, asked.calibration)
     start = time.perf_counter()
     if mend is not None:
@@ -234,7 +250,7 @@ def mended(asked: Contest, cut: Cut, repair: str) -> tuple[nn.Module, float]:
 
 
 def tuned(model: nn.Module, train: Batch, epochs: int) -> nn.Module:
-    """Trained on: SGD with momentum, a cosine from .01, batches of 64, flips and shifts; the same for all."""
+    """Trained on: SGD with momentum, a cosine from .01, batches of 64 images, half mirrored; the same for all."""
     model = copy.deepcopy(model).train().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     n_steps = epochs * -(-len(train) // 64)
@@ -252,83 +268,81 @@ def tuned(model: nn.Module, train: Batch, epochs: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def raced(asked: Contest, chosen: argparse.Namespace, shares: Sequence[float]) -> Iterator[tuple[str, list[Cut]]]:
+    """Each way and its cuts; a peer's pruner that fails on a network is told, and the others run."""
+    for name in filter(None, chosen.criteria.split(",")):
+        yield name, ours(asked, name, shares)
+    for name in filter(None, chosen.importances.split(",")):
+        for scope in ("global", "uniform"):
+            way = f"{PEER}{name} {scope}"
+            try:
+                cuts = theirs(asked, name, scope == "global", shares)
+            except Exception as error:  # whatever Torch-Pruning raises
+                print(f"{way:22s} {type(error).__name__}: {str(error)[:90]}", flush=True)
+            else:
+                yield way, cuts
+
+
 def main() -> None:
     chosen = options()
     asked, shares = contest(chosen), [float(share) for share in chosen.removed.split(",")]
     dense_right, _ = accuracy.evaluate(asked.dense, asked.test)
-    n, n_dense = len(asked.test), cost.n_parameters(asked.dense)
+    n, n_dense, flops = len(asked.test), cost.n_parameters(asked.dense), cost.flops(asked.dense, asked.test.x[:1])
     print(f"{chosen.network}: dense {dense_right.mean():.3f} of {n} test images, {n_dense:,} parameters")
-    print(
-        f"{'':22s}{'FLOPs':>7s}{'params':>8s}" + "".join(f"{name:>8s}" for name in REPAIRS) + "  time   chosen mended"
-    )
-    ways: dict[str, Callable[[], list[Cut]]] = {}
-    for name in filter(None, chosen.criteria.split(",")):
-        ways[name] = lambda name=name: ours(asked, name, shares)
-    for name in filter(None, chosen.importances.split(",")):
-        for scope in ("global", "uniform"):
-            ways[f"tp {name} {scope}"] = lambda name=name, scope=scope: theirs(asked, name, scope == "global", shares)
-    right: dict[tuple[float, str, str], Tensor] = {}
+    print(f"{'':22s}{'FLOPs':>7s}{'params':>8s}" + "".join(f"{name:>8s}" for name in REPAIRS) + "  time   chosen refit")
+    right: dict[tuple[float, str, str], Array] = {}
     networks: dict[tuple[float, str, str], nn.Module] = {}
-    for way, made in ways.items():
-        try:
-            cuts = made()
-        except Exception as error:  # of a peer's pruner that fails on a network, the others run
-            print(f"{way:22s} {type(error).__name__}: {str(error)[:90]}", flush=True)
-            continue
+    for way, cuts in raced(asked, chosen, shares):
         for share, cut in zip(shares, cuts, strict=True):
-            took = 0.0
+            told, took = "", 0.0
             for repair in REPAIRS:
                 try:
                     model, took = mended(asked, cut, repair)
-                except SukashiError:  # nothing to mend by it
-                    model = cut.model
+                except ModelError:
+                    told += f"{'-':>8s}"
+                    continue
                 networks[share, way, repair] = model
-                right[share, way, repair] = torch.from_numpy(accuracy.evaluate(model, asked.test)[0])
-            flops, params = cost.flops(cut.model, asked.test.x[:1]), cost.n_parameters(cut.model)
-            ratio = stats.ratio(
-                *cost.latency((asked.dense, cut.model), cost.batch_of(asked.test.x), warmup=1, seconds=2.0)
-            )
-            found = "".join(f"{right[share, way, repair].double().mean():8.3f}" for repair in REPAIRS)
-            gone = 1 - flops / cost.flops(asked.dense, asked.test.x[:1])
-            print(
-                f"{way:22s}{gone:7.1%}{params / n_dense:8.1%}{found}{ratio.mean:6.2f}{cut.seconds:7.0f}s{took:6.1f}s",
-                flush=True,
-            )
+                right[share, way, repair], _ = accuracy.evaluate(model, asked.test)
+                told += f"{right[share, way, repair].mean():8.3f}"
+            times = cost.latency((asked.dense, cut.model), cost.batch_of(asked.test.x), warmup=1, seconds=2.0)
+            gone = 1 - cost.flops(cut.model, asked.test.x[:1]) / flops
+            left, ratio = cost.n_parameters(cut.model) / n_dense, stats.ratio(*times).mean
+            print(f"{way:22s}{gone:7.1%}{left:8.1%}{told}{ratio:6.2f}{cut.seconds:7.0f}s{took:6.1f}s", flush=True)
     summary = {"dense": float(dense_right.mean()), "test_images": n}
-    stages = [*REPAIRS, *(["tuned"] if chosen.epochs else [])]
-    if len({way.startswith("tp ") for _, way, _ in right}) < 2:
-        stages = []  # one side alone has nobody to race against
     for share in shares:
-        for repair in stages:
-            sides = {"ours": {}, "theirs": {}}
-            if repair == "tuned":
-                for side in sides:
-                    way = best(right, share, "refit", side)
-                    right[share, way, "tuned"] = torch.from_numpy(
-                        accuracy.evaluate(tuned(networks[share, way, "refit"], asked.train, chosen.epochs), asked.test)[
-                            0
-                        ]
-                    )
-            first, second = (best(right, share, repair, side) for side in sides)
-            both = [right[share, way, repair].int() for way in (first, second)]
-            apart = stats.paired((both[0] - both[1])[None].numpy())
-            within = [stats.share(int(of.sum()), n) for of in both]
-            print(
-                f"{share:.0%} of the FLOPs gone, {repair}: {first} {within[0].mean:.3f} ({within[0].low:.3f} to "
-                f"{within[0].high:.3f}), {second} {within[1].mean:.3f} ({within[1].low:.3f} to {within[1].high:.3f}), "
-                f"apart {apart.mean:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})",
-                flush=True,
-            )
-            key = f"{repair}_{share:g}"
-            summary |= {f"ours_{key}": within[0].mean, f"theirs_{key}": within[1].mean}
-            summary |= {f"apart_{key}": apart.mean, f"apart_low_{key}": apart.low, f"apart_high_{key}": apart.high}
+        for repair in REPAIRS:
+            summary |= held_apart(right, share, repair)
+        if chosen.epochs:
+            for way in filter(None, best(right, share, "refit")):
+                trained = tuned(networks[share, way, "refit"], asked.train, chosen.epochs)
+                right[share, way, "tuned"], _ = accuracy.evaluate(trained, asked.test)
+            summary |= held_apart(right, share, "tuned")
     print(json.dumps({name: round(value, 4) for name, value in summary.items()}))
 
 
-def best(right: Mapping[tuple[float, str, str], Tensor], share: float, repair: str, side: str) -> str:
-    """The way of a side that gets most images right."""
-    of = {way: r.sum() for (s, way, p), r in right.items() if (s, p) == (share, repair)}
-    return max((way for way in of if way.startswith("tp ") == (side == "theirs")), key=of.__getitem__)
+def best(right: Mapping[tuple[float, str, str], Array], share: float, repair: str) -> tuple[str | None, str | None]:
+    """Our way and theirs that get most images right; None where a side has none."""
+    of = {way: found.sum() for (s, way, p), found in right.items() if (s, p) == (share, repair)}
+    sides = [[way for way in of if way.startswith(PEER) == theirs] for theirs in (False, True)]
+    return tuple(max(ways, key=of.__getitem__, default=None) for ways in sides)
+
+
+def held_apart(right: Mapping[tuple[float, str, str], Array], share: float, repair: str) -> dict[str, float]:
+    """The best of both sides, printed, as figures by name; none where one side has none."""
+    first, second = best(right, share, repair)
+    if first is None or second is None:
+        return {}
+    one, other = right[share, first, repair], right[share, second, repair]
+    apart = stats.paired((one.astype(int) - other.astype(int))[None])
+    told = []
+    for way, of in ((first, one), (second, other)):
+        within = stats.share(int(of.sum()), len(of))
+        told.append(f"{way} {within.mean:.3f} ({within.low:.3f} to {within.high:.3f})")
+    between = f"apart {apart.mean:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})"
+    print(f"{share:.0%} of the FLOPs gone, {repair}: {', '.join([*told, between])}", flush=True)
+    figures = {"ours": one.mean(), "theirs": other.mean(), "apart": apart.mean}
+    figures |= {"apart_low": apart.low, "apart_high": apart.high}
+    return {f"{name}_{repair}_{share:g}": float(value) for name, value in figures.items()}
 
 
 if __name__ == "__main__":
