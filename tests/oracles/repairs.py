@@ -42,24 +42,36 @@ def least_squares(x, y, weight, damping):
 
 
 @oracle("repairs", "refit", rtol=1e-7, atol=1e-9)
-def refit(model, dense, table, x, norms):
-    """`norms` {a reader without a bias: the BatchNorm behind it}; readers are in the order in which they run. A weight
-    that is zero stays so.
+def refit(model, dense, table, x, norms, sums=None):
+    """`norms` {a layer: the BatchNorm behind it}; `sums` {a layer: that which gives what its branch is added to}.
+    Layers run in the order of their names in the network, and are refitted from the first reader of what was cut on.
+    A weight that is zero stays so.
     """
+    sums = sums or {}
     held_out = torch.arange(len(x)) % 5 == 4
-    for name in [name for name, sides in table.items() if {"in", "weights"} & sides.keys()]:
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    first = min(layers.index(name) for name, sides in table.items() if {"in", "weights"} & sides.keys())
+    for name in layers[first:]:
         layer = model.get_submodule(name)
-        target, kept = read_and_written(dense, name, x)[1], table[name].get("out")
+        target, kept = read_and_written(dense, name, x)[1], table.get(name, {}).get("out")
         target = target if kept is None else target[:, kept]
+        factor = torch.ones(target.shape[1], dtype=x.dtype)
+        if name in norms:
+            norm = model.get_submodule(norms[name])
+            factor = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        if name in sums:  # what the branch itself would have to write
+            lost = read_and_written(dense, sums[name], x)[1]
+            lost = (lost if kept is None else lost[:, kept]) - read_and_written(model, sums[name], x)[1]
+            target = target + lost / factor.view(-1, *[1] * (lost.dim() - 2))
         read = read_and_written(model, name, x)[0]
         fit, held = (rows(layer, read[part], target[part]) for part in (~held_out, held_out))
         before = layer.weight.detach().flatten(1)
         errors = []
         for damping in DAMPING:
             weight, bias = least_squares(*fit, before, damping)
-            errors.append(float((held[0] @ weight.T + bias - held[1]).square().sum()))
+            errors.append(float((factor * (held[0] @ weight.T + bias - held[1])).square().sum()))
         shift = 0 if layer.bias is None else layer.bias.detach()
-        if min(errors) >= float((held[0] @ before.T + shift - held[1]).square().sum()):
+        if min(errors) >= float((factor * (held[0] @ before.T + shift - held[1])).square().sum()):
             continue
         weight, bias = least_squares(*rows(layer, read, target), before, DAMPING[errors.index(min(errors))])
         with torch.no_grad():

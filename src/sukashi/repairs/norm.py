@@ -9,6 +9,7 @@ from sukashi.core.types import Batch
 from sukashi.network import hooks
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
+from sukashi.repairs.branches import Branch
 from sukashi.repairs.order import in_order, parts
 
 
@@ -18,7 +19,7 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
     run: each sees what those before it make of the images with their new statistics.
 
     They are those of all images together, in float64: no average of batches. `batch_size` bounds the images in one
-    pass, and so does their size (`order.parts`); where there are more, each BatchNorm takes a pass of its own.
+    pass, and so does their size (`order.parts`).
 
     A BatchNorm that runs before anything that was cut sees what it saw, and is left alone.
     """
@@ -29,7 +30,7 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
     norms = {name: of for name in dict.fromkeys(order[first:]) if (of := _norm(model, name)) is not None}
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
 
-    def visit(name: str, x: Tensor) -> None:
+    def visit(name: str, x: Tensor, other: Tensor | None) -> None:
         flat = x.transpose(0, 1).flatten(1).double()
         # Shifted, so that squares are not differences of large numbers.
         flat = flat - norms[name][0].double()[:, None]
@@ -44,7 +45,7 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
         mean += off.to(mean)
 
     if norms:
-        in_order(model, list(norms), batches, visit, mend, what="norm")
+        in_order(model, dict.fromkeys(norms, Branch()), batches, visit, mend, what="norm")
 
 
 def _norm(model: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:

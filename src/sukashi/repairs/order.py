@@ -2,57 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import ModelError
-from sukashi.network import hooks
+from sukashi.repairs.branches import Branch, reached
+
+Visit = Callable[[str, Tensor, Tensor | None], None]
 
 
 def in_order(
     model: nn.Module,
-    layers: Sequence[str],
+    layers: Mapping[str, Branch],
     batches: Sequence[Tensor],
-    visit: Callable[[str, Tensor], None],
+    visit: Visit,
     mend: Callable[[str], None],
     *,
     what: str,
 ) -> None:
-    """visit(layer, what it reads) for each batch and then mend(layer), one layer after another as the model runs them.
+    """visit(layer, what it reads, what its branch is added to) for each batch and then mend(layer), one layer after
+    another as the model comes to them: a layer whose branch joins a sum is visited at the sum, others, with None,
+    before they run.
 
-    What a layer reads comes through all layers before it as they are mended. One batch goes through the network once;
-    of several, all go as far as each of the layers, so that no activation is kept.
+    What a layer reads comes through all layers before it as they are mended. Each batch goes through the network once,
+    all of them abreast: what they hold at one place of it is in memory together.
 
     Raises ModelError for a layer that a pass calls not exactly once.
     """
-    order = [name for name in hooks.calls(model, batches[0][:1]) if name in layers]
-    if len(order) != len(layers) or set(order) != set(layers):
-        odd = next(name for name in layers if order.count(name) != 1)
+    order: list[str] = []
+    with reached(model, layers, lambda name, x, other: order.append(name)):
+        model(batches[0][:1])
+    if odd := [name for name in layers if order.count(name) != 1]:
         raise ModelError(
-            f"layer {odd!r} is called {order.count(odd)} times in a pass, and only a layer that is called once can be "
-            "mended: leave `repair` out"
+            f"layer {odd[0]!r} is called {order.count(odd[0])} times in a pass, and only a layer that is called once "
+            "can be mended: leave `repair` out"
         )
-    with progress.task(what, len(order)) as shown:
-
-        def finish(name: str) -> None:
-            mend(name)
-            shown.advance(note=name)
-
-        if len(batches) == 1:
-
-            def both(name: str, x: Tensor) -> None:
-                visit(name, x)
-                finish(name)
-
-            with hooks.visited(model, {name: _bound(both, name) for name in order}):
-                model(batches[0])
-            return
-        for name in order:
-            for batch in batches:
-                _as_far_as(model, name, batch, visit)
-            finish(name)
+    passes = [_Pass(model, layers, x, visit) for x in batches]
+    try:
+        with progress.task(what, len(order)) as shown:
+            for name in order:
+                for one in passes:
+                    one.resume()
+                mend(name)
+                shown.advance(note=name)
+    finally:
+        for one in passes:
+            one.end()
 
 
 def parts(x: Tensor, batch_size: int) -> Sequence[Tensor]:
@@ -61,21 +61,52 @@ def parts(x: Tensor, batch_size: int) -> Sequence[Tensor]:
     return found
 
 
-class _Reached(Exception):
+class _Ended(Exception):
     pass
 
 
-def _as_far_as(model: nn.Module, name: str, batch: Tensor, visit: Callable[[str, Tensor], None]) -> None:
-    def last(x: Tensor) -> None:
-        visit(name, x)
-        raise _Reached
+class _Pass:
+    """The pass of a batch, in a thread that runs between `resume` and its next visit of a layer alone."""
 
-    try:
-        with hooks.visited(model, {name: last}):
-            model(batch)
-    except _Reached:
-        pass
+    def __init__(self, model: nn.Module, layers: Mapping[str, Branch], x: Tensor, visit: Visit) -> None:
+        # Hooks of its own, and the same weights.
+        self._model = copy.deepcopy(model, {id(of): of for of in (*model.parameters(), *model.buffers())})
+        self._layers, self._x, self._visit = layers, x, visit
+        self._go, self._stops = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
+    def resume(self) -> None:
+        self._go.release()
+        self._stops.acquire()
+        if self._error is not None:
+            raise self._error
 
-def _bound(both: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
-    return lambda x: both(name, x)
+    def end(self) -> None:
+        self._ended = True
+        self._go.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._wait()
+            with torch.no_grad(), reached(self._model, self._layers, self._at):
+                self._model(self._x)
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._stops.release()
+
+    def _at(self, name: str, x: Tensor, other: Tensor | None) -> None:
+        self._visit(name, x, other)
+        self._stops.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._go.acquire()
+        if self._ended:
+            raise _Ended

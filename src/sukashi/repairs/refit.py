@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.registry import BatchSize
@@ -18,13 +17,13 @@ from sukashi.network import hooks
 from sukashi.network.layers import MAKERS
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
+from sukashi.repairs.branches import Branch, branches, joined
 from sukashi.repairs.order import in_order, parts
 from sukashi.repairs.ridge import Sums, refitted
 from sukashi.repairs.rows import is_refittable, places, windows, written
 
 MOST_READ = 16_384  # numbers whose products, a matrix of 2 GB, are held several times
 HELD_OUT = 5  # one image of so many chooses the damping
-_NORMS = nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d
 
 
 @repairs.register(
@@ -39,26 +38,32 @@ def refit(
     positions: Annotated[int, Field(ge=1)] = 64,
     batch_size: BatchSize = 512,
 ) -> None:
-    """Each layer that reads what was cut, or lost weights, refitted to write what it writes in the dense network.
+    """Each layer, from the first that reads what was cut or lost weights, refitted to write what it writes in the dense
+    network; and where that is added to something else, to make up for what this has lost.
 
     In the order in which layers run, with X what a layer reads in the network cut and refitted so far, Y what it writes
     in the dense one (without what of that was cut) and W its weights:
 
-        min over W', b' of  sum |X W' + b' - Y|^2 + lambda |W' - W|^2
+        min over W', b' of  sum |s (X W' + b' - Y) + C - D|^2 + lambda |s (W' - W)|^2
 
-    over the images and at most `positions` places of each: windows of a convolution, tokens of a linear layer. lambda
-    is a multiple of the mean of X^2, the one that errs least on every fifth image, and nothing changes where none does
-    better than that. A layer without a bias hands b' on to the BatchNorm that follows it, and has none elsewhere.
+    over the images and at most `positions` places of each: windows of a convolution, tokens of a linear layer. s are
+    the factors, one an output, of the BatchNorms and layer scales that follow it (1 where none does). Where what comes
+    of it is added to something else, as a residual branch to its stream, C is that in the network so far and D in the
+    dense one; else both are 0. lambda is a multiple of the mean of X^2, the one that errs least on every fifth image,
+    and nothing changes where none does better than that. A layer without a bias hands b' on to the BatchNorm that
+    follows it, and has none elsewhere. Layers that read nothing of what was cut are refitted too, for what they read
+    has changed.
 
     Single weights that are zero stay so: each output of such a layer is a system of its own, solved whole, where
-    SparseGPT goes from left to right. Layers in groups and transposed ones are left as they are.
+    SparseGPT goes from left to right. Layers in groups and transposed ones are left as they are, and so are branches
+    that something else reads or scales.
 
-    `batch_size` bounds the images in one pass, and so does their size (`order.parts`); where there are more, each layer
-    takes a pass of its own. Sums are float64, so that results depend on it in rounding alone. Memory: the numbers that
-    a layer reads, or the places where it is read if these are fewer, squared, in float64, and `positions` x images x
-    outputs of all layers that are refitted.
+    `batch_size` bounds the images in one pass, and so does their size (`order.parts`). Sums are float64, so that
+    results depend on it in rounding alone. Memory: the numbers that a layer reads, or the places where it is read if
+    these are fewer, squared, in float64; `positions` x images x outputs of all layers that are refitted; and what all
+    images hold at one place of the network.
 
-    Raises ModelError where nothing that reads what was cut has weights to refit, and where a layer reads more than
+    Raises ModelError where nothing that reads what was cut has weights to refit, and where such a layer reads more than
     `MOST_READ` numbers at more than so many places, UsageError for fewer than five images.
     """
     readers = _readers(model, table)
@@ -67,49 +72,72 @@ def refit(
     if len(data) < HELD_OUT:
         raise UsageError(f"refit needs at least {HELD_OUT} images, of which one chooses the damping, got {len(data)}")
     batches = parts(data.x.to(next(model.parameters()).device), batch_size)
-    norms = _norms_after(dense, readers, batches[0][:1])
-    at, y = _written_dense(dense, readers, table, batches, positions)
+    layers = _layers(model, dense, readers, batches[0][:2])
+    at, goal = _goals(dense, layers, table, batches, positions)
+    for name in [*layers]:
+        if not _fits_memory(model, name, at[name], table) and name not in readers:
+            del layers[name], at[name], goal[name]
     _check_memory(model, table, at)
-    sums = {name: (Sums(), Sums()) for name in readers}
-    n_seen = dict.fromkeys(readers, 0)
+    lines = {name: branch.line(model, name) for name, branch in layers.items()}
+    norms = {name: branch.norm(model) for name, branch in layers.items()}
+    sums = {name: (Sums(), Sums()) for name in layers}
+    n_seen = dict.fromkeys(layers, 0)
 
     def shifts(name: str) -> bool:
-        return name in norms or _bias(model.get_submodule(name)) is not None
+        return norms[name] is not None or _bias(model.get_submodule(name)) is not None
 
-    def visit(name: str, x: Tensor) -> None:
+    def visit(name: str, x: Tensor, other: Tensor | None) -> None:
         layer, first = model.get_submodule(name), n_seen[name]
         n_seen[name] += len(x)
-        reads = _reads(layer, table[name])
+        reads = _reads(layer, table.get(name, {}))
         weight, bias = _weight(layer).flatten(1), _bias(layer)
+        factor, shift = lines[name]
         held_out = torch.arange(first, first + len(x)) % HELD_OUT == HELD_OUT - 1
         for of, rows in zip(sums[name], (~held_out, held_out), strict=True):
             here = rows.nonzero()[:, 0]
             if not len(here):
                 continue
-            read = windows(layer, x[here.to(x.device)], at[name][first + here])
-            missing = y[name][first + here.to(x.device)].flatten(0, 1) - read @ weight.T
-            missing = missing if bias is None else missing - bias
+            places_here = at[name][first + here]
+            read = windows(layer, x[here.to(x.device)], places_here)
+            now = read @ weight.T if bias is None else read @ weight.T + bias
+            now = now * factor + shift
+            if other is not None:
+                now = now + written(layer, other[here.to(x.device)], places_here)
+            missing = goal[name][first + here.to(x.device)].flatten(0, 1) - now
             read = read[:, reads.to(x.device)]
             of.add(torch.cat([read, read.new_ones(len(read), 1)], 1) if shifts(name) else read, missing)
 
     def mend(name: str) -> None:
-        layer = model.get_submodule(name)
+        layer, sides = model.get_submodule(name), table.get(name, {})
         fit, held_out = sums.pop(name)
         weight = _weight(layer)
-        flat, reads = weight.flatten(1), _reads(layer, table[name]).to(weight.device)
-        change = refitted(fit, held_out, int(shifts(name)), _live(weight, reads, table[name], int(shifts(name))))
+        flat, reads = weight.flatten(1), _reads(layer, sides).to(weight.device)
+        change = refitted(fit, held_out, int(shifts(name)), _live(weight, reads, sides, int(shifts(name))))
+        factor = lines[name][0].double()
+        change = change / factor.where(factor != 0, torch.inf)
         flat[:, reads] += change[: int(reads.sum())].T.to(flat)
         weight.copy_(flat.view_as(weight))
-        bias = _bias(layer)
+        bias, norm = _bias(layer), norms[name]
         if bias is not None:
             bias += change[-1].to(bias)
-        elif name in norms:
-            mean = model.get_submodule(norms[name]).running_mean
+        elif norm is not None:
+            mean = model.get_submodule(norm).running_mean
             assert isinstance(mean, Tensor)
             mean -= change[-1].to(mean)
-        del at[name], y[name]
+        del at[name], goal[name]
 
-    in_order(model, readers, batches, visit, mend, what="refit")
+    in_order(model, layers, batches, visit, mend, what="refit")
+
+
+def _layers(model: nn.Module, dense: nn.Module, readers: Sequence[str], x: Tensor) -> dict[str, Branch]:
+    """What is refitted: the readers, and from the first of them on each layer whose branch joins a sum."""
+    order = hooks.calls(dense, x)
+    after = order[min((order.index(name) for name in readers if name in order), default=len(order)) :]
+    able = [
+        name for name, layer in model.named_modules() if is_refittable(layer) and (name in after or name in readers)
+    ]
+    found = branches(dense, able, x)
+    return {name: found.get(name, Branch()) for name in able}
 
 
 def _readers(model: nn.Module, table: Table) -> list[str]:
@@ -124,9 +152,9 @@ def _readers(model: nn.Module, table: Table) -> list[str]:
 def _check_memory(model: nn.Module, table: Table, at: Mapping[str, Tensor]) -> None:
     """Refuse a layer whose products don't fit the memory, before any is refitted."""
     for name, places_read in at.items():
-        n, n_places = _weight(model.get_submodule(name))[0].numel(), places_read.numel()
-        if n <= MOST_READ or (n_places <= MOST_READ and "weights" not in table[name]):
+        if _fits_memory(model, name, places_read, table):
             continue
+        n = _weight(model.get_submodule(name))[0].numel()
         what = "of every image" if places_read.shape[1] == 1 else f"at {places_read.shape[1]} places of every image"
         most = 0 if "weights" in table[name] else MOST_READ // places_read.shape[1]
         fewer = f"at most {most:,} calibration images or " if most >= HELD_OUT else ""
@@ -134,6 +162,11 @@ def _check_memory(model: nn.Module, table: Table, at: Mapping[str, Tensor]) -> N
             f"layer {name!r} reads {n:,} numbers {what}, and refit holds the products of at most {MOST_READ:,}: give "
             f"{fewer}another repair, or leave it out"
         )
+
+
+def _fits_memory(model: nn.Module, name: str, places_read: Tensor, table: Table) -> bool:
+    few = places_read.numel() <= MOST_READ and "weights" not in table.get(name, {})
+    return few or _weight(model.get_submodule(name))[0].numel() <= MOST_READ
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -163,40 +196,36 @@ def _live(weight: Tensor, reads: Tensor, sides: Mapping[str, Sequence[int]], fre
     return torch.cat([live, live.new_ones(free, live.shape[1])])
 
 
-def _norms_after(dense: nn.Module, readers: Sequence[str], x: Tensor) -> dict[str, str]:
-    """{reader without a bias: the BatchNorm that reads just what it writes}."""
-    found: dict[str, str] = {}
-    written_by: dict[int, tuple[str, Tensor]] = {}
-
-    def leave(name: str, layer: nn.Module, read: Tensor, output: Tensor) -> None:
-        if name in readers and _bias(layer) is None:
-            written_by[id(output)] = name, output  # kept, so that nothing else gets its id
-        elif isinstance(layer, _NORMS) and layer.running_mean is not None and id(read) in written_by:
-            found[written_by[id(read)][0]] = name
-
-    with hooks.followed(dense, lambda name, layer: None, leave):
-        dense(x)
-    return found
-
-
-def _written_dense(
-    dense: nn.Module, readers: Sequence[str], table: Table, batches: Sequence[Tensor], n: int
+def _goals(
+    dense: nn.Module, layers: Mapping[str, Branch], table: Table, batches: Sequence[Tensor], n: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """{reader: (B, P) places of each image}, drawn anew for each, and {reader: (B, P, outputs) what it writes there in
-    the dense network}, but for the outputs that were cut.
+    """{layer: (B, P) places of each image}, drawn anew for each, and {layer: (B, P, outputs) what comes there of what
+    it writes in the dense network}, with what that is added to, but for the outputs that were cut.
     """
-    draw = {name: np.random.default_rng(number) for number, name in enumerate(sorted(readers))}
-    at: dict[str, list[Tensor]] = {name: [] for name in readers}
-    y: dict[str, list[Tensor]] = {name: [] for name in readers}
+    draw = {name: np.random.default_rng(number) for number, name in enumerate(sorted(layers))}
+    at: dict[str, list[Tensor]] = {name: [] for name in layers}
+    goal: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def kept(name: str) -> list[int] | slice:
+        return [*table[name]["out"]] if "out" in table.get(name, {}) else slice(None)
+
+    def at_places(name: str, output: Tensor) -> Tensor:
+        here = at[name][-1]
+        found: Tensor = written(dense.get_submodule(name), output, here).unflatten(0, here.shape)
+        return found[..., kept(name)]
+
+    lines = {name: [of[kept(name)] for of in branch.line(dense, name)] for name, branch in layers.items()}
 
     def leave(name: str, layer: nn.Module, read: Tensor, output: Tensor) -> None:
         if name in at:
-            here, kept = places(layer, output, n, draw[name]), table[name].get("out")
-            found = written(layer, output, here).unflatten(0, here.shape)
-            at[name].append(here)
-            y[name].append(found if kept is None else found[:, :, kept])
+            at[name].append(places(layer, output, n, draw[name]))
+            factor, shift = lines[name]
+            goal[name].append(at_places(name, output) * factor + shift)
 
-    with hooks.followed(dense, lambda name, layer: None, leave):
+    def meet(name: str, other: Tensor) -> None:
+        goal[name][-1] += at_places(name, other)
+
+    with hooks.followed(dense, lambda name, layer: None, leave), joined(dense, layers, meet):
         for batch in batches:
             dense(batch)
-    return {name: torch.cat(parts) for name, parts in at.items()}, {name: torch.cat(parts) for name, parts in y.items()}
+    return {name: torch.cat(of) for name, of in at.items()}, {name: torch.cat(of) for name, of in goal.items()}
