@@ -237,6 +237,15 @@ def test_a_layer_that_runs_twice_is_refused_by_name():
         repairs["refit"](model, model, {"again": {"in": [*range(4)]}}, images(4))
 
 
+def test_a_layer_that_runs_twice_and_reads_nothing_of_the_cut_is_left_as_it_is():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), Twice(), nn.Linear(4, 2)).double()
+    table = {"0": {"out": [0, 1, 3, 4]}, "2": {"in": [0, 1, 3, 4]}}
+    before, found = cut(dense, table).state_dict(), repaired("refit", dense, table, images(4))
+    changed = {key.rsplit(".", 1)[0] for key, tensor in found.state_dict().items() if not tensor.equal(before[key])}
+    assert changed == {"2", "4.first", "5"}
+
+
 def test_large_images_go_in_parts_whatever_is_asked():
     assert [len(part) for part in parts(torch.zeros(5, 3, 1024, 1024), 512)] == [2, 2, 1]
     assert [len(part) for part in parts(torch.zeros(5, 3, 8, 8), 3)] == [3, 2]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -91,7 +92,7 @@ def reached(
         visit(name, x, other)
         return layers[name].run(model, name, x)
 
-    visitors = {name: _bound(enter, name) for name in layers}
+    visitors = {name: partial(enter, name) for name in layers}
     with hooks.visited(model, visitors), joined(model, layers, meet):
         yield
 
@@ -215,7 +216,3 @@ def _adds(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def _is_link(layer: nn.Module) -> bool:
     return isinstance(layer, _SCALES) or (isinstance(layer, _NORMS) and layer.running_mean is not None)
-
-
-def _bound(enter: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
-    return lambda x: enter(name, x)

@@ -130,14 +130,15 @@ def refit(
 
 
 def _layers(model: nn.Module, dense: nn.Module, readers: Sequence[str], x: Tensor) -> dict[str, Branch]:
-    """What is refitted: the readers, and from the first of them on each layer whose branch joins a sum."""
+    """What is refitted: the readers, and from the first of them on all layers that can be."""
     order = hooks.calls(dense, x)
     after = order[min((order.index(name) for name in readers if name in order), default=len(order)) :]
     able = [
         name for name, layer in model.named_modules() if is_refittable(layer) and (name in after or name in readers)
     ]
     found = branches(dense, able, x)
-    return {name: found.get(name, Branch()) for name in able}
+    # A reader that runs twice is refused later; any other is left as it is.
+    return {name: found.get(name, Branch()) for name in able if name in found or name in readers}
 
 
 def _readers(model: nn.Module, table: Table) -> list[str]:
