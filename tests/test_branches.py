@@ -1,17 +1,20 @@
 """Branches that are added to something else: which are found, and that `refit` makes up for what the sum lost."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from timm.layers import LayerScale
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from oracles import ORACLES
 from sukashi.network import surgery
+from sukashi.network.branches import Branch, branches
+from sukashi.network.insert import inserted
 from sukashi.repairs import repairs
-from sukashi.repairs.branches import Branch, branches
 from test_repairs import assert_close, images
 
 
@@ -168,6 +171,55 @@ def test_of_two_layers_that_meet_the_later_makes_up_for_the_other():
     with torch.no_grad():
         found = branches(model, ["branch", "shortcut"], torch.randn(2, 4))
     assert found == {"branch": Branch(("scale",)), "shortcut": Branch(joins=True)}
+
+
+class Odd(nn.Module):
+    """Links that are called twice, that end in an activation, that have a hook, and one along another axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Conv2d(4, 4, 1, bias=False) for _ in range(4))
+        self.shared, self.active, self.hooked = nn.BatchNorm2d(4), BatchNormAct2d(4), nn.BatchNorm2d(4)
+        self.tokens, self.across = nn.Linear(9, 9), nn.BatchNorm1d(4)
+        self.hooked.register_forward_hook(lambda layer, args, output: output / 2)
+
+    def forward(self, x):
+        x = x + self.shared(self.first(x))
+        x = x + self.shared(self.second(x))
+        x = x + self.active(self.third(x))
+        x = x + self.hooked(self.fourth(x))
+        x = x.flatten(2)
+        return x + self.across(self.tokens(x))
+
+
+def test_what_is_no_line_of_each_output_is_no_link():
+    with torch.no_grad():
+        found = branches(Odd().eval(), ["first", "second", "third", "fourth", "tokens"], torch.randn(2, 4, 3, 3))
+    others = dict.fromkeys(("first", "second", "fourth", "tokens"), Branch())
+    assert found == {**others, "third": Branch(("active",))}
+
+
+def test_an_output_that_hardly_counts_gets_no_large_weights():
+    dense = network().float()
+    with torch.no_grad():
+        dense.norm2.weight[2] = 1e-42
+    data = images(2, 6, 6)
+    found = refitted(dense, HIDDEN, replace(data, x=data.x.float()))
+    assert torch.equal(found.conv2.weight[2], cut(dense, HIDDEN).conv2.weight[2])
+    assert found.conv2.weight.abs().max() < 100
+
+
+def test_what_is_inserted_is_not_refitted():
+    dense = network()
+    module = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()).double()
+    with inserted(dense, "skip3", module):
+        small = cut(dense, HIDDEN)
+        before = {key: tensor.clone() for key, tensor in small.state_dict().items()}
+        with torch.no_grad():
+            repairs["refit"](small, dense, HIDDEN, images(2, 6, 6))
+        changed = [key for key, tensor in small.state_dict().items() if not tensor.equal(before[key])]
+    assert changed
+    assert not [key for key in changed if "inserted" in key]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,25 @@
 
 import copy
 import importlib
+import threading
 
 import numpy as np
 import pytest
 import torch
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import StdConv2d
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from oracles import ORACLES
 from sukashi.core.errors import ModelError, UsageError
-from sukashi.core.types import Batch
+from sukashi.core.types import Batch, Mask
+from sukashi.models.architectures import DigitsViT
+from sukashi.network import sites as finder
 from sukashi.network import surgery
-from sukashi.repairs import repairs, ridge
-from sukashi.repairs.order import parts
+from sukashi.network.branches import Branch
+from sukashi.repairs import order, repairs, ridge
+from sukashi.repairs.order import in_order, parts
 from sukashi.repairs.rows import places, windows, written
 
 N_IMAGES = 30
@@ -216,7 +222,7 @@ def test_places_of_an_image_do_not_depend_on_batches():
 
 def test_what_cannot_be_repaired_is_refused_by_name():
     dense = network()
-    with pytest.raises(ModelError, match="nothing that reads what was cut has weights to refit"):
+    with pytest.raises(ModelError, match="nothing behind what was cut has weights to refit"):
         repairs["refit"](dense, dense, {"0": {"out": [0]}}, images(2, 8, 8))
     with pytest.raises(UsageError, match="at least 5 images"):
         repairs["refit"](cut(dense, CUT), dense, CUT, images(2, 8, 8, n=4))
@@ -244,6 +250,115 @@ def test_a_layer_that_runs_twice_and_reads_nothing_of_the_cut_is_left_as_it_is()
     before, found = cut(dense, table).state_dict(), repaired("refit", dense, table, images(4))
     changed = {key.rsplit(".", 1)[0] for key, tensor in found.state_dict().items() if not tensor.equal(before[key])}
     assert {"2", "4.first"} <= changed <= {"2", "4.first", "5"}
+
+
+def test_more_images_than_go_side_by_side_give_the_same(monkeypatch):
+    dense, data = network(), images(2, 8, 8)
+    whole = {name: repaired(name, dense, CUT, data, batch_size=7) for name in repairs.names()}
+    monkeypatch.setattr(order, "_ABREAST", 0)
+    for name, found in whole.items():
+        assert_close(repaired(name, dense, CUT, data, batch_size=7), found)
+
+
+class Fails(nn.Module):
+    def forward(self, x):
+        if len(x) == 3:
+            raise ValueError("three images")
+        return x
+
+
+@pytest.mark.parametrize("where", [0, 5])
+def test_what_fails_in_a_pass_is_raised_and_no_thread_is_left(where):
+    dense = network()
+    dense.insert(where, Fails())
+    table = {f"{int(name) + (int(name) >= where)}": sides for name, sides in CUT.items()}
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="three images"):
+        in_order(dense, {"9": Branch()}, images(2, 8, 8).x.split(9), lambda *_: None, lambda name: None, what="test")
+    with pytest.raises(ValueError, match="three images"):
+        repaired("refit", dense, table, images(2, 8, 8), batch_size=9)
+    assert threading.active_count() == before
+
+
+def test_layers_in_another_order_for_other_images_are_refused():
+    class Otherwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(self.b(x)) if len(x) == 3 else self.b(self.a(x))
+
+    before = threading.active_count()
+    with torch.no_grad(), pytest.raises(ModelError, match="layer 'a' runs in another order for other images"):
+        in_order(
+            Otherwise(), {"a": Branch(), "b": Branch()}, torch.zeros(6, 4).split(3), lambda *_: None, print, what="test"
+        )
+    assert threading.active_count() == before
+
+
+def test_silenced_heads_and_units_stay_silent():
+    torch.manual_seed(0)
+    dense = DigitsViT(4, 16).double().eval()
+    data = images(1, 8, 8, n=200)
+    sites = finder.find(dense, data.x[:2]).sites
+    gone = {"head": 1, "hidden": 5}
+    mask = Mask({site: torch.arange(site.n_units) != gone[site.kind] for site in sites if site.kind in gone})
+    small = copy.deepcopy(dense)
+    table = surgery.zero(small, mask)
+    before = copy.deepcopy(small.state_dict())
+    with torch.no_grad():
+        repairs["refit"](small, dense, table, data)
+    for name, sides in table.items():
+        layer = small.get_submodule(name)
+        assert not layer.weight[sides.get("zero out", [])].any()
+        assert not layer.bias[sides.get("zero out", [])].any()
+        assert not layer.weight[:, sides.get("zero in", [])].any()
+    assert any("zero out" in sides for sides in table.values())
+    changed = {key for key, tensor in small.state_dict().items() if not tensor.equal(before[key])}
+    assert {"blocks.0.attn.proj.weight", "blocks.1.fc1.weight"} <= changed
+
+
+class Own(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_layers_that_are_more_than_their_weights_are_left_as_they_are():
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU()),
+        *(StdConv2d(5, 5, 1), nn.ReLU(), Own(5, 5, 3), nn.ReLU(), weight_norm(nn.Conv2d(5, 5, 1)), nn.ReLU()),
+        *(nn.Conv2d(5, 5, 1), nn.ReLU(), nn.Conv2d(5, 5, 1), nn.ReLU(), nn.Conv2d(5, 5, 1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(180, 3)),
+    ).double()
+    dense[12].weight = dense[10].weight
+    dense[14].register_forward_hook(lambda layer, args, output: output / 2)
+    table = {"0": {"out": [0, 1, 3]}, "2": {"in": [0, 1, 3]}}
+    before, found = cut(dense, table).state_dict(), repaired("refit", dense, table, images(2, 8, 8, n=60))
+    changed = {key.split(".")[0] for key, tensor in found.state_dict().items() if not tensor.equal(before[key])}
+    assert changed == {"2", "17"}
+
+
+def test_windows_of_an_image_are_its_places():
+    """Attention within windows reads them as rows: refitted as a layer that reads the image's tokens."""
+
+    class Windows(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.rows, self.up, self.down = rows, nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.down(torch.relu(self.up(x.reshape(-1, 3, 4) if self.rows else x)))
+            return y.reshape(len(x), -1, 4)
+
+    torch.manual_seed(0)
+    apart, whole = Windows(True).double(), Windows(False).double()
+    whole.load_state_dict(apart.state_dict())
+    table = {"up": {"out": [0, 1, 3, 4, 6]}, "down": {"in": [0, 1, 3, 4, 6]}}
+    found = [repaired("refit", dense, table, images(6, 4), batch_size=7).state_dict() for dense in (apart, whole)]
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][key])
 
 
 def test_large_images_go_in_parts_whatever_is_asked():

@@ -9,6 +9,7 @@ of which a network must have one, `changes` what it is given and changes.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sukashi.core.errors import ModelError, UsageError
@@ -50,7 +51,9 @@ def mender(name: str, dense: nn.Module, data: Batch) -> Mend | None:
 
     def mend(model: nn.Module, table: Table) -> None:
         if table:
-            with exact():
+            # In full precision, whatever the caller's passes are in.
+            full = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+            with exact(), torch.inference_mode(False), full[0], full[1]:
                 method(model, dense, table, data)
 
     return mend

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Batch
 from sukashi.network import hooks
+from sukashi.network.branches import Branch
 from sukashi.network.surgery import Table
 from sukashi.repairs import repairs
-from sukashi.repairs.branches import Branch
 from sukashi.repairs.order import in_order, parts
 
 
@@ -19,7 +19,8 @@ def norm(model: nn.Module, dense: nn.Module, table: Table, data: Batch, *, batch
     run: each sees what those before it make of the images with their new statistics.
 
     They are those of all images together, in float64: no average of batches. `batch_size` bounds the images in one
-    pass, and so does their size (`order.parts`).
+    pass, and so does their size (`order.parts`); what all of them hold at one place of the network is in memory
+    together, up to 256 MB of images.
 
     A BatchNorm that runs before anything that was cut sees what it saw, and is left alone.
     """

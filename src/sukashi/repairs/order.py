@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import ModelError
-from sukashi.repairs.branches import Branch, reached
+from sukashi.network.branches import Branch, at_layers
 
+_ABREAST = 2**28  # bytes of images
 Visit = Callable[[str, Tensor, Tensor | None], None]
 
 
@@ -29,30 +31,31 @@ def in_order(
     another as the model comes to them: a layer whose branch joins a sum is visited at the sum, others, with None,
     before they run.
 
-    What a layer reads comes through all layers before it as they are mended. Each batch goes through the network once,
-    all of them abreast: what they hold at one place of it is in memory together.
+    What a layer reads comes through all layers before it as they are mended. Up to 256 MB of images go through the
+    network once, all batches side by side: what they hold at one place of it is in memory together. More go as far as
+    each layer, batch by batch.
 
     Raises ModelError for a layer that a pass calls not exactly once.
     """
     order: list[str] = []
-    with reached(model, layers, lambda name, x, other: order.append(name)):
+    with at_layers(model, layers, lambda name, x, other: order.append(name)):
         model(batches[0][:1])
     if odd := [name for name in layers if order.count(name) != 1]:
         raise ModelError(
             f"layer {odd[0]!r} is called {order.count(odd[0])} times in a pass, and only a layer that is called once "
             "can be mended: leave `repair` out"
         )
-    passes = [_Pass(model, layers, x, visit) for x in batches]
-    try:
-        with progress.task(what, len(order)) as shown:
-            for name in order:
-                for one in passes:
-                    one.resume()
-                mend(name)
-                shown.advance(note=name)
-    finally:
-        for one in passes:
-            one.end()
+    abreast = sum(x.numel() * x.element_size() for x in batches) <= _ABREAST
+    with progress.task(what, len(order)) as shown, ExitStack() as running:
+        passes = [running.enter_context(_Pass(model, layers, x, visit)) for x in batches] if abreast else []
+        for name in order:
+            for one in passes:
+                one.resume(name)
+            for x in batches if not abreast else ():
+                with _Pass(model, {name: layers[name]}, x, visit) as one:
+                    one.resume(name)
+            mend(name)
+            shown.advance(note=name)
 
 
 def parts(x: Tensor, batch_size: int) -> Sequence[Tensor]:
@@ -61,7 +64,7 @@ def parts(x: Tensor, batch_size: int) -> Sequence[Tensor]:
     return found
 
 
-class _Ended(Exception):
+class _Ended(BaseException):  # no `except Exception` of a network holds it up
     pass
 
 
@@ -72,19 +75,29 @@ class _Pass:
         # Hooks of its own, and the same weights.
         self._model = copy.deepcopy(model, {id(of): of for of in (*model.parameters(), *model.buffers())})
         self._layers, self._x, self._visit = layers, x, visit
+        self._stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self._go, self._stops = threading.Semaphore(0), threading.Semaphore(0)
+        self._at, self._ended = "", False
         self._error: BaseException | None = None
-        self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def resume(self) -> None:
+    def resume(self, name: str) -> None:
+        """Go on until the layer of this name was visited; what is raised there is raised here."""
+        self._at = ""
         self._go.release()
         self._stops.acquire()
         if self._error is not None:
             raise self._error
+        if self._at != name:
+            raise ModelError(
+                f"layer {name!r} runs in another order for other images, and can't be mended: leave `repair` out"
+            )
 
-    def end(self) -> None:
+    def __enter__(self) -> _Pass:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._ended = True
         self._go.release()
         self._thread.join()
@@ -92,7 +105,7 @@ class _Pass:
     def _run(self) -> None:
         try:
             self._wait()
-            with torch.no_grad(), reached(self._model, self._layers, self._at):
+            with torch.no_grad(), torch.cuda.stream(self._stream), at_layers(self._model, self._layers, self._stop):
                 self._model(self._x)
         except _Ended:
             pass
@@ -101,8 +114,9 @@ class _Pass:
         finally:
             self._stops.release()
 
-    def _at(self, name: str, x: Tensor, other: Tensor | None) -> None:
+    def _stop(self, name: str, x: Tensor, other: Tensor | None) -> None:
         self._visit(name, x, other)
+        self._at = name
         self._stops.release()
         self._wait()
 

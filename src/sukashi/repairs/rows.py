@@ -12,13 +12,18 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from sukashi.network.canonical import performs
 from sukashi.network.layers import MAKERS
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 
 
 def is_refittable(layer: nn.Module) -> bool:
-    """Whether each number a layer writes is linear in a window of all that it reads."""
-    whole = getattr(layer, "groups", 1) == 1 and not getattr(layer, "transposed", False)
-    return isinstance(layer, MAKERS) and whole
+    """Whether each number a layer writes is linear in a window of all that it reads, by weights that are its own: not
+    in groups, nor transposed, nor a layer that computes its weights or does more than its kind.
+    """
+    whole = getattr(layer, "groups", 1) == 1 and any(performs(layer, cls) for cls in _PLAIN)
+    return isinstance(layer, MAKERS) and whole and layer._parameters.get("weight") is not None
 
 
 def places(layer: nn.Module, y: Tensor, at_most: int, generator: np.random.Generator) -> Tensor:
