@@ -51,9 +51,9 @@ def mender(name: str, dense: nn.Module, data: Batch) -> Mend | None:
 
     def mend(model: nn.Module, table: Table) -> None:
         if table:
-            # In full precision, whatever the caller's passes are in.
+            # In full precision, whatever the caller's passes are in. To leave inference mode turns gradients on.
             full = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-            with exact(), torch.inference_mode(False), full[0], full[1]:
+            with torch.inference_mode(False), exact(), full[0], full[1]:
                 method(model, dense, table, data)
 
     return mend
