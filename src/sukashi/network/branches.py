@@ -60,10 +60,26 @@ def branches(model: nn.Module, layers: Collection[str], x: Tensor) -> dict[str, 
 
     Where two of them meet in a sum, it is the branch of the one called later: what the other gives is known then.
     """
-    following = _Following(model, layers)
+    following = _Following(model, layers, altered(model, x))
     with hooks.followed(model, following.enter, following.leave), following:
         model(x)
     return following.found()
+
+
+def altered(model: nn.Module, x: Tensor) -> set[str]:
+    """The layers whose output is another than their forward gives, for hooks of their own change it."""
+    hooked = {name for name, module in model.named_modules() if name and hooks.registered(module)}
+    found = set()
+
+    def leave(name: str, layer: nn.Module, read: Any, output: Any) -> None:
+        plain = isinstance(read, Tensor) and isinstance(output, Tensor)
+        if name in hooked and not (plain and torch.equal(layer.forward(read), output)):
+            found.add(name)
+
+    if hooked:
+        with hooks.followed(model, lambda name, layer: None, leave):
+            model(x)
+    return found
 
 
 @contextmanager
@@ -151,11 +167,9 @@ class _Chain:
 class _Following(TorchDispatchMode):
     """Follows what layers write through the calls of one pass."""
 
-    def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[str], altered: Collection[str]) -> None:
         super().__init__()
-        self._model, self._layers = model, layers
-        # What a hook makes of an output, no link's factor and shift say.
-        self._hooked = {name for name, module in model.named_modules() if hooks.registered(module)}
+        self._model, self._layers, self._altered = model, layers, altered
         self._n_calls: Counter[str] = Counter()
         self._chains: dict[int, _Chain] = {}  # by the id of the last tensor of each
         self._uses: Counter[int] = Counter()
@@ -211,7 +225,7 @@ class _Following(TorchDispatchMode):
 
     def _is_link(self, name: str, layer: nn.Module, reads: str, output: Tensor) -> bool:
         """Whether a layer scales and shifts each output of the one before it by itself, or does so first."""
-        if name in self._hooked:
+        if name in self._altered:
             return False
         features_last = isinstance(self._model.get_submodule(reads), nn.Linear)
         if isinstance(layer, _NORMS):

@@ -61,9 +61,9 @@ def refit(
 
     Single weights that are zero stay so: each output of such a layer is a system of its own, solved whole, where
     SparseGPT goes from left to right. So do units that were silenced. Left as they are: layers in groups, transposed
-    ones, those that compute their weights, share them or have hooks, those that run more than once or hold something
-    else than images, and, of those that read nothing of what was cut, those too wide for the memory. A branch that
-    something else reads, or scales in a way unknown here, is refitted without its sum.
+    ones, those that compute or share their weights, have hooks that change what they write, run more than once or hold
+    something else than images, and, of those that read nothing of what was cut, those too wide for the memory. A branch
+    that something else reads, or scales in a way unknown here, is refitted without its sum.
 
     `batch_size` bounds the images in one pass, and so does their size (`order.parts`). Sums are float64, so that
     results depend on it in rounding alone. Memory: the numbers that a layer reads, or the places where it is read if
@@ -159,6 +159,7 @@ def _layers(model: nn.Module, dense: nn.Module, table: Table, x: Tensor, positio
     touched = {name for name, sides in table.items() if {"in", "zero in", "zero out", "weights"} & sides.keys()}
     behind = {*order[min((order.index(name) for name in touched if name in order), default=len(order)) :], *touched}
     n_owners = Counter(id(p) for _, p in dense.named_parameters(remove_duplicate=False))
+    altered = streams.altered(dense, x)
     able = [
         name
         for name, layer in insert.layers(model).items()
@@ -166,8 +167,7 @@ def _layers(model: nn.Module, dense: nn.Module, table: Table, x: Tensor, positio
         and is_refittable(layer)
         and is_refittable(dense.get_submodule(name))
         and n_owners[id(dense.get_submodule(name).weight)] == 1
-        and not hooks.registered(dense.get_submodule(name))
-        and not hooks.registered(layer)
+        and name not in altered
     ]
     found = streams.branches(dense, able, x)
     shapes: list[dict[str, torch.Size]] = []
