@@ -1,6 +1,5 @@
 """Branches that are added to something else: which are found, and that `refit` makes up for what the sum lost."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -11,11 +10,10 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from oracles import ORACLES
-from sukashi.network import surgery
 from sukashi.network.branches import Branch, branches
 from sukashi.network.insert import inserted
 from sukashi.repairs import repairs
-from test_repairs import assert_close, images
+from test_repairs import assert_close, cut, images, repaired, with_norms_drawn
 
 
 class Residual(nn.Module):
@@ -55,13 +53,7 @@ class Residual(nn.Module):
 
 def network(kind="plain"):
     torch.manual_seed(0)
-    net = Residual(kind)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            nn.init.normal_(module.weight)
-    return net.double().eval()
+    return with_norms_drawn(Residual(kind))
 
 
 HIDDEN = {
@@ -83,24 +75,11 @@ NORMS = {"conv1": "norm1", "conv2": "norm2"}
 SUMS = {"conv2": "skip", "conv3": "skip3"}
 
 
-def cut(dense, table):
-    small = copy.deepcopy(dense)
-    surgery.replay(small, table)
-    return small
-
-
-def refitted(dense, table, data, **options):
-    small = cut(dense, table)
-    with torch.no_grad():
-        repairs["refit"](small, dense, table, data, **options)
-    return small
-
-
 @pytest.mark.parametrize("kind", ["plain", "in place", "into the stream"])
 @pytest.mark.parametrize("table", [HIDDEN, STREAM], ids=["hidden", "stream"])
 def test_a_branch_makes_up_for_what_its_sum_lost(table, kind):
     dense, data = network(kind), images(2, 6, 6)
-    found, expected = refitted(dense, table, data), cut(dense, table)
+    found, expected = repaired("refit", dense, table, data), cut(dense, table)
     oracle = ORACLES["repairs", "refit"]
     oracle(expected, dense, table, data.x, NORMS, SUMS)
     for (key, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
@@ -112,7 +91,7 @@ def test_a_branch_makes_up_for_what_its_sum_lost(table, kind):
 @pytest.mark.parametrize("kind", ["plain", "in place", "into the stream"])
 def test_parts_add_up_to_the_whole(kind, batch_size):
     dense, data = network(kind), images(2, 6, 6)
-    assert_close(refitted(dense, STREAM, data, batch_size=batch_size), refitted(dense, STREAM, data))
+    assert_close(repaired("refit", dense, STREAM, data, batch_size=batch_size), repaired("refit", dense, STREAM, data))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +183,7 @@ def test_an_output_that_hardly_counts_gets_no_large_weights():
     with torch.no_grad():
         dense.norm2.weight[2] = 1e-42
     data = images(2, 6, 6)
-    found = refitted(dense, HIDDEN, replace(data, x=data.x.float()))
+    found = repaired("refit", dense, HIDDEN, replace(data, x=data.x.float()))
     assert torch.equal(found.conv2.weight[2], cut(dense, HIDDEN).conv2.weight[2])
     assert found.conv2.weight.abs().max() < 100
 

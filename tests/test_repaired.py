@@ -191,6 +191,32 @@ def test_zeros_of_a_sparse_network_are_refused_before_a_criterion_works(cnn_weig
     assert all(not made.model.get_submodule(site.layer).weight[~keep].any() for site, keep in made.mask.keep.items())
 
 
+def test_units_that_an_earlier_cut_silenced_stay_silent(cnn_weights, tmp_path):
+    silent = tmp_path / "silent"
+    given = {"round_to": 1, "calibration": 8, "test_images": 100}
+    sukashi.prune(SPEC, "digits", "magnitude", 0.2, out=silent, weights=cnn_weights, mode="zero", width=8, **given)
+    found = sukashi.prune(silent, "digits", "random", 0.3, out=tmp_path / "out", repair="refit", **given)
+    made = models.load(found.out)
+    table = surgery.together(made.cuts)
+    read = {name: sides["zero in"] for name, sides in table.items() if sides.get("zero in")}
+    assert read
+    for name, positions in read.items():
+        assert not made.model.get_submodule(name).weight[:, positions].any(), name
+
+
+def test_trial_cuts_of_a_silenced_network_are_not_mended(cnn_weights, tmp_path):
+    silent = tmp_path / "silent"
+    sukashi.prune(SPEC, "digits", "magnitude", 0.2, out=silent, weights=cnn_weights, mode="zero", **FEW)
+    given = {"calibration": 8, "test_images": 100, "out": tmp_path / "out"}
+    for call in (
+        lambda: sukashi.prune(silent, "digits", "magnitude", target_flops=0.5, repair="refit", **given),
+        lambda: sukashi.compare(silent, "digits", ["magnitude"], seeds=1, repair=["refit"], **given),
+    ):
+        with pytest.raises(UsageError, match="units of this network are silent and must stay so"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("scope", ["row", "1:3"])
 def test_what_is_left_of_the_weights_is_refitted_and_zeros_stay(cnn_weights, tmp_path, bench, scope):
     given = {"weights": cnn_weights, "scope": scope, "exclude": ["fc*"], **FEW}

@@ -77,7 +77,7 @@ def _maps(model: nn.Module, x: Tensor, layer: str | None) -> tuple[str, Any, int
 
     if layer is not None:
         hooks.layer(model, layer)
-    with torch.no_grad(), hooks.followed(model, lambda name, module: None, leave):
+    with torch.no_grad(), hooks.followed(model, leave):
         answer(model, x.clone())
     once = {name: shape for name, shape in shapes.items() if n_calls[name] == 1}
     last = next((name for name in reversed(once) if _is_maps(once[name])), None)

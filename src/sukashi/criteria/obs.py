@@ -169,7 +169,7 @@ def _sums(
     with without_tf32(), torch.enable_grad():
         outputs = [finder.place(model, name, batches[0][:2]) for name in names]
         for x in batches:
-            with hooks.recorded(model, outputs) as seen, hooks.followed(model, lambda *_: None, leave):
+            with hooks.recorded(model, outputs) as seen, hooks.followed(model, leave):
                 log_p = data.objective.answers(model(x)).log_softmax(1)
             if not torch.isfinite(log_p).all():
                 raise ModelError(

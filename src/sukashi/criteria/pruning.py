@@ -59,6 +59,10 @@ def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
             f"{n_before} times: give the network before the cut, and the cut one"
         )
     table = surgery.together(small.cuts[n_before:])
+    for name, sides in surgery.together(small.cuts).items():
+        # What cuts before silenced is silent in the dense network too, and not to be read again.
+        if silent := {side: positions for side, positions in sides.items() if side.startswith("zero ") and positions}:
+            table.setdefault(name, {}).update(silent)
     for site, keep in small.mask.keep.items() if small.mask is not None else ():
         table.setdefault(site.layer, {})["weights"] = torch.nonzero(~keep.flatten()).flatten().tolist()
     model = copy.deepcopy(small.model).to(next(dense.model.parameters()).device)
@@ -131,14 +135,13 @@ def check_sequential(criterion: str, scope: str) -> None:
 
 def check_repair(repair: str, dense: Loaded) -> None:
     """Refuse, before cuts are tried, a repair that there is not, one that a network has no layer for, and a network
-    with single weights at zero: what a trial cut leaves of these is not known.
+    with single weights at zero or silent units: what a trial cut leaves of these is not known.
     """
     check_fits(repair, dense.model)
-    if repair != NONE and dense.mask is not None:
-        raise UsageError(
-            f"single weights of this network are zero and must stay so, and {repair} of trial cuts changes all: leave "
-            "`repair` out"
-        )
+    silent = any(side.startswith("zero ") for table in dense.cuts for sides in table.values() for side in sides)
+    if repair != NONE and (dense.mask is not None or silent):
+        what = "units of this network are silent" if dense.mask is None else "single weights of this network are zero"
+        raise UsageError(f"{what} and must stay so, and {repair} of trial cuts changes all: leave `repair` out")
 
 
 def sparse(loaded: Loaded, mask: Mask) -> Loaded:

@@ -61,7 +61,7 @@ def branches(model: nn.Module, layers: Collection[str], x: Tensor) -> dict[str, 
     Where two of them meet in a sum, it is the branch of the one called later: what the other gives is known then.
     """
     following = _Following(model, layers, altered(model, x))
-    with hooks.followed(model, following.enter, following.leave), following:
+    with hooks.followed(model, following.leave, following.enter), following:
         model(x)
     return following.found()
 
@@ -77,7 +77,7 @@ def altered(model: nn.Module, x: Tensor) -> set[str]:
             found.add(name)
 
     if hooked:
-        with hooks.followed(model, lambda name, layer: None, leave):
+        with hooks.followed(model, leave):
             model(x)
     return found
 
@@ -121,7 +121,7 @@ def at_sums(
         if name in ends:
             meeting.given[id(output)] = ends[name], output
 
-    with hooks.followed(model, lambda name, layer: None, leave), meeting:
+    with hooks.followed(model, leave), meeting:
         yield
 
 

@@ -44,7 +44,7 @@ class Trace:
 def traced(model: nn.Module, x: Tensor) -> Trace:
     """The groups of a model in eval mode, seen on images x (B, C, H, W)."""
     pass_ = Pass(model)
-    with torch.no_grad(), hooks.followed(model, pass_.enter, pass_.leave), pass_:
+    with torch.no_grad(), hooks.followed(model, pass_.leave, pass_.enter), pass_:
         output = model(x)
     pass_.fix(pass_.labels(output), "its units are the model's output")
     return Trace(_groups(pass_), pass_.calls, pass_.others)

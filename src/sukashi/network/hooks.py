@@ -305,8 +305,8 @@ def calls(model: nn.Module, x: Tensor) -> list[str]:
 @contextmanager
 def followed(
     model: nn.Module,
-    enter: Callable[[str, nn.Module], None],
     leave: Callable[[str, nn.Module, Any, Any], None],
+    enter: Callable[[str, nn.Module], None] = lambda name, layer: None,
 ) -> Iterator[None]:
     """Calls enter(name, layer) before each layer runs and leave(name, layer, what it reads, what it gives) after."""
 

@@ -134,7 +134,7 @@ class TrialCuts:
                 masked = self.twin(self.x)
             surgery.cut(small, mask)
             enter = lambda name, module: path.append(name)  # noqa: E731
-            with torch.no_grad(), hooks.followed(small, enter, lambda name, *_: path.remove(name)):
+            with torch.no_grad(), hooks.followed(small, lambda name, *_: path.remove(name), enter):
                 cut = small(self.x)
         except Exception as error:  # whatever it is, the cut layers no longer fit each other
             return brief(error), path[-1] if path else ""

@@ -178,7 +178,7 @@ def _layers(model: nn.Module, dense: nn.Module, table: Table, x: Tensor, positio
 
     for some in (x[:1], x):
         shapes.append({})
-        with hooks.followed(dense, lambda name, layer: None, leave):
+        with hooks.followed(dense, leave):
             dense(some)
     layers = {}
     for name in able:
@@ -270,7 +270,7 @@ def _goals(
     def meet(name: str, other: Tensor) -> None:
         goal[name][-1] += at_places(name, layers[name].by_image(other))
 
-    with hooks.followed(dense, lambda name, layer: None, leave), at_sums(dense, branches, meet):
+    with hooks.followed(dense, leave), at_sums(dense, branches, meet):
         for batch in batches:
             dense(batch)
     return {name: torch.cat(of) for name, of in at.items()}, {name: torch.cat(of) for name, of in goal.items()}

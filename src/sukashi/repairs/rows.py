@@ -13,7 +13,6 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from sukashi.network.canonical import performs
-from sukashi.network.layers import MAKERS
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 
@@ -22,8 +21,8 @@ def is_refittable(layer: nn.Module) -> bool:
     """Whether each number a layer writes is linear in a window of all that it reads, by weights that are its own: not
     in groups, nor transposed, nor a layer that computes its weights or does more than its kind.
     """
-    whole = getattr(layer, "groups", 1) == 1 and any(performs(layer, cls) for cls in _PLAIN)
-    return isinstance(layer, MAKERS) and whole and layer._parameters.get("weight") is not None
+    plain = any(performs(layer, cls) for cls in _PLAIN) and layer._parameters.get("weight") is not None
+    return plain and getattr(layer, "groups", 1) == 1
 
 
 def places(layer: nn.Module, y: Tensor, at_most: int, generator: np.random.Generator) -> Tensor:
