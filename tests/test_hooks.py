@@ -183,7 +183,7 @@ class Twice(nn.Module):
         (Site("attention.out_proj", "hidden", 4, -1), ModelError, "'attention.out_proj' is called 0 times"),
         (Site("attention", "hidden", 4, -1), ModelError, "'attention' holds a tuple"),
         (Site("windows", "hidden", 4, -1), ModelError, "'windows' holds 6 rows for 2 images"),
-        (Site("again", "weight", 4, -1), UsageError, "kind 'weight', which holds no activations"),
+        (Site("again", "weight", 4, -1), UsageError, "holds single weights, not activations"),
     ],
 )
 def test_what_a_tap_would_get_wrong_is_refused(site, error, words):

@@ -25,6 +25,7 @@ ROOMS = [
     "measures",
     "repairs",
     "criteria",
+    "concepts",
     "training",
     "report",
     "experiments",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from sukashi.network.canonical import answer
 Held = dict[Site, list[Tensor]]
 Count = Annotated[int, Field(ge=1)]
 Baseline = float | Tensor
+Key = TypeVar("Key")
 
 
 @attributions.register("saliency", source="Simonyan et al. 2014, sec. 3", signed=False)
@@ -249,14 +250,14 @@ def start_of(x: Tensor, baseline: Baseline) -> Tensor:
         ) from None
 
 
-def in_parts(explain: Callable[[slice], dict[Site, Tensor]], n_images: int, size: int) -> dict[Site, Tensor]:
+def in_parts(explain: Callable[[slice], dict[Key, Tensor]], n_images: int, size: int) -> dict[Key, Tensor]:
     """What `explain` gives for consecutive rows, at most `size` of them and at least one at a time, side by side."""
     size = max(1, size)
     with without_tf32():
         parts = [explain(slice(first, first + size)) for first in range(0, n_images, size)]
     if len(parts) == 1:
         return parts[0]
-    return {site: torch.cat([part.pop(site) for part in parts]) for site in list(parts[0])}
+    return {key: torch.cat([part.pop(key) for part in parts]) for key in list(parts[0])}
 
 
 def slopes_at(

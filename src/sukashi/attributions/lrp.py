@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from sukashi.attributions import attributions
 from sukashi.attributions.gradient import check, in_parts
@@ -35,7 +36,9 @@ from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Affine, canonical
 from sukashi.network.functions import Add, Mul, Quotient, Resize, Scale
-from sukashi.network.layers import AttentionCore
+from sukashi.network.layers import AttentionCore, Rotation
+
+Rules = Literal["epsilon_plus", "epsilon", "gamma", "alpha1beta0"]
 
 
 @attributions.register("lrp", source="Bach et al. 2015, eq. 58 and 60; Achtibat et al. 2024, sec. 3")
@@ -46,7 +49,7 @@ def lrp(
     sites: Sequence[Site],
     objective: Objective = CLASSIFICATION,
     *,
-    rule: Literal["epsilon_plus", "epsilon", "gamma", "alpha1beta0"] = "epsilon_plus",
+    rule: Rules = "epsilon_plus",
     attention: Annotated[str, Field(pattern="^(attn|cp)$")] = "attn",
     epsilon: Annotated[float, Field(gt=0)] = 1e-6,
     gamma: Annotated[float, Field(gt=0)] = 0.25,
@@ -85,9 +88,68 @@ def lrp(
     Raises ModelError for a model without canonical form or with an operation that has no rule, UsageError for
     `bias=False` with another rule than alpha1beta0, DataError for a target that is no class number an image.
     """
+    check(model, x, target, objective)
+    form = _ruled(model, x, sites, rule, attention, epsilon, gamma, bias)
+
+    def explain(rows: slice) -> dict[Site, Tensor]:
+        reads, ratios = carried(form, x[rows], sites, lambda logits: ones(objective.explained(logits, target[rows])))
+        return {
+            site: hooks.gather(site, [r * m for r, m in zip(reads.pop(site), ratios.pop(site), strict=True)])
+            for site in sites
+        }
+
+    return in_parts(explain, len(x), batch_size)
+
+
+def factors(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    site: Site,
+    objective: Objective = CLASSIFICATION,
+    *,
+    rule: Rules = "epsilon_plus",
+    attention: Annotated[str, Field(pattern="^(attn|cp)$")] = "attn",
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6,
+    gamma: Annotated[float, Field(gt=0)] = 0.25,
+    bias: bool = True,
+    at: Tensor | None = None,
+    batch_size: BatchSize = 64,
+) -> tuple[Tensor, Tensor]:
+    """The two factors of `lrp` at a site that one layer reads or writes, each (B, U, positions...): the activation a,
+    and the context c, what reaches it of relevance for each of its units (Chormai et al. 2024, eq. 6), R = a c.
+
+    c has a value where a is 0 too. `at` (B, P) are the positions of each image to give, all axes after the units'
+    flattened, (B, U, P); left out, all. Options and errors are those of `lrp`.
+    """
+    check(model, x, target, objective)
+    form = _ruled(model, x, [site], rule, attention, epsilon, gamma, bias)
+
+    def explain(rows: slice) -> dict[str, Tensor]:
+        read, ratio = carried(form, x[rows], [site], lambda logits: ones(objective.explained(logits, target[rows])))
+        found = {"a": hooks.gather(site, read[site]), "c": hooks.gather(site, ratio[site])}
+        if at is None:
+            return found
+        here = at[rows, None].to(x.device).expand(-1, site.n_units, -1)
+        return {name: values.flatten(2).gather(2, here) for name, values in found.items()}
+
+    found = in_parts(explain, len(x), batch_size)
+    return found["a"], found["c"]
+
+
+def _ruled(
+    model: nn.Module,
+    x: Tensor,
+    sites: Sequence[Site],
+    rule: str,
+    attention: str,
+    epsilon: float,
+    gamma: float,
+    bias: bool,
+) -> GraphModule:
+    """The canonical form whose gradient carries R / x."""
     if not bias and rule != "alpha1beta0":
         raise UsageError(f"bias=False with rule {rule!r} divides by what may be zero: use rule 'alpha1beta0'")
-    check(model, x, target, objective)
     form = canonical(model, x, sites)
     layers: dict[str, Rule] = {
         "epsilon": partial(_epsilon, epsilon),
@@ -97,7 +159,7 @@ def lrp(
     linear, convolution = ("epsilon", "alpha1beta0") if rule == "epsilon_plus" else (rule, rule)
     rules: dict[type[nn.Module], Rule] = {
         **MOVES,
-        **dict.fromkeys((Add, Scale, Quotient, nn.MaxPool2d, nn.Upsample, Resize, *AVERAGES, *STRAIGHT)),
+        **dict.fromkeys((Add, Scale, Quotient, nn.MaxPool2d, nn.Upsample, Resize, *AVERAGES, *STRAIGHT, Rotation)),
         **dict.fromkeys(THROUGH_ZERO, _activation),
         nn.Hardtanh: _clamped,
         **dict.fromkeys(CONVOLUTIONS, layers[convolution]),
@@ -108,15 +170,7 @@ def lrp(
     if attention == "attn":
         rules |= {Mul: _product, **dict.fromkeys((nn.Sigmoid, nn.Hardsigmoid))}
     ruled(form, rules, "lrp")
-
-    def explain(rows: slice) -> dict[Site, Tensor]:
-        reads, ratios = carried(form, x[rows], sites, lambda logits: ones(objective.explained(logits, target[rows])))
-        return {
-            site: hooks.gather(site, [r * m for r, m in zip(reads.pop(site), ratios.pop(site), strict=True)])
-            for site in sites
-        }
-
-    return in_parts(explain, len(x), batch_size)
+    return form
 
 
 def _epsilon(epsilon: float, module: nn.Module, x: Tensor) -> Tensor:

@@ -145,10 +145,10 @@ def recorded(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, lis
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     holders: dict[tuple[str, str], dict[int, list[tuple[Site, int]]]] = defaultdict(lambda: defaultdict(list))
     for site in sites:
-        if site.kind in ("weight", "subspace"):
+        if site.kind == "weight":
             raise UsageError(
-                f"site {site.layer!r} is of kind {site.kind!r}, which holds no activations: give pixels, channels, "
-                "hidden units, tokens or attention heads"
+                f"site {site.layer!r} holds single weights, not activations: give pixels, channels, hidden units, "
+                "tokens, attention heads or subspaces"
             )
         for slot, place in enumerate(_places(site)):
             holders[place.module, place.side][place.axis].append((site, slot))

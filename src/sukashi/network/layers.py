@@ -144,6 +144,26 @@ class _Uncached:
         return cast(Tensor, self.attention_biases[:, self.attention_bias_idxs])  # type: ignore[attr-defined]
 
 
+class Rotation(nn.Module):
+    """Features times a matrix (D, M) whose columns, or rows, are orthonormal; `axis` is where features lie.
+
+    Attributions take it for a linear map of features that belong together: it has no rule of its own that looks at the
+    signs of single products, so that relevance is conserved (Chormai et al. 2024, eq. 8).
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis == 1 and x.dim() == 4:
+            return F.conv2d(x, self.matrix.T[:, :, None, None])
+        return (x.movedim(self.axis, -1) @ self.matrix).movedim(-1, self.axis)
+
+
 def explicit_attention(model: nn.Module) -> None:
     """Write out, in place, timm's Attention and the MultiheadAttention of torchvision's EncoderBlock as Attention.
 

@@ -1,0 +1,184 @@
+"""CRAFT: concepts of a class as parts that the activations of crops add up of (Fel et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import qmc
+from torch import Tensor, nn
+
+from sukashi.concepts.nmf import nmf, nnls, semi_nmf
+from sukashi.core import progress
+from sukashi.core.errors import UsageError
+from sukashi.core.types import Site
+from sukashi.network import hooks
+from sukashi.network.behind import behind
+
+OVERLAP = 0.8  # of its side, how far a crop lies from the next
+TOP = 0.1  # of the crops of a concept that its recursion looks at
+LINEAR = 1e-4  # of the largest effect: what rounding makes of a function that is linear in the concepts
+Importance = Literal["exact", "sobol", "compat"]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Square windows of images: `x` (N, C, H, W) enlarged to the size of an image, `image` (N,) of which image they
+    are, `box` (N, 3) their top, left and side in its pixels."""
+
+    x: Tensor
+    image: Tensor
+    box: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor) -> Crops:
+        return Crops(self.x[rows], self.image[rows], self.box[rows])
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Concepts at a site: `w` (K, D) one direction each, of norm 1, and `u` (N, K) how much of each is in each crop."""
+
+    site: Site
+    w: Tensor
+    u: Tensor
+
+
+def crops(x: Tensor, side: int) -> Crops:
+    """All windows of a side, .8 of it apart, of images (B, C, H, W): those of the official implementation.
+
+    Each is enlarged to the size of the images, bilinearly. Raises UsageError for a side that is no part of an image.
+    """
+    height, width = x.shape[2:]
+    if not 1 <= side <= min(height, width):
+        raise UsageError(f"crops must have a side of 1 to {min(height, width)} pixels, got {side}")
+    step = max(1, int(OVERLAP * side))
+    corners = [(top, left) for top in range(0, height - side + 1, step) for left in range(0, width - side + 1, step)]
+    found = torch.stack([x[:, :, top : top + side, left : left + side] for top, left in corners], 1).flatten(0, 1)
+    box = torch.tensor([(top, left, side) for top, left in corners]).repeat(len(x), 1)
+    large = F.interpolate(found, size=(height, width), mode="bilinear", align_corners=False)
+    return Crops(large, torch.arange(len(x)).repeat_interleave(len(corners)), box)
+
+
+def bank(model: nn.Module, of: Crops, site: Site, n_concepts: int, *, batch_size: int = 64) -> Bank:
+    """Concepts of crops at a site: a factorisation a = u w of its mean activation over positions, u >= 0.
+
+    Of activations that are not negative w isn't either (`nmf`, the paper's); else it has both signs (`semi_nmf`), as
+    behind a GELU. Raises as these do.
+    """
+    pooled = []
+    like = next(model.parameters())
+    with progress.task("crops", len(of)) as shown, torch.no_grad(), hooks.recorded(model, [site]) as seen:
+        for x in of.x.split(batch_size):
+            model(x.to(like))
+            pooled.append(hooks.gather(site, seen[site]).flatten(2).mean(2))
+            shown.advance(len(x))
+    a = torch.cat(pooled)
+    u, w = (semi_nmf if a.min() < 0 else nmf)(a, n_concepts)
+    return Bank(site, w, u)
+
+
+def recursed(model: nn.Module, of: Crops, found: Bank, k: int, site: Site, n_concepts: int, **options: int) -> Bank:
+    """What a concept is made of at an earlier site: the concepts there of the tenth of the crops that hold most of it
+    (Fel et al. 2023, sec. 3.2)."""
+    most = found.u[:, k].argsort(descending=True, stable=True)[: max(n_concepts, round(TOP * len(of)))]
+    return bank(model, of[most.cpu()], site, n_concepts, **options)
+
+
+def concept_maps(model: nn.Module, x: Tensor, found: Bank, *, batch_size: int = 64) -> Tensor:
+    """(B, K, positions...) how much of each concept is where: u >= 0 that minimises |a - u w| at each position."""
+    parts = []
+    like = next(model.parameters())
+    with torch.no_grad(), hooks.recorded(model, [found.site]) as seen:
+        for rows in x.split(batch_size):
+            model(rows.to(like))
+            a = hooks.gather(found.site, seen[found.site])
+            flat = a.flatten(2).transpose(1, 2)
+            u = nnls(flat.flatten(0, 1), found.w)
+            parts.append(u.view(*flat.shape[:2], -1).transpose(1, 2).unflatten(2, a.shape[2:]))
+    return torch.cat(parts)
+
+
+def importance(
+    model: nn.Module,
+    x: Tensor,
+    found: Bank,
+    target: int,
+    *,
+    how: Importance = "exact",
+    n_designs: int = 256,
+    batch_size: int = 256,
+) -> Tensor:
+    """(B, K) how much of a class's logit is due to each concept: its total Sobol index, of each image by itself.
+
+    The logit f is that of what lies behind the site, given sum_k m_k u_k w_k, u the concept maps of an image and m in
+    [0, 1]^K. With m uniform, S_k = E[Var(f | all m but m_k)] / Var(f) (Fel et al. 2023, eq. 4):
+
+    - `exact`: where f is linear in m, as behind global pooling and a linear layer, S_k = e_k^2 / sum e^2 with e_k what
+      concept k adds to the logit. K + 1 passes;
+    - `sobol`: Jansen's estimator, sum (f(A) - f(A_k))^2 / (2 n Var f(A)), over a scrambled Sobol sequence;
+    - `compat`: the same over a Halton sequence that is not scrambled, of which the official implementation takes 32
+      points; biased.
+
+    `batch_size` bounds the rows in one pass. Raises UsageError where `exact` is asked for and f is not linear,
+    ModelError where something passes by the site.
+    """
+    if how == "exact":
+        m = torch.cat([torch.zeros(1, len(found.w)), torch.eye(len(found.w)), torch.ones(1, len(found.w))])
+    else:
+        m = _designs(len(found.w), how, n_designs)
+    maps = concept_maps(model, x, found, batch_size=batch_size)
+    f = _logits(behind(model, found.site, x[:2]), found, maps, target, m.to(maps), batch_size)
+    if how != "exact":
+        a, b = f[:, :n_designs], f[:, n_designs:].unflatten(1, (len(found.w), n_designs))
+        total: Tensor = (a[:, None] - b).square().mean(2) / 2 / _above_zero(a.var(1, correction=0))[:, None]
+        return total
+    effect = f[:, 1:-1] - f[:, :1]
+    whole = f[:, -1] - f[:, 0]
+    off = (effect.sum(1) - whole).abs() / _above_zero(effect.abs().sum(1))
+    if off.max() > LINEAR:
+        raise UsageError(
+            f"the logit is not linear in the concepts of layer {found.site.layer!r} (off by {float(off.max()):.1%}): "
+            "its importance can't be exact, take sobol, or the last layer before pooling"
+        )
+    return effect.square() / _above_zero(effect.square().sum(1))[:, None]
+
+
+def _logits(rest: nn.Module, found: Bank, maps: Tensor, target: int, m: Tensor, batch_size: int) -> Tensor:
+    """(B, M) logits of a class, float64, for each image's concept maps (B, K, positions...) times each row of m."""
+    n_images, n_designs = len(maps), len(m)
+    u, values = maps.flatten(2), []
+    with torch.no_grad(), progress.task("importance of concepts", n_images * n_designs) as shown:
+        for rows in torch.arange(n_images * n_designs).split(batch_size):
+            weighed = u[rows // n_designs] * m[rows % n_designs][:, :, None]
+            a = torch.einsum("rkp,kd->rdp", weighed, found.w).unflatten(2, maps.shape[2:]) if maps.dim() > 2 else None
+            given = torch.einsum("rkp,kd->rd", weighed, found.w) if a is None else a.movedim(1, found.site.axis)
+            values.append(rest(given)[:, target].double())
+            shown.advance(len(rows))
+    return torch.cat(values).view(n_images, n_designs)
+
+
+def _designs(n_concepts: int, how: Importance, n_designs: int) -> Tensor:
+    """((K + 1) n, K) masks: n of a sequence in 2 K dimensions by its first half, A, and for each k A with column k of
+    its second half."""
+    sequence: qmc.QMCEngine
+    if how == "compat":
+        sequence = qmc.Halton(2 * n_concepts, scramble=False)
+    else:
+        sequence = qmc.Sobol(2 * n_concepts, scramble=True, rng=0)
+    points = torch.from_numpy(sequence.random(n_designs))
+    a, b = points.split(n_concepts, 1)
+    exchanged = []
+    for k in range(n_concepts):
+        exchanged.append(a.clone())
+        exchanged[-1][:, k] = b[:, k]
+    return torch.cat([a, *exchanged])
+
+
+def _above_zero(values: Tensor) -> Tensor:
+    """Divisors: of images on which nothing changes, 1."""
+    return values.where(values > 0, 1)
