@@ -18,6 +18,7 @@ from sukashi.core.schema import Settings, default_of, option_of
 from sukashi.experiments.audit.saliency.values import CURVE_COLUMNS, VALUE_COLUMNS
 from sukashi.experiments.audit.summary import AuditResult
 from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.concepts.summary import ConceptsResult
 from sukashi.experiments.prune.summary import PruneResult
 from sukashi.experiments.schedule.summary import ScheduleResult
 from sukashi.experiments.study.settings import ComparisonFile, ModelTable, ScheduleFile
@@ -29,7 +30,7 @@ from sukashi.training.settings import Training
 KINDS: dict[str, type[Settings]] = {
     kind.__name__: kind for kind in (ComparisonFile, ScheduleFile, ModelTable, Training)
 }
-RESULTS = (CompareResult, PruneResult, ScheduleResult, TrainResult, AuditResult, StudyResult)
+RESULTS = (CompareResult, PruneResult, ScheduleResult, TrainResult, AuditResult, ConceptsResult, StudyResult)
 TABLES: dict[str, Columns] = {
     **{kind.__name__: kind.columns for kind in RESULTS},
     **{"values.parquet": VALUE_COLUMNS, "curves.parquet": CURVE_COLUMNS},

@@ -36,6 +36,7 @@ from sukashi.measures.faithfulness import removal
 from sukashi.measures.inputs import measured
 from sukashi.models import saved
 from sukashi.network import perturbed, sites
+from sukashi.report.gallery import Picture, draw_gallery
 from test_shortcut import PREPROCESS, N, trained
 
 READING = {"test_images": 40}
@@ -656,7 +657,7 @@ def test_a_map_of_one_pixel_is_drawn_in_its_colour():
     about = {"pixels": np.zeros((20, 20, 3)), "title": "x", "wrong": (), "marked": ""}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bright, dark = (page.draw_gallery([page.Picture(maps={"a": m}, **about)], False) for m in (spot, 0 * spot))
+        bright, dark = (draw_gallery([Picture(maps={"a": m}, **about)], False) for m in (spot, 0 * spot))
     assert bright != dark
 
 

@@ -58,6 +58,11 @@ ASKED = {
         {"seed": 1},
         "seed was 0, now 1",
     ),
+    "concepts": (
+        {**ONE, "layer": "bn2", "of": "3", "subspaces": 2, "images": 12, "positions": 8, "trials": 1},
+        {"explains": "margin"},
+        'explains was "logit", now "margin"',
+    ),
     "study": ({"criterion": "taylor"}, {"criterion": "magnitude"}, 'criterion was "taylor", now "magnitude"'),
 }
 STUDY = """

@@ -25,7 +25,7 @@ ROOMS = [
     "measures",
     "repairs",
     "criteria",
-    "concepts",
+    "decompositions",
     "training",
     "report",
     "experiments",

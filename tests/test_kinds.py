@@ -20,6 +20,7 @@ from sukashi.experiments import catalogue
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
+from sukashi.experiments.concepts.settings import Concepts
 from sukashi.experiments.export.settings import Export
 from sukashi.experiments.kinds import kinds
 from sukashi.experiments.prune.settings import Prune
@@ -43,6 +44,7 @@ NEEDED = {
     Finetune: {"model": "m", "data": "d", "out": "o"},
     Schedule: {"model": "m", "data": "d", "how": "oneshot", "criteria": ["drift"], "ratios": [0.5], "out": "o"},
     Audit: {"models": ["m", "n"], "data": "d", "out": "o"},
+    Concepts: {"model": "m", "data": "d", "layer": "l", "of": "c", "out": "o"},
 }
 
 

@@ -131,7 +131,7 @@ def factors(
         if at is None:
             return found
         here = at[rows, None].to(x.device).expand(-1, site.n_units, -1)
-        return {name: values.flatten(2).gather(2, here) for name, values in found.items()}
+        return {name: values.reshape(*here.shape[:2], -1).gather(2, here) for name, values in found.items()}
 
     found = in_parts(explain, len(x), batch_size)
     return found["a"], found["c"]

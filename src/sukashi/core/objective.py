@@ -20,11 +20,13 @@ class Classification:
 
     A network may know more classes than the data has: then `outputs` says which of its logits means each class, and
     `among` which are held against each other, those of the data's classes or all of the model's. A target stays the
-    data's number of a class.
+    data's number of a class. `explains` says what an attribution is about: the target's logit, or its margin, the lead
+    over the largest of the others.
     """
 
     outputs: tuple[int, ...] | None = None
     among: Among = "data"
+    explains: Literal["logit", "margin"] = "logit"
 
     def answers(self, output: Tensor) -> Tensor:
         """The logits (B, K) that are held against each other."""
@@ -100,9 +102,11 @@ class Classification:
         return found[:, torch.tensor(self.outputs, device=output.device)]
 
     def explained(self, output: Tensor, target: Tensor) -> Tensor:
-        """What an attribution explains of each image: the target's logit (B,). Raises as `check` does."""
+        """What an attribution explains of images (B,): the target's logit, or its margin. Raises as `check` does."""
         self.check(output, target)
-        return self.answers(output).gather(1, self.place(target)[:, None])[:, 0]
+        answers, place = self.answers(output), self.place(target)[:, None]
+        own = answers.gather(1, place)[:, 0]
+        return own if self.explains == "logit" else own - answers.scatter(1, place, -torch.inf).amax(1)
 
     def classes(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Which classes images have: pairs of a row and a class, (M,) each, by row; here one for each image."""

@@ -34,6 +34,8 @@ from sukashi.experiments.check.run import CheckResult
 from sukashi.experiments.check.settings import Check
 from sukashi.experiments.compare.settings import Compare
 from sukashi.experiments.compare.summary import CompareResult
+from sukashi.experiments.concepts.settings import Concepts
+from sukashi.experiments.concepts.summary import ConceptsResult
 from sukashi.experiments.executor import conclude, execute, part
 from sukashi.experiments.export import run as exporting
 from sukashi.experiments.export.run import ExportResult
@@ -329,6 +331,29 @@ def finetune(
     Raises UsageError for a model without weights, and what `sukashi.train` raises.
     """
     return cast(TrainResult | None, _run(Finetune, {"model": model, "data": data, "out": out, **settings}, command))
+
+
+@keyworded(Concepts)
+def concepts(
+    model: Network,
+    data: Images,
+    layer: str,
+    of: str,
+    *,
+    out: str | Path | None = None,
+    command: str | None = None,
+    **settings: Any,
+) -> ConceptsResult:
+    """What a layer says for a class, taken apart into `subspaces` (DRSA), and what each responds to in test images.
+
+    `layer` is a block or an activation by name, `of` the class by name. `prune(ablate="OUT:NUMBER")` takes a subspace
+    out. Given once more it returns what was found.
+
+    Raises UsageError for a class or number of subspaces that does not fit, ModelError for a layer that there is not and
+    a network that LRP has no rules for, DataError for too few images.
+    """
+    given = {"model": model, "data": data, "layer": layer, "of": of, "out": out, **settings}
+    return cast(ConceptsResult, _run(Concepts, given, command))
 
 
 @keyworded(Schedule)

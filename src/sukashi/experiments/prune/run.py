@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sukashi import models, repairs
+from sukashi.core.bracketed import plain
 from sukashi.core.code import code_of
 from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.experiment import Prepared, Trial
@@ -22,7 +26,9 @@ from sukashi.criteria.calibration import check_sampling
 from sukashi.criteria.plans import ROUND_TO, plan_arrays, round_mask
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Split
+from sukashi.decompositions.subspaces import Subspaces, ablated
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for
+from sukashi.experiments.concepts.summary import opened
 from sukashi.experiments.methods import codes
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.targets import BY_SETTING, Search, unused
@@ -30,8 +36,9 @@ from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, classwise, cost
 from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded, onnx
-from sukashi.network import hooks, sites, sparsity
+from sukashi.network import hooks, sites, sparsity, surgery
 from sukashi.network.layers import MAKERS
+from sukashi.repairs import Mend
 from sukashi.report import words
 
 MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
@@ -56,14 +63,17 @@ def prepare(settings: Prune) -> Prepared:
         code=code(settings),
     )
     about["ratio_asked"] = about.pop("ratio")  # less may be removed
-    pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
+    ablation = _ablation(setting, settings)
+    if ablation is not None:
+        about["ablated"] = ablation.about
+    pruned = Trial(about, partial(_prune, setting, settings, ablation), place=".", label=settings.criterion)
     trials = [pruned]
     if settings.onnx:
         trials.append(
             Trial({"onnx": pruned.key}, partial(_export, setting), needs=(pruned.key,), place="onnx", label="ONNX")
         )
     log = {"hardware": hardware(setting.device)}
-    before = None if settings.target is None else partial(_check_target, setting, settings)
+    before = None if settings.target is None else partial(_check_target, setting, settings, ablation)
     return Prepared(about, trials, log=log, before=before, after=partial(_time, setting, settings))
 
 
@@ -89,6 +99,11 @@ def _check(settings: Prune) -> None:
     registry[settings.criterion].check_kinds(UNITS if scope is None else ("weight",))
     check_sampling(settings.sampling)
     repairs.check(settings.repair)
+    if settings.ablated is not None and plain(settings.repair) != "refit":
+        raise UsageError(
+            "`ablate` acts by what the cut network is mended towards, and without that it keeps what it knew: give "
+            "`repair='refit'` too"
+        )
     if target is not None and scope is not None:
         raise UsageError(
             f"`{target[0]}` is for units, and `scope={scope!r}` removes single weights: give a `ratio` of these"
@@ -120,12 +135,48 @@ def _check(settings: Prune) -> None:
         models.check_onnx_installed()
 
 
-def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
+@dataclass(frozen=True)
+class _Ablation:
+    """Subspaces that a network is to do without, and what says of them which they are."""
+
+    subspaces: Subspaces
+    numbers: tuple[int, ...]
+    about: dict[str, Any]
+
+    def of(self, model: nn.Module) -> AbstractContextManager[None]:
+        return ablated(model, self.subspaces, self.numbers)
+
+
+def _ablation(setting: Bench, settings: Prune) -> _Ablation | None:
+    """Raises UsageError for subspaces of another network, and those that there are not."""
+    if settings.ablated is None:
+        return None
+    folder, numbers = settings.ablated
+    subspaces, weights = opened(folder)
+    if weights != setting.loaded.weights_sha256:
+        raise UsageError(
+            f"the subspaces in {folder} are of a network with other weights ({weights[:12]}, these are "
+            f"{setting.loaded.weights_sha256[:12]}): find those of this one by `sukashi.concepts`"
+        )
+    digest = hashlib.sha256(subspaces.basis.numpy().tobytes() + subspaces.mean.numpy().tobytes()).hexdigest()
+    about = {"layer": subspaces.layer, "numbers": list(numbers), "sha256": digest}
+    found = _Ablation(subspaces, numbers, about)
+    with found.of(setting.loaded.model):
+        setting.loaded.model(setting.example)
+    return found
+
+
+def _dense(loaded: Loaded, ablation: _Ablation | None) -> AbstractContextManager[None]:
+    """Inside, the network that was cut is the one that the cut one is mended towards."""
+    return nullcontext() if ablation is None else ablation.of(loaded.model)
+
+
+def _prune(setting: Bench, settings: Prune, ablation: _Ablation | None, desk: Desk) -> None:
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.names_of_outputs(setting.loaded.class_names))
     ratio, target = settings.ratio, None
     if settings.scope is None:
-        mask, small, ratio, target = _cut(setting, settings, dense, desk)
+        mask, small, ratio, target = _cut(setting, settings, dense, ablation, desk)
     else:
         assert ratio is not None
         weights = sites.weights(dense.model, settings.exclude)
@@ -137,7 +188,9 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
             sequential=settings.sequential,
             options=settings.options,
         )
-        small = pruning.repaired(pruning.sparse(dense, mask), dense, images, settings.repair)
+        small = pruning.sparse(dense, mask)
+        with _dense(dense, ablation):
+            small = pruning.repaired(small, dense, images, settings.repair)
     test, removed = setting.test(), mask.n_removed / mask.n_units
     units = settings.scope is None
     batch = cost.batch_of(setting.example)
@@ -179,7 +232,7 @@ def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
 
 
 def _cut(
-    setting: Bench, settings: Prune, dense: Loaded, desk: Desk
+    setting: Bench, settings: Prune, dense: Loaded, ablation: _Ablation | None, desk: Desk
 ) -> tuple[Mask, Loaded, float, dict[str, Any] | None]:
     """What stays, the network that is left, the ratio it was cut at, and what was reached of a target."""
     plan = plan_for(
@@ -191,18 +244,21 @@ def _cut(
     desk.save("plan", plan_arrays(plan))
     ratio, target = settings.ratio, None
     if ratio is None:
-        search = _search(setting, settings)
+        search = _search(setting, settings, ablation)
         ratio, reached = search.ratio(plan, desk.journal)
         target = {"name": search.name, "asked": search.asked, **reached}
     mask = round_mask(plan, ratio, _round_to(settings))
     small = pruning.cut(dense, mask, settings.mode)
     images = setting.calibration(settings.seed, settings.sampling)
-    return mask, pruning.repaired(small, dense, images, settings.repair), ratio, target
+    with _dense(dense, ablation):
+        return mask, pruning.repaired(small, dense, images, settings.repair), ratio, target
 
 
-def _search(setting: Bench, settings: Prune) -> Search:
+def _search(setting: Bench, settings: Prune, ablation: _Ablation | None) -> Search:
     assert settings.target is not None
     loaded = setting.loaded
+    images = setting.calibration(settings.seed, settings.sampling)
+    mend = repairs.mender(settings.repair, loaded.model, images)
     return Search(
         *settings.target,
         model=loaded.model,
@@ -212,8 +268,13 @@ def _search(setting: Bench, settings: Prune) -> Search:
         round_to=_round_to(settings),
         held_out=partial(_held_out, setting, settings),
         read=lambda split: split.whole(loaded.preprocess, setting.source.workers),
-        mend=repairs.mender(settings.repair, loaded.model, setting.calibration(settings.seed, settings.sampling)),
+        mend=None if mend is None else partial(_mend, mend, loaded, ablation),
     )
+
+
+def _mend(mend: Mend, dense: Loaded, ablation: _Ablation | None, model: nn.Module, table: surgery.Table) -> None:
+    with _dense(dense, ablation):
+        mend(model, table)
 
 
 def _held_out(setting: Bench, settings: Prune) -> Split:
@@ -224,10 +285,10 @@ def _held_out(setting: Bench, settings: Prune) -> Split:
     return unused(data.train, setting.calibration(settings.seed, settings.sampling).image_id, at_most)
 
 
-def _check_target(setting: Bench, settings: Prune, missing: Sequence[Trial]) -> None:
+def _check_target(setting: Bench, settings: Prune, ablation: _Ablation | None, missing: Sequence[Trial]) -> None:
     """Refuse a target that no plan reaches, where the network is not there yet."""
     if any("onnx" not in trial.about for trial in missing):
-        _search(setting, settings).check()
+        _search(setting, settings, ablation).check()
 
 
 def _layers(setting: Bench, mask: Mask, small: Loaded) -> list[dict[str, Any]]:

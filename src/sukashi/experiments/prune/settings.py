@@ -97,6 +97,13 @@ class Prune(Reading):
         help="Then mend the cut network by the calibration images, without labels: norm, refit, see `sukashi list "
         "repairs`.",
     )
+    ablate: str | None = option(
+        None,
+        path=True,
+        decides=False,
+        help="Subspaces that the network is to do without, as FOLDER:0,2, the `out` of `sukashi.concepts` and their "
+        "numbers: `repair='refit'` then mends the cut towards the dense network with the mean in their place.",
+    )
     options: dict[str, Any] = option({}, help="Options of the criterion.")
 
     @field_validator("criterion")
@@ -119,6 +126,19 @@ class Prune(Reading):
         if self.target_batch is not None and self.target_latency is None:
             raise UsageError("`target_batch` is about the time of `target_latency`: give that too, or leave it out")
         return self
+
+    @property
+    def ablated(self) -> tuple[str, tuple[int, ...]] | None:
+        """The folder of `ablate`, and the numbers of its subspaces. Raises UsageError where it is not both."""
+        if self.ablate is None:
+            return None
+        folder, _, numbers = self.ablate.rpartition(":")
+        if not folder or not re.fullmatch(r"\d+(,\d+)*", numbers):
+            raise UsageError(
+                "`ablate` is a folder of concepts and numbers of its subspaces, as runs/concepts:0,2, got "
+                f"{self.ablate!r}"
+            )
+        return folder, tuple(map(int, numbers.split(",")))
 
     @property
     def target(self) -> tuple[str, float] | None:

@@ -34,9 +34,9 @@ class PruneResult(Result):
     the units before and after, from input to output, with a scope the weights. `latency` and the `verdict` a clock
     decides: {images at once: the medians dense_ms and cut_ms, and the factor between them with its 95 % interval, low
     to high, both networks timed in turns}; `onnx_latency` is that of the ONNX file on a CPU, beside the dense network
-    in torch. `onnx` is the ONNX file in the folder, of `onnx_bytes` bytes, `infer` the script that asks it about
-    images. `tuning` is the call that trains the network on, empty where
-    that lies in memory.
+    in torch. `ablated` says which subspaces of which layer it was mended to do without. `onnx` is the ONNX file in the
+    folder, of `onnx_bytes` bytes, `infer` the script that asks it about images. `tuning` is the call that trains the
+    network on, empty where that lies in memory.
     """
 
     kind: ClassVar[str] = "prune"
@@ -69,6 +69,7 @@ class PruneResult(Result):
     seed: int
     scope: str | None
     repair: str
+    ablated: dict[str, Any] | None
     mode: str
     ratio_asked: float | None
     ratio: float
@@ -123,9 +124,14 @@ class PruneResult(Result):
         if self.repair == NONE:
             return []
         gone = "those units silent" if self.scope is None else "those weights at zero"
+        towards = ""
+        if self.ablated is not None:
+            numbers = words.listed([str(number) for number in self.ablated["numbers"]])
+            plural = "s" * (len(self.ablated["numbers"]) > 1)
+            towards = f" towards the dense network without subspace{plural} {numbers} of {self.ablated['layer']}"
         return [
-            f"Mended by {self.repair} on the images that calibrate, without their classes: its weights are no longer "
-            f"the dense network's, so that it is not the dense network with {gone}."
+            f"Mended by {self.repair} on the images that calibrate, without their classes{towards}: its weights are no "
+            f"longer the dense network's, so that it is not the dense network with {gone}."
         ]
 
     def shipped(self, folder: str = "") -> list[str]:
@@ -187,6 +193,7 @@ def summary(space: Workspace) -> PruneResult:
         data=about["data"]["spec"],
         calibration=about["data"]["calibration"],
         **{name: about[name] for name in ("criterion", "sampling", "repair", "options", "seed")},
+        ablated=about.get("ablated"),
         scope=scope,
         mode="sparse" if scope else about["mode"],
         ratio_asked=about["ratio_asked"],

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sukashi.attributions.lrp import factors
 from sukashi.core.types import Batch, Site
-from sukashi.network import hooks
+from sukashi.network import hooks, surgery
+from sukashi.network.sites import place
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,21 @@ class Vectors:
     c: Tensor
     image: Tensor
     position: Tensor
+
+
+def features(model: nn.Module, layer: str, x: Tensor) -> Site:
+    """All features of what a layer writes, as a place: on the axis that the last layer before them says, in it too.
+
+    A block or an activation has no axis of its own; a convolution or BatchNorm writes features on axis 1, a linear
+    layer or LayerNorm on the last. Raises ModelError for a layer that there is not.
+    """
+    hooks.layer(model, layer)
+    axes: list[tuple[str, int | None]] = []
+    with torch.no_grad(), hooks.followed(model, lambda name, of, read, gives: axes.append((name, surgery.axis_of(of)))):
+        model(x[:2])
+    before = [name for name, _ in axes]
+    known = [axis for _, axis in axes[: before.index(layer) + 1] if axis is not None] if layer in before else []
+    return place(model, layer, x, axis=known[-1] if known else 1)
 
 
 def vectors(

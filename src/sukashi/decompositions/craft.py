@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from scipy.stats import qmc
 from torch import Tensor, nn
 
-from sukashi.concepts.nmf import nmf, nnls, semi_nmf
 from sukashi.core import progress
 from sukashi.core.errors import UsageError
 from sukashi.core.types import Site
+from sukashi.decompositions.nmf import nmf, nnls, semi_nmf
 from sukashi.network import hooks
 from sukashi.network.behind import behind
 

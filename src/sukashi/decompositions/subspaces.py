@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +107,7 @@ def virtual(model: nn.Module, subspaces: Subspaces) -> Iterator[Site]:
 
 
 @contextmanager
-def ablated(model: nn.Module, subspaces: Subspaces, without: list[int], *, fill: str = "mean") -> Iterator[None]:
+def ablated(model: nn.Module, subspaces: Subspaces, without: Sequence[int], *, fill: str = "mean") -> Iterator[None]:
     """Inside, subspaces are taken out of what their layer writes: replaced by zero, or by the mean over a data set.
 
         a' = a - sum over k in `without` of U_k (U_k'a - m_k),  m_k = U_k'mean, or 0 for `fill` "zero"
@@ -124,7 +124,7 @@ def ablated(model: nn.Module, subspaces: Subspaces, without: list[int], *, fill:
     if fill not in ("mean", "zero"):
         raise UsageError(f"fill must be mean or zero, got {fill!r}")
     gate = torch.ones(subspaces.n_subspaces)
-    gate[without] = 0
+    gate[list(without)] = 0
     with virtual(model, subspaces) as site:
         means = {site: subspaces.fill} if fill == "mean" else 0.0
         with hooks.ablated(model, {site: gate}, means):

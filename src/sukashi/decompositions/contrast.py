@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sukashi.concepts.subspaces import Subspaces, completed
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Site
+from sukashi.decompositions.subspaces import Subspaces, completed
 from sukashi.measures.imputation import impute
 from sukashi.network import hooks
 

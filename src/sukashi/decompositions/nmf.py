@@ -116,7 +116,7 @@ def _started(x: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
     left = (x.double() @ right.T / sigma).T
     one, other = [(left * sign).clamp(min=0) for sign in (1, -1)], [(right * sign).clamp(min=0) for sign in (1, -1)]
     sizes = torch.stack([u.norm(dim=1) * w.norm(dim=1) for u, w in zip(one, other, strict=True)])
-    more = sizes.argmax(0)[:, None]
+    more = sizes.max(0).indices[:, None]
     u, w = torch.where(more == 0, one[0], one[1]), torch.where(more == 0, other[0], other[1])
     root = (sigma * sizes.amax(0)).sqrt()[:, None]
     u, w = (of / of.norm(dim=1, keepdim=True).clamp(min=1e-300) * root for of in (u, w))

@@ -11,13 +11,13 @@ from torch import nn
 
 from sukashi.attributions import attributions
 from sukashi.attributions.lrp import factors
-from sukashi.concepts import craft, drsa, nmf
-from sukashi.concepts.contrast import contrast, imputed
-from sukashi.concepts.matching import matched
-from sukashi.concepts.subspaces import Subspaces, ablated, completed, virtual
-from sukashi.concepts.vectors import vectors
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.types import Batch
+from sukashi.decompositions import craft, drsa, nmf
+from sukashi.decompositions.contrast import contrast, imputed
+from sukashi.decompositions.matching import matched
+from sukashi.decompositions.subspaces import Subspaces, ablated, completed, virtual
+from sukashi.decompositions.vectors import vectors
 from sukashi.network import hooks, sites
 from sukashi.network.behind import behind
 

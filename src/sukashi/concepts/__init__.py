@@ -1,1 +1,0 @@
-"""Concepts: directions in what a network holds at a place, found without labels, looked at, taken out."""

@@ -1,0 +1,240 @@
+"""Subspaces of a layer found in training images, and what each responds to in the test images: one trial."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sukashi.attributions import attributions
+from sukashi.core import progress
+from sukashi.core.code import code_of
+from sukashi.core.errors import DataError, ModelError, UsageError, nearest
+from sukashi.core.experiment import Prepared, Trial
+from sukashi.core.objective import Objective
+from sukashi.core.types import Batch, Site
+from sukashi.data import Split
+from sukashi.decompositions.contrast import contrast
+from sukashi.decompositions.drsa import drsa
+from sukashi.decompositions.subspaces import Subspaces, virtual
+from sukashi.decompositions.vectors import features, vectors
+from sukashi.experiments.bench import Bench, Source, hardware
+from sukashi.experiments.concepts.settings import Concepts
+from sukashi.experiments.workspace import Desk
+from sukashi.measures import accuracy
+from sukashi.measures.imputation import impute
+from sukashi.network import hooks
+
+Array = NDArray[Any]
+METHODS: dict[str, Callable[..., Any]] = {"drsa": drsa, "contrast": contrast}
+SHOWN = 6  # images of each subspace
+MOST_READ = 20  # times the images that are wanted, whose masks are read to find those that show a concept
+LARGEST = 160  # side of an image that is kept to be shown
+MOST_BEFORE = 5  # tokens before those of the image: a class token and DINOv2's four registers
+
+
+def prepare(settings: Concepts) -> Prepared:
+    """Raises UsageError for a class or concept that there is not and subspaces that do not fit the layer's features,
+    ModelError for a layer that there is not or a network without rules, DataError for too few images.
+    """
+    bench = Source.of(settings, calibration=1).open(units=False)
+    number = _class(bench, settings.of)
+    site = features(bench.loaded.model, settings.layer, bench.example)
+    n, d = _blocks(settings, site)
+    # What has no rule, and what can't be laid over an image, is refused before work starts.
+    one = bench.data.train.subset([0]).whole(bench.loaded.preprocess, 0).to(bench.device)
+    plain = Subspaces(site.layer, site.axis, torch.eye(site.n_units), n, d, torch.zeros(site.n_units))
+    _relevance(bench, replace(one, objective=_objective(bench, settings)), site, plain, number, settings)
+    _training(bench, settings, number)
+    masks = _masks(bench, settings)
+    digest = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in masks.items()}
+    code = {settings.method: code_of(METHODS[settings.method]), "lrp": attributions["lrp"].code}
+    about = bench.identity(settings, code=code, **({"masks": digest} if digest else {}))
+    trial = Trial(about, partial(_find, bench, settings, number, site, masks), place=".", label=settings.layer)
+    return Prepared(about, [trial], log={"hardware": hardware(bench.device)})
+
+
+def _blocks(settings: Concepts, site: Site) -> tuple[int, int]:
+    """How many subspaces there are, and of how many dimensions each."""
+    if settings.method == "contrast":
+        d = 2 if settings.dimensions is None else settings.dimensions
+        if d >= site.n_units:
+            raise UsageError(f"`dimensions` must be below the {site.n_units} features of {settings.layer!r}, got {d}")
+        return 1, d
+    n = 4 if settings.subspaces is None else settings.subspaces
+    if site.n_units % n:
+        fitting = [k for k in range(1, site.n_units + 1) if site.n_units % k == 0]
+        near = sorted(sorted(fitting, key=lambda k: (abs(k - n), k))[:2])
+        raise UsageError(
+            f"`subspaces` must divide the {site.n_units} features of layer {settings.layer!r}, got {n}: give "
+            f"{' or '.join(map(str, near))}"
+        )
+    return n, site.n_units // n
+
+
+def _objective(bench: Bench, settings: Concepts) -> Objective:
+    return replace(bench.data.test.objective, explains=settings.explains)
+
+
+def _class(bench: Bench, name: str) -> int:
+    names = bench.data.class_names
+    if name not in names:
+        raise UsageError(f"the data has no class {name!r}{nearest(name, names)}")
+    return names.index(name)
+
+
+def _training(bench: Bench, settings: Concepts, number: int) -> Split:
+    """The training images that subspaces are found in, drawn by their ids: of drsa those of the class, of contrast
+    those that show the concept.
+    """
+    train = bench.data.train
+    rank = train.rank_in_class("concepts", settings.seed)
+    if settings.method == "drsa":
+        found = train.subset((train.targets.numpy() == number) & (rank < settings.images))
+        what = f"of class {settings.of!r}"
+    else:
+        some = train.subset(np.sort(np.argsort(rank, kind="stable")[: MOST_READ * settings.images]))
+        shown = _shown(bench, settings, some).flatten(1).any(1).numpy()
+        found = some.subset(np.flatnonzero(shown)[: settings.images])
+        what = f"that show {settings.concept!r}"
+    if len(found) < 2:
+        raise DataError(f"there are {len(found)} training images {what}: two at least are needed")
+    return found
+
+
+def _shown(bench: Bench, settings: Concepts, split: Split) -> Tensor:
+    """(B, H, W) bool, where the concept is in some images. Raises UsageError for one that no mask is of."""
+    masks = bench.data.ground_truth(split.image_ids, bench.loaded.preprocess)
+    concept = settings.concept or ""
+    if concept not in masks:
+        raise UsageError(f"no masks show a concept {concept!r}{nearest(concept, masks)}: there are {', '.join(masks)}")
+    return masks[concept]
+
+
+def _masks(bench: Bench, settings: Concepts) -> dict[str, Tensor]:
+    """Where what has masks is in the test images, (B, H, W), of what at least two show and two do not."""
+    if not bench.data.has_ground_truth:
+        return {}
+    test = bench.data.test.limit(settings.test_images)
+    masks = bench.data.ground_truth(test.image_ids, bench.loaded.preprocess)
+    shows = {name: int(mask.flatten(1).any(1).sum()) for name, mask in masks.items()}
+    found = {name: mask for name, mask in masks.items() if 2 <= shows[name] <= len(test) - 2}
+    if settings.masks and not found:
+        raise DataError(
+            "no mask is of some test images and not of others, so that nothing can be told by it: masks must have the "
+            "images' names, and be empty or missing where there is nothing"
+        )
+    return found
+
+
+def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict[str, Tensor], desk: Desk) -> None:
+    model, objective = bench.loaded.model, _objective(bench, settings)
+    split = _training(bench, settings, number)
+    images = replace(split.whole(bench.loaded.preprocess, bench.source.workers).to(bench.device), objective=objective)
+    some = bench.data.train.limit(max(settings.images, bench.data.n_classes))
+    everything = some.whole(bench.loaded.preprocess, bench.source.workers).to(bench.device)
+    mean = hooks.means(model, [site], (part.x for part in everything.in_passes()))[site].mean(1)
+    n, d = _blocks(settings, site)
+    history: list[list[float]] = []
+    if settings.method == "contrast":
+        missing = _shown(bench, settings, split).to(bench.device)
+        subspaces = contrast(model, images.x, impute(images.x, missing), site, d)
+    else:
+        generator = torch.Generator().manual_seed(settings.seed)
+        n_positions = 20 if settings.positions is None else settings.positions
+        lrp = {"rule": settings.rule}
+        drawn = vectors(model, images, site, positions=n_positions, generator=generator, lrp=lrp)
+        found = drsa(drawn.a, drawn.c, n, generator=generator, trials=3 if settings.trials is None else settings.trials)
+        history = found.history
+        subspaces = Subspaces(site.layer, site.axis, found.basis.cpu(), n, d, mean, "drsa")
+    desk.save("subspaces", {"basis": subspaces.basis.numpy(), "mean": subspaces.mean.numpy()})
+    test = bench.test().to(bench.device)
+    relevance, maps = _relevance(bench, replace(test, objective=objective), site, subspaces, number, settings)
+    own = test.target.cpu().numpy() == number
+    looked = {
+        "relevance": relevance,
+        "own": own,
+        **{f"shows/{name}": mask.flatten(1).any(1).numpy() for name, mask in masks.items()},
+    }
+    desk.save("looked", looked)
+    pictures, kept = _pictures(bench, test, relevance, maps)
+    desk.save("gallery", kept)
+    desk.finish(
+        {
+            "axis": site.axis,
+            "n_dimensions": d,
+            "n_images": len(images),
+            "n_subspaces": n,
+            "changed": subspaces.params.get("share"),
+            "n_test": len(test),
+            "n_own": int(own.sum()),
+            "accuracy": float(accuracy.evaluate(model, test)[0].mean()),
+            "history": history,
+            "image_ids": list(test.image_id),
+            "pictures": pictures,
+            "warnings": list(bench.data.warnings),
+            "notes": list(bench.data.notes),
+        }
+    )
+
+
+def _relevance(
+    bench: Bench, test: Batch, layer: Site, subspaces: Subspaces, number: int, settings: Concepts
+) -> tuple[Array, Array]:
+    """(B, 1 + K) the relevance of the layer and of each subspace for the class in each image, and (B, 1 + K, h, w)
+    where it lies."""
+    model, target = bench.loaded.model, torch.full_like(test.target, number)
+    sums, maps = [], []
+    with virtual(model, subspaces) as site, progress.task("relevance", len(test)) as shown:
+        for rows in torch.arange(len(test)).split(64):
+            x, taken = test.x[rows.to(test.x.device)], [layer, site]
+            found = attributions["lrp"](model, x, target[: len(rows)], taken, test.objective, rule=settings.rule)
+            whole = found[layer].reshape(len(x), 1, layer.n_units, -1)
+            parts = found[site].reshape(len(x), site.n_units, subspaces.n_dimensions, -1)
+            where = torch.cat([whole.sum(2), parts.sum(2)], 1)
+            sums.append(where.double().sum(2).cpu())
+            maps.append(_over_image(where, x).cpu())
+            shown.advance(len(x))
+    return torch.cat(sums).numpy(), torch.cat(maps).numpy()
+
+
+def _over_image(values: Tensor, x: Tensor) -> Tensor:
+    """(B, K, h, w) of positions (B, K, P), a grid as the images' (B, C, H, W) sides are to each other; tokens before
+    it, such as a class token, are left out.
+
+    Raises ModelError where no grid has so many positions.
+    """
+    n, (height, width) = values.shape[2], x.shape[2:]
+    for n_before in range(min(n, MOST_BEFORE + 1)):
+        h = round(math.sqrt((n - n_before) * height / width))
+        if h and (n - n_before) % h == 0 and h * width == (n - n_before) // h * height:
+            grid: Tensor = values[:, :, n_before:].unflatten(2, (h, -1))
+            return grid
+    raise ModelError(
+        f"{n} positions are no grid over images of {height} x {width}, so that what is relevant can't be shown: give a "
+        "layer whose positions are places of the image"
+    )
+
+
+def _pictures(
+    bench: Bench, test: Batch, relevance: Array, maps: Array
+) -> tuple[list[dict[str, Any]], dict[str, Array]]:
+    """The images that are shown of each subspace, those of its largest relevance first, and their pixels and maps."""
+    names, told, rows = bench.data.class_names, [], []
+    for k in range(relevance.shape[1] - 1):
+        for row in np.argsort(-relevance[:, 1 + k], kind="stable")[:SHOWN].tolist():
+            told.append({"subspace": k, "image_id": test.image_id[row], "class": names[int(test.target[row])]})
+            rows.append(row)
+    pixels = bench.data.test.limit(len(test)).pixels(bench.loaded.preprocess, rows)
+    pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().byte()
+    step = max(1, -(-max(pixels.shape[2:]) // LARGEST))
+    shown = pixels[:, :, ::step, ::step].permute(0, 2, 3, 1).numpy()
+    return told, {"pixels": shown, "maps": maps[rows].astype(np.float32)}

@@ -1,0 +1,63 @@
+"""What is asked of concepts."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from sukashi.core.errors import UsageError
+from sukashi.core.schema import MAX_SEED, option
+from sukashi.experiments.reading import Single
+
+
+class Concepts(Single):
+    """Find subspaces of what a layer holds, by relevance or by what masks show, and the images each responds to."""
+
+    kind: ClassVar[str] = "concepts"
+
+    layer: str = option(
+        help="Layer whose features are taken apart, as layer3 or features.22: a block or an activation."
+    )
+    of: str = option(help="Class for whose logit their relevance is, by name.")
+    out: str = option(path=True, decides=False, help="Folder for results.")
+    method: Literal["drsa", "contrast"] = option(
+        "drsa",
+        help="drsa: all features, parted so that relevance falls into few parts, by training images of the class. "
+        "contrast: the directions in which the layer tells training images that show a `concept` from the same "
+        "without it.",
+    )
+    subspaces: int | None = option(
+        None, ge=1, le=4096, default="4", help="Of drsa: how many; they divide the layer's features."
+    )
+    concept: str | None = option(None, help="Of contrast: what masks show, by name; it is imputed away.")
+    dimensions: int | None = option(None, ge=1, le=4096, default="2", help="Of contrast: how many directions.")
+    images: int = option(500, ge=2, help="Training images at most.")
+    positions: int | None = option(None, ge=1, default="20", help="Of drsa: positions of each of them, drawn.")
+    explains: Literal["logit", "margin"] = option(
+        "logit", help="Relevance for the logit of the class, or for its margin: its lead over the next."
+    )
+    rule: Literal["alpha1beta0", "epsilon_plus", "epsilon", "gamma"] = option(
+        "alpha1beta0", help="Rule of LRP, see `sukashi list attributions lrp`."
+    )
+    trials: int | None = option(
+        None, ge=1, le=1000, default="3", help="Of drsa: random starts, of which the best is taken."
+    )
+    test_images: int = option(500, help="Test images at most that are shown and judged, evenly over the classes.")
+    masks: list[str] | None = option(
+        None,
+        path=True,
+        decides=False,
+        help="Folder of masks that say where something is, under the images' names: how well a subspace tells the "
+        "images that show it is measured. Folders called masks beside the images are found without it.",
+    )
+    seed: int = option(0, ge=0, le=MAX_SEED, help="Draws images, positions and starts.")
+
+    @model_validator(mode="after")
+    def _of_one_method(self) -> Self:
+        others = {"drsa": ("concept", "dimensions"), "contrast": ("subspaces", "positions", "trials")}[self.method]
+        if given := [name for name in others if getattr(self, name) is not None]:
+            raise UsageError(f"`{given[0]}` is of the other method than `method={self.method!r}`: leave it out")
+        if self.method == "contrast" and self.concept is None:
+            raise UsageError("`method='contrast'` needs a `concept`, the name of what masks show")
+        return self

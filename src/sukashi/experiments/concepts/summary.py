@@ -1,0 +1,221 @@
+"""What subspaces respond to and how well they tell images, from their folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from numpy.typing import NDArray
+
+from sukashi.core.errors import UsageError
+from sukashi.core.experiment import Columns, Result
+from sukashi.decompositions.subspaces import Subspaces
+from sukashi.experiments.columns import shared
+from sukashi.experiments.workspace import Record, Workspace
+from sukashi.measures.precision import average_precision
+from sukashi.report import words
+
+
+class ConceptsResult(Result):
+    """Subspaces of a layer and what they respond to.
+
+    subspaces   of each: `subspace` (its number, from 0), `share` of the layer's relevance for the class in test images
+                of it, None where there are none, and `tells`: for the class, and for each thing that masks show, the
+                average precision of its relevance, its interval, and the share of images that have it, which a score
+                that tells nothing reaches
+    changed     of contrast: the part of what the concept changes in the layer that lies in the subspace
+    history     of drsa: the objective at the start and after every ten steps of each trial
+    n_images    training images that they were found in; `n_test` test images, `n_own` of them of the class
+    """
+
+    kind: ClassVar[str] = "concepts"
+    columns: ClassVar[Columns] = {
+        **shared("model", "weights_sha256", "data", "seed"),
+        "layer": (str, "the layer whose features were taken apart"),
+        "of": (str, "the class for whose logit relevance is"),
+        "method": (str, "what found it"),
+        "subspace": (int, "the number of a subspace, from 0"),
+        "share": (float, "its share of the layer's relevance for the class in test images of the class"),
+        "tells": (str, "what its relevance is held against: the class, or what masks show"),
+        "average_precision": (float, "of its relevance, over test images"),
+        "low": (float, "lower end of its 95% interval (Boyd et al. 2013)"),
+        "high": (float, "upper end"),
+        "by_chance": (float, "the share of test images that have it"),
+        "n_images": (int, "test images"),
+    }
+
+    model: str
+    weights_sha256: str
+    data: str
+    seed: int
+    layer: str
+    of: str
+    method: str
+    n_dimensions: int
+    n_images: int
+    n_test: int
+    n_own: int
+    accuracy: float
+    changed: float | None
+    subspaces: list[dict[str, Any]]
+    pictures: list[dict[str, Any]]
+    history: list[list[float]]
+    verdict: str
+    lines: list[str]
+
+    def overview(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        told = list(self.subspaces[0]["tells"])
+        header = ["subspace", "relevance", *(f"tells {name}" for name in told)]
+        rows = [
+            [str(of["subspace"]), _percent(of["share"]), *(_said(of["tells"][name]) for name in told)]
+            for of in self.subspaces
+        ]
+        return header, rows
+
+    def text(self) -> str:
+        said = [words.table(*self.overview()), "", *self.remarks(), "", self.verdict, *self.lines]
+        return "\n".join([*said, *words.where(self)])
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each subspace and what it may tell."""
+        about = {
+            name: getattr(self, name) for name in ("model", "weights_sha256", "data", "seed", "layer", "of", "method")
+        }
+        rows = []
+        for of in self.subspaces:
+            for name, found in of["tells"].items():
+                known = found or dict.fromkeys(("mean", "low", "high", "by_chance", "n"))
+                row = {**about, **of, "tells": name, "average_precision": known["mean"], **known}
+                row["n_images"] = self.n_test
+                rows.append({column: row[column] for column in self.columns})
+        return rows
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else words.percent(share)
+
+
+def _said(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    low, high = (words.number(found[name], 2) for name in ("low", "high"))
+    return f"{words.number(found['mean'], 2)} ({low} to {high})"
+
+
+def opened(folder: str | Path) -> tuple[Subspaces, str]:
+    """The subspaces that an experiment found, and the SHA-256 of the weights of their network.
+
+    Raises UsageError for a folder that is no finished experiment of this kind.
+    """
+    space = Workspace(folder)
+    if space.about["kind"] != "concepts":
+        raise UsageError(f"{folder} holds a {space.about['kind']}, not concepts: give the `out` of `sukashi.concepts`")
+    record = _record(space)
+    found, about, arrays = record.result, record.about, record.arrays("subspaces")
+    subspaces = Subspaces(
+        about["layer"],
+        found["axis"],
+        torch.from_numpy(arrays["basis"]),
+        found["n_subspaces"],
+        found["n_dimensions"],
+        torch.from_numpy(arrays["mean"]),
+        about["method"],
+    )
+    return subspaces, about["model"]["weights_sha256"]
+
+
+def _record(space: Workspace) -> Record:
+    records = space.records()
+    if not records:
+        raise UsageError(f"{space.folder} has no subspaces yet: give the same `sukashi.concepts` again")
+    return records[0]
+
+
+def summary(space: Workspace) -> ConceptsResult:
+    """Raises UsageError where nothing was found yet."""
+    record = _record(space)
+    found, about, looked = record.result, record.about, record.arrays("looked")
+    subspaces = [_subspace(k, looked) for k in range(found["n_subspaces"])]
+    verdict, lines = _verdict(subspaces, about, record, space)
+    named = {name: found[name] for name in ("n_images", "n_test", "n_own", "accuracy", "changed", "n_dimensions")}
+    return ConceptsResult(
+        model=about["model"]["spec"],
+        weights_sha256=about["model"]["weights_sha256"],
+        data=about["data"]["spec"],
+        seed=about["seed"],
+        layer=about["layer"],
+        of=about["of"],
+        method=about["method"],
+        subspaces=subspaces,
+        pictures=found["pictures"],
+        history=found["history"],
+        verdict=verdict,
+        lines=lines,
+        warnings=found["warnings"],
+        notes=found["notes"],
+        **named,
+    )
+
+
+def _subspace(k: int, looked: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    whole, relevance, own = looked["relevance"][:, 0], looked["relevance"][:, 1 + k], looked["own"]
+    tells = {"class": own}
+    tells |= {name.partition("/")[2]: looked[name] for name in looked if name.startswith("shows/")}
+    total = abs(float(whole[own].sum()))
+    return {
+        "subspace": k,
+        "share": float(relevance[own].sum()) / total if total else None,
+        "tells": {name: _tells(relevance, has) for name, has in tells.items()},
+    }
+
+
+def _tells(relevance: NDArray[Any], has: NDArray[Any]) -> dict[str, Any] | None:
+    found = average_precision(relevance, has)
+    return None if found is None else {**asdict(found), "by_chance": float(has.mean())}
+
+
+def _verdict(
+    subspaces: Sequence[Mapping[str, Any]], about: Mapping[str, Any], record: Record, space: Workspace
+) -> tuple[str, list[str]]:
+    """What was found in a sentence, and what follows of it.
+
+    Of what masks show a subspace is suspected that tells it better than chance, and better than the class.
+    """
+    first = subspaces[0]
+    if about["method"] == "contrast":
+        d, changed = record.result["n_dimensions"], words.percent(record.result["changed"])
+        verdict = (
+            f"{words.several(d, 'direction')} of {about['layer']} hold {changed} of what {about['concept']} changes"
+        )
+        verdict += f", and {_percent(first['share'])} of the relevance for {about['of']}."
+    else:
+        whole = f"{words.several(len(subspaces), 'subspace')} of {about['layer']} share the relevance for {about['of']}"
+        verdict = f"{whole}, the first has {_percent(first['share'])} of it."
+    suspects = []
+    for of in subspaces:
+        for name, found in of["tells"].items():
+            of_class = of["tells"]["class"]
+            if name == "class" or found is None or of_class is None or found["low"] <= found["by_chance"]:
+                continue
+            gain, class_gain = (_lifted(value) for value in (found, of_class))
+            suspects.append((gain - class_gain, of["subspace"], name, found, gain > class_gain))
+    if not suspects:
+        named = any(name != "class" for name in first["tells"])
+        why = "No subspace is shown to tell what the masks show." if named else "Nothing says what they stand for."
+        return verdict, [f"{why} Look at the page: which of them answers to what should not decide?"]
+    _, number, name, found, beyond = max(suspects)
+    chance = words.number(found["by_chance"], 2)
+    told = f"Subspace {number} tells {name}: average precision {_said(found)}, {chance} by chance"
+    if not beyond:
+        return f"{verdict} {told}; it tells the class no worse, so that to take it out may cost both.", []
+    remedy = f"To prune without it, `ablate='{space.folder}:{number}'`."
+    return f"{verdict} {told}, better than the class.", [remedy]
+
+
+def _lifted(found: Mapping[str, Any]) -> float:
+    """How far above chance, as a share of the way to 1."""
+    by_chance = float(found["by_chance"])
+    return (float(found["mean"]) - by_chance) / (1 - by_chance) if by_chance < 1 else 0.0
