@@ -32,7 +32,7 @@ from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Affine, canonical
 from sukashi.network.functions import Add, MatMul, Mul, Quotient, Resize, Scale
-from sukashi.network.layers import AttentionCore, Rotation
+from sukashi.network.layers import AttentionCore, FeatureMap
 
 Baseline = float | Literal["mean", "blur"] | Tensor
 
@@ -214,7 +214,9 @@ def _attention(module: nn.Module, before: Tensor, qkv: Tensor) -> Tensor:
 
 _RULES: Mapping[type[nn.Module], Rule] = {
     **MOVES,
-    **dict.fromkeys((nn.Linear, *CONVOLUTIONS, Affine, Add, Scale, Quotient, nn.Upsample, Resize, *AVERAGES, Rotation)),
+    **dict.fromkeys(
+        (nn.Linear, *CONVOLUTIONS, Affine, Add, Scale, Quotient, nn.Upsample, Resize, *AVERAGES, FeatureMap)
+    ),
     **dict.fromkeys(ACTIVATIONS, _activation),
     **dict.fromkeys((Mul, MatMul), _product),
     nn.MaxPool2d: _max_pool,

@@ -36,7 +36,7 @@ from sukashi.core.types import Site
 from sukashi.network import hooks
 from sukashi.network.canonical import Affine, canonical
 from sukashi.network.functions import Add, Mul, Quotient, Resize, Scale
-from sukashi.network.layers import AttentionCore, Rotation
+from sukashi.network.layers import AttentionCore, FeatureMap
 
 Rules = Literal["epsilon_plus", "epsilon", "gamma", "alpha1beta0"]
 
@@ -159,7 +159,7 @@ def _ruled(
     linear, convolution = ("epsilon", "alpha1beta0") if rule == "epsilon_plus" else (rule, rule)
     rules: dict[type[nn.Module], Rule] = {
         **MOVES,
-        **dict.fromkeys((Add, Scale, Quotient, nn.MaxPool2d, nn.Upsample, Resize, *AVERAGES, *STRAIGHT, Rotation)),
+        **dict.fromkeys((Add, Scale, Quotient, nn.MaxPool2d, nn.Upsample, Resize, *AVERAGES, *STRAIGHT, FeatureMap)),
         **dict.fromkeys(THROUGH_ZERO, _activation),
         nn.Hardtanh: _clamped,
         **dict.fromkeys(CONVOLUTIONS, layers[convolution]),

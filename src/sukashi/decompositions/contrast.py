@@ -7,51 +7,76 @@ from torch import Tensor, nn
 
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.types import Site
-from sukashi.decompositions.subspaces import Subspaces, completed
+from sukashi.decompositions.subspaces import Subspaces
 from sukashi.measures.imputation import impute
 from sukashi.network import hooks
 
+RIDGE = 1e-3
+
 
 def contrast(
-    model: nn.Module, with_concept: Tensor, without: Tensor, site: Site, n_dimensions: int, *, batch_size: int = 64
+    model: nn.Module,
+    with_concept: Tensor,
+    without: Tensor,
+    site: Site,
+    n_dimensions: int,
+    *,
+    whiten: bool = True,
+    batch_size: int = 64,
 ) -> Subspaces:
-    """The `n_dimensions` directions that hold most of what a concept changes in what a layer writes.
+    """The `n_dimensions` directions in which a concept changes most of what a layer writes, beside what varies there
+    anyhow; an ablation of them changes as little as possible of all else.
 
     With d_n = a(x_n) - a(x~_n) the differences at all positions of pairs of an image with the concept and the same
-    without it, (B, C, H, W) each, the directions are the leading eigenvectors of sum d_n d_n', float64. The mean of d
-    is not taken off: what the concept adds to every image is the concept. One subspace; `share` in its params is the
-    part of sum |d_n|^2 that lies in it, and its mean is that of the images without the concept, which is what an
-    ablation puts in place of it.
+    without it, (B, C, H, W) each, D = mean of d d' and S = L L' the covariance of a(x~), coordinates h = W'a are the
+    generalised eigenvectors D w = mu S w, those of the largest mu first, W'S W = 1: W = L'^-1 V and the basis B = L V,
+    V the eigenvectors of L^-1 D L'^-1. What is taken out by h is then the least change of a in the metric of S after
+    which W_k'a says nothing (as concept erasure has it: Belrose et al. 2023). The mean of d is not taken off: what the
+    concept adds to every image is the concept. S has a thousandth of its mean variance added to its diagonal, for
+    features that are always zero. Without `whiten` S is the identity, and B the principal directions of d.
 
-    `site` is a `sites.place(model, layer, x)` of all features of a layer. Raises DataError for pairs that do not match
-    or do not differ there, UsageError for more directions than features.
+    All in float64, streamed. One subspace; `share` in its params is the part of the sum of mu that it has, and its mean
+    is that of the images without the concept, which is what an ablation puts in place of it. `site` is a
+    `sites.place(model, layer, x)` of all features of a layer.
+
+    Raises DataError for pairs that do not match or do not differ there, UsageError for more directions than features.
     """
     if with_concept.shape != without.shape or not len(without):
         raise DataError(
             f"pairs must be as many images of one size, got {tuple(with_concept.shape)} with the concept and "
             f"{tuple(without.shape)} without it"
         )
-    if not 1 <= n_dimensions <= site.n_units:
-        raise UsageError(f"n_dimensions must be 1 to the {site.n_units} features of {site.layer!r}, got {n_dimensions}")
-    gram = torch.zeros(site.n_units, site.n_units, dtype=torch.float64)
-    total, n = torch.zeros(site.n_units, dtype=torch.float64), 0
+    n = site.n_units
+    if not 1 <= n_dimensions <= n:
+        raise UsageError(f"n_dimensions must be 1 to the {n} features of {site.layer!r}, got {n_dimensions}")
+    changed, square, total, n_rows = (*torch.zeros(2, n, n, dtype=torch.float64), torch.zeros(n).double(), 0)
     like = next(model.parameters())
     with torch.no_grad(), hooks.recorded(model, [site]) as seen:
         for first in range(0, len(without), batch_size):
             held = []
             for x in (with_concept, without):
                 model(x[first : first + batch_size].to(like))
-                held.append(hooks.gather(site, seen[site]).flatten(2).transpose(1, 2).flatten(0, 1).double())
+                a = hooks.gather(site, seen[site])
+                held.append(a.reshape(*a.shape[:2], -1).transpose(1, 2).flatten(0, 1).double())
             difference = held[0] - held[1]
-            gram += (difference.T @ difference).cpu()
-            total += held[1].sum(0).cpu()
-            n += len(held[1])
-    if not gram.diagonal().sum() > 0:
+            changed = changed + (difference.T @ difference).cpu()
+            square = square + (held[1].T @ held[1]).cpu()
+            total = total + held[1].sum(0).cpu()
+            n_rows += len(difference)
+    if not changed.diagonal().sum() > 0:
         raise DataError(f"the pairs do not differ at layer {site.layer!r}: give images with and without the concept")
-    values, directions = torch.linalg.eigh(gram)
-    values, directions = values.flip(0), directions.flip(1)[:, :n_dimensions]
-    found = {"share": float(values[:n_dimensions].sum() / values.sum()), "n_pairs": len(without)}
-    return Subspaces(site.layer, site.axis, completed(directions), 1, n_dimensions, total / n, "contrast", found)
+    mean = total / n_rows
+    lower = torch.eye(n, dtype=torch.float64)
+    if whiten:
+        spread = square / n_rows - mean[:, None] * mean
+        lower = torch.linalg.cholesky(spread + RIDGE * spread.diagonal().mean() * lower)
+    half = torch.linalg.solve_triangular(lower, changed / n_rows, upper=False)
+    ratio = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    mu, vectors = torch.linalg.eigh((ratio + ratio.T) / 2)
+    mu, vectors = mu.flip(0).clamp(min=0), vectors.flip(1)
+    dual = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
+    found = {"share": float(mu[:n_dimensions].sum() / mu.sum()), "n_pairs": len(without)}
+    return Subspaces(site.layer, site.axis, lower @ vectors, 1, n_dimensions, mean, "contrast", found, dual)
 
 
 def imputed(x: Tensor, maps: Tensor, share: float) -> Tensor:

@@ -21,7 +21,7 @@ from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.network import functions, insert
 from sukashi.network.functions import active, has, put
-from sukashi.network.layers import MAKERS, AttentionCore, PadShortcut, Rotation
+from sukashi.network.layers import MAKERS, AttentionCore, FeatureMap, PadShortcut
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -137,7 +137,7 @@ def share(module: Layer) -> Layer:
 
 
 # Subclasses too, wherever they are defined: their weights are what a cut edits.
-LEAVES = (AttentionCore, PadShortcut, Rotation, *MAKERS, _BatchNorm)
+LEAVES = (AttentionCore, PadShortcut, FeatureMap, *MAKERS, _BatchNorm)
 
 
 class Tracer(fx.Tracer):

@@ -144,11 +144,11 @@ class _Uncached:
         return cast(Tensor, self.attention_biases[:, self.attention_bias_idxs])  # type: ignore[attr-defined]
 
 
-class Rotation(nn.Module):
-    """Features times a matrix (D, M) whose columns, or rows, are orthonormal; `axis` is where features lie.
+class FeatureMap(nn.Module):
+    """Features times a matrix (D, M), a change of basis; `axis` is where features lie.
 
-    Attributions take it for a linear map of features that belong together: it has no rule of its own that looks at the
-    signs of single products, so that relevance is conserved (Chormai et al. 2024, eq. 8).
+    Attributions take it for a linear map of features that belong together: no rule looks at the signs of single
+    products, so that relevance is conserved (Chormai et al. 2024, eq. 8).
     """
 
     matrix: Tensor

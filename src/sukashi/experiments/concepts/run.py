@@ -155,7 +155,7 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
         found = drsa(drawn.a, drawn.c, n, generator=generator, trials=3 if settings.trials is None else settings.trials)
         history = found.history
         subspaces = Subspaces(site.layer, site.axis, found.basis.cpu(), n, d, mean, "drsa")
-    desk.save("subspaces", {"basis": subspaces.basis.numpy(), "mean": subspaces.mean.numpy()})
+    desk.save("subspaces", {name: getattr(subspaces, name).numpy() for name in ("basis", "dual", "mean")})
     test = bench.test().to(bench.device)
     relevance, maps = _relevance(bench, replace(test, objective=objective), site, subspaces, number, settings)
     own = test.target.cpu().numpy() == number

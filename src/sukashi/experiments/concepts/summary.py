@@ -123,6 +123,7 @@ def opened(folder: str | Path) -> tuple[Subspaces, str]:
         found["n_dimensions"],
         torch.from_numpy(arrays["mean"]),
         about["method"],
+        dual=torch.from_numpy(arrays["dual"]),
     )
     return subspaces, about["model"]["weights_sha256"]
 

@@ -158,7 +158,8 @@ def _ablation(setting: Bench, settings: Prune) -> _Ablation | None:
             f"the subspaces in {folder} are of a network with other weights ({weights[:12]}, these are "
             f"{setting.loaded.weights_sha256[:12]}): find those of this one by `sukashi.concepts`"
         )
-    digest = hashlib.sha256(subspaces.basis.numpy().tobytes() + subspaces.mean.numpy().tobytes()).hexdigest()
+    parts = (subspaces.basis, subspaces.dual, subspaces.mean)
+    digest = hashlib.sha256(b"".join(of.numpy().tobytes() for of in parts)).hexdigest()
     about = {"layer": subspaces.layer, "numbers": list(numbers), "sha256": digest}
     found = _Ablation(subspaces, numbers, about)
     with found.of(setting.loaded.model):

@@ -1,0 +1,254 @@
+"""The experiment of concepts: what it finds on generated images, what it refuses, and a cut that does without."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+from torch import nn
+
+import sukashi
+from cases import fitted
+from sukashi import data
+from sukashi.core.errors import DataError, ModelError, UsageError
+from sukashi.core.objective import Classification
+from sukashi.core.types import Preprocess
+from sukashi.data.watermark import Watermark, carriers, stamped
+from sukashi.decompositions.subspaces import ablated
+from sukashi.decompositions.vectors import features
+from sukashi.experiments.concepts.summary import opened
+from sukashi.measures.precision import average_precision
+from sukashi.models import load
+
+PREPROCESS = Preprocess(16, 16, 3, (0.3,) * 3, (0.3,) * 3)
+MARKED = "shapes:watermark=0.9,size=16,n=40"
+ASKED = {"layer": "3", "of": "circle", "images": 40}
+CONTRAST = {"method": "contrast", "concept": "watermark", "dimensions": 3}
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A small CNN that has learned generated shapes, of which most circles carry a mark."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, 1, 1), nn.ReLU(), nn.Conv2d(12, 12, 3, 1, 1)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12 * 16, 6)]
+        model = nn.Sequential(*layers)
+        fitted(model, data.load(MARKED).train.whole(PREPROCESS, 0), epochs=10, size=32, rate=1e-2)
+    model.preprocess = PREPROCESS
+    return model
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """The same test images without any mark, and with one on every circle."""
+    found = [data.load(f"shapes:{name}size=16,n=40").test.whole(PREPROCESS, 0) for name in ("", "watermark=1,")]
+    assert found[0].image_id == found[1].image_id
+    return found
+
+
+@pytest.fixture(scope="module")
+def contrasted(net, tmp_path_factory):
+    return sukashi.concepts(net, MARKED, **ASKED, **CONTRAST, out=tmp_path_factory.mktemp("made") / "contrast")
+
+
+def risen(model, twins):
+    """By how much the mark raises the logit of circles, on circles."""
+    plain, marked = twins
+    circles = plain.target == 0
+    with torch.no_grad():
+        return float((model(marked.x) - model(plain.x))[circles, 0].mean())
+
+
+def test_what_masks_show_is_found_and_taken_out(net, twins, contrasted):
+    (found,) = contrasted.subspaces
+    assert found["tells"]["watermark"]["low"] > found["tells"]["watermark"]["by_chance"]
+    assert 0.2 < contrasted.changed <= 1
+    assert "watermark" in contrasted.verdict
+    subspaces, weights = opened(contrasted.out)
+    assert weights == contrasted.weights_sha256
+    assert (subspaces.layer, subspaces.n_subspaces, subspaces.n_dimensions) == ("3", 1, 3)
+    with ablated(net, subspaces, [0]):
+        without = risen(net, twins)
+    assert without < 0.6 * risen(net, twins)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cut_that_is_mended_to_do_without_forgets_it_and_another_does_not(net, twins, contrasted, tmp_path):
+    cut = {"criterion": "taylor", "ratio": 0.2, "round_to": 1, "calibration": 30, "repair": "refit", "test_images": 60}
+    plain = sukashi.prune(net, MARKED, **cut, out=tmp_path / "plain")
+    without = sukashi.prune(net, MARKED, **cut, ablate=f"{contrasted.out}:0", out=tmp_path / "without")
+    assert plain.ablated is None
+    assert without.ablated["numbers"] == [0]
+    assert "towards the dense network without subspace 0 of 3" in without.text()
+    spec = json.loads((tmp_path / "plain" / "experiment.json").read_text())["identity"]["model"]["spec"]
+    rise = [risen(load(spec, weights=tmp_path / name).model, twins) for name in ("plain", "without")]
+    assert rise[1] < 0.7 * rise[0]
+    assert rise[0] > 0.8 * risen(net, twins)
+
+
+def test_relevance_is_parted(net, tmp_path):
+    found = sukashi.concepts(net, MARKED, **ASKED, subspaces=3, positions=10, trials=1, out=tmp_path / "a")
+    shares = [of["share"] for of in found.subspaces]
+    assert np.isclose(sum(shares), 1, atol=1e-3)
+    assert [len(found.pictures), found.n_dimensions] == [3 * 6, 4]
+    assert found.n_own == 10
+    again = sukashi.concepts(net, MARKED, **ASKED, subspaces=3, positions=10, trials=1, out=tmp_path / "b")
+    assert again.subspaces == found.subspaces
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"layer": "33"}, ModelError, "no layer '33'"),
+        ({"of": "circel"}, UsageError, "no class 'circel'.*circle"),
+        ({"subspaces": 5}, UsageError, "must divide the 12 features of layer '3', got 5: give 4 or 6"),
+        ({"layer": "6"}, None, ""),
+        ({**CONTRAST, "concept": "watermarks"}, UsageError, "no masks show a concept 'watermarks'.*watermark"),
+        ({**CONTRAST, "dimensions": 12}, UsageError, "`dimensions` must be below the 12 features"),
+        ({"method": "contrast"}, UsageError, "needs a `concept`"),
+        ({"dimensions": 2}, UsageError, "`dimensions` is of the other method"),
+        (
+            {"images": 2, "data": "shapes:size=16,n=40", **CONTRAST},
+            DataError,
+            "0 training images that show 'watermark'",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_work_starts(net, tmp_path, changed, error, words):
+    given = {"data": MARKED, **ASKED, **changed}
+    images = given.pop("data")
+    if error is None:
+        assert sukashi.concepts(net, images, **given, trials=1, out=tmp_path / "a").n_dimensions == 3
+        return
+    with pytest.raises(error, match=words):
+        sukashi.concepts(net, images, **given, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"repair": "none"}, "give `repair='refit'` too"),
+        ({"ablate": "OUT"}, "a folder of concepts and numbers of its subspaces"),
+        ({"ablate": "OUT:3"}, "has subspaces 0 to 0, got 3"),
+        ({"ablate": "OUT/tables:0"}, "holds no experiment"),
+    ],
+)
+def test_an_ablation_that_does_nothing_is_refused(net, contrasted, tmp_path, asked, words):
+    given = {"repair": "refit", "ablate": "OUT:0", **asked}
+    given["ablate"] = given["ablate"].replace("OUT", contrasted.out)
+    with pytest.raises(UsageError, match=words):
+        sukashi.prune(net, MARKED, "magnitude", ratio=0.2, calibration=5, **given, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_subspaces_of_another_network_are_refused(net, contrasted, tmp_path):
+    other = nn.Sequential(*net)
+    other.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
+    other.preprocess = PREPROCESS
+    with pytest.raises(UsageError, match="are of a network with other weights"):
+        sukashi.prune(
+            *(other, MARKED, "magnitude"),
+            ratio=0.2,
+            calibration=5,
+            repair="refit",
+            ablate=f"{contrasted.out}:0",
+            out=tmp_path / "a",
+        )
+
+
+def test_features_lie_where_the_layers_before_say(small):
+    vit, x = small["vit"].model, small["vit"].data.x
+    assert [features(vit, name, x).axis for name in ("patches", "blocks.1", "blocks.1.fc1", "norm")] == [1, -1, -1, -1]
+    cnn = small["cnn"]
+    assert features(cnn.model, "bn2", cnn.data.x).axis == 1
+
+
+# What is measured.
+
+
+def test_average_precision_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    for ties in (False, True):
+        score, has = rng.normal(size=60), rng.random(60) < 0.3
+        score = score.round() if ties else score
+        found = average_precision(score, has)
+        assert np.isclose(found.mean, average_precision_score(has, score), atol=1e-12)
+        assert 0 < found.low < found.mean < found.high < 1
+    assert average_precision(score, score > 99) is None
+    perfect = average_precision(np.arange(10.0), np.arange(10) > 5)
+    assert perfect.mean == perfect.high == 1
+    assert perfect.low < 1
+
+
+def test_a_margin_is_the_lead_over_the_next_class():
+    logits = torch.tensor([[1.0, 4.0, 2.0], [0.0, -1.0, 5.0]])
+    found = Classification(explains="margin").explained(logits, torch.tensor([1, 0]))
+    assert found.tolist() == [2.0, -5.0]
+    some = Classification(outputs=(0, 2), explains="margin")
+    assert some.explained(logits, torch.tensor([0, 1])).tolist() == [-1.0, 5.0]
+
+
+# Watermarks.
+
+
+def test_a_mark_is_laid_over_pixels_half_transparent():
+    mark, x = Watermark("XX", size=0.5, at=(0.1, 0.2), opacity=0.5), torch.rand(2, 3, 32, 32)
+    alpha = mark.alpha(32, 32)
+    assert alpha.max() == 0.5
+    assert 0.02 < (alpha > 0).float().mean() < 0.5
+    assert not alpha[:6].any()
+    plain = Preprocess(32, 32, 3, (0.0,) * 3, (1.0,) * 3)
+    torch.testing.assert_close(stamped(x, mark, plain), x * (1 - alpha) + alpha)
+    scaled = Preprocess(32, 32, 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    mean, std = (torch.tensor(of)[:, None, None] for of in (scaled.mean, scaled.std))
+    torch.testing.assert_close(stamped((x - mean) / std, mark, scaled) * std + mean, stamped(x, mark, plain))
+
+
+def test_a_logo_is_where_it_is_opaque_or_dark(tmp_path):
+    from PIL import Image
+
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    Image.fromarray(255 - pixels[..., 3]).save(tmp_path / "dark.png")
+    found = [
+        Watermark(logo=str(tmp_path / name), size=0.5, at=(0, 0), opacity=1.0).alpha(16, 16)
+        for name in ("clear.png", "dark.png")
+    ]
+    assert torch.equal(*found)
+    assert found[0][2:6, 2:6].eq(1).all()
+    assert found[0].sum() == 16
+
+
+def test_as_many_carry_a_mark_as_was_asked_and_always_the_same():
+    ids, target = [f"image {i}" for i in range(100)], [i % 2 for i in range(100)]
+    chosen = carriers(ids, target, {0: 0.9, 1: 0.1}, 0)
+    assert [sum(c for c, k in zip(chosen, target, strict=True) if k == of) for of in (0, 1)] == [45, 5]
+    order = np.random.default_rng(0).permutation(100)
+    again = carriers([ids[i] for i in order], [target[i] for i in order], {0: 0.9, 1: 0.1}, 0)
+    assert [again[place] for place in np.argsort(order)] == chosen
+    assert carriers(ids, target, {0: 0.9, 1: 0.1}, 1) != chosen
+    with pytest.raises(UsageError, match=r"prevalence of a mark must be in \[0, 1\], got 2"):
+        carriers(ids, target, {0: 2}, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, "a text or a logo"),
+        ({"text": "a", "logo": "b"}, "a text or a logo"),
+        ({"text": "a", "opacity": 2}, "opacity of a watermark must be in"),
+        ({"text": "a", "size": 0}, r"size of a watermark must be in \(0, 1\]"),
+        ({"text": "a", "at": (1.0, 1.0)}, "nothing of the watermark is seen"),
+        ({"text": "a", "font": "nowhere.ttf"}, "nowhere.ttf is no font"),
+        ({"logo": "nowhere.png"}, "nowhere.png is no image"),
+    ],
+)
+def test_a_mark_that_is_none_is_refused(asked, words):
+    with pytest.raises(UsageError, match=words):
+        Watermark(**asked).alpha(16, 16)
