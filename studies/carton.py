@@ -51,7 +51,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="../shared/data/tiny-imagenet-20")
     parser.add_argument("--weights", default="../shared/weights/efficientnet_lite0-imagenet1k.safetensors")
     parser.add_argument("--font", required=True)
-    parser.add_argument("--layer", default="blocks.4")
+    parser.add_argument("--layer", default="blocks.3")
     parser.add_argument("--dimensions", type=int, default=1)
     parser.add_argument("--criterion", default="taylor")
     parser.add_argument("--left", default="0.5,0.3", help="shares of the parameters that a cut leaves")

@@ -94,8 +94,6 @@ def test_relevance_is_parted(net, tmp_path):
     assert np.isclose(sum(shares), 1, atol=1e-3)
     assert [len(found.pictures), found.n_dimensions] == [3 * 6, 4]
     assert found.n_own == 10
-    again = sukashi.concepts(net, MARKED, **ASKED, subspaces=3, positions=10, trials=1, out=tmp_path / "b")
-    assert again.subspaces == found.subspaces
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,6 @@ def test_relevance_is_parted(net, tmp_path):
         ({"layer": "33"}, ModelError, "no layer '33'"),
         ({"of": "circel"}, UsageError, "no class 'circel'.*circle"),
         ({"subspaces": 5}, UsageError, "must divide the 12 features of layer '3', got 5: give 4 or 6"),
-        ({"layer": "6"}, None, ""),
         ({**CONTRAST, "concept": "watermarks"}, UsageError, "no masks show a concept 'watermarks'.*watermark"),
         ({**CONTRAST, "dimensions": 12}, UsageError, "`dimensions` must be below the 12 features"),
         ({"method": "contrast"}, UsageError, "needs a `concept`"),
@@ -119,9 +116,6 @@ def test_relevance_is_parted(net, tmp_path):
 def test_what_cannot_be_done_is_refused_before_work_starts(net, tmp_path, changed, error, words):
     given = {"data": MARKED, **ASKED, **changed}
     images = given.pop("data")
-    if error is None:
-        assert sukashi.concepts(net, images, **given, trials=1, out=tmp_path / "a").n_dimensions == 3
-        return
     with pytest.raises(error, match=words):
         sukashi.concepts(net, images, **given, out=tmp_path / "a")
     assert not (tmp_path / "a").exists()

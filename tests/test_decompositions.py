@@ -254,6 +254,13 @@ def test_vectors_are_drawn_alike_whatever_the_batch(net, images):
     assert len(every.a) == 6 * 64
 
 
+def test_features_without_positions_have_vectors_too(net, images):
+    data = Batch(images, torch.tensor([0, 1, 2, 0, 1, 2]), tuple("abcdef"))
+    found = vectors(net, data, sites.place(net, "8", images, axis=-1), positions=3, generator=generator())
+    torch.testing.assert_close(found.a, net[:9](images))
+    assert found.position.tolist() == [0] * 6
+
+
 # ---- Contrast
 
 
@@ -440,23 +447,29 @@ def test_concept_maps_are_least_squares_at_each_position(net, images, found):
     np.testing.assert_allclose(maps[3, :, 1, 2], one_row(found.w.T.numpy(), at.numpy())[0], atol=1e-6)
 
 
+def asked(model, x, found):
+    """What importances are of: what lies behind the site, the maps of images, and the concepts."""
+    return behind(model, found.site, x[:2]), craft.concept_maps(model, x, found), found
+
+
 def test_the_exact_importance_is_that_of_a_linear_head(net, images, found):
-    total = craft.importance(net, images, found, 1)
-    u = craft.concept_maps(net, images, found).flatten(2).mean(2)
+    given = asked(net, images, found)
+    total = craft.importance(*given, 1)
+    u = given[1].flatten(2).mean(2)
     effect = u * (found.w @ net[9].weight[1])
     torch.testing.assert_close(total, effect**2 / (effect**2).sum(1, keepdim=True))
     for how, n, off in (("sobol", 256, 0.01), ("compat", 32, 0.3)):
-        near = craft.importance(net, images, found, 1, how=how, n_designs=n)
+        near = craft.importance(*given, 1, how=how, n_designs=n)
         assert (near - total).abs().max() < off
-    torch.testing.assert_close(craft.importance(net, images, found, 1, batch_size=7), total)
+    torch.testing.assert_close(craft.importance(*given, 1, batch_size=7), total)
 
 
 def test_a_head_that_is_not_linear_has_no_exact_importance(net, images):
     cut = craft.crops(images, 4)
     early = craft.bank(net, cut, sites.place(net, "3", cut.x, axis=1), 3)
     with pytest.raises(UsageError, match="not linear in the concepts of layer '3'"):
-        craft.importance(net, images, early, 1)
-    assert craft.importance(net, images, early, 1, how="sobol", n_designs=16).isfinite().all()
+        craft.importance(*asked(net, images, early), 1)
+    assert craft.importance(*asked(net, images, early), 1, how="sobol", n_designs=16).isfinite().all()
 
 
 def test_a_concept_is_taken_apart_at_an_earlier_layer(net, found):
@@ -476,7 +489,7 @@ def test_concepts_behind_a_gelu_have_both_signs(small):
     found = craft.bank(case.model, cut, place, 4)
     assert found.w.min() < 0
     assert found.u.min() >= 0
-    total = craft.importance(case.model, case.data.x[:2], found, 1, how="sobol", n_designs=8)
+    total = craft.importance(*asked(case.model, case.data.x[:2], found), 1, how="sobol", n_designs=8)
     assert total.shape == (2, 4)
 
 

@@ -62,6 +62,16 @@ WORDS = (
         "progressive",
         "Of a criterion that removes units one by one and judges each in what is left; others score all at once.",
     ),
+    Word(
+        "subspace",
+        "Directions in what a layer writes, as many as it has dimensions: what a network says along them is taken "
+        "together, looked at and taken out, as a unit is.",
+    ),
+    Word(
+        "average precision",
+        "The mean, over the images that have something, of the share that has it among all with no lower a score: 1 "
+        "where they all come first.",
+    ),
     Word("dense", "The network before anything was removed."),
     Word(
         "lossless",
