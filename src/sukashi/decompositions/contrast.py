@@ -35,7 +35,7 @@ def contrast(
     concept adds to every image is the concept. S has a thousandth of its mean variance added to its diagonal, for
     features that are always zero. Without `whiten` S is the identity, and B the principal directions of d.
 
-    All in float64, streamed. One subspace; `share` in its params is the part of the sum of mu that it has, and its mean
+    All in float64, streamed. One subspace; `share` in its facts is the part of the sum of mu that it has, and its mean
     is that of the images without the concept, which is what an ablation puts in place of it. `site` is a
     `sites.place(model, layer, x)` of all features of a layer.
 
@@ -76,7 +76,7 @@ def contrast(
     mu, vectors = mu.flip(0).clamp(min=0), vectors.flip(1)
     dual = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
     found = {"share": float(mu[:n_dimensions].sum() / mu.sum()), "n_pairs": len(without)}
-    return Subspaces(site.layer, site.axis, lower @ vectors, 1, n_dimensions, mean, "contrast", found, dual)
+    return Subspaces(site.layer, site.axis, lower @ vectors, dual, 1, n_dimensions, mean, found)
 
 
 def imputed(x: Tensor, maps: Tensor, share: float) -> Tensor:

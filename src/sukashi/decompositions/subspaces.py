@@ -25,9 +25,8 @@ class Subspaces:
 
     `basis` B (D, D) holds the blocks one after another, (B_1 | ... | B_K | rest); what completes it is no concept.
     `dual` (D, D), by which h = dual' a are the coordinates of features a, is the transpose of its inverse: B itself
-    where the basis is orthonormal, as it is taken to be where none is given. `axis` is where the features lie in what
-    the layer writes. `mean` (D,) is the feature that an ablation puts in place, in the subspaces that it takes out.
-    `method` and `params` say how they were found.
+    where the basis is orthonormal. `axis` is where the features lie in what the layer writes. `mean` (D,) is what an
+    ablation puts in place, in the subspaces that it takes out. `facts` are what the method that found them says.
 
     Raises UsageError for a basis that is not square or whose inverse the dual is not, and more or wider blocks than it
     has columns.
@@ -36,16 +35,13 @@ class Subspaces:
     layer: str
     axis: int
     basis: Tensor
+    dual: Tensor
     n_subspaces: int
     n_dimensions: int
     mean: Tensor
-    method: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    dual: Tensor = None  # type: ignore[assignment]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.dual is None:
-            object.__setattr__(self, "dual", self.basis)
         size = len(self.basis)
         if self.basis.shape != (size, size) or self.dual.shape != (size, size) or self.mean.shape != (size,):
             raise UsageError(
@@ -55,8 +51,8 @@ class Subspaces:
         off = float((self.dual.T @ self.basis - torch.eye(size).to(self.basis)).abs().max())
         if not off <= DUAL:
             raise UsageError(
-                f"the dual of the basis of subspaces is not its inverse: off by {off:.1e}, and without a dual a basis "
-                "must be orthonormal"
+                f"the dual of the basis of subspaces is not its inverse: off by {off:.1e}; an orthonormal basis is its "
+                "own dual"
             )
         if self.n_subspaces < 1 or self.n_dimensions < 1 or self.n_subspaces * self.n_dimensions > size:
             raise UsageError(

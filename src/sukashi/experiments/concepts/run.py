@@ -51,7 +51,8 @@ def prepare(settings: Concepts) -> Prepared:
     n, d = _blocks(settings, site)
     # What has no rule, and what can't be laid over an image, is refused before work starts.
     one = bench.data.train.subset([0]).whole(bench.loaded.preprocess, 0).to(bench.device)
-    plain = Subspaces(site.layer, site.axis, torch.eye(site.n_units), n, d, torch.zeros(site.n_units))
+    eye = torch.eye(site.n_units)
+    plain = Subspaces(site.layer, site.axis, eye, eye, n, d, eye[0])
     _relevance(bench, replace(one, objective=_objective(bench, settings)), site, plain, number, settings)
     _training(bench, settings, number)
     masks = _masks(bench, settings)
@@ -154,7 +155,8 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
         drawn = vectors(model, images, site, positions=n_positions, generator=generator, lrp=lrp)
         found = drsa(drawn.a, drawn.c, n, generator=generator, trials=3 if settings.trials is None else settings.trials)
         history = found.history
-        subspaces = Subspaces(site.layer, site.axis, found.basis.cpu(), n, d, mean, "drsa")
+        basis = found.basis.cpu()
+        subspaces = Subspaces(site.layer, site.axis, basis, basis, n, d, mean)
     desk.save("subspaces", {name: getattr(subspaces, name).numpy() for name in ("basis", "dual", "mean")})
     test = bench.test().to(bench.device)
     relevance, maps = _relevance(bench, replace(test, objective=objective), site, subspaces, number, settings)
@@ -173,7 +175,7 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
             "n_dimensions": d,
             "n_images": len(images),
             "n_subspaces": n,
-            "changed": subspaces.params.get("share"),
+            "changed": subspaces.facts.get("share"),
             "n_test": len(test),
             "n_own": int(own.sum()),
             "accuracy": float(accuracy.evaluate(model, test)[0].mean()),

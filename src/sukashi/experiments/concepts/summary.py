@@ -119,11 +119,10 @@ def opened(folder: str | Path) -> tuple[Subspaces, str]:
         about["layer"],
         found["axis"],
         torch.from_numpy(arrays["basis"]),
+        torch.from_numpy(arrays["dual"]),
         found["n_subspaces"],
         found["n_dimensions"],
         torch.from_numpy(arrays["mean"]),
-        about["method"],
-        dual=torch.from_numpy(arrays["dual"]),
     )
     return subspaces, about["model"]["weights_sha256"]
 
