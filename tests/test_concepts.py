@@ -1,5 +1,6 @@
 """The experiment of concepts: what it finds on generated images, what it refuses, and a cut that does without."""
 
+import copy
 import json
 
 import numpy as np
@@ -66,8 +67,8 @@ def test_what_masks_show_is_found_and_taken_out(net, twins, contrasted):
     assert found["tells"]["watermark"]["low"] > found["tells"]["watermark"]["by_chance"]
     assert 0.2 < contrasted.changed <= 1
     assert "watermark" in contrasted.verdict
-    subspaces, weights = opened(contrasted.out)
-    assert weights == contrasted.weights_sha256
+    subspaces, of_model = opened(contrasted.out)
+    assert of_model["weights_sha256"] == contrasted.weights_sha256
     assert (subspaces.layer, subspaces.n_subspaces, subspaces.n_dimensions) == ("3", 1, 3)
     with ablated(net, subspaces, [0]):
         without = risen(net, twins)
@@ -141,7 +142,7 @@ def test_an_ablation_that_does_nothing_is_refused(net, contrasted, tmp_path, ask
 
 @pytest.mark.filterwarnings("ignore")
 def test_subspaces_of_another_network_are_refused(net, contrasted, tmp_path):
-    other = nn.Sequential(*net)
+    other = copy.deepcopy(net)
     other.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
     other.preprocess = PREPROCESS
     with pytest.raises(UsageError, match="are of a network with other weights"):
@@ -153,6 +154,37 @@ def test_subspaces_of_another_network_are_refused(net, contrasted, tmp_path):
             ablate=f"{contrasted.out}:0",
             out=tmp_path / "a",
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_dimensions_of_the_same_directions_are_another_ablation(net, contrasted, tmp_path):
+    cut = {"criterion": "magnitude", "ratio": 0.2, "calibration": 5, "repair": "refit", "out": tmp_path / "cut"}
+    fewer = sukashi.concepts(net, MARKED, **ASKED, **{**CONTRAST, "dimensions": 1}, out=tmp_path / "fewer")
+    assert torch.equal(opened(fewer.out)[0].dual, opened(contrasted.out)[0].dual)
+    sukashi.prune(net, MARKED, **cut, ablate=f"{fewer.out}:0")
+    with pytest.raises(UsageError, match="ablated"):
+        sukashi.prune(net, MARKED, **cut, ablate=f"{contrasted.out}:0")
+
+
+def test_features_that_move_to_another_axis_are_followed_or_refused():
+    class Moved(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.linear, self.how = nn.Linear(6, 5), how
+
+        def forward(self, x):
+            return self.linear(x.permute(0, 2, 3, 1)).permute(*self.how)
+
+    x = torch.randn(2, 6, 7, 8)
+    for how, axis in (((0, 3, 1, 2), 1), ((0, 1, 3, 2), 2), ((0, 1, 2, 3), -1)):
+        model = nn.Sequential(Moved(how), nn.Flatten(), nn.Linear(5 * 56, 3)).eval()
+        assert features(model, "0", x).axis % 4 == axis % 4
+    flat = nn.Sequential(Moved((0, 3, 1, 2)), nn.Flatten(), nn.Linear(5 * 56, 3)).eval()
+    with pytest.raises(ModelError, match="on which axis they are can't be told"):
+        features(flat, "1", x)
+    square = nn.Sequential(Moved((0, 3, 1, 2)), nn.Flatten(), nn.Linear(5 * 25, 3)).eval()
+    with pytest.raises(ModelError, match="on which axis they are can't be told"):
+        features(square, "0", torch.randn(2, 6, 5, 5)[:, :, :5, :5])
 
 
 def test_features_lie_where_the_layers_before_say(small):

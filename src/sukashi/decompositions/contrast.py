@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.core.errors import DataError, UsageError
+from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.decompositions.subspaces import Subspaces
 from sukashi.measures.imputation import impute
 from sukashi.network import hooks
+from sukashi.network.canonical import evaluating
 
 RIDGE = 1e-3
 
@@ -51,7 +53,7 @@ def contrast(
         raise UsageError(f"n_dimensions must be 1 to the {n} features of {site.layer!r}, got {n_dimensions}")
     changed, square, total, n_rows = (*torch.zeros(2, n, n, dtype=torch.float64), torch.zeros(n).double(), 0)
     like = next(model.parameters())
-    with torch.no_grad(), hooks.recorded(model, [site]) as seen:
+    with exact(), evaluating(model), hooks.recorded(model, [site]) as seen:
         for first in range(0, len(without), batch_size):
             held = []
             for x in (with_concept, without):
@@ -69,6 +71,10 @@ def contrast(
     lower = torch.eye(n, dtype=torch.float64)
     if whiten:
         spread = square / n_rows - mean[:, None] * mean
+        if not spread.diagonal().mean() > 0:
+            raise DataError(
+                f"layer {site.layer!r} says the same of all images without the concept: give an earlier one"
+            )
         lower = torch.linalg.cholesky(spread + RIDGE * spread.diagonal().mean() * lower)
     half = torch.linalg.solve_triangular(lower, changed / n_rows, upper=False)
     ratio = torch.linalg.solve_triangular(lower, half.T, upper=False)

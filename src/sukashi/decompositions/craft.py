@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import UsageError
+from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.decompositions.nmf import nmf, nnls, semi_nmf
 from sukashi.network import hooks
+from sukashi.network.canonical import evaluating
 
 OVERLAP = 0.8  # of its side, how far a crop lies from the next
 TOP = 0.1  # of the crops of a concept that its recursion looks at
@@ -48,6 +52,13 @@ class Bank:
     u: Tensor
 
 
+@contextmanager
+def _looking(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list[Tensor]]]:
+    """Inside, what sites hold in a pass, in eval mode, full precision and without gradients."""
+    with exact(), evaluating(model), hooks.recorded(model, sites) as seen:
+        yield seen
+
+
 def crops(x: Tensor, side: int) -> Crops:
     """All windows of a side, .8 of it apart, of images (B, C, H, W): those of the official implementation.
 
@@ -72,7 +83,7 @@ def bank(model: nn.Module, of: Crops, site: Site, n_concepts: int, *, batch_size
     """
     pooled = []
     like = next(model.parameters())
-    with progress.task("crops", len(of)) as shown, torch.no_grad(), hooks.recorded(model, [site]) as seen:
+    with progress.task("crops", len(of)) as shown, _looking(model, [site]) as seen:
         for x in of.x.split(batch_size):
             model(x.to(like))
             pooled.append(hooks.gather(site, seen[site]).flatten(2).mean(2))
@@ -93,7 +104,7 @@ def concept_maps(model: nn.Module, x: Tensor, found: Bank, *, batch_size: int = 
     """(B, K, positions...) how much of each concept is where: u >= 0 that minimises |a - u w| at each position."""
     parts = []
     like = next(model.parameters())
-    with torch.no_grad(), hooks.recorded(model, [found.site]) as seen:
+    with _looking(model, [found.site]) as seen:
         for rows in x.split(batch_size):
             model(rows.to(like))
             a = hooks.gather(found.site, seen[found.site])

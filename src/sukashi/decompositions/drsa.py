@@ -74,11 +74,11 @@ def drsa(
         for _ in range(trials):
             basis, values = _ascended(a, c, n_subspaces, orthogonal(size, generator), steps, step, tolerance, shown)
             history.append([value * scale[0] * scale[1] for value in values])
-            if best is None or history[-1][-1] > best[1]:
-                best = basis, history[-1][-1]
+            if best is None or max(history[-1]) > best[1]:
+                best = basis, max(history[-1])
     assert best is not None
     basis, objective = best
-    share = relevance(a, c, basis, n_subspaces).double().mean(0)
+    share = relevance(a, c, basis, n_subspaces).double().mean(0).cpu()
     blocks = basis.view(size, n_subspaces, -1)[:, share.argsort(descending=True, stable=True)]
     return Found(blocks.reshape(size, size), objective, history)
 
@@ -139,7 +139,7 @@ def _ascended(
 
 
 def gradient(a: Tensor, c: Tensor, basis: Tensor, n_subspaces: int) -> Tensor:
-    """dJ/dU (D, D), float64; products in the precision of a."""
+    """dJ/dU (D, D), float64, on the CPU; products in the precision and on the device of a."""
     u = basis.to(a)
     au, cu = a @ u, c @ u
     r = (au * cu).unflatten(1, (n_subspaces, -1)).sum(2).clamp(min=0)
@@ -148,4 +148,4 @@ def gradient(a: Tensor, c: Tensor, basis: Tensor, n_subspaces: int) -> Tensor:
     weight = q.pow(0.25).mean() / (n_subspaces * len(a)) * torch.where(q > 0, q.pow(-0.75), 0)
     g = (r * weight.to(r)).repeat_interleave(u.shape[1] // n_subspaces, dim=1)
     slope: Tensor = a.T @ (g * cu) + c.T @ (g * au)
-    return slope.double()
+    return slope.double().cpu()

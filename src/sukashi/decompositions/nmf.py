@@ -50,7 +50,7 @@ def semi_nmf(x: Tensor, n_components: int, *, steps: int = 400, tolerance: float
     u, last = nnls(x, w).T.contiguous(), whole
     for number in range(1, steps + 1):
         gram, cross = (u @ u.T).double(), (u @ x).double()
-        w = torch.linalg.lstsq(gram, cross, driver="gelsd").solution.to(x)
+        w = torch.linalg.lstsq(gram.cpu(), cross.cpu(), driver="gelsd").solution.to(x)
         u = _swept(u, w @ w.T, w @ across)
         if number % _EVERY == 0:
             error = whole + float(((u @ u.T) * (w @ w.T)).double().sum() - 2 * (w * (u @ x)).double().sum())

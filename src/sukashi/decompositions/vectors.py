@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sukashi.attributions.lrp import factors
+from sukashi.core.errors import ModelError
 from sukashi.core.types import Batch, Site
 from sukashi.network import hooks, surgery
+from sukashi.network.canonical import answer, evaluating
 from sukashi.network.sites import place
 
 
@@ -27,18 +29,39 @@ class Vectors:
 
 
 def features(model: nn.Module, layer: str, x: Tensor) -> Site:
-    """All features of what a layer writes, as a place: on the axis that the last layer before them says, in it too.
+    """All features of what a layer writes, as a place: as many as the last layer before, or in it, that has an axis of
+    its own wrote, on that axis, or the only one that has as many.
 
     A block or an activation has no axis of its own; a convolution or BatchNorm writes features on axis 1, a linear
-    layer or LayerNorm on the last. Raises ModelError for a layer that there is not.
+    layer or LayerNorm on the last. Raises ModelError for a layer that there is not, and where no axis or several have
+    as many.
     """
     hooks.layer(model, layer)
-    axes: list[tuple[str, int | None]] = []
-    with torch.no_grad(), hooks.followed(model, lambda name, of, read, gives: axes.append((name, surgery.axis_of(of)))):
-        model(x[:2])
-    before = [name for name, _ in axes]
-    known = [axis for _, axis in axes[: before.index(layer) + 1] if axis is not None] if layer in before else []
-    return place(model, layer, x, axis=known[-1] if known else 1)
+    known: list[tuple[int, int]] = []  # axis and number of the features of layers that have an axis
+    shape: tuple[int, ...] = ()
+
+    def leave(name: str, of: nn.Module, read: Tensor, gives: Tensor) -> None:
+        nonlocal shape
+        axis = surgery.axis_of(of)
+        if not shape and axis is not None:
+            known.append((axis, gives.shape[axis]))
+        if name == layer:
+            shape = tuple(gives.shape)
+
+    with torch.no_grad(), evaluating(model), hooks.followed(model, leave):
+        answer(model, x[:2].clone())
+    axis, n = known[-1] if known else (1, shape[1] if len(shape) > 1 else 0)
+    fitting = [place for place in range(1, len(shape)) if shape[place] == n]
+    # Maps of a linear layer may have been turned: where as many rows or columns as features look alike nobody knows.
+    turned = axis == -1 and len(shape) == 4 and len(fitting) > 1
+    if shape and (turned or axis % len(shape) not in fitting):
+        if len(fitting) != 1:
+            raise ModelError(
+                f"layer {layer!r} writes {shape[1:]} for an image, and the layer before it {n} features: on which axis "
+                "they are can't be told, give a layer that ends in a convolution, linear layer or norm"
+            )
+        axis = fitting[0]
+    return place(model, layer, x, axis=axis)
 
 
 def vectors(
@@ -57,7 +80,7 @@ def vectors(
     target. `lrp` are options of the attribution of that name: Danek and Ramaswamy 2026 take rule alpha1beta0. All
     places where an image has no more. Draws do not depend on `batch_size`.
     """
-    n_places = math.prod(_shape(model, site, data.x[:1])[2:])
+    n_places = math.prod(shape_of(model, site, data.x[:1])[2:])
     drawn = torch.rand(len(data), n_places, generator=generator).argsort(1)[:, :positions].sort(1).values
     options = {"rule": "alpha1beta0", **(lrp or {})}
     a, c = factors(model, data.x, data.target, site, data.objective, at=drawn, batch_size=batch_size, **options)
@@ -70,8 +93,8 @@ def _rows(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _shape(model: nn.Module, site: Site, x: Tensor) -> torch.Size:
+def shape_of(model: nn.Module, site: Site, x: Tensor) -> torch.Size:
     """Of what a site holds for some images, its units' axis second."""
-    with torch.no_grad(), hooks.recorded(model, [site]) as seen:
-        model(x)
+    with torch.no_grad(), evaluating(model), hooks.recorded(model, [site]) as seen:
+        model(x.clone())
     return hooks.gather(site, seen[site]).shape

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, fx, nn
 
-from sukashi.core.errors import ModelError
+from sukashi.core.errors import ModelError, UsageError
 from sukashi.core.types import Site
 from sukashi.network.canonical import canonical
 
@@ -15,9 +15,11 @@ def behind(model: nn.Module, site: Site, x: Tensor) -> nn.Module:
     """A module that takes what a site's layer writes (B, ...) and gives what the network would: logits.
 
     It is cut out of the canonical form (`canonical`, with the same x), and costs what lies behind the place alone.
-    Raises ModelError where the network reads the images, or what comes before the place, past it too, and for a network
-    without canonical form.
+    Raises UsageError for a site that is not what one layer writes, ModelError where the network reads the images, or
+    what comes before the place, past it too, and for a network without canonical form.
     """
+    if [member.side for member in site.members] != ["out"]:
+        raise UsageError(f"site {site.layer!r} is not what one layer writes: give sites.place(model, layer, x)")
     form = canonical(model, x, [site])
     graph = form.graph
     node = next((n for n in graph.nodes if n.op == "call_module" and n.target == site.layer), None)

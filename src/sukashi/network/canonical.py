@@ -50,7 +50,8 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
     neither folded nor computed, so they take no second memory.
 
     A block is not called any more, only the layers in it. Where one of `sites` is what a block reads or writes, an
-    Identity of the block's name stands there, so that hooks find it.
+    Identity of the block's name stands there, so that hooks find it; a BatchNorm behind a layer whose own output is one
+    of them is not folded into it.
 
     `x` (B, C, H, W) is what the form is checked on: two of its images must give the model's own output, within 1e-10 of
     the largest logit in float64 and 1e-4 in float32. Raises ModelError where they do not, and where the model cannot be
@@ -88,7 +89,7 @@ def canonical(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> fx.Gra
         _Activity(fx.GraphModule(root, graph)).run(x[:1].clone())
         _single(graph, root)
         functions.modules(graph, root)
-        _fold(graph, root)
+        _fold(graph, root, {site.layer for site in sites if not site.consumers})
         form = fx.GraphModule(root, graph, class_name=name)
         form.recompile()
         off = (form(x[:2]) - expected).abs().max()
@@ -221,7 +222,8 @@ def _single(graph: fx.Graph, root: nn.Module) -> None:
             root.set_submodule(node.target, share(root.get_submodule(name)))
 
 
-def _fold(graph: fx.Graph, root: nn.Module) -> None:
+def _fold(graph: fx.Graph, root: nn.Module, kept: Collection[str]) -> None:
+    """BatchNorms into the layers before them, but for layers whose own output is asked for."""
     for node in graph.nodes:
         norm = _layer(root, node, _BatchNorm, nn.SyncBatchNorm)
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
@@ -230,7 +232,7 @@ def _fold(graph: fx.Graph, root: nn.Module) -> None:
         while _layer(root, before, nn.Identity) is not None and len(before.users) == 1:
             before = before.args[0]
         layer = _layer(root, before, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        alone, n_axes = len(before.users) == 1, node.meta["axes"]
+        alone, n_axes = len(before.users) == 1 and before.target not in kept, node.meta["axes"]
         if alone and isinstance(layer, nn.modules.conv._ConvNd):
             put(root, before.target, fuse_conv_bn_eval(layer, norm))
             put(root, node.target, nn.Identity())

@@ -21,7 +21,7 @@ def page(result: ConceptsResult, space: Workspace) -> Page:
     drawn: dict[str, Drawn] = {}
     alts: dict[str, str] = {}
     if result.history:
-        best = max(values[-1] for values in result.history)
+        best = max(max(values) for values in result.history)
         drawn["ascent"] = _draw_ascent(result.history)
         alts["ascent"] = (
             f"The objective of {words.several(len(result.history), 'trial')}, which ends at {best:.3g} at best."

@@ -25,7 +25,7 @@ from sukashi.data import Split
 from sukashi.decompositions.contrast import contrast
 from sukashi.decompositions.drsa import drsa
 from sukashi.decompositions.subspaces import Subspaces, virtual
-from sukashi.decompositions.vectors import features, vectors
+from sukashi.decompositions.vectors import features, shape_of, vectors
 from sukashi.experiments.bench import Bench, Source, hardware
 from sukashi.experiments.concepts.settings import Concepts
 from sukashi.experiments.workspace import Desk
@@ -54,10 +54,22 @@ def prepare(settings: Concepts) -> Prepared:
     eye = torch.eye(site.n_units)
     plain = Subspaces(site.layer, site.axis, eye, eye, n, d, eye[0])
     _relevance(bench, replace(one, objective=_objective(bench, settings)), site, plain, number, settings)
-    _training(bench, settings, number)
+    training = _training(bench, settings, number)
+    shape = shape_of(bench.loaded.model, site, one.x)
+    n_vectors = len(training) * min(math.prod(shape[2:]), _positions(settings))
+    if settings.method == "drsa" and n_vectors < site.n_units:
+        raise DataError(
+            f"{len(training)} training images of class {settings.of!r} give {n_vectors} vectors for the {site.n_units} "
+            "features: give more `images` or `positions`, or an earlier layer"
+        )
     masks = _masks(bench, settings)
-    digest = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in masks.items()}
-    code = {settings.method: code_of(METHODS[settings.method]), "lrp": attributions["lrp"].code}
+    known = {f"test/{name}": mask for name, mask in masks.items()}
+    if settings.method == "contrast":
+        known["training"] = _shown(bench, settings, training)
+    digest = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in known.items()}
+    parts: dict[str, Callable[..., Any]] = {settings.method: METHODS[settings.method], "vectors": vectors}
+    parts["virtual"] = virtual
+    code = {name: code_of(part) for name, part in parts.items()} | {"lrp": attributions["lrp"].code}
     about = bench.identity(settings, code=code, **({"masks": digest} if digest else {}))
     trial = Trial(about, partial(_find, bench, settings, number, site, masks), place=".", label=settings.layer)
     return Prepared(about, [trial], log={"hardware": hardware(bench.device)})
@@ -81,6 +93,10 @@ def _blocks(settings: Concepts, site: Site) -> tuple[int, int]:
     return n, site.n_units // n
 
 
+def _positions(settings: Concepts) -> int:
+    return 20 if settings.positions is None else settings.positions
+
+
 def _objective(bench: Bench, settings: Concepts) -> Objective:
     return replace(bench.data.test.objective, explains=settings.explains)
 
@@ -102,9 +118,10 @@ def _training(bench: Bench, settings: Concepts, number: int) -> Split:
         found = train.subset((train.targets.numpy() == number) & (rank < settings.images))
         what = f"of class {settings.of!r}"
     else:
-        some = train.subset(np.sort(np.argsort(rank, kind="stable")[: MOST_READ * settings.images]))
-        shown = _shown(bench, settings, some).flatten(1).any(1).numpy()
-        found = some.subset(np.flatnonzero(shown)[: settings.images])
+        # By rank within a class and then by class: every class has its turn before one has two.
+        some = train.subset(np.lexsort((train.targets.numpy(), rank))[: MOST_READ * settings.images])
+        shown = _shown(bench, settings, some).flatten(1)
+        found = some.subset(np.flatnonzero((shown.any(1) & ~shown.all(1)).numpy())[: settings.images])
         what = f"that show {settings.concept!r}"
     if len(found) < 2:
         raise DataError(f"there are {len(found)} training images {what}: two at least are needed")
@@ -150,9 +167,8 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
         subspaces = contrast(model, images.x, impute(images.x, missing), site, d)
     else:
         generator = torch.Generator().manual_seed(settings.seed)
-        n_positions = 20 if settings.positions is None else settings.positions
         lrp = {"rule": settings.rule}
-        drawn = vectors(model, images, site, positions=n_positions, generator=generator, lrp=lrp)
+        drawn = vectors(model, images, site, positions=_positions(settings), generator=generator, lrp=lrp)
         found = drsa(drawn.a, drawn.c, n, generator=generator, trials=3 if settings.trials is None else settings.trials)
         history = found.history
         basis = found.basis.cpu()
@@ -167,6 +183,7 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
         **{f"shows/{name}": mask.flatten(1).any(1).numpy() for name, mask in masks.items()},
     }
     desk.save("looked", looked)
+    correct, _ = accuracy.evaluate(model, test)
     pictures, kept = _pictures(bench, test, relevance, maps)
     desk.save("gallery", kept)
     desk.finish(
@@ -178,11 +195,11 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
             "changed": subspaces.facts.get("share"),
             "n_test": len(test),
             "n_own": int(own.sum()),
-            "accuracy": float(accuracy.evaluate(model, test)[0].mean()),
+            "accuracy": float(correct.mean()),
             "history": history,
             "image_ids": list(test.image_id),
             "pictures": pictures,
-            "warnings": list(bench.data.warnings),
+            "warnings": [*bench.data.warnings, *bench.doubts(correct, test)],
             "notes": list(bench.data.notes),
         }
     )
@@ -203,14 +220,15 @@ def _relevance(
             parts = found[site].reshape(len(x), site.n_units, subspaces.n_dimensions, -1)
             where = torch.cat([whole.sum(2), parts.sum(2)], 1)
             sums.append(where.double().sum(2).cpu())
-            maps.append(_over_image(where, x).cpu())
+            grid = where.unflatten(2, found[layer].shape[2:]) if found[layer].dim() == 4 else _over_image(where, x)
+            maps.append(grid.cpu())
             shown.advance(len(x))
     return torch.cat(sums).numpy(), torch.cat(maps).numpy()
 
 
 def _over_image(values: Tensor, x: Tensor) -> Tensor:
-    """(B, K, h, w) of positions (B, K, P), a grid as the images' (B, C, H, W) sides are to each other; tokens before
-    it, such as a class token, are left out.
+    """(B, K, h, w) of tokens (B, K, P), a grid as the images' (B, C, H, W) sides are to each other; those before it,
+    such as a class token, are left out.
 
     Raises ModelError where no grid has so many positions.
     """

@@ -18,6 +18,8 @@ from sukashi.experiments.workspace import Record, Workspace
 from sukashi.measures.precision import average_precision
 from sukashi.report import words
 
+LEAST = 10  # images that show something, for a subspace to be said to tell it
+
 
 class ConceptsResult(Result):
     """Subspaces of a layer and what they respond to.
@@ -26,6 +28,7 @@ class ConceptsResult(Result):
                 of it, None where there are none, and `tells`: for the class, and for each thing that masks show, the
                 average precision of its relevance, its interval, and the share of images that have it, which a score
                 that tells nothing reaches
+    accuracy    the share of the test images that the network gets right
     changed     of contrast: the part of what the concept changes in the layer that lies in the subspace
     history     of drsa: the objective at the start and after every ten steps of each trial
     n_images    training images that they were found in; `n_test` test images, `n_own` of them of the class
@@ -76,7 +79,8 @@ class ConceptsResult(Result):
         return header, rows
 
     def text(self) -> str:
-        said = [words.table(*self.overview()), "", *self.remarks(), "", self.verdict, *self.lines]
+        right = f"The network gets {words.percent(self.accuracy)} of {words.several(self.n_test, 'test image')} right."
+        said = [words.table(*self.overview()), "", right, *self.remarks(), "", self.verdict, *self.lines]
         return "\n".join([*said, *words.where(self)])
 
     def table(self) -> list[dict[str, Any]]:
@@ -105,8 +109,8 @@ def _said(found: Mapping[str, Any] | None) -> str:
     return f"{words.number(found['mean'], 2)} ({low} to {high})"
 
 
-def opened(folder: str | Path) -> tuple[Subspaces, str]:
-    """The subspaces that an experiment found, and the SHA-256 of the weights of their network.
+def opened(folder: str | Path) -> tuple[Subspaces, dict[str, Any]]:
+    """The subspaces that an experiment found, and what says of their network which it is.
 
     Raises UsageError for a folder that is no finished experiment of this kind.
     """
@@ -124,7 +128,7 @@ def opened(folder: str | Path) -> tuple[Subspaces, str]:
         found["n_dimensions"],
         torch.from_numpy(arrays["mean"]),
     )
-    return subspaces, about["model"]["weights_sha256"]
+    return subspaces, about["model"]
 
 
 def _record(space: Workspace) -> Record:
@@ -138,7 +142,7 @@ def summary(space: Workspace) -> ConceptsResult:
     """Raises UsageError where nothing was found yet."""
     record = _record(space)
     found, about, looked = record.result, record.about, record.arrays("looked")
-    subspaces = [_subspace(k, looked) for k in range(found["n_subspaces"])]
+    subspaces = [_subspace(k, found["n_subspaces"], looked) for k in range(found["n_subspaces"])]
     verdict, lines = _verdict(subspaces, about, record, space)
     named = {name: found[name] for name in ("n_images", "n_test", "n_own", "accuracy", "changed", "n_dimensions")}
     return ConceptsResult(
@@ -160,7 +164,7 @@ def summary(space: Workspace) -> ConceptsResult:
     )
 
 
-def _subspace(k: int, looked: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def _subspace(k: int, n: int, looked: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     whole, relevance, own = looked["relevance"][:, 0], looked["relevance"][:, 1 + k], looked["own"]
     tells = {"class": own}
     tells |= {name.partition("/")[2]: looked[name] for name in looked if name.startswith("shows/")}
@@ -168,13 +172,16 @@ def _subspace(k: int, looked: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     return {
         "subspace": k,
         "share": float(relevance[own].sum()) / total if total else None,
-        "tells": {name: _tells(relevance, has) for name, has in tells.items()},
+        "tells": {name: _tells(relevance, has, n * max(1, len(tells) - 1)) for name, has in tells.items()},
     }
 
 
-def _tells(relevance: NDArray[Any], has: NDArray[Any]) -> dict[str, Any] | None:
-    found = average_precision(relevance, has)
-    return None if found is None else {**asdict(found), "by_chance": float(has.mean())}
+def _tells(relevance: NDArray[Any], has: NDArray[Any], n_looked_at: int) -> dict[str, Any] | None:
+    found, surely = (average_precision(relevance, has, level=1 - 0.05 / n) for n in (1, n_looked_at))
+    if found is None or surely is None:
+        return None
+    by_chance = float(has.mean())
+    return {**asdict(found), "by_chance": by_chance, "shown": bool(has.sum() >= LEAST and surely.low > by_chance)}
 
 
 def _verdict(
@@ -182,7 +189,8 @@ def _verdict(
 ) -> tuple[str, list[str]]:
     """What was found in a sentence, and what follows of it.
 
-    Of what masks show a subspace is suspected that tells it better than chance, and better than the class.
+    Of what masks show in ten images at least a subspace is suspected that tells it better than chance, corrected for
+    all that were looked at (Bonferroni), and that is further above chance by it than by the class, as estimated.
     """
     first = subspaces[0]
     if about["method"] == "contrast":
@@ -198,7 +206,7 @@ def _verdict(
     for of in subspaces:
         for name, found in of["tells"].items():
             of_class = of["tells"]["class"]
-            if name == "class" or found is None or of_class is None or found["low"] <= found["by_chance"]:
+            if name == "class" or found is None or of_class is None or not found["shown"]:
                 continue
             gain, class_gain = (_lifted(value) for value in (found, of_class))
             suspects.append((gain - class_gain, of["subspace"], name, found, gain > class_gain))
@@ -210,9 +218,12 @@ def _verdict(
     chance = words.number(found["by_chance"], 2)
     told = f"Subspace {number} tells {name}: average precision {_said(found)}, {chance} by chance"
     if not beyond:
-        return f"{verdict} {told}; it tells the class no worse, so that to take it out may cost both.", []
+        return (
+            f"{verdict} {told}; it is no further above chance by it than by the class: to take it out may cost both.",
+            [],
+        )
     remedy = f"To prune without it, `ablate='{space.folder}:{number}'`."
-    return f"{verdict} {told}, better than the class.", [remedy]
+    return f"{verdict} {told}, further above it than by the class.", [remedy]
 
 
 def _lifted(found: Mapping[str, Any]) -> float:

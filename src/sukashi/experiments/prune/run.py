@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -152,7 +153,13 @@ def _ablation(setting: Bench, settings: Prune) -> _Ablation | None:
     if settings.ablated is None:
         return None
     folder, numbers = settings.ablated
-    subspaces, weights = opened(folder)
+    subspaces, of_model = opened(folder)
+    weights = of_model["weights_sha256"]
+    if of_model["preprocess"] != json.loads(json.dumps(setting.about_model["preprocess"])):
+        raise UsageError(
+            f"the subspaces in {folder} were found in images read otherwise: give the same `size`, `mean`, `std` and "
+            "`resize`"
+        )
     if weights != setting.loaded.weights_sha256:
         raise UsageError(
             f"the subspaces in {folder} are of a network with other weights ({weights[:12]}, these are "
@@ -160,7 +167,14 @@ def _ablation(setting: Bench, settings: Prune) -> _Ablation | None:
         )
     parts = (subspaces.basis, subspaces.dual, subspaces.mean)
     digest = hashlib.sha256(b"".join(of.numpy().tobytes() for of in parts)).hexdigest()
-    about = {"layer": subspaces.layer, "numbers": list(numbers), "sha256": digest}
+    about = {
+        "layer": subspaces.layer,
+        "axis": subspaces.axis,
+        "numbers": sorted({*numbers}),
+        "of": [subspaces.n_subspaces, subspaces.n_dimensions],
+        "sha256": digest,
+        "code": code_of(ablated),
+    }
     found = _Ablation(subspaces, numbers, about)
     with found.of(setting.loaded.model):
         setting.loaded.model(setting.example)
