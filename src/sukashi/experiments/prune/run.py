@@ -269,7 +269,7 @@ def _cut(
         return mask, pruning.repaired(small, dense, images, settings.repair), ratio, target
 
 
-def _search(setting: Bench, settings: Prune, ablation: _Ablation | None) -> Search:
+def _search(setting: Bench, settings: Prune, ablation: _Ablation | None = None) -> Search:
     assert settings.target is not None
     loaded = setting.loaded
     images = setting.calibration(settings.seed, settings.sampling)
