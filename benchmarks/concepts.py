@@ -126,11 +126,11 @@ def main() -> None:
     model, data = loaded.model, datasets.load(chosen.data)
     images = data.train.calibration(50, 0).whole(loaded.preprocess, 0).by_class()
     site = features(model, "layer3", images.x[:2])
-    drawn = vectors(model, images, site, positions=10, generator=torch.Generator().manual_seed(0))
-    summary = subspaces(drawn.a, drawn.c, 4, chosen.steps)
+    a, c = vectors(model, images, site, positions=10, generator=torch.Generator().manual_seed(0))
+    summary = subspaces(a, c, 4, chosen.steps)
     site = features(model, "layer4", images.x[:2])
     many = data.train.calibration(50, 1).whole(loaded.preprocess, 0)
-    rows = vectors(model, many, site, positions=16, generator=torch.Generator().manual_seed(0)).a
+    rows, _ = vectors(model, many, site, positions=16, generator=torch.Generator().manual_seed(0))
     summary |= parts(rows, 25, chosen.repeats)
     of_class = images[images.target == 0]
     bank = craft.bank(model, craft.crops(of_class.x, 16), site, 10)

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.stats import norm
+from sklearn.metrics import average_precision_score
 
 from sukashi.core import stats
 from sukashi.core.types import Curve
 from sukashi.experiments.schedule.summary import Outcome, of_outcomes
-from sukashi.measures import classwise, curves
+from sukashi.measures import classwise, curves, precision
 
 Row = tuple[str, str, str, float]  # function, what was drawn, "covers" or "false", share of the studies
 
@@ -196,6 +197,18 @@ def by_class(rng: np.random.Generator, n: int) -> Iterator[Row]:
     yield "changes", "three classes, none fell", "false", np.mean(found["changes"])
 
 
+def precisions(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """Average precision of scores of images that have something, a shift above those of others."""
+    for own, others in ((10, 90), (25, 200), (250, 250)):
+        has = np.arange(own + others) < own
+        many = np.repeat(has, 400)
+        for shift in (0.0, 1.0, 3.0):
+            truth = average_precision_score(many, rng.normal(0, 1, len(many)) + shift * many)
+            drawn = (rng.normal(0, 1, len(has)) + shift * has for _ in range(n))
+            covered = np.mean([held(precision.average_precision(score, has), truth) for score in drawn])
+            yield "average_precision", f"{own} images of {own + others}; precision {truth:.2f}", "covers", covered
+
+
 def bootstraps(rng: np.random.Generator, n: int) -> Iterator[Row]:
     """Differences of an audit, image by image."""
     draws: dict[str, tuple[Callable[[int], np.ndarray], float]] = {
@@ -237,6 +250,7 @@ STUDIES = (
     by_class,
     bootstraps,
     times,
+    precisions,
 )
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from sukashi.decompositions.subspaces import ablated
 from sukashi.decompositions.vectors import features
 from sukashi.measures import cost
 from sukashi.network import sites, surgery
-from sukashi.repairs import mender
+from sukashi.repairs import Teacher, mender
 
 CARTON = 478
 NUMBERS = {
@@ -98,25 +99,25 @@ def main() -> None:
     print(f"{'':44s}{'rise of carton':>22s}{'order':>6s}{'top-1':>11s}{'top-1, marked':>27s}")
     tell("dense", dense)
     site = features(dense, chosen.layer, test.x[:2])
-    found = contrast(dense, with_mark, calibration.x, site, chosen.dimensions)
-    with ablated(dense, found, [0]):
-        tell(f"dense without {chosen.dimensions} of {site.n_units} of {chosen.layer}", dense)
+    for how, whiten in (("principal alone", False), ("beside what varies", True)):
+        found = contrast(dense, with_mark, calibration.x, site, chosen.dimensions, whiten=whiten)
+        with ablated(dense, found, [0]):
+            tell(f"without {chosen.dimensions} of {site.n_units} of {chosen.layer}, {how}", dense)
     places = sites.find(dense, test.x[:2]).sites
     outcome = criteria[chosen.criterion](dense, places, images, generator=torch.Generator().manual_seed(0))
     plan: Plan = rank(outcome) if isinstance(outcome, Scores) else outcome
     for left in map(float, chosen.left.split(",")):
         cut, table, share = cut_to(dense, plan, left)
         tell(f"{1 - share:.0%} of the parameters cut", cut)
-        teachers: dict[str, AbstractContextManager[None]] = {
-            "refitted": nullcontext(),
-            "refitted to do without": ablated(dense, found, [0]),
+        teachers: dict[str, Teacher] = {
+            "refitted": nullcontext,
+            "refitted to do without": partial(ablated, dense, found, [0]),
         }
         for name, teacher in teachers.items():
             model = copy.deepcopy(cut)
-            mend = mender("refit", dense, both)
+            mend = mender("refit", dense, both, teacher)
             assert mend is not None
-            with teacher:
-                mend(model, table)
+            mend(model, table)
             tell(f"{1 - share:.0%} cut, {name}", model)
     print(json.dumps(summary))
 

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
 from torch import nn
 
 import sukashi
@@ -15,7 +14,7 @@ from sukashi import data
 from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.objective import Classification
 from sukashi.core.types import Preprocess
-from sukashi.data.watermark import Watermark, carriers, stamped
+from sukashi.data.watermark import Watermark, stamped
 from sukashi.decompositions.subspaces import ablated
 from sukashi.decompositions.vectors import features
 from sukashi.experiments.concepts.summary import opened
@@ -102,7 +101,7 @@ def test_relevance_is_parted(net, tmp_path):
     [
         ({"layer": "33"}, ModelError, "no layer '33'"),
         ({"of": "circel"}, UsageError, "no class 'circel'.*circle"),
-        ({"subspaces": 5}, UsageError, "must divide the 12 features of layer '3', got 5: give 4 or 6"),
+        ({"subspaces": 5}, UsageError, "5 subspaces do not divide 12 features into equal parts: take 3, 4, 6"),
         ({**CONTRAST, "concept": "watermarks"}, UsageError, "no masks show a concept 'watermarks'.*watermark"),
         ({**CONTRAST, "dimensions": 12}, UsageError, "`dimensions` must be below the 12 features"),
         ({"method": "contrast"}, UsageError, "needs a `concept`"),
@@ -197,14 +196,17 @@ def test_features_lie_where_the_layers_before_say(small):
 # What is measured.
 
 
-def test_average_precision_is_scikit_learns():
+def test_average_precision_is_the_mean_of_precisions():
     rng = np.random.default_rng(0)
     for ties in (False, True):
         score, has = rng.normal(size=60), rng.random(60) < 0.3
         score = score.round() if ties else score
+        literal = np.mean([has[score >= value].mean() for value in score[has]])
         found = average_precision(score, has)
-        assert np.isclose(found.mean, average_precision_score(has, score), atol=1e-12)
+        assert np.isclose(found.mean, literal, atol=1e-12)
         assert 0 < found.low < found.mean < found.high < 1
+        wider = average_precision(score, has, level=0.99)
+        assert wider.low < found.low < found.high < wider.high
     assert average_precision(score, score > 99) is None
     perfect = average_precision(np.arange(10.0), np.arange(10) > 5)
     assert perfect.mean == perfect.high == 1
@@ -249,18 +251,6 @@ def test_a_logo_is_where_it_is_opaque_or_dark(tmp_path):
     assert torch.equal(*found)
     assert found[0][2:6, 2:6].eq(1).all()
     assert found[0].sum() == 16
-
-
-def test_as_many_carry_a_mark_as_was_asked_and_always_the_same():
-    ids, target = [f"image {i}" for i in range(100)], [i % 2 for i in range(100)]
-    chosen = carriers(ids, target, {0: 0.9, 1: 0.1}, 0)
-    assert [sum(c for c, k in zip(chosen, target, strict=True) if k == of) for of in (0, 1)] == [45, 5]
-    order = np.random.default_rng(0).permutation(100)
-    again = carriers([ids[i] for i in order], [target[i] for i in order], {0: 0.9, 1: 0.1}, 0)
-    assert [again[place] for place in np.argsort(order)] == chosen
-    assert carriers(ids, target, {0: 0.9, 1: 0.1}, 1) != chosen
-    with pytest.raises(UsageError, match=r"prevalence of a mark must be in \[0, 1\], got 2"):
-        carriers(ids, target, {0: 2}, 0)
 
 
 @pytest.mark.parametrize(

@@ -174,17 +174,34 @@ def test_the_page_says_what_mended_and_only_where_something_did(compared, cnn_we
     assert said not in Path(compare(["random"], tmp_path / "out", cnn_weights).report).read_text()
 
 
-def test_zeros_of_a_sparse_network_are_refused_before_a_criterion_works(cnn_weights, tmp_path, monkeypatch):
+@pytest.fixture(scope="module", params=["sparse", "silent"])
+def left_alone(request, cnn_weights, tmp_path_factory):
+    """A network of which single weights are zero, or units silent, and what a refusal says of it."""
+    folder = tmp_path_factory.mktemp("made") / request.param
+    how, ratio, what = {
+        "sparse": ({"scope": "global"}, 0.5, "single weights of this network are zero"),
+        "silent": ({"mode": "zero"}, 0.2, "units of this network are silent"),
+    }[request.param]
+    sukashi.prune(SPEC, "digits", "magnitude", ratio, out=folder, weights=cnn_weights, **how, **FEW)
+    return folder, f"{what} and must stay so"
+
+
+def test_trial_cuts_of_what_must_stay_zero_are_refused_before_a_criterion_works(left_alone, tmp_path):
+    network, words = left_alone
+    given = {"calibration": 8, "test_images": 100, "out": tmp_path / "out"}
+    for call in (
+        lambda: sukashi.prune(network, "digits", "magnitude", target_flops=0.5, repair="refit", **given),
+        lambda: sukashi.compare(network, "digits", ["magnitude"], seeds=1, repair=["refit"], **given),
+    ):
+        with pytest.raises(UsageError, match=words):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_zeros_of_a_sparse_network_stay_through_a_cut_and_its_repair(cnn_weights, tmp_path):
     sparse = tmp_path / "sparse"
     sukashi.prune(SPEC, "digits", "magnitude", 0.5, out=sparse, weights=cnn_weights, scope="global", **FEW)
     given = {"calibration": 8, "test_images": 100, "out": tmp_path / "out"}
-    for call in (
-        lambda: sukashi.prune(sparse, "digits", "magnitude", target_flops=0.5, repair="refit", **given),
-        lambda: sukashi.compare(sparse, "digits", ["magnitude"], seeds=1, repair=["refit"], **given),
-    ):
-        with pytest.raises(UsageError, match="single weights of this network are zero and must stay so"):
-            call()
-    assert not (tmp_path / "out").exists()
     cut = sukashi.prune(sparse, "digits", "magnitude", 0.5, repair="refit", round_to=1, **given)
     made = models.load(SPEC, weights=cut.out)
     assert made.mask is not None
@@ -202,19 +219,6 @@ def test_units_that_an_earlier_cut_silenced_stay_silent(cnn_weights, tmp_path):
     assert read
     for name, positions in read.items():
         assert not made.model.get_submodule(name).weight[:, positions].any(), name
-
-
-def test_trial_cuts_of_a_silenced_network_are_not_mended(cnn_weights, tmp_path):
-    silent = tmp_path / "silent"
-    sukashi.prune(SPEC, "digits", "magnitude", 0.2, out=silent, weights=cnn_weights, mode="zero", **FEW)
-    given = {"calibration": 8, "test_images": 100, "out": tmp_path / "out"}
-    for call in (
-        lambda: sukashi.prune(silent, "digits", "magnitude", target_flops=0.5, repair="refit", **given),
-        lambda: sukashi.compare(silent, "digits", ["magnitude"], seeds=1, repair=["refit"], **given),
-    ):
-        with pytest.raises(UsageError, match="units of this network are silent and must stay so"):
-            call()
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scope", ["row", "1:3"])

@@ -109,21 +109,17 @@ def factors(
     objective: Objective = CLASSIFICATION,
     *,
     rule: Rules = "epsilon_plus",
-    attention: Annotated[str, Field(pattern="^(attn|cp)$")] = "attn",
-    epsilon: Annotated[float, Field(gt=0)] = 1e-6,
-    gamma: Annotated[float, Field(gt=0)] = 0.25,
-    bias: bool = True,
     at: Tensor | None = None,
-    batch_size: BatchSize = 64,
+    batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """The two factors of `lrp` at a site that one layer reads or writes, each (B, U, positions...): the activation a,
     and the context c, what reaches it of relevance for each of its units (Chormai et al. 2024, eq. 6), R = a c.
 
     c has a value where a is 0 too. `at` (B, P) are the positions of each image to give, all axes after the units'
-    flattened, (B, U, P); left out, all. Options and errors are those of `lrp`.
+    flattened, (B, U, P); left out, all. Other options are at their defaults there; errors are those of `lrp`.
     """
     check(model, x, target, objective)
-    form = _ruled(model, x, [site], rule, attention, epsilon, gamma, bias)
+    form = _ruled(model, x, [site], rule)
 
     def explain(rows: slice) -> dict[str, Tensor]:
         read, ratio = carried(form, x[rows], [site], lambda logits: ones(objective.explained(logits, target[rows])))
@@ -142,10 +138,10 @@ def _ruled(
     x: Tensor,
     sites: Sequence[Site],
     rule: str,
-    attention: str,
-    epsilon: float,
-    gamma: float,
-    bias: bool,
+    attention: str = "attn",
+    epsilon: float = 1e-6,
+    gamma: float = 0.25,
+    bias: bool = True,
 ) -> GraphModule:
     """The canonical form whose gradient carries R / x."""
     if not bias and rule != "alpha1beta0":

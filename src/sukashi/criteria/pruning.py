@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from sukashi.criteria import criteria
 from sukashi.criteria import criteria as registry
 from sukashi.models import Loaded
 from sukashi.network import hooks, sparsity, surgery
-from sukashi.repairs import NONE, check_fits, mender
+from sukashi.repairs import NONE, Teacher, check_fits, mender
 
 
 def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
@@ -39,15 +40,16 @@ def cut(loaded: Loaded, mask: Mask, mode: str = "cut") -> Loaded:
     )
 
 
-def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str) -> Loaded:
+def repaired(small: Loaded, dense: Loaded, data: Batch, repair: str, teacher: Teacher = nullcontext) -> Loaded:
     """A copy of a network that was cut from a dense one, or lost single weights, with what went given back by a repair
-    on some images; the given one is left alone, and weights that are zero stay so.
+    on some images, towards the dense one inside `teacher()`; the given one is left alone, and weights that are zero
+    stay so.
 
     Raises UsageError for a network that was not made from this one and a repair that there is not; ModelError where
     the repair can do nothing for it.
     """
     check_fits(repair, dense.model)
-    mend = mender(repair, dense.model, data)
+    mend = mender(repair, dense.model, data, teacher)
     if mend is None:
         return small
     n_before = len(dense.cuts)

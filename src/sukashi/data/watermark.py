@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from sukashi.core.errors import UsageError
 from sukashi.core.types import Preprocess
-from sukashi.data.augment import derived
 
 
 @dataclass(frozen=True)
@@ -98,19 +96,3 @@ def stamped(x: Tensor, mark: Watermark, preprocess: Preprocess) -> Tensor:
     colour = torch.tensor(mark.colour if x.shape[1] == 3 else (sum(mark.colour) / 3,) * x.shape[1]).to(x)
     mean, std = (torch.tensor(of).to(x) for of in (preprocess.mean, preprocess.std))
     return x * (1 - alpha) + alpha * ((colour - mean) / std)[:, None, None]
-
-
-def carriers(image_ids: Sequence[str], target: Sequence[int], prevalence: Mapping[int, float], seed: int) -> list[bool]:
-    """Which images carry a mark: of each class the share `prevalence` says (0 where it says none), drawn by an image's
-    id and the seed alone.
-
-    Exactly round(share * n) of n: those whose numbers are the smallest.
-    """
-    draws = [derived(seed, *identity.encode()) for identity in image_ids]
-    chosen = set[int]()
-    for k, share in prevalence.items():
-        if not 0 <= share <= 1:
-            raise UsageError(f"the prevalence of a mark must be in [0, 1], got {share} for class {k}")
-        rows = sorted((row for row, of in enumerate(target) if of == k), key=draws.__getitem__)
-        chosen.update(rows[: round(share * len(rows))])
-    return [row in chosen for row in range(len(image_ids))]

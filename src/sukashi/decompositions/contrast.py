@@ -9,7 +9,6 @@ from sukashi.core.errors import DataError, UsageError
 from sukashi.core.precision import exact
 from sukashi.core.types import Site
 from sukashi.decompositions.subspaces import Subspaces
-from sukashi.measures.imputation import impute
 from sukashi.network import hooks
 from sukashi.network.canonical import evaluating
 
@@ -83,17 +82,3 @@ def contrast(
     dual = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
     found = {"share": float(mu[:n_dimensions].sum() / mu.sum()), "n_pairs": len(without)}
     return Subspaces(site.layer, site.axis, lower @ vectors, dual, 1, n_dimensions, mean, found)
-
-
-def imputed(x: Tensor, maps: Tensor, share: float) -> Tensor:
-    """Images (B, C, H, W) without the `share` of the pixels that maps (B, H, W) say most of, imputed from the others.
-
-    The pixels follow Rong et al. 2022 (`imputation.impute`); equal values of a map go by place.
-    """
-    n_pixels = maps[0].numel()
-    n_gone = round(share * n_pixels)
-    if not 1 <= n_gone < n_pixels:
-        raise UsageError(f"share must take at least one of the {n_pixels} pixels and leave one, got {share}")
-    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :n_gone]
-    missing = torch.zeros_like(maps.flatten(1), dtype=torch.bool).scatter_(1, order, True)
-    return impute(x, missing.view_as(maps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sukashi.core import progress
 from sukashi.core.errors import DataError, UsageError
@@ -53,12 +53,7 @@ def drsa(
     finite, and vectors without relevance.
     """
     n, size = a.shape
-    if not 1 <= n_subspaces <= size or size % n_subspaces:
-        fitting = [k for k in range(1, size + 1) if size % k == 0]
-        near = sorted(sorted(fitting, key=lambda k: abs(k - n_subspaces))[:3])
-        raise UsageError(
-            f"{n_subspaces} subspaces do not divide {size} features into equal parts: take {', '.join(map(str, near))}"
-        )
+    dimensions(size, n_subspaces)
     if n < size:
         raise DataError(
             f"{n} vectors are too few for {size} features: give {size} at least, from more images or positions"
@@ -83,6 +78,17 @@ def drsa(
     return Found(blocks.reshape(size, size), objective, history)
 
 
+def dimensions(size: int, n_subspaces: int) -> int:
+    """How many each of so many equal subspaces of D features has. Raises UsageError where they do not divide these."""
+    if not 1 <= n_subspaces <= size or size % n_subspaces:
+        fitting = [k for k in range(1, size + 1) if size % k == 0]
+        near = sorted(sorted(fitting, key=lambda k: abs(k - n_subspaces))[:3])
+        raise UsageError(
+            f"{n_subspaces} subspaces do not divide {size} features into equal parts: take {', '.join(map(str, near))}"
+        )
+    return size // n_subspaces
+
+
 def relevance(a: Tensor, c: Tensor, basis: Tensor, n_subspaces: int) -> Tensor:
     """(N, K) R_nk = (U_k'a_n) . (U_k'c_n): they add up to a_n . c_n where the blocks make up all of the basis."""
     u = basis.to(a)
@@ -98,9 +104,7 @@ def objective(a: Tensor, c: Tensor, basis: Tensor, n_subspaces: int) -> float:
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """(D, D) drawn uniformly among orthogonal matrices, float64 (Mezzadri 2007)."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    uniform: Tensor = q * r.diagonal().sign()
-    return uniform
+    return nn.init.orthogonal_(torch.empty(size, size, dtype=torch.float64), generator=generator)
 
 
 def polar(x: Tensor) -> Tensor:

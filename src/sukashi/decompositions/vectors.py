@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sukashi.attributions.lrp import factors
+from sukashi.attributions.lrp import Rules, factors
 from sukashi.core.errors import ModelError
 from sukashi.core.types import Batch, Site
 from sukashi.network import hooks, surgery
 from sukashi.network.canonical import answer, evaluating
 from sukashi.network.sites import place
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """`a` and `c` (N, D), R = a . c; `image` (N,) and `position` (N,) say of which row of the data and where."""
-
-    a: Tensor
-    c: Tensor
-    image: Tensor
-    position: Tensor
 
 
 def features(model: nn.Module, layer: str, x: Tensor) -> Site:
@@ -71,21 +58,20 @@ def vectors(
     *,
     positions: int = 20,
     generator: torch.Generator,
+    rule: Rules = "alpha1beta0",
     batch_size: int = 64,
-    lrp: Mapping[str, Any] | None = None,
-) -> Vectors:
-    """Activations and contexts of a site at `positions` places of each image, drawn without replacement.
+) -> tuple[Tensor, Tensor]:
+    """Activations a and contexts c (N, D), R = a . c, of a site at `positions` places of each image, drawn without
+    replacement: image by image, places in their order.
 
     The site is `sites.place(model, layer, x)`; what is explained is that of the data's objective for each image's
-    target. `lrp` are options of the attribution of that name: Danek and Ramaswamy 2026 take rule alpha1beta0. All
-    places where an image has no more. Draws do not depend on `batch_size`.
+    target, by LRP with a `rule`: Danek and Ramaswamy 2026 take alpha1beta0. All places where an image has no more.
+    Draws do not depend on `batch_size`.
     """
     n_places = math.prod(shape_of(model, site, data.x[:1])[2:])
-    drawn = torch.rand(len(data), n_places, generator=generator).argsort(1)[:, :positions].sort(1).values
-    options = {"rule": "alpha1beta0", **(lrp or {})}
-    a, c = factors(model, data.x, data.target, site, data.objective, at=drawn, batch_size=batch_size, **options)
-    image = torch.arange(len(data)).repeat_interleave(drawn.shape[1])
-    return Vectors(_rows(a), _rows(c), image, drawn.flatten())
+    at = torch.rand(len(data), n_places, generator=generator).argsort(1)[:, :positions].sort(1).values
+    a, c = factors(model, data.x, data.target, site, data.objective, rule=rule, at=at, batch_size=batch_size)
+    return _rows(a), _rows(c)
 
 
 def _rows(values: Tensor) -> Tensor:

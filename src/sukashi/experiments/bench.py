@@ -18,14 +18,14 @@ from torch import nn
 from sukashi import data as datasets
 from sukashi import models
 from sukashi.core.errors import DataError, ResourceError, UsageError
-from sukashi.core.schema import Settings, call_of, default_of, option
+from sukashi.core.schema import Settings, call_of, default_of
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import calibration, plans, pruning
 from sukashi.criteria import criteria as registry
 from sukashi.criteria.calibration import View
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Data
-from sukashi.experiments.reading import Architecture, Opening, Pixels, Reading
+from sukashi.experiments.reading import Architecture, Masked, Opening, Pixels, Reading
 from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
 from sukashi.network import sites
@@ -34,14 +34,12 @@ from sukashi.repairs import NONE
 from sukashi.report import words
 
 
-class Source(Reading):
+class Source(Masked, Reading):
     """A model and a dataset by name, and how they are read; nothing is loaded before `open`.
 
     `calibration` counts training images a class, `test_images` those of the test split at most. The rest is as in
     `models.load` and `data.load`.
     """
-
-    masks: list[str] | None = option(None, path=True, decides=False, help="Folders of masks, of an audit.")
 
     @classmethod
     def of(cls, settings: Opening, **more: Any) -> Source:

@@ -99,6 +99,18 @@ class Calibrated(Settings):
     calibration: int = option(32, ge=1, help="Calibration images a class, from the training split.")
 
 
+class Masked(Settings):
+    """For what asks where something is in images."""
+
+    masks: list[str] | None = option(
+        None,
+        path=True,
+        decides=False,
+        help="Folder of masks that say where something is, as the evidence, under the images' names; not 0 is inside. "
+        "Folders called masks beside the images are found without it.",
+    )
+
+
 class Single(Opening):
     """One model and data."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import norm
+from sklearn.metrics import average_precision_score
 
 from sukashi.core.stats import Interval
 
@@ -16,7 +17,7 @@ from sukashi.core.stats import Interval
 def average_precision(score: NDArray[Any], has: NDArray[Any], *, level: float = 0.95) -> Interval | None:
     """The mean, over the images that have it, of the share of those that have it among all with no lower a score.
 
-    Equal scores stand together (scikit-learn's definition). A score that tells nothing has the share of images that
+    Equal scores stand together. A score that tells nothing has the share of images that
     have it. Bounds are Boyd et al.'s (2013) on the logit scale, logit(AP) -+ z / sqrt(m AP (1 - AP)) for m images that
     have it; None where fewer than two have it, or lack it.
     """
@@ -24,11 +25,7 @@ def average_precision(score: NDArray[Any], has: NDArray[Any], *, level: float = 
     n_own = int(has.sum())
     if min(n_own, len(has) - n_own) < 2:
         return None
-    order = np.argsort(-score, kind="stable")
-    ends = np.flatnonzero(np.diff(score[order], append=np.nan) != 0)  # of runs of equal scores
-    found = np.cumsum(has[order])[ends]
-    precision = found / (ends + 1)
-    mean = float((np.diff(found, prepend=0) * precision).sum() / n_own)
+    mean = float(average_precision_score(has, score))
     inside = min(max(mean, 0.5 / n_own), 1 - 0.5 / n_own)  # at the edges the logit has no width
     half = norm.ppf((1 + level) / 2) / math.sqrt(n_own * inside * (1 - inside))
     low, high = (float(expit(logit(inside) + sign * half)) for sign in (-1, 1))

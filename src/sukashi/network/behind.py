@@ -29,7 +29,7 @@ def behind(model: nn.Module, site: Site, x: Tensor) -> nn.Module:
     with graph.inserting_before(node):
         given = graph.placeholder("given")
     node.replace_all_uses_with(given)
-    _drop(graph)
+    graph.eliminate_dead_code()
     if images.users:
         raise ModelError(
             f"the network also reads past layer {site.layer!r} ({next(iter(images.users)).name}): take a layer that "
@@ -38,10 +38,3 @@ def behind(model: nn.Module, site: Site, x: Tensor) -> nn.Module:
     graph.erase_node(images)
     graph.lint()
     return cast(nn.Module, fx.GraphModule(form, graph, class_name=f"{type(model).__name__}Behind")).eval()
-
-
-def _drop(graph: fx.Graph) -> None:
-    """Erase what nothing reads any more, but for placeholders."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("output", "placeholder"):
-            graph.erase_node(node)

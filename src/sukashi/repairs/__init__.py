@@ -7,6 +7,7 @@ of which a network must have one, `changes` what it is given and changes.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,10 +39,13 @@ repairs = Registry(
 )
 
 Mend = Callable[[nn.Module, Table], None]
+Teacher = Callable[[], AbstractContextManager[None]]
 
 
-def mender(name: str, dense: nn.Module, data: Batch) -> Mend | None:
+def mender(name: str, dense: nn.Module, data: Batch, teacher: Teacher = nullcontext) -> Mend | None:
     """What a repair does, in place, to a network that was cut from a dense one by a table; None for `NONE`.
+
+    While it works the dense network, towards which it mends, is inside `teacher()`.
 
     Raises UsageError for a repair that there is not; what it gives raises ModelError where it can do nothing.
     """
@@ -53,7 +57,7 @@ def mender(name: str, dense: nn.Module, data: Batch) -> Mend | None:
         if table:
             # In full precision, whatever the caller's passes are in. To leave inference mode turns gradients on.
             full = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-            with torch.inference_mode(False), exact(), full[0], full[1]:
+            with torch.inference_mode(False), exact(), full[0], full[1], teacher():
                 method(model, dense, table, data)
 
     return mend

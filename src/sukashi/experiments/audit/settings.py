@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from sukashi.core.schema import MAX_SEED, option
-from sukashi.experiments.reading import OPTIONS, Opening
+from sukashi.experiments.reading import OPTIONS, Masked, Opening
 
 
-class Audit(Opening):
+class Audit(Masked, Opening):
     """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
 
     kind: ClassVar[str] = "audit"
@@ -35,13 +35,6 @@ class Audit(Opening):
         default="gini,road,aopc,rank_correlation,ssim,top_overlap; for transformers insertion,deletion too, with "
         "masks localisation,region_drop too",
         help="Names, see `sukashi list measures`, or package.module:function of your own.",
-    )
-    masks: list[str] | None = option(
-        None,
-        path=True,
-        decides=False,
-        help="Folder of masks that say where the evidence is, under the images' names; not 0 is inside. Folders called "
-        "masks beside the images are found without it.",
     )
     population: str = option(
         "both", help="Images looked at: both (reference and model get them right), reference (it does) or all."

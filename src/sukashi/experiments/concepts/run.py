@@ -23,7 +23,7 @@ from sukashi.core.objective import Objective
 from sukashi.core.types import Batch, Site
 from sukashi.data import Split
 from sukashi.decompositions.contrast import contrast
-from sukashi.decompositions.drsa import drsa
+from sukashi.decompositions.drsa import dimensions, drsa
 from sukashi.decompositions.subspaces import Subspaces, virtual
 from sukashi.decompositions.vectors import features, shape_of, vectors
 from sukashi.experiments.bench import Bench, Source, hardware
@@ -34,6 +34,7 @@ from sukashi.measures.imputation import impute
 from sukashi.network import hooks
 
 Array = NDArray[Any]
+SUBSPACES, DIMENSIONS, POSITIONS, TRIALS = 4, 2, 20, 3  # where settings leave them open
 METHODS: dict[str, Callable[..., Any]] = {"drsa": drsa, "contrast": contrast}
 SHOWN = 6  # images of each subspace
 MOST_READ = 20  # times the images that are wanted, whose masks are read to find those that show a concept
@@ -54,9 +55,9 @@ def prepare(settings: Concepts) -> Prepared:
     eye = torch.eye(site.n_units)
     plain = Subspaces(site.layer, site.axis, eye, eye, n, d, eye[0])
     _relevance(bench, replace(one, objective=_objective(bench, settings)), site, plain, number, settings)
-    training = _training(bench, settings, number)
+    training, missing = _training(bench, settings, number)
     shape = shape_of(bench.loaded.model, site, one.x)
-    n_vectors = len(training) * min(math.prod(shape[2:]), _positions(settings))
+    n_vectors = len(training) * min(math.prod(shape[2:]), settings.positions or POSITIONS)
     if settings.method == "drsa" and n_vectors < site.n_units:
         raise DataError(
             f"{len(training)} training images of class {settings.of!r} give {n_vectors} vectors for the {site.n_units} "
@@ -64,37 +65,27 @@ def prepare(settings: Concepts) -> Prepared:
         )
     masks = _masks(bench, settings)
     known = {f"test/{name}": mask for name, mask in masks.items()}
-    if settings.method == "contrast":
-        known["training"] = _shown(bench, settings, training)
+    if missing is not None:
+        known["training"] = missing
     digest = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in known.items()}
     parts: dict[str, Callable[..., Any]] = {settings.method: METHODS[settings.method], "vectors": vectors}
     parts["virtual"] = virtual
     code = {name: code_of(part) for name, part in parts.items()} | {"lrp": attributions["lrp"].code}
     about = bench.identity(settings, code=code, **({"masks": digest} if digest else {}))
-    trial = Trial(about, partial(_find, bench, settings, number, site, masks), place=".", label=settings.layer)
+    work = partial(_find, bench, settings, number, site, training, missing, masks)
+    trial = Trial(about, work, place=".", label=settings.layer)
     return Prepared(about, [trial], log={"hardware": hardware(bench.device)})
 
 
 def _blocks(settings: Concepts, site: Site) -> tuple[int, int]:
     """How many subspaces there are, and of how many dimensions each."""
     if settings.method == "contrast":
-        d = 2 if settings.dimensions is None else settings.dimensions
+        d = settings.dimensions or DIMENSIONS
         if d >= site.n_units:
             raise UsageError(f"`dimensions` must be below the {site.n_units} features of {settings.layer!r}, got {d}")
         return 1, d
-    n = 4 if settings.subspaces is None else settings.subspaces
-    if site.n_units % n:
-        fitting = [k for k in range(1, site.n_units + 1) if site.n_units % k == 0]
-        near = sorted(sorted(fitting, key=lambda k: (abs(k - n), k))[:2])
-        raise UsageError(
-            f"`subspaces` must divide the {site.n_units} features of layer {settings.layer!r}, got {n}: give "
-            f"{' or '.join(map(str, near))}"
-        )
-    return n, site.n_units // n
-
-
-def _positions(settings: Concepts) -> int:
-    return 20 if settings.positions is None else settings.positions
+    n = settings.subspaces or SUBSPACES
+    return n, dimensions(site.n_units, n)
 
 
 def _objective(bench: Bench, settings: Concepts) -> Objective:
@@ -108,24 +99,26 @@ def _class(bench: Bench, name: str) -> int:
     return names.index(name)
 
 
-def _training(bench: Bench, settings: Concepts, number: int) -> Split:
+def _training(bench: Bench, settings: Concepts, number: int) -> tuple[Split, Tensor | None]:
     """The training images that subspaces are found in, drawn by their ids: of drsa those of the class, of contrast
-    those that show the concept.
+    those that show the concept, and where (B, H, W).
     """
     train = bench.data.train
     rank = train.rank_in_class("concepts", settings.seed)
     if settings.method == "drsa":
-        found = train.subset((train.targets.numpy() == number) & (rank < settings.images))
+        found, missing = train.subset((train.targets.numpy() == number) & (rank < settings.images)), None
         what = f"of class {settings.of!r}"
     else:
         # By rank within a class and then by class: every class has its turn before one has two.
         some = train.subset(np.lexsort((train.targets.numpy(), rank))[: MOST_READ * settings.images])
-        shown = _shown(bench, settings, some).flatten(1)
-        found = some.subset(np.flatnonzero((shown.any(1) & ~shown.all(1)).numpy())[: settings.images])
+        everywhere = _shown(bench, settings, some)
+        shown = everywhere.flatten(1)
+        rows = (shown.any(1) & ~shown.all(1)).nonzero()[: settings.images, 0]
+        found, missing = some.subset(rows), everywhere[rows]
         what = f"that show {settings.concept!r}"
     if len(found) < 2:
         raise DataError(f"there are {len(found)} training images {what}: two at least are needed")
-    return found
+    return found, missing
 
 
 def _shown(bench: Bench, settings: Concepts, split: Split) -> Tensor:
@@ -153,26 +146,31 @@ def _masks(bench: Bench, settings: Concepts) -> dict[str, Tensor]:
     return found
 
 
-def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict[str, Tensor], desk: Desk) -> None:
+def _find(
+    bench: Bench,
+    settings: Concepts,
+    number: int,
+    site: Site,
+    training: Split,
+    missing: Tensor | None,
+    masks: dict[str, Tensor],
+    desk: Desk,
+) -> None:
     model, objective = bench.loaded.model, _objective(bench, settings)
-    split = _training(bench, settings, number)
-    images = replace(split.whole(bench.loaded.preprocess, bench.source.workers).to(bench.device), objective=objective)
-    some = bench.data.train.limit(max(settings.images, bench.data.n_classes))
-    everything = some.whole(bench.loaded.preprocess, bench.source.workers).to(bench.device)
-    mean = hooks.means(model, [site], (part.x for part in everything.in_passes()))[site].mean(1)
+    images = replace(_read(bench, training), objective=objective)
     n, d = _blocks(settings, site)
     history: list[list[float]] = []
-    if settings.method == "contrast":
-        missing = _shown(bench, settings, split).to(bench.device)
-        subspaces = contrast(model, images.x, impute(images.x, missing), site, d)
+    if missing is not None:
+        subspaces = contrast(model, images.x, impute(images.x, missing.to(bench.device)), site, d)
     else:
         generator = torch.Generator().manual_seed(settings.seed)
-        lrp = {"rule": settings.rule}
-        drawn = vectors(model, images, site, positions=_positions(settings), generator=generator, lrp=lrp)
-        found = drsa(drawn.a, drawn.c, n, generator=generator, trials=3 if settings.trials is None else settings.trials)
+        n_positions, n_trials = settings.positions or POSITIONS, settings.trials or TRIALS
+        a, c = vectors(model, images, site, positions=n_positions, generator=generator, rule=settings.rule)
+        found = drsa(a, c, n, generator=generator, trials=n_trials)
         history = found.history
-        basis = found.basis.cpu()
-        subspaces = Subspaces(site.layer, site.axis, basis, basis, n, d, mean)
+        everything = _read(bench, bench.data.train.limit(max(settings.images, bench.data.n_classes)))
+        mean = hooks.means(model, [site], (part.x for part in everything.in_passes()))[site].mean(1)
+        subspaces = Subspaces(site.layer, site.axis, found.basis, found.basis, n, d, mean)
     desk.save("subspaces", {name: getattr(subspaces, name).numpy() for name in ("basis", "dual", "mean")})
     test = bench.test().to(bench.device)
     relevance, maps = _relevance(bench, replace(test, objective=objective), site, subspaces, number, settings)
@@ -205,17 +203,20 @@ def _find(bench: Bench, settings: Concepts, number: int, site: Site, masks: dict
     )
 
 
+def _read(bench: Bench, split: Split) -> Batch:
+    return split.whole(bench.loaded.preprocess, bench.source.workers).to(bench.device)
+
+
 def _relevance(
     bench: Bench, test: Batch, layer: Site, subspaces: Subspaces, number: int, settings: Concepts
 ) -> tuple[Array, Array]:
     """(B, 1 + K) the relevance of the layer and of each subspace for the class in each image, and (B, 1 + K, h, w)
     where it lies."""
-    model, target = bench.loaded.model, torch.full_like(test.target, number)
-    sums, maps = [], []
+    model, sums, maps = bench.loaded.model, [], []
     with virtual(model, subspaces) as site, progress.task("relevance", len(test)) as shown:
-        for rows in torch.arange(len(test)).split(64):
-            x, taken = test.x[rows.to(test.x.device)], [layer, site]
-            found = attributions["lrp"](model, x, target[: len(rows)], taken, test.objective, rule=settings.rule)
+        for batch in test.in_passes():
+            x, target = batch.x, torch.full_like(batch.target, number)
+            found = attributions["lrp"](model, x, target, [layer, site], test.objective, rule=settings.rule)
             whole = found[layer].reshape(len(x), 1, layer.n_units, -1)
             parts = found[site].reshape(len(x), site.n_units, subspaces.n_dimensions, -1)
             where = torch.cat([whole.sum(2), parts.sum(2)], 1)

@@ -8,10 +8,10 @@ from pydantic import model_validator
 
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEED, option
-from sukashi.experiments.reading import Single
+from sukashi.experiments.reading import Masked, Single
 
 
-class Concepts(Single):
+class Concepts(Masked, Single):
     """Find subspaces of what a layer holds, by relevance or by what masks show, and the images each responds to."""
 
     kind: ClassVar[str] = "concepts"
@@ -44,13 +44,6 @@ class Concepts(Single):
         None, ge=1, le=1000, default="3", help="Of drsa: random starts, of which the best is taken."
     )
     test_images: int = option(500, help="Test images at most that are shown and judged, evenly over the classes.")
-    masks: list[str] | None = option(
-        None,
-        path=True,
-        decides=False,
-        help="Folder of masks that say where something is, under the images' names: how well a subspace tells the "
-        "images that show it is measured. Folders called masks beside the images are found without it.",
-    )
     seed: int = option(0, ge=0, le=MAX_SEED, help="Draws images, positions and starts.")
 
     @model_validator(mode="after")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sukashi import models, repairs
 from sukashi.core.bracketed import plain
@@ -27,19 +23,17 @@ from sukashi.criteria.calibration import check_sampling
 from sukashi.criteria.plans import ROUND_TO, plan_arrays, round_mask
 from sukashi.criteria.pruning import check_options
 from sukashi.data import Split
-from sukashi.decompositions.subspaces import Subspaces, ablated
 from sukashi.experiments.bench import Bench, Source, hardware, plan_for
-from sukashi.experiments.concepts.summary import opened
 from sukashi.experiments.methods import codes
+from sukashi.experiments.prune import ablation
 from sukashi.experiments.prune.settings import Prune
 from sukashi.experiments.prune.targets import BY_SETTING, Search, unused
 from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy, classwise, cost
 from sukashi.measures.accuracy import Replies
 from sukashi.models import Loaded, onnx
-from sukashi.network import hooks, sites, sparsity, surgery
+from sukashi.network import hooks, sites, sparsity
 from sukashi.network.layers import MAKERS
-from sukashi.repairs import Mend
 from sukashi.report import words
 
 MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 images take 16 MB
@@ -64,17 +58,17 @@ def prepare(settings: Prune) -> Prepared:
         code=code(settings),
     )
     about["ratio_asked"] = about.pop("ratio")  # less may be removed
-    ablation = _ablation(setting, settings)
-    if ablation is not None:
-        about["ablated"] = ablation.about
-    pruned = Trial(about, partial(_prune, setting, settings, ablation), place=".", label=settings.criterion)
+    gone = ablation.about(setting, settings)
+    if gone is not None:
+        about["ablated"] = gone
+    pruned = Trial(about, partial(_prune, setting, settings), place=".", label=settings.criterion)
     trials = [pruned]
     if settings.onnx:
         trials.append(
             Trial({"onnx": pruned.key}, partial(_export, setting), needs=(pruned.key,), place="onnx", label="ONNX")
         )
     log = {"hardware": hardware(setting.device)}
-    before = None if settings.target is None else partial(_check_target, setting, settings, ablation)
+    before = None if settings.target is None else partial(_check_target, setting, settings)
     return Prepared(about, trials, log=log, before=before, after=partial(_time, setting, settings))
 
 
@@ -136,62 +130,12 @@ def _check(settings: Prune) -> None:
         models.check_onnx_installed()
 
 
-@dataclass(frozen=True)
-class _Ablation:
-    """Subspaces that a network is to do without, and what says of them which they are."""
-
-    subspaces: Subspaces
-    numbers: tuple[int, ...]
-    about: dict[str, Any]
-
-    def of(self, model: nn.Module) -> AbstractContextManager[None]:
-        return ablated(model, self.subspaces, self.numbers)
-
-
-def _ablation(setting: Bench, settings: Prune) -> _Ablation | None:
-    """Raises UsageError for subspaces of another network, and those that there are not."""
-    if settings.ablated is None:
-        return None
-    folder, numbers = settings.ablated
-    subspaces, of_model = opened(folder)
-    weights = of_model["weights_sha256"]
-    if of_model["preprocess"] != json.loads(json.dumps(setting.about_model["preprocess"])):
-        raise UsageError(
-            f"the subspaces in {folder} were found in images read otherwise: give the same `size`, `mean`, `std` and "
-            "`resize`"
-        )
-    if weights != setting.loaded.weights_sha256:
-        raise UsageError(
-            f"the subspaces in {folder} are of a network with other weights ({weights[:12]}, these are "
-            f"{setting.loaded.weights_sha256[:12]}): find those of this one by `sukashi.concepts`"
-        )
-    parts = (subspaces.basis, subspaces.dual, subspaces.mean)
-    digest = hashlib.sha256(b"".join(of.numpy().tobytes() for of in parts)).hexdigest()
-    about = {
-        "layer": subspaces.layer,
-        "axis": subspaces.axis,
-        "numbers": sorted({*numbers}),
-        "of": [subspaces.n_subspaces, subspaces.n_dimensions],
-        "sha256": digest,
-        "code": code_of(ablated),
-    }
-    found = _Ablation(subspaces, numbers, about)
-    with found.of(setting.loaded.model):
-        setting.loaded.model(setting.example)
-    return found
-
-
-def _dense(loaded: Loaded, ablation: _Ablation | None) -> AbstractContextManager[None]:
-    """Inside, the network that was cut is the one that the cut one is mended towards."""
-    return nullcontext() if ablation is None else ablation.of(loaded.model)
-
-
-def _prune(setting: Bench, settings: Prune, ablation: _Ablation | None, desk: Desk) -> None:
+def _prune(setting: Bench, settings: Prune, desk: Desk) -> None:
     # The data names the classes: a saved model refuses data that counts them in another order.
     dense = replace(setting.loaded, class_names=setting.data.names_of_outputs(setting.loaded.class_names))
     ratio, target = settings.ratio, None
     if settings.scope is None:
-        mask, small, ratio, target = _cut(setting, settings, dense, ablation, desk)
+        mask, small, ratio, target = _cut(setting, settings, dense, desk)
     else:
         assert ratio is not None
         weights = sites.weights(dense.model, settings.exclude)
@@ -203,9 +147,8 @@ def _prune(setting: Bench, settings: Prune, ablation: _Ablation | None, desk: De
             sequential=settings.sequential,
             options=settings.options,
         )
-        small = pruning.sparse(dense, mask)
-        with _dense(dense, ablation):
-            small = pruning.repaired(small, dense, images, settings.repair)
+        teacher = ablation.teacher(setting, settings)
+        small = pruning.repaired(pruning.sparse(dense, mask), dense, images, settings.repair, teacher)
     test, removed = setting.test(), mask.n_removed / mask.n_units
     units = settings.scope is None
     batch = cost.batch_of(setting.example)
@@ -247,7 +190,7 @@ def _prune(setting: Bench, settings: Prune, ablation: _Ablation | None, desk: De
 
 
 def _cut(
-    setting: Bench, settings: Prune, dense: Loaded, ablation: _Ablation | None, desk: Desk
+    setting: Bench, settings: Prune, dense: Loaded, desk: Desk
 ) -> tuple[Mask, Loaded, float, dict[str, Any] | None]:
     """What stays, the network that is left, the ratio it was cut at, and what was reached of a target."""
     plan = plan_for(
@@ -259,21 +202,20 @@ def _cut(
     desk.save("plan", plan_arrays(plan))
     ratio, target = settings.ratio, None
     if ratio is None:
-        search = _search(setting, settings, ablation)
+        search = _search(setting, settings)
         ratio, reached = search.ratio(plan, desk.journal)
         target = {"name": search.name, "asked": search.asked, **reached}
     mask = round_mask(plan, ratio, _round_to(settings))
     small = pruning.cut(dense, mask, settings.mode)
     images = setting.calibration(settings.seed, settings.sampling)
-    with _dense(dense, ablation):
-        return mask, pruning.repaired(small, dense, images, settings.repair), ratio, target
+    small = pruning.repaired(small, dense, images, settings.repair, ablation.teacher(setting, settings))
+    return mask, small, ratio, target
 
 
-def _search(setting: Bench, settings: Prune, ablation: _Ablation | None = None) -> Search:
+def _search(setting: Bench, settings: Prune) -> Search:
     assert settings.target is not None
     loaded = setting.loaded
     images = setting.calibration(settings.seed, settings.sampling)
-    mend = repairs.mender(settings.repair, loaded.model, images)
     return Search(
         *settings.target,
         model=loaded.model,
@@ -283,13 +225,8 @@ def _search(setting: Bench, settings: Prune, ablation: _Ablation | None = None) 
         round_to=_round_to(settings),
         held_out=partial(_held_out, setting, settings),
         read=lambda split: split.whole(loaded.preprocess, setting.source.workers),
-        mend=None if mend is None else partial(_mend, mend, loaded, ablation),
+        mend=repairs.mender(settings.repair, loaded.model, images, ablation.teacher(setting, settings)),
     )
-
-
-def _mend(mend: Mend, dense: Loaded, ablation: _Ablation | None, model: nn.Module, table: surgery.Table) -> None:
-    with _dense(dense, ablation):
-        mend(model, table)
 
 
 def _held_out(setting: Bench, settings: Prune) -> Split:
@@ -300,10 +237,10 @@ def _held_out(setting: Bench, settings: Prune) -> Split:
     return unused(data.train, setting.calibration(settings.seed, settings.sampling).image_id, at_most)
 
 
-def _check_target(setting: Bench, settings: Prune, ablation: _Ablation | None, missing: Sequence[Trial]) -> None:
+def _check_target(setting: Bench, settings: Prune, missing: Sequence[Trial]) -> None:
     """Refuse a target that no plan reaches, where the network is not there yet."""
     if any("onnx" not in trial.about for trial in missing):
-        _search(setting, settings, ablation).check()
+        _search(setting, settings).check()
 
 
 def _layers(setting: Bench, mask: Mask, small: Loaded) -> list[dict[str, Any]]:
