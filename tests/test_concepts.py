@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from sukashi.core.errors import DataError, ModelError, UsageError
 from sukashi.core.objective import Classification
 from sukashi.core.types import Preprocess
 from sukashi.data.watermark import Watermark, stamped
+from sukashi.decompositions.contrast import highest
 from sukashi.decompositions.subspaces import ablated
 from sukashi.decompositions.vectors import features
 from sukashi.experiments.concepts.summary import opened
 from sukashi.measures.precision import average_precision
 from sukashi.models import load
+from sukashi.network import hooks
 
 PREPROCESS = Preprocess(16, 16, 3, (0.3,) * 3, (0.3,) * 3)
 MARKED = "shapes:watermark=0.9,size=16,n=40"
@@ -53,6 +56,11 @@ def contrasted(net, tmp_path_factory):
     return sukashi.concepts(net, MARKED, **ASKED, **CONTRAST, out=tmp_path_factory.mktemp("made") / "contrast")
 
 
+def found_in(folder):
+    """The subspaces in a folder, whatever their network."""
+    return opened(folder, json.loads((Path(folder) / "experiment.json").read_text())["identity"]["model"])
+
+
 def risen(model, twins):
     """By how much the mark raises the logit of circles, on circles."""
     plain, marked = twins
@@ -66,8 +74,7 @@ def test_what_masks_show_is_found_and_taken_out(net, twins, contrasted):
     assert found["tells"]["watermark"]["low"] > found["tells"]["watermark"]["by_chance"]
     assert 0.2 < contrasted.changed <= 1
     assert "watermark" in contrasted.verdict
-    subspaces, of_model = opened(contrasted.out)
-    assert of_model["weights_sha256"] == contrasted.weights_sha256
+    subspaces = found_in(contrasted.out)
     assert (subspaces.layer, subspaces.n_subspaces, subspaces.n_dimensions) == ("3", 1, 3)
     with ablated(net, subspaces, [0]):
         without = risen(net, twins)
@@ -88,8 +95,40 @@ def test_a_cut_that_is_mended_to_do_without_forgets_it_and_another_does_not(net,
     assert rise[0] > 0.8 * risen(net, twins)
 
 
-def test_relevance_is_parted(net, tmp_path):
-    found = sukashi.concepts(net, MARKED, **ASKED, subspaces=3, positions=10, trials=1, out=tmp_path / "a")
+@pytest.fixture(scope="module")
+def parted(net, tmp_path_factory):
+    parts = {"subspaces": 3, "positions": 10, "trials": 1}
+    return sukashi.concepts(net, MARKED, **ASKED, **parts, out=tmp_path_factory.mktemp("made") / "parts")
+
+
+def test_what_a_subspace_sees_is_contrasted_without_masks(net, twins, parted, tmp_path):
+    given = {**ASKED, "method": "contrast", "dimensions": 3, "imputed": 0.3}
+    rises = []
+    for k in range(3):
+        found = sukashi.concepts(net, MARKED, **given, where=f"{parted.out}:{k}", out=tmp_path / str(k))
+        assert f"of what changes without what subspace {k} of 3 sees" in found.verdict
+        with ablated(net, found_in(found.out), [0]):
+            rises.append(risen(net, twins))
+    assert min(rises) < 0.6 * risen(net, twins)
+    # Not the mean of circles alone, but of the data.
+    site = features(net, "3", twins[0].x[:2])
+    mean = hooks.means(net, [site], [data.load(MARKED).train.limit(40).whole(PREPROCESS, 0).x])[site].mean(1)
+    torch.testing.assert_close(found_in(tmp_path / "0").mean, mean)
+    assert "0 of 3 is most relevant imputed" in (tmp_path / "0" / "report.html").read_text()
+    with pytest.raises(UsageError, match="where"):
+        sukashi.concepts(net, MARKED, **given, where=f"{parted.out}:1", out=tmp_path / "0")
+
+
+def test_the_highest_places_of_maps_are_taken():
+    maps = torch.tensor([[[1.0, 3.0], [2.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    assert highest(maps, 0.5).tolist() == [[[False, True], [True, False]], [[True, True], [False, False]]]
+    for share in (0.1, 0.9):
+        with pytest.raises(UsageError, match="at least one of the 4 pixels"):
+            highest(maps, share)
+
+
+def test_relevance_is_parted(parted):
+    found = parted
     shares = [of["share"] for of in found.subspaces]
     assert np.isclose(sum(shares), 1, atol=1e-3)
     assert [len(found.pictures), found.n_dimensions] == [3 * 6, 4]
@@ -104,7 +143,12 @@ def test_relevance_is_parted(net, tmp_path):
         ({"subspaces": 5}, UsageError, "5 subspaces do not divide 12 features into equal parts: take 3, 4, 6"),
         ({**CONTRAST, "concept": "watermarks"}, UsageError, "no masks show a concept 'watermarks'.*watermark"),
         ({**CONTRAST, "dimensions": 12}, UsageError, "`dimensions` must be below the 12 features"),
-        ({"method": "contrast"}, UsageError, "needs a `concept`"),
+        ({"method": "contrast"}, UsageError, "needs a `concept`.*or `where`"),
+        ({**CONTRAST, "where": "runs:0"}, UsageError, "give one of them"),
+        ({**CONTRAST, "imputed": 0.2}, UsageError, "`imputed` is about `where`"),
+        ({"where": "runs:0"}, UsageError, "`where` is of the other method"),
+        ({"method": "contrast", "where": "runs"}, UsageError, "`where` is a folder of concepts and numbers"),
+        ({"method": "contrast", "where": "nowhere:0"}, UsageError, "nowhere"),
         ({"dimensions": 2}, UsageError, "`dimensions` is of the other method"),
         (
             {"images": 2, "data": "shapes:size=16,n=40", **CONTRAST},
@@ -159,7 +203,7 @@ def test_subspaces_of_another_network_are_refused(net, contrasted, tmp_path):
 def test_other_dimensions_of_the_same_directions_are_another_ablation(net, contrasted, tmp_path):
     cut = {"criterion": "magnitude", "ratio": 0.2, "calibration": 5, "repair": "refit", "out": tmp_path / "cut"}
     fewer = sukashi.concepts(net, MARKED, **ASKED, **{**CONTRAST, "dimensions": 1}, out=tmp_path / "fewer")
-    assert torch.equal(opened(fewer.out)[0].dual, opened(contrasted.out)[0].dual)
+    assert torch.equal(found_in(fewer.out).dual, found_in(contrasted.out).dual)
     sukashi.prune(net, MARKED, **cut, ablate=f"{fewer.out}:0")
     with pytest.raises(UsageError, match="ablated"):
         sukashi.prune(net, MARKED, **cut, ablate=f"{contrasted.out}:0")

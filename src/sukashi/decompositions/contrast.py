@@ -82,3 +82,18 @@ def contrast(
     dual = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
     found = {"share": float(mu[:n_dimensions].sum() / mu.sum()), "n_pairs": len(without)}
     return Subspaces(site.layer, site.axis, lower @ vectors, dual, 1, n_dimensions, mean, found)
+
+
+def highest(maps: Tensor, share: float) -> Tensor:
+    """(B, H, W) bool: of each map (B, H, W), the `share` of the pixels with the highest values; equal ones by place.
+
+    To impute an image there is to take out what a map says that it shows. Raises UsageError for a share that takes no
+    pixel, or leaves none.
+    """
+    values = maps.flatten(1)
+    n_pixels = values.shape[1]
+    n_taken = round(share * n_pixels)
+    if not 1 <= n_taken < n_pixels:
+        raise UsageError(f"share must take at least one of the {n_pixels} pixels and leave one, got {share}")
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :n_taken]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True).view_as(maps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +64,18 @@ class Subspaces:
     def block(self, k: int) -> Tensor:
         """B_k (D, d)."""
         return self.basis[:, k * self.n_dimensions : (k + 1) * self.n_dimensions]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What says which they are, in JSON."""
+        parts = (self.basis, self.dual, self.mean)
+        digest = hashlib.sha256(b"".join(of.numpy().tobytes() for of in parts)).hexdigest()
+        return {
+            "layer": self.layer,
+            "axis": self.axis,
+            "of": [self.n_subspaces, self.n_dimensions],
+            "sha256": digest,
+        }
 
     @property
     def fill(self) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,19 +23,20 @@ from sukashi.core.experiment import Prepared, Trial
 from sukashi.core.objective import Objective
 from sukashi.core.types import Batch, Site
 from sukashi.data import Split
-from sukashi.decompositions.contrast import contrast
+from sukashi.decompositions.contrast import contrast, highest
 from sukashi.decompositions.drsa import dimensions, drsa
 from sukashi.decompositions.subspaces import Subspaces, virtual
 from sukashi.decompositions.vectors import features, shape_of, vectors
 from sukashi.experiments.bench import Bench, Source, hardware
-from sukashi.experiments.concepts.settings import Concepts
+from sukashi.experiments.concepts.settings import Concepts, numbered
+from sukashi.experiments.concepts.summary import opened
 from sukashi.experiments.workspace import Desk
 from sukashi.measures import accuracy
 from sukashi.measures.imputation import impute
 from sukashi.network import hooks
 
 Array = NDArray[Any]
-SUBSPACES, DIMENSIONS, POSITIONS, TRIALS = 4, 2, 20, 3  # where settings leave them open
+SUBSPACES, DIMENSIONS, POSITIONS, TRIALS, IMPUTED = 4, 2, 20, 3, 0.1  # where settings leave them open
 METHODS: dict[str, Callable[..., Any]] = {"drsa": drsa, "contrast": contrast}
 SHOWN = 6  # images of each subspace
 MOST_READ = 20  # times the images that are wanted, whose masks are read to find those that show a concept
@@ -63,18 +65,62 @@ def prepare(settings: Concepts) -> Prepared:
             f"{len(training)} training images of class {settings.of!r} give {n_vectors} vectors for the {site.n_units} "
             "features: give more `images` or `positions`, or an earlier layer"
         )
+    part = _part(bench, settings)
     masks = _masks(bench, settings)
     known = {f"test/{name}": mask for name, mask in masks.items()}
     if missing is not None:
         known["training"] = missing
-    digest = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in known.items()}
+    about: dict[str, Any] = {}
+    if known:
+        about["masks"] = {name: hashlib.sha256(mask.numpy().tobytes()).hexdigest() for name, mask in known.items()}
+    if part is not None:
+        about["where"] = {**part.subspaces.identity, "number": part.number}
     parts: dict[str, Callable[..., Any]] = {settings.method: METHODS[settings.method], "vectors": vectors}
     parts["virtual"] = virtual
-    code = {name: code_of(part) for name, part in parts.items()} | {"lrp": attributions["lrp"].code}
-    about = bench.identity(settings, code=code, **({"masks": digest} if digest else {}))
-    work = partial(_find, bench, settings, number, site, training, missing, masks)
+    code = {name: code_of(of) for name, of in parts.items()} | {"lrp": attributions["lrp"].code}
+    about = bench.identity(settings, code=code, **about)
+    work = partial(_find, _Asked(bench, settings, number, site, training, missing, part, masks))
     trial = Trial(about, work, place=".", label=settings.layer)
     return Prepared(about, [trial], log={"hardware": hardware(bench.device)})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A subspace that was found before: what images show where it is most relevant is contrasted."""
+
+    subspaces: Subspaces
+    number: int
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is taken apart, by which training images, and what test images are held against.
+
+    `number` is that of the class, `missing` (B, H, W) where training images show the concept, and `masks` are of the
+    test images.
+    """
+
+    bench: Bench
+    settings: Concepts
+    number: int
+    site: Site
+    training: Split
+    missing: Tensor | None
+    part: _Part | None
+    masks: dict[str, Tensor]
+
+
+def _part(bench: Bench, settings: Concepts) -> _Part | None:
+    """Raises UsageError for a folder that holds no subspaces of this network, and one that there is not."""
+    if settings.where is None:
+        return None
+    folder, numbers = numbered("where", settings.where)
+    found = opened(folder, bench.about_model)
+    if len(numbers) > 1 or numbers[0] >= found.n_subspaces:
+        raise UsageError(
+            f"`where` is one of subspaces 0 to {found.n_subspaces - 1} in {folder}, got {', '.join(map(str, numbers))}"
+        )
+    return _Part(found, numbers[0])
 
 
 def _blocks(settings: Concepts, site: Site) -> tuple[int, int]:
@@ -100,12 +146,12 @@ def _class(bench: Bench, name: str) -> int:
 
 
 def _training(bench: Bench, settings: Concepts, number: int) -> tuple[Split, Tensor | None]:
-    """The training images that subspaces are found in, drawn by their ids: of drsa those of the class, of contrast
-    those that show the concept, and where (B, H, W).
+    """The training images that subspaces are found in, drawn by their ids: those of the class, or of a contrast by
+    masks those that show the concept, and where (B, H, W).
     """
     train = bench.data.train
     rank = train.rank_in_class("concepts", settings.seed)
-    if settings.method == "drsa":
+    if settings.concept is None:
         found, missing = train.subset((train.targets.numpy() == number) & (rank < settings.images)), None
         what = f"of class {settings.of!r}"
     else:
@@ -146,21 +192,15 @@ def _masks(bench: Bench, settings: Concepts) -> dict[str, Tensor]:
     return found
 
 
-def _find(
-    bench: Bench,
-    settings: Concepts,
-    number: int,
-    site: Site,
-    training: Split,
-    missing: Tensor | None,
-    masks: dict[str, Tensor],
-    desk: Desk,
-) -> None:
+def _find(asked: _Asked, desk: Desk) -> None:
+    bench, settings, number, site = asked.bench, asked.settings, asked.number, asked.site
     model, objective = bench.loaded.model, _objective(bench, settings)
-    images = replace(_read(bench, training), objective=objective)
+    images = replace(_read(bench, asked.training), objective=objective)
     n, d = _blocks(settings, site)
     history: list[list[float]] = []
-    if missing is not None:
+    if settings.method == "contrast":
+        missing = asked.missing if asked.part is None else _most_relevant(asked, asked.part, images)
+        assert missing is not None
         subspaces = contrast(model, images.x, impute(images.x, missing.to(bench.device)), site, d)
     else:
         generator = torch.Generator().manual_seed(settings.seed)
@@ -168,9 +208,12 @@ def _find(
         a, c = vectors(model, images, site, positions=n_positions, generator=generator, rule=settings.rule)
         found = drsa(a, c, n, generator=generator, trials=n_trials)
         history = found.history
+        subspaces = Subspaces(site.layer, site.axis, found.basis, found.basis, n, d, torch.zeros(site.n_units))
+    if settings.concept is None:
+        # What images of one class have in common is no neutral thing to put in place of a subspace.
         everything = _read(bench, bench.data.train.limit(max(settings.images, bench.data.n_classes)))
         mean = hooks.means(model, [site], (part.x for part in everything.in_passes()))[site].mean(1)
-        subspaces = Subspaces(site.layer, site.axis, found.basis, found.basis, n, d, mean)
+        subspaces = replace(subspaces, mean=mean)
     desk.save("subspaces", {name: getattr(subspaces, name).numpy() for name in ("basis", "dual", "mean")})
     test = bench.test().to(bench.device)
     relevance, maps = _relevance(bench, replace(test, objective=objective), site, subspaces, number, settings)
@@ -178,7 +221,7 @@ def _find(
     looked = {
         "relevance": relevance,
         "own": own,
-        **{f"shows/{name}": mask.flatten(1).any(1).numpy() for name, mask in masks.items()},
+        **{f"shows/{name}": mask.flatten(1).any(1).numpy() for name, mask in asked.masks.items()},
     }
     desk.save("looked", looked)
     correct, _ = accuracy.evaluate(model, test)
@@ -201,6 +244,15 @@ def _find(
             "notes": list(bench.data.notes),
         }
     )
+
+
+def _most_relevant(asked: _Asked, part: _Part, images: Batch) -> Tensor:
+    """(B, H, W) where a subspace is most relevant in images, as large as they are."""
+    site = features(asked.bench.loaded.model, part.subspaces.layer, asked.bench.example)
+    _, maps = _relevance(asked.bench, images, site, part.subspaces, asked.number, asked.settings)
+    of_part = torch.from_numpy(maps[:, 1 + part.number]).unsqueeze(1)
+    large = F.interpolate(of_part, images.x.shape[2:], mode="bilinear", align_corners=False)
+    return highest(large[:, 0], asked.settings.imputed or IMPUTED)
 
 
 def _read(bench: Bench, split: Split) -> Batch:

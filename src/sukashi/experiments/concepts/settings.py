@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -9,6 +10,16 @@ from pydantic import model_validator
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEED, option
 from sukashi.experiments.reading import Masked, Single
+
+
+def numbered(setting: str, given: str) -> tuple[str, tuple[int, ...]]:
+    """The folder and the numbers of FOLDER:0,2. Raises UsageError where it is not both."""
+    folder, _, numbers = given.rpartition(":")
+    if not folder or not re.fullmatch(r"\d+(,\d+)*", numbers):
+        raise UsageError(
+            f"`{setting}` is a folder of concepts and numbers of its subspaces, as runs/concepts:0,2, got {given!r}"
+        )
+    return folder, tuple(map(int, numbers.split(",")))
 
 
 class Concepts(Masked, Single):
@@ -24,13 +35,23 @@ class Concepts(Masked, Single):
     method: Literal["drsa", "contrast"] = option(
         "drsa",
         help="drsa: all features, parted so that relevance falls into few parts, by training images of the class. "
-        "contrast: the directions in which the layer tells training images that show a `concept` from the same "
-        "without it.",
+        "contrast: the directions in which the layer tells training images that show something from the same "
+        "without it: a `concept` of masks, or `where` a subspace is relevant.",
     )
     subspaces: int | None = option(
         None, ge=1, le=4096, default="4", help="Of drsa: how many; they divide the layer's features."
     )
     concept: str | None = option(None, help="Of contrast: what masks show, by name; it is imputed away.")
+    where: str | None = option(
+        None,
+        path=True,
+        decides=False,
+        help="Of contrast, in place of masks: a subspace found before, as FOLDER:2; what images of the class show "
+        "where it is most relevant is imputed away.",
+    )
+    imputed: float | None = option(
+        None, gt=0, lt=1, default="0.1", help="With `where`: the share of the pixels that is imputed."
+    )
     dimensions: int | None = option(None, ge=1, le=4096, default="2", help="Of contrast: how many directions.")
     images: int = option(500, ge=2, help="Training images at most.")
     positions: int | None = option(None, ge=1, default="20", help="Of drsa: positions of each of them, drawn.")
@@ -48,9 +69,19 @@ class Concepts(Masked, Single):
 
     @model_validator(mode="after")
     def _of_one_method(self) -> Self:
-        others = {"drsa": ("concept", "dimensions"), "contrast": ("subspaces", "positions", "trials")}[self.method]
+        others = {
+            "drsa": ("concept", "where", "imputed", "dimensions"),
+            "contrast": ("subspaces", "positions", "trials"),
+        }[self.method]
         if given := [name for name in others if getattr(self, name) is not None]:
             raise UsageError(f"`{given[0]}` is of the other method than `method={self.method!r}`: leave it out")
-        if self.method == "contrast" and self.concept is None:
-            raise UsageError("`method='contrast'` needs a `concept`, the name of what masks show")
+        if self.method == "contrast" and (self.concept is None) == (self.where is None):
+            raise UsageError(
+                "`method='contrast'` needs a `concept`, the name of what masks show, or `where`, a subspace found "
+                "before: give one of them"
+            )
+        if self.imputed is not None and self.where is None:
+            raise UsageError("`imputed` is about `where`: give that too, or leave it out")
+        if self.where is not None:
+            numbered("where", self.where)
         return self

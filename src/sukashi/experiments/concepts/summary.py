@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,17 +110,29 @@ def _said(found: Mapping[str, Any] | None) -> str:
     return f"{words.number(found['mean'], 2)} ({low} to {high})"
 
 
-def opened(folder: str | Path) -> tuple[Subspaces, dict[str, Any]]:
-    """The subspaces that an experiment found, and what says of their network which it is.
+def opened(folder: str | Path, model: Mapping[str, Any]) -> Subspaces:
+    """The subspaces that an experiment found in a network, `model` as a `Bench` tells it.
 
-    Raises UsageError for a folder that is no finished experiment of this kind.
+    Raises UsageError for a folder that is no finished experiment of this kind, and subspaces of another network, or
+    found in images that were read otherwise.
     """
     space = Workspace(folder)
     if space.about["kind"] != "concepts":
         raise UsageError(f"{folder} holds a {space.about['kind']}, not concepts: give the `out` of `sukashi.concepts`")
     record = _record(space)
     found, about, arrays = record.result, record.about, record.arrays("subspaces")
-    subspaces = Subspaces(
+    own, theirs = json.loads(json.dumps(model)), about["model"]
+    if theirs["preprocess"] != own["preprocess"]:
+        raise UsageError(
+            f"the subspaces in {folder} were found in images read otherwise: give the same `size`, `mean`, `std` and "
+            "`resize`"
+        )
+    if theirs["weights_sha256"] != own["weights_sha256"]:
+        raise UsageError(
+            f"the subspaces in {folder} are of a network with other weights ({theirs['weights_sha256'][:12]}, these "
+            f"are {own['weights_sha256'][:12]}): find those of this one by `sukashi.concepts`"
+        )
+    return Subspaces(
         about["layer"],
         found["axis"],
         torch.from_numpy(arrays["basis"]),
@@ -128,7 +141,6 @@ def opened(folder: str | Path) -> tuple[Subspaces, dict[str, Any]]:
         found["n_dimensions"],
         torch.from_numpy(arrays["mean"]),
     )
-    return subspaces, about["model"]
 
 
 def _record(space: Workspace) -> Record:
@@ -195,9 +207,9 @@ def _verdict(
     first = subspaces[0]
     if about["method"] == "contrast":
         d, changed = record.result["n_dimensions"], words.percent(record.result["changed"])
-        verdict = (
-            f"{words.several(d, 'direction')} of {about['layer']} hold {changed} of what {about['concept']} changes"
-        )
+        part = about.get("where")
+        what = f"what subspace {part['number']} of {part['layer']} sees" if part else about["concept"]
+        verdict = f"{words.several(d, 'direction')} of {about['layer']} hold {changed} of what changes without {what}"
         verdict += f", and {_percent(first['share'])} of the relevance for {about['of']}."
     else:
         whole = f"{words.several(len(subspaces), 'subspace')} of {about['layer']} share the relevance for {about['of']}"

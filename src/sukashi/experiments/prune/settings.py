@@ -9,6 +9,7 @@ from pydantic import AfterValidator, field_validator, model_validator
 
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEED, Ratio, option
+from sukashi.experiments.concepts.settings import numbered
 from sukashi.experiments.reading import Reading
 
 # What says how much goes: `ratio` by itself, the others by a search along the plan.
@@ -132,13 +133,7 @@ class Prune(Reading):
         """The folder of `ablate`, and the numbers of its subspaces. Raises UsageError where it is not both."""
         if self.ablate is None:
             return None
-        folder, _, numbers = self.ablate.rpartition(":")
-        if not folder or not re.fullmatch(r"\d+(,\d+)*", numbers):
-            raise UsageError(
-                "`ablate` is a folder of concepts and numbers of its subspaces, as runs/concepts:0,2, got "
-                f"{self.ablate!r}"
-            )
-        return folder, tuple(map(int, numbers.split(",")))
+        return numbered("ablate", self.ablate)
 
     @property
     def target(self) -> tuple[str, float] | None:
