@@ -128,21 +128,22 @@ def tuned(model: nn.Module, train: Batch, epochs: int, rate: float, seed: int) -
     model.eval().requires_grad_(False)
 
 
-def ranked(model: nn.Module, positives: Batch, leave: str | None) -> Plan:
-    """Filters by their share of a layer's relevance for the positive class, sum |R| (Yeom et al. 2021)."""
-    found = [site for site in sites.find(model, positives.x[:2]).sites if site.kind == "channel"]
-    found = [site for site in found if site.layer != leave]
-    generator = torch.Generator().manual_seed(0)
-    scores: Scores = criteria["lrp"](model, found, positives, generator=generator, rule="alpha1beta0", reduce="sum_abs")
-    values = {site: of / of.sum() for site, of in scores.values.items()}
-    return rank(replace(scores, values=values))
-
-
 Ablation = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def untouched(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
+
+
+def ranked(model: nn.Module, positives: Batch, during: Ablation, leave: str | None) -> Plan:
+    """Filters by their share of a layer's relevance for the positive class, sum |R| (Yeom et al. 2021)."""
+    found = [site for site in sites.find(model, positives.x[:2]).sites if site.kind == "channel"]
+    found = [site for site in found if site.layer != leave]
+    how = {"generator": torch.Generator().manual_seed(0), "rule": "alpha1beta0", "reduce": "sum_abs"}
+    with during(model):
+        scores: Scores = criteria["lrp"](model, found, positives, **how)
+    values = {site: of / of.sum() for site, of in scores.values.items()}
+    return rank(replace(scores, values=values))
 
 
 def without(subspaces: Subspaces, fill: str = "mean", number: int = 0) -> Ablation:
@@ -155,8 +156,7 @@ def stepwise(dense: nn.Module, task: Task, during: Ablation, leave: str | None, 
     n_filters = sum(site.n_units for site in sites.find(dense, task.train.x[:2]).sites if site.kind == "channel")
     gone = [round(SHARE * n_filters * number / STEPS) for number in range(STEPS + 1)]
     for number in range(STEPS):
-        with during(model):
-            plan = ranked(model, positives, leave)
+        plan = ranked(model, positives, during, leave)
         surgery.cut(model, plan.mask_of(gone[number + 1] - gone[number]))
         tuned(model, task.train, TUNED + LAST * (number == STEPS - 1), rate, number)
     return model
@@ -165,7 +165,7 @@ def stepwise(dense: nn.Module, task: Task, during: Ablation, leave: str | None, 
 def at_once(dense: nn.Module, task: Task, images: Tensor, towards: Ablation) -> nn.Module:
     """As many filters at once, refitted towards the dense network inside an ablation."""
     model = copy.deepcopy(dense)
-    plan = ranked(model, task.train[task.positive], None)
+    plan = ranked(model, task.train[task.positive], untouched, None)
     table = surgery.cut(model, plan.mask_of(round(SHARE * plan.n_units)))
     unlabelled = Batch(images, torch.zeros(len(images), dtype=torch.long), tuple(map(str, range(len(images)))))
     mend = mender("refit", dense, unlabelled, partial(towards, dense))

@@ -29,6 +29,7 @@ ROOMS = [
     "training",
     "report",
     "experiments",
+    "app",
     "cli",
     "__main__",
 ]

@@ -192,6 +192,26 @@ def ls(
     to_stdout(table)
 
 
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A folder with experiments in it.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Of this machine; 0 for one that is free.", min=0, max=65_535)] = 8421,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the experiments in a folder in the browser, on this machine alone; concepts are named and chosen there."""
+
+    def tell(address: str) -> None:
+        if as_json:
+            print_json({"address": address})
+        else:
+            print(f"{address} shows the experiments in {folder}; stop it with Ctrl+C.", flush=True)
+
+    with working():
+        from sukashi.app import server
+
+        server.serve(folder, port, tell)
+
+
 def _of_study(message: str) -> str:
     """A message as `sukashi study` says it: most settings are keys of the file, which are called as in Python."""
     return schema.spelled(message, {name: fields()[name] for name in ("out", "data", "device", "workers", "jobs")}, {})

@@ -42,17 +42,8 @@ def write(folder: Path, page: Page, spelled: Callable[[str], str]) -> None:
     `tables/` too, as CSV and LaTeX. What is named after a contender has the file that `folder_of` says. Files there
     that were of an earlier page are removed.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda shown: spelled(shown) if type(shown) is str else shown,  # HTML that is made has another type
-    )
-    environment.filters |= {"percent": percent, "number": number, "p_value": p_value, "file": folder_of}
     inlined = {name: _inlined(drawn) for name, drawn in page.figures.items()}
-    said = environment.get_template(page.template).render(figures=inlined, **page.shown)
+    said = environment(spelled).get_template(page.template).render(figures=inlined, **page.shown)
     drawn = {folder_of(name): of for name, of in page.figures.items()}
     tables = {folder_of(of.name): of for of in tables_of(said)}
     beside = {
@@ -68,6 +59,20 @@ def write(folder: Path, page: Page, spelled: Callable[[str], str]) -> None:
     for name, content in beside.items():
         files.write(folder / name, content)
     files.write(folder / REPORT, explained(_with_contents(said)).encode())
+
+
+def environment(spelled: Callable[[str], str]) -> Environment:
+    """Where templates are found, by their paths inside the package, and what they write by."""
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda shown: spelled(shown) if type(shown) is str else shown,  # HTML that is made has another type
+    )
+    made.filters |= {"percent": percent, "number": number, "p_value": p_value, "file": folder_of}
+    return made
 
 
 def _inlined(drawn: Drawn) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Columns, Result
 from sukashi.decompositions.subspaces import Subspaces
 from sukashi.experiments.columns import shared
+from sukashi.experiments.concepts.choice import chosen
 from sukashi.experiments.workspace import Record, Workspace
 from sukashi.measures.precision import average_precision
 from sukashi.report import words
@@ -25,10 +26,10 @@ LEAST = 10  # images that show something, for a subspace to be said to tell it
 class ConceptsResult(Result):
     """Subspaces of a layer and what they respond to.
 
-    subspaces   of each: `subspace` (its number, from 0), `share` of the layer's relevance for the class in test images
-                of it, None where there are none, and `tells`: for the class, and for each thing that masks show, the
-                average precision of its relevance, its interval, and the share of images that have it, which a score
-                that tells nothing reaches
+    subspaces   of each: `subspace` (its number, from 0), the `name` a person gave it, or None, `share` of the layer's
+                relevance for the class in test images of it, None where there are none, and `tells`: for the class, and
+                for each thing that masks show, the average precision of its relevance, its interval, and the share of
+                images that have it, which a score that tells nothing reaches
     accuracy    the share of the test images that the network gets right
     changed     of contrast: the part of what the concept changes in the layer that lies in the subspace
     history     of drsa: the objective at the start and after every ten steps of each trial
@@ -74,8 +75,7 @@ class ConceptsResult(Result):
         told = list(self.subspaces[0]["tells"])
         header = ["subspace", "relevance", *(f"tells {name}" for name in told)]
         rows = [
-            [str(of["subspace"]), _percent(of["share"]), *(_said(of["tells"][name]) for name in told)]
-            for of in self.subspaces
+            [_named(of), _percent(of["share"]), *(_said(of["tells"][name]) for name in told)] for of in self.subspaces
         ]
         return header, rows
 
@@ -97,6 +97,11 @@ class ConceptsResult(Result):
                 row["n_images"] = self.n_test
                 rows.append({column: row[column] for column in self.columns})
         return rows
+
+
+def _named(of: Mapping[str, Any]) -> str:
+    """A subspace's number, and the name that it was given."""
+    return f"{of['subspace']} {of['name']}" if of["name"] else str(of["subspace"])
 
 
 def _percent(share: float | None) -> str:
@@ -154,7 +159,10 @@ def summary(space: Workspace) -> ConceptsResult:
     """Raises UsageError where nothing was found yet."""
     record = _record(space)
     found, about, looked = record.result, record.about, record.arrays("looked")
-    subspaces = [_subspace(k, found["n_subspaces"], looked) for k in range(found["n_subspaces"])]
+    said = chosen(space)
+    subspaces = [
+        {"name": said.names.get(k), **_subspace(k, found["n_subspaces"], looked)} for k in range(found["n_subspaces"])
+    ]
     verdict, lines = _verdict(subspaces, about, record, space)
     named = {name: found[name] for name in ("n_images", "n_test", "n_own", "accuracy", "changed", "n_dimensions")}
     return ConceptsResult(

@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 from sukashi.core.code import code_of
+from sukashi.core.errors import UsageError
 from sukashi.decompositions.subspaces import Subspaces, ablated
 from sukashi.experiments.bench import Bench
+from sukashi.experiments.concepts.choice import chosen
 from sukashi.experiments.concepts.summary import opened
 from sukashi.experiments.prune.settings import Prune
+from sukashi.experiments.workspace import Workspace
 from sukashi.repairs import Teacher
 
 
@@ -35,5 +38,13 @@ def teacher(setting: Bench, settings: Prune) -> Teacher:
     return partial(ablated, setting.loaded.model, subspaces, numbers)
 
 
-def _found(setting: Bench, folder: str, numbers: tuple[int, ...]) -> tuple[Subspaces, tuple[int, ...]]:
-    return opened(folder, setting.about_model), numbers
+def _found(setting: Bench, folder: str, numbers: tuple[int, ...] | None) -> tuple[Subspaces, tuple[int, ...]]:
+    subspaces = opened(folder, setting.about_model)
+    if numbers is None:
+        numbers = chosen(Workspace(folder)).out
+        if not numbers:
+            raise UsageError(
+                f"no subspace in {folder} is chosen to be taken out: choose on the page of `sukashi serve {folder}`, "
+                f"or give numbers, as {folder}:0"
+            )
+    return subspaces, numbers

@@ -102,8 +102,9 @@ class Prune(Reading):
         None,
         path=True,
         decides=False,
-        help="Subspaces that the network is to do without, as FOLDER:0,2, the `out` of `sukashi.concepts` and their "
-        "numbers: `repair='refit'` then mends the cut towards the dense network with the mean in their place.",
+        help="Subspaces that the network is to do without: FOLDER, the `out` of `sukashi.concepts`, for those chosen "
+        "there by `sukashi serve`, or FOLDER:0,2. `repair='refit'` then mends the cut towards the dense network with "
+        "the mean in their place.",
     )
     options: dict[str, Any] = option({}, help="Options of the criterion.")
 
@@ -129,11 +130,11 @@ class Prune(Reading):
         return self
 
     @property
-    def ablated(self) -> tuple[str, tuple[int, ...]] | None:
-        """The folder of `ablate`, and the numbers of its subspaces. Raises UsageError where it is not both."""
+    def ablated(self) -> tuple[str, tuple[int, ...] | None] | None:
+        """The folder of `ablate`, and the numbers of its subspaces, None for those chosen in it."""
         if self.ablate is None:
             return None
-        return numbered("ablate", self.ablate)
+        return numbered("ablate", self.ablate) if re.search(r":[\d,]+$", self.ablate) else (self.ablate, None)
 
     @property
     def target(self) -> tuple[str, float] | None:

@@ -1,0 +1,1 @@
+"""The local site: the experiments in a folder, their pages, and what people choose on them."""
