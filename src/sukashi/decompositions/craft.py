@@ -75,12 +75,8 @@ def crops(x: Tensor, side: int) -> Crops:
     return Crops(large, torch.arange(len(x)).repeat_interleave(len(corners)), box)
 
 
-def bank(model: nn.Module, of: Crops, site: Site, n_concepts: int, *, batch_size: int = 64) -> Bank:
-    """Concepts of crops at a site: a factorisation a = u w of its mean activation over positions, u >= 0.
-
-    Of activations that are not negative w isn't either (`nmf`, the paper's); else it has both signs (`semi_nmf`), as
-    behind a GELU. Raises as these do.
-    """
+def activations(model: nn.Module, of: Crops, site: Site, *, batch_size: int = 64) -> Tensor:
+    """(N, D) what a site holds of each crop, the mean over positions."""
     pooled = []
     like = next(model.parameters())
     with progress.task("crops", len(of)) as shown, _looking(model, [site]) as seen:
@@ -88,9 +84,22 @@ def bank(model: nn.Module, of: Crops, site: Site, n_concepts: int, *, batch_size
             model(x.to(like))
             pooled.append(hooks.gather(site, seen[site]).flatten(2).mean(2))
             shown.advance(len(x))
-    a = torch.cat(pooled)
+    return torch.cat(pooled)
+
+
+def factorised(a: Tensor, site: Site, n_concepts: int) -> Bank:
+    """Concepts of activations (N, D): a = u w with u >= 0.
+
+    Of activations that are not negative w isn't either (`nmf`, the paper's); else it has both signs (`semi_nmf`), as
+    behind a GELU. Raises as these do.
+    """
     u, w = (semi_nmf if a.min() < 0 else nmf)(a, n_concepts)
     return Bank(site, w, u)
+
+
+def bank(model: nn.Module, of: Crops, site: Site, n_concepts: int, *, batch_size: int = 64) -> Bank:
+    """Concepts of crops at a site: those of its `activations`, `factorised`."""
+    return factorised(activations(model, of, site, batch_size=batch_size), site, n_concepts)
 
 
 def recursed(model: nn.Module, of: Crops, found: Bank, k: int, site: Site, n_concepts: int, **options: int) -> Bank:

@@ -84,6 +84,26 @@ def draw_gallery(pictures: Sequence[Picture], signed: bool) -> Drawn:
     return figures.drawn(figure)
 
 
+def draw_rows(rows: Mapping[str, Array]) -> Drawn:
+    """Pictures (N, H, W, C) in [0, 1] in a row each, with its name at the left."""
+    side, most = SIDE // 2, max(len(of) for of in rows.values())
+    height, width = len(rows) * side, most * side
+    whole = np.ones((height, width, 3))
+    figure = Figure(figsize=((width + LEFT) / DPI, height / DPI))
+    axes = figure.add_axes((LEFT / (width + LEFT), 0, width / (width + LEFT), 1))
+    axes.set_axis_off()
+    for line, (name, pictures) in enumerate(rows.items()):
+        axes.text(-8, (line + 0.5) * side, name, fontsize=7.5, color=figures.INK, ha="right", va="center")
+        for column, picture in enumerate(pictures):
+            colours = np.broadcast_to(picture, (*picture.shape[:2], 3))
+            inner = side - GAP
+            at = [np.arange(inner) * size // inner for size in colours.shape[:2]]
+            top, left = line * side, column * side
+            whole[top : top + inner, left : left + inner] = colours[at[0]][:, at[1]]
+    axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
+    return figures.drawn(figure)
+
+
 def _laid_over(grey: Array, level: Array, signed: bool) -> Array:
     """(H, W, 3) of a grey image, lightened to be printed, under colours as strong as the levels, 1 the strongest."""
     colours = np.where((level < 0)[..., None], AGAINST, FOR if signed else MATTERS)

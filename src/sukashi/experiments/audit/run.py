@@ -30,8 +30,8 @@ SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 def subject(name: str, file: str) -> Any:
     """A file of what an audit looks at.
 
-    run      `check(settings)`, `code(settings)` with a hash of all that may have a part in a figure, and
-             `Subject(settings, networks)` with what is kept of it (`facts`), `notes`, the area
+    run      `SETTINGS` that are about it alone, `check(settings)`, `code(settings)` with a hash of all that may have a
+             part in a figure, and `Subject(settings, networks)` with what is kept of it (`facts`), `notes`, the area
              of each concept in each image (`areas`), what its settings come to (`identity`), and its `trials(answers)`
     summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
     page     `panel(result, found, space)`, `settings(space)`
@@ -49,11 +49,13 @@ def prepare(settings: Audit) -> Prepared:
     networks = opened(settings)
     looking = {name: subject(name, "run").Subject(settings, networks) for name in settings.subjects}
     reference = networks[0].setting
+    asked: dict[str, Any] = {"attributions": {}, "measures": {}, "options": {}}
+    asked |= {name: value for one in looking.values() for name, value in one.identity.items()}
     identity = reference.identity(
         settings,
         model=networks[0].identity,
         models={_name(one.answers): one.identity["spec"] for one in networks[1:]},
-        **{name: value for one in looking.values() for name, value in one.identity.items()},
+        **asked,
     )
     facts = {
         "warnings": [*dict.fromkeys(said for n in networks for said in n.setting.data.warnings)],
@@ -105,6 +107,11 @@ def _check(settings: Audit) -> None:
         given = getattr(settings, what)
         if given is not None and (not given or len(set(given)) != len(given)):
             raise UsageError(f"{what} must be different names, at least one, got {given}")
+    owned = {name: subject(name, "run").SETTINGS for name in SUBJECTS}
+    for name, own in owned.items():
+        given = [of for of in own if getattr(settings, of) != type(settings).model_fields[of].get_default()]
+        if given and name not in settings.subjects:
+            raise UsageError(f"`{given[0]}` is about {name}, which is not among `subjects`: leave it out")
     for name in settings.subjects:
         subject(name, "run").check(settings)
 

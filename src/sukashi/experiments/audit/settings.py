@@ -22,7 +22,7 @@ class Audit(Masked, Opening):
         "The first is the reference.",
     )
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted audit is resumed.")
-    subjects: list[str] = option(["saliency"], joined=True, help="What to look at: saliency.")
+    subjects: list[str] = option(["saliency"], joined=True, help="What to look at: saliency, concepts or both.")
     attributions: list[str] | None = option(
         None,
         joined=True,
@@ -44,6 +44,12 @@ class Audit(Masked, Opening):
         False,
         help="Ask of each attribution whether its maps depend on what the network learned: lay those of the reference "
         "beside those it has when its layers are drawn anew, from the logits downward.",
+    )
+    layer: str | None = option(None, help="Of concepts: the layer that holds them, as layer4, of all models.")
+    of: str | None = option(None, help="Of concepts: the class whose images are cropped, by name.")
+    concepts: int | None = option(None, ge=2, le=256, default="10", help="Of concepts: how many.")
+    crop: float | None = option(
+        None, gt=0, le=1, default="0.3", help="Of concepts: the side of a crop, as a share of the image's shorter side."
     )
     seed: int = option(0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding and the bootstrap.")
     options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)

@@ -26,6 +26,8 @@ from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.methods import codes
 from sukashi.measures import measures as registry
 
+SETTINGS = ("attributions", "measures", "sanity")
+
 
 class Subject:
     """Saliency maps of the networks of an audit: `facts` and `areas` are kept with their answers."""

@@ -1,0 +1,156 @@
+"""What is asked of concepts, checked, and a trial for each network: its concepts of the same crops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sukashi.core.code import code_of
+from sukashi.core.errors import DataError, UsageError, nearest
+from sukashi.core.experiment import Trial
+from sukashi.decompositions import craft
+from sukashi.decompositions.nmf import nnls
+from sukashi.decompositions.vectors import features
+from sukashi.experiments.audit.networks import FEW, Network
+from sukashi.experiments.audit.settings import Audit
+from sukashi.experiments.workspace import Desk
+from sukashi.network.behind import behind
+
+SETTINGS = ("layer", "of", "concepts", "crop")
+N_CONCEPTS, CROP = 10, 0.3  # where settings leave them open
+TOP = 10  # crops that a concept is judged by, of different images
+SIDE = 64  # of a crop that is kept to be shown
+PARTS: dict[str, Callable[..., Any]] = {"bank": craft.bank, "importance": craft.importance}
+
+
+def check(settings: Audit) -> None:
+    """Refuse what means nothing, before anything is loaded."""
+    if settings.layer is None or settings.of is None:
+        raise UsageError("concepts are of a class and in a layer: give `of` and `layer`")
+
+
+def code(settings: Audit) -> dict[str, str]:
+    return {name: code_of(part) for name, part in PARTS.items()}
+
+
+class Subject:
+    """Concepts of one class at one layer of the networks of an audit."""
+
+    def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
+        assert settings.layer is not None
+        assert settings.of is not None
+        first = networks[0]
+        names = first.answers.class_names
+        if settings.of not in names:
+            raise UsageError(f"the data has no class {settings.of!r}{nearest(settings.of, names)}")
+        number = names.index(settings.of)
+        # Those that the reference gets right, for all models alike: their crops are held against each other.
+        self.rows: NDArray[np.int64] = np.flatnonzero(first.answers.right & (first.answers.target == number))
+        if len(self.rows) < FEW:
+            raise DataError(
+                f"{first.label} gets {len(self.rows)} test images of {settings.of!r} right, concepts need {FEW}: give "
+                "more `test_images`, or another class"
+            )
+        self.networks, self.layer, self.number = networks, settings.layer, number
+        self.n_concepts = settings.concepts or N_CONCEPTS
+        height, width = first.batch.x.shape[2:]
+        self.side = max(1, round((settings.crop or CROP) * min(height, width)))
+        self.sites = {one.label: features(one.loaded.model, self.layer, one.batch.x[:2]) for one in networks}
+        n_crops = len(craft.crops(first.batch.x[:1], self.side)) * len(self.rows)
+        fewest = min(site.n_units for site in self.sites.values())
+        if self.n_concepts > min(fewest, n_crops // 2):
+            raise UsageError(
+                f"`concepts` must be at most the {fewest} features of {self.layer!r} and half of the {n_crops} crops, "
+                f"got {self.n_concepts}"
+            )
+        for one in networks:  # what has nothing behind it that can be given is refused before work starts
+            behind(one.loaded.model, self.sites[one.label], one.batch.x[:1])
+        self.identity: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.areas: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {
+            "layer": self.layer,
+            "of": settings.of,
+            "n_concepts": self.n_concepts,
+            "side": self.side,
+            "seed": settings.seed,
+        }
+
+    def trials(self, answers: Trial) -> list[Trial]:
+        return [
+            Trial(self._about(one), partial(self._run, one), label=f"concepts, {one.label}") for one in self.networks
+        ]
+
+    def _about(self, one: Network) -> dict[str, Any]:
+        return {
+            "concepts": {name: of for name, of in self.facts.items() if name != "seed"},
+            "network": one.identity,
+            "data": one.setting.data.sha256,
+            "images": [one.batch.image_id[row] for row in self.rows],
+            "code": {name: code_of(part) for name, part in PARTS.items()},
+        }
+
+    def _run(self, one: Network, desk: Desk) -> None:
+        """Keeps a, u of all crops, u of all by the concepts of either half of the images, and what concepts matter."""
+        model, site = one.loaded.model, self.sites[one.label]
+        x = one.batch.x[torch.from_numpy(self.rows)]
+        of = craft.crops(x, self.side)
+        a = craft.activations(model, of, site)
+        found = craft.factorised(a, site, self.n_concepts)
+        halves = [
+            nnls(a, craft.factorised(a[(of.image % 2 == half).to(a.device)], site, self.n_concepts).w)
+            for half in (0, 1)
+        ]
+        device = one.setting.device
+        rest = behind(model, site, x[:1].to(device))
+        maps = craft.concept_maps(model, x, found)
+        how = "exact"
+        try:
+            matter = craft.importance(rest, maps, found, self.number)
+        except UsageError:  # what lies behind is not linear in the concepts
+            how = "sobol"
+            matter = craft.importance(rest, maps, found, self.number, how="sobol", n_designs=64)
+        lost = (a - found.u @ found.w).double().square().sum() / a.double().square().sum()
+        top = _top(found.u.cpu(), of.image, TOP)
+        desk.save(
+            "concepts",
+            {
+                "a": a.cpu().numpy(),
+                "u": found.u.cpu().numpy(),
+                **{f"half {half}": of_half.cpu().numpy() for half, of_half in enumerate(halves)},
+                "image": of.image.numpy(),
+                "importance": matter.double().cpu().numpy(),
+                "top": top.numpy(),
+                "shown": self._shown(one, of, top),
+            },
+        )
+        desk.finish({"importance": how, "explained": 1 - float(lost)})
+
+    def _shown(self, one: Network, of: craft.Crops, top: Tensor) -> NDArray[np.uint8]:
+        """(K, TOP, h, w, C) the pixels of each concept's crops."""
+        split = one.setting.data.test.limit(len(one.batch))
+        pixels = split.pixels(one.loaded.preprocess, self.rows.tolist())
+        pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().byte()
+        step = max(1, -(-self.side // SIDE))
+        parts = []
+        for place in top.flatten().tolist():
+            y, left, side = of.box[place].tolist()
+            parts.append(pixels[int(of.image[place]), :, y : y + side : step, left : left + side : step])
+        shown: NDArray[np.uint8] = torch.stack(parts).permute(0, 2, 3, 1).unflatten(0, top.shape).numpy()
+        return shown
+
+
+def _top(u: Tensor, image: Tensor, n: int) -> Tensor:
+    """(K, n) of each concept the crops that hold most of it, one an image; ties by place."""
+    n_images = int(image.max()) + 1
+    best = torch.stack([u[image == number].max(0).values for number in range(n_images)])  # (images, K)
+    places = torch.arange(len(u))
+    where = torch.stack([places[image == number][u[image == number].argmax(0)] for number in range(n_images)])
+    order = best.argsort(dim=0, descending=True, stable=True)[:n]
+    return where.gather(0, order).T
