@@ -20,6 +20,7 @@ from sklearn.metrics import average_precision_score
 
 from sukashi.core import stats
 from sukashi.core.types import Curve
+from sukashi.experiments.audit.concepts.summary import likeness
 from sukashi.experiments.schedule.summary import Outcome, of_outcomes
 from sukashi.measures import classwise, curves, precision
 
@@ -238,6 +239,28 @@ def times(rng: np.random.Generator, n: int) -> Iterator[Row]:
             yield "ratio", f"{turns} turns, {name}", "covers", np.mean(covered)
 
 
+def likenesses(rng: np.random.Generator, n: int) -> Iterator[Row]:
+    """How alike paired concepts are in crops, of which those of one image are alike."""
+
+    def crops(images: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        image = np.repeat(np.arange(images), 9)
+        one = np.exp(rng.normal(0, 1, (images, 4))[image] + rng.normal(0, 0.7, (len(image), 4)))
+        both = rng.normal(0, noise, (images, 4))[image] + rng.normal(0, noise, (len(image), 4))
+        return one, one * np.exp(both), image
+
+    for noise in (0.3, 1.0):
+        *both, image = crops(40_000, noise)
+        truth = likeness([(both[0], both[1])], image, 0, n_resamples=2)["mean"]
+        for images in (20, 50, 200):
+            covered = []
+            for number in range(n // 8):
+                *both, image = crops(images, noise)
+                found = likeness([(both[0], both[1])], image, number)
+                covered.append(found["low"] <= truth <= found["high"])
+            told = f"{images} images of 9 crops, 4 concepts; rank correlation {truth:.2f}"
+            yield "likeness", told, "covers", np.mean(covered)
+
+
 STUDIES = (
     over_seeds,
     over_seeds_and_images,
@@ -251,6 +274,7 @@ STUDIES = (
     bootstraps,
     times,
     precisions,
+    likenesses,
 )
 
 

@@ -119,6 +119,20 @@ def test_what_a_subspace_sees_is_contrasted_without_masks(net, twins, parted, tm
         sukashi.concepts(net, MARKED, **given, where=f"{parted.out}:1", out=tmp_path / "0")
 
 
+def test_units_are_subspaces_by_themselves(net, tmp_path):
+    asked = {**ASKED, "method": "units", "positions": 16}
+    some = sukashi.concepts(net, MARKED, **asked, units=[7, 2], out=tmp_path / "some")
+    assert [of["name"] for of in some.subspaces] == ["unit 7", "unit 2"]
+    every = sukashi.concepts(net, MARKED, **asked, subspaces=12, out=tmp_path / "every")
+    shares = {of["name"]: of["share"] for of in every.subspaces}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    for of in some.subspaces:
+        assert of["share"] == pytest.approx(shares[of["name"]], abs=1e-6)
+    most = sukashi.concepts(net, MARKED, **asked, subspaces=2, out=tmp_path / "most")
+    assert [of["name"] for of in most.subspaces] == [of["name"] for of in every.subspaces[:2]]
+    assert every.subspaces[0]["share"] > every.subspaces[-1]["share"]
+
+
 def test_the_highest_places_of_maps_are_taken():
     maps = torch.tensor([[[1.0, 3.0], [2.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
     assert highest(maps, 0.5).tolist() == [[[False, True], [True, False]], [[True, True], [False, False]]]
@@ -146,10 +160,13 @@ def test_relevance_is_parted(parted):
         ({"method": "contrast"}, UsageError, "needs a `concept`.*or `where`"),
         ({**CONTRAST, "where": "runs:0"}, UsageError, "give one of them"),
         ({**CONTRAST, "imputed": 0.2}, UsageError, "`imputed` is about `where`"),
-        ({"where": "runs:0"}, UsageError, "`where` is of the other method"),
+        ({"where": "runs:0"}, UsageError, "`where` is of another method"),
         ({"method": "contrast", "where": "runs"}, UsageError, "`where` is a folder of concepts and numbers"),
         ({"method": "contrast", "where": "nowhere:0"}, UsageError, "nowhere"),
-        ({"dimensions": 2}, UsageError, "`dimensions` is of the other method"),
+        ({"dimensions": 2}, UsageError, "`dimensions` is of another method"),
+        ({"method": "units", "units": [12]}, UsageError, "has features 0 to 11, got 12"),
+        ({"method": "units", "units": [1, 1]}, UsageError, "`units` are different numbers"),
+        ({"units": [1]}, UsageError, "`units` is of another method"),
         (
             {"images": 2, "data": "shapes:size=16,n=40", **CONTRAST},
             DataError,
@@ -170,7 +187,8 @@ def test_what_cannot_be_done_is_refused_before_work_starts(net, tmp_path, change
     ("asked", "words"),
     [
         ({"repair": "none"}, "give `repair='refit'` too"),
-        ({"ablate": "OUT"}, "a folder of concepts and numbers of its subspaces"),
+        ({"ablate": "OUT"}, "is chosen to be taken out"),
+        ({"ablate": "OUT:0,"}, "a folder of concepts and numbers of its subspaces"),
         ({"ablate": "OUT:3"}, "has subspaces 0 to 0, got 3"),
         ({"ablate": "OUT/tables:0"}, "holds no experiment"),
     ],

@@ -8,7 +8,9 @@ saves each change as it is made.
 
 from __future__ import annotations
 
+import re
 import secrets
+import shlex
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from urllib.parse import parse_qs, quote
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from sukashi.core.errors import SukashiError, UsageError
 from sukashi.experiments import catalogue
@@ -36,22 +38,24 @@ LARGEST = 1_000_000  # bytes of what is sent
 def site(folder: Path, port: int) -> FastAPI:
     """The site of a folder at a port. Raises UsageError where the folder holds no experiment."""
     catalogue.experiments(folder)
-    root = folder.expanduser().resolve()
-    own = {f"http://{name}:{port}" for name in NAMES}
+    root = folder.resolve()
+    own = {f"http://{name}:{port}" for name in NAMES} | ({f"http://{name}" for name in NAMES} if port == 80 else set())
     app = FastAPI(title="sukashi", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
     async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         if f"http://{request.headers.get('host')}" not in own:
-            return _refused(f"This site answers to {HOST}:{port} only.", 421)
+            return _refused(f"This site answers to {HOST}:{port} only.", 421, request)
         if request.method not in ("GET", "HEAD") and request.headers.get("origin") not in own:
-            return _refused("What is sent must come from a page of this site.", 403)
+            return _refused("What is sent must come from a page of this site.", 403, request)
         nonce = secrets.token_urlsafe(16)
         request.state.nonce = nonce
         try:
             found = await answer(request)
         except SukashiError as error:
-            found = _refused(spelled(str(error)), 400)
+            found = _refused(spelled(str(error)), 400, request)
+        except (ValueError, OSError):  # of an address or a form that no page of this site makes
+            found = _refused("There is no such page.", 400, request)
         found.headers["Content-Security-Policy"] = (
             f"default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; "
             "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -61,7 +65,7 @@ def site(folder: Path, port: int) -> FastAPI:
         found.headers["Cache-Control"] = "no-store"
         return found
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     def index() -> Response:
         rows = catalogue.experiments(root)
         for row in rows:
@@ -70,7 +74,7 @@ def site(folder: Path, port: int) -> FastAPI:
             row["name"] = inside if inside != "." else root.name
         return _page("app/index.html.j2", folder=str(root), rows=rows)
 
-    @app.get("/at/{path:path}")
+    @app.api_route("/at/{path:path}", methods=["GET", "HEAD"])
     def shown(path: str, request: Request) -> Response:
         place = _inside(root, path)
         if place.is_dir():
@@ -90,13 +94,16 @@ def site(folder: Path, port: int) -> FastAPI:
 
     @app.post("/at/{path:path}")
     async def choose(path: str, request: Request) -> Response:
-        body = await request.body()
-        if len(body) > LARGEST:
+        if int(request.headers.get("content-length", LARGEST)) >= LARGEST:
             raise UsageError("what was sent is too large")
         space = Workspace(_inside(root, path))
-        choice.choose(space, _said(parse_qs(body.decode(), keep_blank_values=True)))
-        if request.headers.get("sec-fetch-dest") == "empty":  # the page's script stays where it is
-            return Response(status_code=204)
+        form = parse_qs((await request.body()).decode(), keep_blank_values=True)
+        # Of another tab, or from before the folder was made anew.
+        if form.pop("version", [""])[-1] != choice.version(space):
+            raise UsageError("this page is older than what lies in the folder: load it again")
+        choice.choose(space, _said(form))
+        if _is_script(request):
+            return Response(choice.version(space), media_type="text/plain")
         return RedirectResponse(f"/at/{quote(path)}", 303)
 
     return app
@@ -117,8 +124,8 @@ def _said(form: Mapping[str, list[str]]) -> choice.Choice:
     names, out = {}, []
     for key, values in form.items():
         what, _, number = key.partition("-")
-        if what not in ("name", "out") or not number.isdecimal():
-            raise UsageError(f"{key!r} was sent, which is no name of a subspace")
+        if what not in ("name", "out") or not re.fullmatch(r"0|[1-9]\d{0,3}", number):
+            raise UsageError(f"{key[:20]!r} was sent, which is no name of a subspace")
         if what == "out":
             out.append(int(number))
         elif values[-1].strip():
@@ -133,6 +140,9 @@ def _choosing(root: Path, space: Workspace, nonce: str) -> Response:
         "app/choose.html.j2",
         result=result,
         said=choice.chosen(space),
+        version=choice.version(space),
+        ablate=shlex.quote(str(space.folder)),
+        drawn=all((space.folder / f"figures/subspace-{of['subspace']}.png").is_file() for of in result.subspaces),
         told=list(result.subspaces[0]["tells"]),
         longest=choice.LONGEST,
         folder=str(space.folder),
@@ -141,12 +151,20 @@ def _choosing(root: Path, space: Workspace, nonce: str) -> Response:
     )
 
 
-def _page(template: str, **shown: Any) -> HTMLResponse:
-    return HTMLResponse(environment(spelled).get_template(template).render(**shown))
+def _page(template: str, status: int = 200, **shown: Any) -> HTMLResponse:
+    # What people named is shown as it is; what settings are called is for the site's own words.
+    made = environment(lambda text: text)
+    made.filters["spelled"] = spelled
+    return HTMLResponse(made.get_template(template).render(**shown), status)
 
 
-def _refused(why: str, status: int) -> HTMLResponse:
-    return HTMLResponse(environment(spelled).get_template("app/refused.html.j2").render(why=why), status)
+def _is_script(request: Request) -> bool:
+    """Whether a page's script asks, which stays on its page."""
+    return request.headers.get("sec-fetch-dest") == "empty"
+
+
+def _refused(why: str, status: int, request: Request) -> Response:
+    return PlainTextResponse(why, status) if _is_script(request) else _page("app/refused.html.j2", status, why=why)
 
 
 def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
@@ -163,6 +181,6 @@ def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
                 f"port {port} can't be had ({error.strerror}): give another, or `port=0` for one that is free"
             ) from error
         port = taken.getsockname()[1]
-        app = site(folder, port)
+        app = site(folder.expanduser(), port)
         tell(f"http://{HOST}:{port}/")
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[taken])

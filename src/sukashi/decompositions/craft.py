@@ -29,18 +29,33 @@ Importance = Literal["exact", "sobol", "compat"]
 
 @dataclass(frozen=True)
 class Crops:
-    """Square windows of images: `x` (N, C, H, W) enlarged to the size of an image, `image` (N,) of which image they
-    are, `box` (N, 3) their top, left and side in its pixels."""
+    """Square windows of images (B, C, H, W): `image` (N,) of which image they are, `box` (N, 3) their top, left and
+    side in its pixels."""
 
-    x: Tensor
+    images: Tensor
     image: Tensor
     box: Tensor
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.image)
 
     def __getitem__(self, rows: Tensor) -> Crops:
-        return Crops(self.x[rows], self.image[rows], self.box[rows])
+        return Crops(self.images, self.image[rows], self.box[rows])
+
+    @property
+    def x(self) -> Tensor:
+        """(N, C, H, W) each enlarged to the size of an image, bilinearly."""
+        return torch.cat([*self.batches(len(self))])
+
+    def batches(self, n: int) -> Iterator[Tensor]:
+        """The same, at most n at once."""
+        for rows in torch.arange(len(self)).split(n):
+            windows = [
+                self.images[image, :, top : top + side, left : left + side]
+                for image, (top, left, side) in zip(self.image[rows].tolist(), self.box[rows].tolist(), strict=True)
+            ]
+            size = self.images.shape[2:]
+            yield F.interpolate(torch.stack(windows), size=size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -62,17 +77,15 @@ def _looking(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, lis
 def crops(x: Tensor, side: int) -> Crops:
     """All windows of a side, .8 of it apart, of images (B, C, H, W): those of the official implementation.
 
-    Each is enlarged to the size of the images, bilinearly. Raises UsageError for a side that is no part of an image.
+    Raises UsageError for a side that is no part of an image.
     """
     height, width = x.shape[2:]
     if not 1 <= side <= min(height, width):
         raise UsageError(f"crops must have a side of 1 to {min(height, width)} pixels, got {side}")
     step = max(1, int(OVERLAP * side))
     corners = [(top, left) for top in range(0, height - side + 1, step) for left in range(0, width - side + 1, step)]
-    found = torch.stack([x[:, :, top : top + side, left : left + side] for top, left in corners], 1).flatten(0, 1)
     box = torch.tensor([(top, left, side) for top, left in corners]).repeat(len(x), 1)
-    large = F.interpolate(found, size=(height, width), mode="bilinear", align_corners=False)
-    return Crops(large, torch.arange(len(x)).repeat_interleave(len(corners)), box)
+    return Crops(x, torch.arange(len(x)).repeat_interleave(len(corners)), box)
 
 
 def activations(model: nn.Module, of: Crops, site: Site, *, batch_size: int = 64) -> Tensor:
@@ -80,7 +93,7 @@ def activations(model: nn.Module, of: Crops, site: Site, *, batch_size: int = 64
     pooled = []
     like = next(model.parameters())
     with progress.task("crops", len(of)) as shown, _looking(model, [site]) as seen:
-        for x in of.x.split(batch_size):
+        for x in of.batches(batch_size):
             model(x.to(like))
             pooled.append(hooks.gather(site, seen[site]).flatten(2).mean(2))
             shown.advance(len(x))

@@ -84,6 +84,12 @@ class Subspaces:
         return inside[: self.n_subspaces * self.n_dimensions].view(self.n_subspaces, -1)
 
 
+def units(size: int, first: Sequence[int]) -> Tensor:
+    """(size, size) the basis whose columns are single features, these before the others: each a subspace by itself."""
+    order = [*first, *(unit for unit in range(size) if unit not in {*first})]
+    return torch.eye(size)[:, order]
+
+
 class VirtualLayer(nn.Module):
     """a + B (h' - h) of a, with h = dual' a, and h' what becomes of h in `units`, which does nothing by itself.
 

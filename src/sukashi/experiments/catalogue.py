@@ -52,7 +52,11 @@ def experiments(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: give one with experiments in it, as the runs of several commands")
-    found = [_experiment(path.parent) for path in sorted(folder.rglob(EXPERIMENT)) if "trials" not in path.parts]
+    found = [
+        _experiment(path.parent)
+        for path in sorted(folder.rglob(EXPERIMENT))
+        if "trials" not in path.relative_to(folder).parts
+    ]
     if not found:
         raise UsageError(f"{folder} holds no experiment: give one that holds folders of experiments")
     return found

@@ -64,7 +64,7 @@ def draw_gallery(pictures: Sequence[Picture], signed: bool) -> Drawn:
         shares = {label: _share(found) for label, found in picture.maps.items()}
         known = [found for found in shares.values() if found is not None]
         most = (np.quantile(np.abs(known), 0.99) or np.max(np.abs(known))) if known else 1.0
-        pixels = np.broadcast_to(picture.pixels, (*picture.pixels.shape[:2], 3))
+        pixels = _coloured(picture.pixels)
         _place(whole, line, 0, pixels)
         for column, (label, found) in enumerate(shares.items(), start=1):
             if found is None:
@@ -95,13 +95,19 @@ def draw_rows(rows: Mapping[str, Array]) -> Drawn:
     for line, (name, pictures) in enumerate(rows.items()):
         axes.text(-8, (line + 0.5) * side, name, fontsize=7.5, color=figures.INK, ha="right", va="center")
         for column, picture in enumerate(pictures):
-            colours = np.broadcast_to(picture, (*picture.shape[:2], 3))
+            colours = _coloured(picture)
             inner = side - GAP
             at = [np.arange(inner) * size // inner for size in colours.shape[:2]]
             top, left = line * side, column * side
             whole[top : top + inner, left : left + inner] = colours[at[0]][:, at[1]]
     axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
     return figures.drawn(figure)
+
+
+def _coloured(pixels: Array) -> Array:
+    """(H, W, 3) of an image (H, W, C): its colours, or grey where it has another number of channels than three."""
+    grey = pixels if pixels.shape[2] == 3 else pixels.mean(2, keepdims=True)
+    return np.broadcast_to(grey, (*pixels.shape[:2], 3))
 
 
 def _laid_over(grey: Array, level: Array, signed: bool) -> Array:

@@ -41,7 +41,7 @@ def page(result: AuditResult, space: Workspace) -> Page:
             "result": result,
             "title": f"Audit of {listed(list(panels))} against {result.reference}",
             "warnings": [
-                *_left_out(result),
+                *(_left_out(result) if "saliency" in panels else []),
                 *result.warnings,
                 *(line for of in panels.values() for line in of["warnings"]),
             ],

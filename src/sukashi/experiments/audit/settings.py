@@ -9,7 +9,7 @@ from sukashi.experiments.reading import OPTIONS, Masked, Opening
 
 
 class Audit(Masked, Opening):
-    """Compare saliency maps: are those of cut networks as sparse and as faithful as the reference's, and the same?"""
+    """Compare saliency maps, or concepts: are those of cut networks as faithful as the reference's, and the same?"""
 
     kind: ClassVar[str] = "audit"
     shared: ClassVar[bool] = True

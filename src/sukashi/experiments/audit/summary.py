@@ -47,7 +47,10 @@ class AuditResult(Result):
         "measure_options": (str, "its options, those that were given, as JSON"),
         "better": (str, "whether higher or lower is better; none where neither is"),
         "n": (int, "images on which both networks have a value"),
-        "reference": (float, "mean over these images of the reference's value; of a likeness that to itself, rounded"),
+        "reference": (
+            float,
+            "mean over these images of the reference's value; of a likeness that to itself, rounded, or by other images",
+        ),
         "mean": (float, "mean over these images of the model's value; of a likeness that to the reference's maps"),
         "difference": (float, "mean of the model's value less the reference's on the same image; none of a likeness"),
         "low": (float, "its 95 % interval, of a likeness that of its mean, a bootstrap over images: from"),
@@ -142,8 +145,9 @@ def summary(space: Workspace) -> AuditResult:
         ],
         verdict=" ".join(of["verdict"] for of in found.values()),
         lines=[line for of in found.values() for line in of["lines"]],
-        audited=_audited(answers),
-        warnings=[*_gone(answers), *facts["warnings"], *_trained(answers)],
+        # Concepts say themselves which images they are of.
+        audited=_audited(answers) if "saliency" in found else [],
+        warnings=[*(_gone(answers) if "saliency" in found else []), *facts["warnings"], *_trained(answers)],
         notes=facts["notes"],
         **found,
     )

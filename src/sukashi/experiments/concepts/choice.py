@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +42,9 @@ def chosen(space: Workspace) -> Choice:
         return Choice()
     try:
         said: dict[str, Any] = tomllib.loads(read(path).decode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} can't be read ({error}): mend it, or remove it and choose again") from error
-    digest, n = _of(space)
+    digest, n, _ = _of(space)
     if said.pop("sha256", None) != digest:
         raise UsageError(
             f"{path} is of other subspaces than those in its folder: remove it and choose again, by `sukashi serve`"
@@ -53,12 +55,12 @@ def chosen(space: Workspace) -> Choice:
     names: dict[int, str] = {}
     out = []
     for number, of in subspaces.items():
-        if not (number.isdecimal() and int(number) < n and isinstance(of, dict)):
-            raise UsageError(f"{path} speaks of subspace {number!r}: there are 0 to {n - 1}")
+        if number not in map(str, range(n)) or not isinstance(of, dict):
+            raise UsageError(f"{path} speaks of subspace {number[:20]!r}: there are 0 to {n - 1}")
         for key in of:
             if key not in ("name", "take_out"):
                 raise UsageError(f"{path} says {key!r} of a subspace{nearest(key, ('name', 'take_out'))}")
-        if of.get("take_out", False) not in (True, False) or not isinstance(of.get("name", ""), str):
+        if not isinstance(of.get("take_out", False), bool) or not isinstance(of.get("name", ""), str):
             raise UsageError(f"{path}: `take_out` of a subspace is true or false, its `name` a text")
         if name := checked_name(of.get("name", "")):
             names[int(number)] = name
@@ -67,10 +69,19 @@ def chosen(space: Workspace) -> Choice:
     return Choice(names, tuple(sorted(out)))
 
 
+def version(space: Workspace) -> str:
+    """What changes when other subspaces, or another choice, come to lie in the folder."""
+    path = space.folder / FILE
+    said = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(_of(space)[0].encode() + said).hexdigest()
+
+
 def choose(space: Workspace, choice: Choice) -> Path:
     """Write it into the folder, whole or not at all. Raises UsageError for numbers that there are not, for all of them
     taken out where they make up the whole layer, and names that are none."""
-    digest, n = _of(space)
+    digest, n, whole = _of(space)
+    if whole and len({*choice.out}) == n:
+        raise UsageError("all that the layer writes would go: leave one subspace at least")
     if odd := [number for number in (*choice.names, *choice.out) if not 0 <= number < n]:
         raise UsageError(f"there are subspaces 0 to {n - 1}, got {odd[0]}")
     lines = [_HEAD, f'sha256 = "{digest}"\n']
@@ -88,15 +99,16 @@ def choose(space: Workspace, choice: Choice) -> Path:
 def checked_name(name: str) -> str:
     """Without what surrounds it. Raises UsageError for a name of several lines, control characters, or too long."""
     name = name.strip()
-    if len(name) > LONGEST or not name.isprintable():
+    if len(name) > LONGEST or any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
         raise UsageError(f"a name is one line of at most {LONGEST} letters, got {name[:LONGEST]!r}")
     return name
 
 
-def _of(space: Workspace) -> tuple[str, int]:
-    """The hash of a folder's subspaces, and how many there are."""
+def _of(space: Workspace) -> tuple[str, int, bool]:
+    """The hash of a folder's subspaces, how many there are, and whether they make up all that the layer writes."""
     records = space.records()
     if space.about["kind"] != "concepts" or not records:
         raise UsageError(f"{space.folder} has no subspaces: give the `out` of `sukashi.concepts`")
-    kept = records[0].kept
-    return kept["artefacts"]["subspaces.npz"], kept["result"]["n_subspaces"]
+    kept, size = records[0].kept, len(records[0].arrays("subspaces")["mean"])
+    n, d = (kept["result"][name] for name in ("n_subspaces", "n_dimensions"))
+    return kept["artefacts"]["subspaces.npz"], n, n * d == size

@@ -25,19 +25,19 @@ from sukashi.core.types import Batch, Site
 from sukashi.data import Split
 from sukashi.decompositions.contrast import contrast, highest
 from sukashi.decompositions.drsa import dimensions, drsa
-from sukashi.decompositions.subspaces import Subspaces, virtual
+from sukashi.decompositions.subspaces import Subspaces, units, virtual
 from sukashi.decompositions.vectors import features, shape_of, vectors
 from sukashi.experiments.bench import Bench, Source, hardware
 from sukashi.experiments.concepts.settings import Concepts, numbered
 from sukashi.experiments.concepts.summary import opened
-from sukashi.experiments.workspace import Desk
+from sukashi.experiments.workspace import Desk, Workspace
 from sukashi.measures import accuracy
 from sukashi.measures.imputation import impute
 from sukashi.network import hooks
 
 Array = NDArray[Any]
 SUBSPACES, DIMENSIONS, POSITIONS, TRIALS, IMPUTED = 4, 2, 20, 3, 0.1  # where settings leave them open
-METHODS: dict[str, Callable[..., Any]] = {"drsa": drsa, "contrast": contrast}
+METHODS: dict[str, Callable[..., Any]] = {"drsa": drsa, "contrast": contrast, "units": units}
 SHOWN = 6  # images of each subspace
 MOST_READ = 20  # times the images that are wanted, whose masks are read to find those that show a concept
 LARGEST = 160  # side of an image that is kept to be shown
@@ -77,6 +77,8 @@ def prepare(settings: Concepts) -> Prepared:
         about["where"] = {**part.subspaces.identity, "number": part.number}
     parts: dict[str, Callable[..., Any]] = {settings.method: METHODS[settings.method], "vectors": vectors}
     parts["virtual"] = virtual
+    if settings.method == "contrast":
+        parts["impute"] = impute
     code = {name: code_of(of) for name, of in parts.items()} | {"lrp": attributions["lrp"].code}
     about = bench.identity(settings, code=code, **about)
     work = partial(_find, _Asked(bench, settings, number, site, training, missing, part, masks))
@@ -111,11 +113,20 @@ class _Asked:
 
 
 def _part(bench: Bench, settings: Concepts) -> _Part | None:
-    """Raises UsageError for a folder that holds no subspaces of this network, and one that there is not."""
+    """Raises UsageError for a folder that holds no subspaces of this network or found them for another class, one that
+    there is not, and so small a share of the pixels that none is imputed."""
     if settings.where is None:
         return None
     folder, numbers = numbered("where", settings.where)
     found = opened(folder, bench.about_model)
+    theirs = Workspace(folder).identity["of"]
+    if theirs != settings.of:
+        raise UsageError(
+            f"the subspaces in {folder} are of class {theirs!r}, not {settings.of!r}: give `of={theirs!r}`"
+        )
+    share, (height, width) = settings.imputed or IMPUTED, bench.example.shape[2:]
+    if not 1 <= round(share * height * width) < height * width:
+        raise UsageError(f"`imputed` must be at least one of {height} x {width} pixels and not all, got {share}")
     if len(numbers) > 1 or numbers[0] >= found.n_subspaces:
         raise UsageError(
             f"`where` is one of subspaces 0 to {found.n_subspaces - 1} in {folder}, got {', '.join(map(str, numbers))}"
@@ -130,6 +141,11 @@ def _blocks(settings: Concepts, site: Site) -> tuple[int, int]:
         if d >= site.n_units:
             raise UsageError(f"`dimensions` must be below the {site.n_units} features of {settings.layer!r}, got {d}")
         return 1, d
+    if settings.method == "units":
+        chosen = settings.units or range(settings.subspaces or SUBSPACES)
+        if max(chosen) >= site.n_units:
+            raise UsageError(f"layer {settings.layer!r} has features 0 to {site.n_units - 1}, got {max(chosen)}")
+        return len(chosen), 1
     n = settings.subspaces or SUBSPACES
     return n, dimensions(site.n_units, n)
 
@@ -198,17 +214,26 @@ def _find(asked: _Asked, desk: Desk) -> None:
     images = replace(_read(bench, asked.training), objective=objective)
     n, d = _blocks(settings, site)
     history: list[list[float]] = []
+    shown: list[int] | None = None
     if settings.method == "contrast":
         missing = asked.missing if asked.part is None else _most_relevant(asked, asked.part, images)
         assert missing is not None
+        some = missing.flatten(1).any(1)
+        if some.sum() < 2:
+            raise DataError(f"subspace {settings.where} is relevant for {settings.of!r} in {int(some.sum())} images")
+        images, missing = images[some.nonzero()[:, 0]], missing[some]
         subspaces = contrast(model, images.x, impute(images.x, missing.to(bench.device)), site, d)
     else:
         generator = torch.Generator().manual_seed(settings.seed)
-        n_positions, n_trials = settings.positions or POSITIONS, settings.trials or TRIALS
+        n_positions = settings.positions or POSITIONS
         a, c = vectors(model, images, site, positions=n_positions, generator=generator, rule=settings.rule)
-        found = drsa(a, c, n, generator=generator, trials=n_trials)
-        history = found.history
-        subspaces = Subspaces(site.layer, site.axis, found.basis, found.basis, n, d, torch.zeros(site.n_units))
+        if settings.method == "units":
+            shown = settings.units or (a * c).double().sum(0).argsort(descending=True, stable=True)[:n].tolist()
+            basis = units(site.n_units, shown)
+        else:
+            found = drsa(a, c, n, generator=generator, trials=settings.trials or TRIALS)
+            basis, history = found.basis, found.history
+        subspaces = Subspaces(site.layer, site.axis, basis, basis, n, d, torch.zeros(site.n_units))
     if settings.concept is None:
         # What images of one class have in common is no neutral thing to put in place of a subspace.
         everything = _read(bench, bench.data.train.limit(max(settings.images, bench.data.n_classes)))
@@ -233,6 +258,7 @@ def _find(asked: _Asked, desk: Desk) -> None:
             "n_dimensions": d,
             "n_images": len(images),
             "n_subspaces": n,
+            "units": shown,
             "changed": subspaces.facts.get("share"),
             "n_test": len(test),
             "n_own": int(own.sum()),
@@ -247,12 +273,13 @@ def _find(asked: _Asked, desk: Desk) -> None:
 
 
 def _most_relevant(asked: _Asked, part: _Part, images: Batch) -> Tensor:
-    """(B, H, W) where a subspace is most relevant in images, as large as they are."""
+    """(B, H, W) where a subspace is most relevant in images, as large as they are; nowhere where it speaks against the
+    class, or is silent."""
     site = features(asked.bench.loaded.model, part.subspaces.layer, asked.bench.example)
     _, maps = _relevance(asked.bench, images, site, part.subspaces, asked.number, asked.settings)
     of_part = torch.from_numpy(maps[:, 1 + part.number]).unsqueeze(1)
-    large = F.interpolate(of_part, images.x.shape[2:], mode="bilinear", align_corners=False)
-    return highest(large[:, 0], asked.settings.imputed or IMPUTED)
+    large = F.interpolate(of_part, images.x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return highest(large, asked.settings.imputed or IMPUTED) & (large > 0)
 
 
 def _read(bench: Bench, split: Split) -> Batch:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from sukashi.core.errors import UsageError
 from sukashi.core.schema import MAX_SEED, option
@@ -32,14 +32,22 @@ class Concepts(Masked, Single):
     )
     of: str = option(help="Class for whose logit their relevance is, by name.")
     out: str = option(path=True, decides=False, help="Folder for results.")
-    method: Literal["drsa", "contrast"] = option(
+    method: Literal["drsa", "contrast", "units"] = option(
         "drsa",
         help="drsa: all features, parted so that relevance falls into few parts, by training images of the class. "
         "contrast: the directions in which the layer tells training images that show something from the same "
-        "without it: a `concept` of masks, or `where` a subspace is relevant.",
+        "without it: a `concept` of masks, or `where` a subspace is relevant. "
+        "units: single features, as channels.",
     )
     subspaces: int | None = option(
-        None, ge=1, le=4096, default="4", help="Of drsa: how many; they divide the layer's features."
+        None,
+        ge=1,
+        le=4096,
+        default="4",
+        help="Of drsa: how many; they divide the layer's features. Of units: how many of those most relevant.",
+    )
+    units: list[Annotated[int, Field(ge=0)]] | None = option(
+        None, min_length=1, max_length=64, help="Of units: which, by number, in place of the most relevant."
     )
     concept: str | None = option(None, help="Of contrast: what masks show, by name; it is imputed away.")
     where: str | None = option(
@@ -54,7 +62,9 @@ class Concepts(Masked, Single):
     )
     dimensions: int | None = option(None, ge=1, le=4096, default="2", help="Of contrast: how many directions.")
     images: int = option(500, ge=2, help="Training images at most.")
-    positions: int | None = option(None, ge=1, default="20", help="Of drsa: positions of each of them, drawn.")
+    positions: int | None = option(
+        None, ge=1, default="20", help="Of drsa and units: positions of each of them, drawn."
+    )
     explains: Literal["logit", "margin"] = option(
         "logit", help="Relevance for the logit of the class, or for its margin: its lead over the next."
     )
@@ -69,12 +79,16 @@ class Concepts(Masked, Single):
 
     @model_validator(mode="after")
     def _of_one_method(self) -> Self:
-        others = {
-            "drsa": ("concept", "where", "imputed", "dimensions"),
-            "contrast": ("subspaces", "positions", "trials"),
-        }[self.method]
-        if given := [name for name in others if getattr(self, name) is not None]:
-            raise UsageError(f"`{given[0]}` is of the other method than `method={self.method!r}`: leave it out")
+        own = {
+            "drsa": ("subspaces", "positions", "trials"),
+            "contrast": ("concept", "where", "imputed", "dimensions"),
+            "units": ("subspaces", "units", "positions"),
+        }
+        others = {name for of in own.values() for name in of} - {*own[self.method]}
+        if given := [name for name in type(self).model_fields if name in others and getattr(self, name) is not None]:
+            raise UsageError(f"`{given[0]}` is of another method than `method={self.method!r}`: leave it out")
+        if self.units is not None and (self.subspaces is not None or len(set(self.units)) < len(self.units)):
+            raise UsageError("`units` are different numbers, and say themselves how many: leave `subspaces` out")
         if self.method == "contrast" and (self.concept is None) == (self.where is None):
             raise UsageError(
                 "`method='contrast'` needs a `concept`, the name of what masks show, or `where`, a subspace found "

@@ -26,10 +26,10 @@ LEAST = 10  # images that show something, for a subspace to be said to tell it
 class ConceptsResult(Result):
     """Subspaces of a layer and what they respond to.
 
-    subspaces   of each: `subspace` (its number, from 0), the `name` a person gave it, or None, `share` of the layer's
-                relevance for the class in test images of it, None where there are none, and `tells`: for the class, and
-                for each thing that masks show, the average precision of its relevance, its interval, and the share of
-                images that have it, which a score that tells nothing reaches
+    subspaces   of each: `subspace` (its number, from 0), the `name` a person gave it, or "unit 17" of a unit, or None,
+                `share` of the layer's relevance for the class in test images of it, None where there are none, and
+                `tells`: for the class, and for each thing that masks show, the average precision of its relevance, its
+                interval, and the share of images that have it, which a score that tells nothing reaches
     accuracy    the share of the test images that the network gets right
     changed     of contrast: the part of what the concept changes in the layer that lies in the subspace
     history     of drsa: the objective at the start and after every ten steps of each trial
@@ -159,9 +159,13 @@ def summary(space: Workspace) -> ConceptsResult:
     """Raises UsageError where nothing was found yet."""
     record = _record(space)
     found, about, looked = record.result, record.about, record.arrays("looked")
-    said = chosen(space)
+    names, doubts = {k: f"unit {unit}" for k, unit in enumerate(found.get("units") or ())}, []
+    try:
+        names |= chosen(space).names
+    except UsageError as error:  # a file that people edit by hand
+        doubts.append(str(error))
     subspaces = [
-        {"name": said.names.get(k), **_subspace(k, found["n_subspaces"], looked)} for k in range(found["n_subspaces"])
+        {"name": names.get(k), **_subspace(k, found["n_subspaces"], looked)} for k in range(found["n_subspaces"])
     ]
     verdict, lines = _verdict(subspaces, about, record, space)
     named = {name: found[name] for name in ("n_images", "n_test", "n_own", "accuracy", "changed", "n_dimensions")}
@@ -178,7 +182,7 @@ def summary(space: Workspace) -> ConceptsResult:
         history=found["history"],
         verdict=verdict,
         lines=lines,
-        warnings=found["warnings"],
+        warnings=[*doubts, *found["warnings"]],
         notes=found["notes"],
         **named,
     )
@@ -219,6 +223,10 @@ def _verdict(
         what = f"what subspace {part['number']} of {part['layer']} sees" if part else about["concept"]
         verdict = f"{words.several(d, 'direction')} of {about['layer']} hold {changed} of what changes without {what}"
         verdict += f", and {_percent(first['share'])} of the relevance for {about['of']}."
+    elif about["method"] == "units":
+        n, share = words.several(len(subspaces), "unit"), _percent(sum(of["share"] or 0 for of in subspaces))
+        verdict = f"{n} of {about['layer']} {'has' if len(subspaces) == 1 else 'have'} {share} of the relevance for"
+        verdict += f" {about['of']}."
     else:
         whole = f"{words.several(len(subspaces), 'subspace')} of {about['layer']} share the relevance for {about['of']}"
         verdict = f"{whole}, the first has {_percent(first['share'])} of it."

@@ -17,6 +17,23 @@ from sukashi.experiments.workspace import Workspace
 from sukashi.repairs import Teacher
 
 
+def resolved(settings: Prune) -> Prune:
+    """With the numbers of the subspaces that are chosen now, whatever is ticked while the cut is on its way.
+
+    Raises UsageError where none is.
+    """
+    if settings.ablated is None or settings.ablated[1] is not None:
+        return settings
+    folder = settings.ablated[0]
+    numbers = chosen(Workspace(folder)).out
+    if not numbers:
+        raise UsageError(
+            f"no subspace in {folder} is chosen to be taken out: choose on the page of `sukashi serve {folder}`, "
+            f"or give numbers, as {folder}:0"
+        )
+    return settings.model_copy(update={"ablate": f"{folder}:{','.join(map(str, numbers))}"})
+
+
 def about(setting: Bench, settings: Prune) -> dict[str, Any] | None:
     """What says which subspaces of a network go; None where none was asked for. Tries to take them out, once.
 
@@ -39,12 +56,5 @@ def teacher(setting: Bench, settings: Prune) -> Teacher:
 
 
 def _found(setting: Bench, folder: str, numbers: tuple[int, ...] | None) -> tuple[Subspaces, tuple[int, ...]]:
-    subspaces = opened(folder, setting.about_model)
-    if numbers is None:
-        numbers = chosen(Workspace(folder)).out
-        if not numbers:
-            raise UsageError(
-                f"no subspace in {folder} is chosen to be taken out: choose on the page of `sukashi serve {folder}`, "
-                f"or give numbers, as {folder}:0"
-            )
-    return subspaces, numbers
+    assert numbers is not None, "settings are resolved"
+    return opened(folder, setting.about_model), numbers

@@ -42,6 +42,7 @@ MOST_CLASSES = 100  # whose probabilities are kept: of 1,000 those of 2,000 imag
 def prepare(settings: Prune) -> Prepared:
     """Raises UsageError for settings that contradict each other, and whatever loading and criteria raise."""
     _check(settings)
+    settings = ablation.resolved(settings)
     setting = Source.of(settings).open(units=settings.scope is None, exclude=settings.exclude)
     if settings.target is None:
         repairs.check_fits(settings.repair, setting.loaded.model)

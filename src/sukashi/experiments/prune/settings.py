@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, field_validator, model_validator
@@ -134,7 +135,8 @@ class Prune(Reading):
         """The folder of `ablate`, and the numbers of its subspaces, None for those chosen in it."""
         if self.ablate is None:
             return None
-        return numbered("ablate", self.ablate) if re.search(r":[\d,]+$", self.ablate) else (self.ablate, None)
+        whole = ":" not in self.ablate or Path(self.ablate).is_dir()
+        return (self.ablate, None) if whole else numbered("ablate", self.ablate)
 
     @property
     def target(self) -> tuple[str, float] | None:

@@ -22,7 +22,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     most = sorted(range(len(first["importance"])), key=lambda k: (-first["importance"][k], k))[:SHOWN]
     figures, alts = {}, {}
     for row in found["models"]:
-        own = dict(row["pairs"])
+        own: dict[int, int] = dict(row["pairs"])
         arrays = records[row["model"]].arrays("concepts")
         lines = {
             f"{number}: {words.percent(row['importance'][own[k]])}": arrays["shown"][own[k]] / 255

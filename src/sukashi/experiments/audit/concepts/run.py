@@ -26,7 +26,9 @@ SETTINGS = ("layer", "of", "concepts", "crop")
 N_CONCEPTS, CROP = 10, 0.3  # where settings leave them open
 TOP = 10  # crops that a concept is judged by, of different images
 SIDE = 64  # of a crop that is kept to be shown
-PARTS: dict[str, Callable[..., Any]] = {"bank": craft.bank, "importance": craft.importance}
+PARTS: dict[str, Callable[..., Any]] = {
+    **{"bank": craft.bank, "importance": craft.importance, "behind": behind, "features": features}
+}
 
 
 def check(settings: Audit) -> None:
@@ -61,16 +63,16 @@ class Subject:
         self.n_concepts = settings.concepts or N_CONCEPTS
         height, width = first.batch.x.shape[2:]
         self.side = max(1, round((settings.crop or CROP) * min(height, width)))
-        self.sites = {one.label: features(one.loaded.model, self.layer, one.batch.x[:2]) for one in networks}
-        n_crops = len(craft.crops(first.batch.x[:1], self.side)) * len(self.rows)
+        self.sites = {one.label: features(one.loaded.model, self.layer, _some(one)) for one in networks}
+        n_crops = len(craft.crops(first.batch.x[:1], self.side)) * (len(self.rows) // 2)
         fewest = min(site.n_units for site in self.sites.values())
-        if self.n_concepts > min(fewest, n_crops // 2):
+        if self.n_concepts > min(fewest, n_crops):
             raise UsageError(
-                f"`concepts` must be at most the {fewest} features of {self.layer!r} and half of the {n_crops} crops, "
-                f"got {self.n_concepts}"
+                f"`concepts` must be at most the {fewest} features of {self.layer!r} and the {n_crops} crops of half "
+                f"of the images, got {self.n_concepts}"
             )
         for one in networks:  # what has nothing behind it that can be given is refused before work starts
-            behind(one.loaded.model, self.sites[one.label], one.batch.x[:1])
+            behind(one.loaded.model, self.sites[one.label], _some(one))
         self.identity: dict[str, Any] = {}
         self.notes: list[str] = []
         self.areas: dict[str, Any] = {}
@@ -93,6 +95,7 @@ class Subject:
             "network": one.identity,
             "data": one.setting.data.sha256,
             "images": [one.batch.image_id[row] for row in self.rows],
+            "top": TOP,
             "code": {name: code_of(part) for name, part in PARTS.items()},
         }
 
@@ -107,8 +110,7 @@ class Subject:
             nnls(a, craft.factorised(a[(of.image % 2 == half).to(a.device)], site, self.n_concepts).w)
             for half in (0, 1)
         ]
-        device = one.setting.device
-        rest = behind(model, site, x[:1].to(device))
+        rest = behind(model, site, _some(one))
         maps = craft.concept_maps(model, x, found)
         how = "exact"
         try:
@@ -144,6 +146,11 @@ class Subject:
             parts.append(pixels[int(of.image[place]), :, y : y + side : step, left : left + side : step])
         shown: NDArray[np.uint8] = torch.stack(parts).permute(0, 2, 3, 1).unflatten(0, top.shape).numpy()
         return shown
+
+
+def _some(one: Network) -> Tensor:
+    """Two images, where the network is."""
+    return one.batch.x[:2].to(one.setting.device)
 
 
 def _top(u: Tensor, image: Tensor, n: int) -> Tensor:

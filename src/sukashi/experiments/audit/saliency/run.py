@@ -26,7 +26,7 @@ from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.methods import codes
 from sukashi.measures import measures as registry
 
-SETTINGS = ("attributions", "measures", "sanity")
+SETTINGS = ("attributions", "measures", "population", "sanity", "masks", "options")
 
 
 class Subject:
