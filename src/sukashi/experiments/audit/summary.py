@@ -49,7 +49,7 @@ class AuditResult(Result):
         "n": (int, "images on which both networks have a value"),
         "reference": (
             float,
-            "mean over these images of the reference's value; of a likeness that to itself, rounded, or by other images",
+            "mean over these images of the reference's value; of a likeness that to itself, rounded or by others",
         ),
         "mean": (float, "mean over these images of the model's value; of a likeness that to the reference's maps"),
         "difference": (float, "mean of the model's value less the reference's on the same image; none of a likeness"),
