@@ -125,7 +125,7 @@ def main() -> None:
     for name, model in networks.items():
         shown[name] = relevance(model, images.x, own)
         positive = shown[name].clamp(min=0).double()
-        shares[name] = ((positive * there).sum((1, 2)) / positive.sum((1, 2))).numpy()
+        shares[name] = ((positive * there).sum((1, 2)) / positive.sum((1, 2)).clamp(min=1e-12)).numpy()
         correct, _ = accuracy.evaluate(model, test)
         told = stats.bootstrap(shares[name], generator=np.random.default_rng(0))
         right = stats.share(int(correct.sum()), len(correct))

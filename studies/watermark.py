@@ -10,7 +10,7 @@ groups of class (c) and mark (w) are of one size. Half of the filters go, by LRP
              filters of its layer stay
     ours     at once, and each layer refitted in closed form towards the dense network without a contrast subspace, on
              unlabelled images: those of the training, those without what is contrasted, and those of the other class
-             with it pasted in. At last the bias is moved so that half of the training images are called positive
+             with it pasted in
 
 The contrast subspace is of pairs that need no label of the mark: the training images of the positive class, and the
 same imputed where a subspace of DRSA is most relevant. A person who looks at the four subspaces of DRSA is stood in for
@@ -20,11 +20,12 @@ by the mark's true place in twenty images, for CNP alike. The other ways say whi
     PYTHONPATH=studies python studies/watermark.py PAIR [--seeds 5] [--data ../shared/data/tiny-imagenet-20]
 
 PAIR is easy (dugong and barrel) or hard (volleyball and basketball), the positive class first. Told are means over
-seeds, each of which draws images, weights and marks, with 95 % t intervals over seeds. `shift` is by how much the mark
-raises the logit of the positive class over the other, in standard deviations of that; `AUC` tells classes apart within
-the groups that contradict the training, where accuracy would mix bias and ability. Choices (share imputed, dimensions,
-layers, rates of training) were made on seed 10. What each way answers to each image is kept in --out, and not computed
-again. The last line is one JSON object.
+seeds, each of which draws images, weights and marks, with 95 % t intervals over seeds below them; first of the networks
+as they are, then with their bias moved so that half of the training images are called positive, of each way alike.
+`shift` is by how much the mark raises the logit of the positive class over the other, in standard deviations of that;
+`AUC` tells classes apart within the groups that contradict the training, where accuracy would mix bias and ability.
+Choices (share imputed, dimensions, layers, rates of training) were made on seed 10. What each way answers to each image
+is kept in --out, and not computed again. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ from sukashi.core import files
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import criteria
 from sukashi.data.watermark import Watermark, stamped
-from sukashi.decompositions.contrast import contrast
+from sukashi.decompositions.contrast import contrast, highest
 from sukashi.decompositions.drsa import drsa
 from sukashi.decompositions.subspaces import Subspaces, ablated, virtual
 from sukashi.decompositions.vectors import features, vectors
@@ -65,7 +66,7 @@ from sukashi.repairs import mender
 
 PAIRS = {"easy": ("dugong", "barrel"), "hard": ("volleyball", "basketball")}
 MARK = Watermark("sukashi", size=0.14, at=(0.05, 0.8), opacity=0.35)
-MARKED = (0.02, 0.9)  # of the negatives, of the positives
+MARKED = [0.02, 0.9]  # of the negatives, of the positives
 N_TEST = 60  # training images of each class that are held out for the test, beside those of the val split
 LAYER, DEEPER = "20", "24"  # of networks.vgg: the end of its fourth stage, and in its fifth
 FILTERS = {LAYER: "18", DEEPER: "22"}  # the convolutions whose filters they hold
@@ -76,6 +77,11 @@ N_SUBSPACES, N_DIMENSIONS = 4, 2
 IMPUTED = 0.1  # of the pixels
 EPOCHS = 20
 N_WAYS = 13
+SETTINGS = {
+    **{"mark": asdict(MARK), "marked": MARKED, "n_test": N_TEST, "layers": [LAYER, DEEPER], "share": SHARE},
+    **{"steps": [STEPS, TUNED, LAST], "rates": [RATE, GENTLE], "subspaces": [N_SUBSPACES, N_DIMENSIONS]},
+    **{"imputed": IMPUTED, "epochs": EPOCHS},
+}
 GROUPS = ("c0w0", "c0w1", "c1w0", "c1w1")
 
 
@@ -219,9 +225,7 @@ def ways(dense: nn.Module, task: Task, seed: int) -> Iterator[tuple[str, Callabl
     subspaces = disentangled(dense, task, seed)
     number = looked_at(dense, task, subspaces)
     x, others = task.train.x[task.positive], task.train.x[~task.positive]
-    relevant = maps(dense, subspaces, x)[:, number].flatten(1)
-    highest = relevant.argsort(dim=1, descending=True, stable=True)[:, : round(IMPUTED * relevant.shape[1])]
-    there = torch.zeros_like(relevant, dtype=torch.bool).scatter_(1, highest, True).view(len(x), *x.shape[2:])
+    there = highest(maps(dense, subspaces, x)[:, number], IMPUTED)
     imputed = impute(x, there)
     pasted = torch.where(there[:, None], x, others[: len(x)])
     pairs = {"imputed": (x, imputed), "stamped": (task.marked, task.plain)}
@@ -259,7 +263,11 @@ def ways(dense: nn.Module, task: Task, seed: int) -> Iterator[tuple[str, Callabl
 def answered(pair: str, seed: int, data: datasets.Data, folder: Path) -> dict[str, dict[str, Any]]:
     """{way: what it answers}, from the folder where it is there."""
     place = folder / f"{pair}-{seed}.json"
-    found: dict[str, dict[str, Any]] = json.loads(place.read_text()) if place.exists() else {}
+    settings = {**SETTINGS, "data": data.sha256}
+    kept = json.loads(place.read_text()) if place.exists() else {"settings": settings, "ways": {}}
+    if kept["settings"] != settings:
+        raise SystemExit(f"{place} was made with other settings or images: give another --out")
+    found: dict[str, dict[str, Any]] = kept["ways"]
     if len(found) == N_WAYS:
         return found
     task = planted(data, pair, seed)
@@ -281,14 +289,17 @@ def answered(pair: str, seed: int, data: datasets.Data, folder: Path) -> dict[st
             "middle": float(told[2].median()),
             "parameters": cost.n_parameters(model) / n_dense,
         }
-        files.write(place, json.dumps(found).encode())
-        print(pair, seed, name, {key: round(of, 2) for key, of in told_of(name, found[name]).items()}, flush=True)
+        files.write(place, json.dumps(kept).encode())
+        print(pair, seed, name, {key: round(of, 2) for key, of in told_of(found[name]).items()}, flush=True)
     return found
 
 
-def told_of(name: str, found: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of a network; of ours with the bias moved, so that half of the training images are called positive."""
-    bias = found["middle"] if name.startswith("ours") else 0.0
+def told_of(found: Mapping[str, Any], moved: bool = False) -> dict[str, float]:
+    """Figures of a network, as it is or with the bias `moved`, so that half of the training images are called positive.
+
+    Of the dense network too: half of the training images are positive, so that needs no label of one image.
+    """
+    bias = found["middle"] if moved else 0.0
     plain, marked = (np.array(found[key]) - bias for key in ("plain", "marked"))
     positive = np.array(found["positive"], dtype=bool)
     right = [(-plain > 0)[~positive], (-marked > 0)[~positive], (plain > 0)[positive], (marked > 0)[positive]]
@@ -326,19 +337,24 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     seeds = range(chosen.first, chosen.first + chosen.seeds)
     found = [answered(chosen.pair, seed, data, chosen.out) for seed in seeds]
-    told = {name: [told_of(name, of[name]) for of in found] for name in found[0]}
-    keys = [*told["dense"][0]]
     print(f"{chosen.pair}: {' and '.join(PAIRS[chosen.pair])}, {len(seeds)} seeds, half of the filters gone")
-    print(f"{'':30s}" + "".join(f"{key:>11s}" for key in keys))
-    for name, of in told.items():
-        print(f"{name:30s}" + "".join(f"{interval([figures[key] for figures in of])[0]:11.3f}" for key in keys))
     summary: dict[str, float] = {"seeds": len(seeds)}
-    for other in ("dense", "plain", "CNP", "plain, gentle", "CNP, gentle", "ours, no subspace"):
-        for key in ("worst", "c0w1", "all", "AUC"):
-            pairs = zip(told["ours"], told[other], strict=True)
-            mean, low, high = interval([one[key] - two[key] for one, two in pairs])
-            print(f"ours less {other}, {key}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-            summary[f"{other}, {key}"] = round(mean, 4)
+    for moved in (False, True):
+        told = {name: [told_of(of[name], moved) for of in found] for name in found[0]}
+        keys = [*told["dense"][0]]
+        print("with the bias moved" if moved else "as they are")
+        print(f"{'':30s}" + "".join(f"{key:>11s}" for key in keys))
+        for name, of in told.items():
+            means = [interval([figures[key] for figures in of]) for key in keys]
+            print(f"{name:30s}" + "".join(f"{mean:11.3f}" for mean, _, _ in means))
+            print(f"{'':30s}" + "".join(f"{f'{low:.2f}-{high:.2f}':>11s}" for _, low, high in means))
+        for other in told:
+            for key in ("worst", "c0w1", "all", "AUC"):
+                both = zip(told["ours"], told[other], strict=True)
+                mean, low, high = interval([one[key] - two[key] for one, two in both])
+                if other != "ours":
+                    print(f"ours less {other}, {key}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+                    summary[f"{other}, {key}{', moved' if moved else ''}"] = round(mean, 4)
     print(json.dumps(summary))
 
 
