@@ -42,6 +42,7 @@ from sukashi.experiments.prune.targets import Search
 from sukashi.measures import accuracy, cost
 from sukashi.network import sites as finder
 from sukashi.network import surgery
+from sukashi.network.layers import Attention
 from sukashi.network.surgery import Table
 from sukashi.repairs import check_fits, mender
 
@@ -166,7 +167,7 @@ def theirs(asked: Contest, importance: str, everywhere: bool, shares: Sequence[f
     model = copy.deepcopy(asked.dense)
     example, scorer = asked.calibration.x[:1], IMPORTANCES[importance]()
     _gradients(model, asked.calibration, scorer)
-    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv")}
+    heads = {m.qkv: len(m.core.widths) for m in model.modules() if isinstance(m, Attention)}
     pruner = tp.pruner.BasePruner(
         model,
         example,
@@ -175,10 +176,7 @@ def theirs(asked: Contest, importance: str, everywhere: bool, shares: Sequence[f
         pruning_ratio=1.0,
         iterative_steps=STEPS,
         ignored_layers=[layer for name, layer in model.named_modules() if asked.beyond(name)],
-        num_heads=heads,
-        prune_num_heads=bool(heads),
-        prune_head_dims=False,
-        head_pruning_ratio=1.0 if heads else 0.0,
+        num_heads=heads,  # all stay, and get narrower: its global ranking of whole ones fails on a step that takes none
     )
     kept = {name: _whole(layer) for name, layer in model.named_modules() if _whole(layer)}
     names = {layer: name for name, layer in model.named_modules()}
@@ -195,9 +193,9 @@ def theirs(asked: Contest, importance: str, everywhere: bool, shares: Sequence[f
                 kept[name][side] = kept[name][side][left]
             group.prune()
         for block in model.modules():
-            if hasattr(block, "qkv"):
-                block.num_heads = pruner.num_heads[block.qkv]
-                block.attn_dim = block.num_heads * block.head_dim
+            if isinstance(block, Attention):
+                n_heads = heads[block.qkv]
+                block.core.widths = (block.qkv.out_features // 3 // n_heads,) * n_heads
         while len(found) < len(shares) and cost.flops(model, example) <= (1 - shares[len(found)]) * dense:
             found.append(Cut(copy.deepcopy(model), _table(kept, asked.dense), time.perf_counter() - start))
         if len(found) == len(shares):

@@ -263,7 +263,7 @@ def ways(dense: nn.Module, task: Task, seed: int) -> Iterator[tuple[str, Callabl
 def answered(pair: str, seed: int, data: datasets.Data, folder: Path) -> dict[str, dict[str, Any]]:
     """{way: what it answers}, from the folder where it is there."""
     place = folder / f"{pair}-{seed}.json"
-    settings = {**SETTINGS, "data": data.sha256}
+    settings = json.loads(json.dumps({**SETTINGS, "data": data.sha256}))
     kept = json.loads(place.read_text()) if place.exists() else {"settings": settings, "ways": {}}
     if kept["settings"] != settings:
         raise SystemExit(f"{place} was made with other settings or images: give another --out")
