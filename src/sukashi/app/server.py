@@ -178,7 +178,7 @@ def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
             taken.bind((HOST, port))
         except OSError as error:
             raise UsageError(
-                f"port {port} can't be had ({error.strerror}): give another, or `port=0` for one that is free"
+                f"port {port} can't be had ({error.strerror}): give another, or 0 for one that is free"
             ) from error
         port = taken.getsockname()[1]
         app = site(folder.expanduser(), port)

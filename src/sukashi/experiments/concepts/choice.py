@@ -19,8 +19,8 @@ from sukashi.experiments.workspace import Workspace
 FILE = "concepts.toml"
 LONGEST = 80  # letters of a name
 _HEAD = """\
-# Names of the subspaces in this folder, and which of them `sukashi prune --ablate` takes out. Written by the page that
-# `sukashi serve` shows; it may be edited by hand. The hash says of which subspaces it is.
+# Names of the subspaces in this folder, and which of them a cut by `ablate` takes out. Written by the page on which
+# they are chosen; it may be edited by hand. The hash says of which subspaces it is.
 """
 
 

@@ -155,9 +155,9 @@ def _some(one: Network) -> Tensor:
 
 def _top(u: Tensor, image: Tensor, n: int) -> Tensor:
     """(K, n) of each concept the crops that hold most of it, one an image; ties by place."""
-    n_images = int(image.max()) + 1
-    best = torch.stack([u[image == number].max(0).values for number in range(n_images)])  # (images, K)
-    places = torch.arange(len(u))
-    where = torch.stack([places[image == number][u[image == number].argmax(0)] for number in range(n_images)])
+    n_images, places = int(image.max()) + 1, torch.arange(len(u))
+    most = [(u[image == number].max(0), places[image == number]) for number in range(n_images)]
+    best = torch.stack([values for (values, _), _ in most])  # (images, K)
+    where = torch.stack([of_image[at] for (_, at), of_image in most])
     order = best.argsort(dim=0, descending=True, stable=True)[:n]
     return where.gather(0, order).T
