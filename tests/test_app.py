@@ -138,7 +138,7 @@ def test_what_is_no_choice_is_refused(client, runs, data, words):
         (lambda said: said.replace("0", "1"), "of other subspaces"),
         (lambda said: said + "[subspaces.7]\nname='x'\n", "speaks of subspace '7': there are 0 to 1"),
         (lambda said: said + "[subspaces.0]\nnome='x'\n", "says 'nome' of a subspace.*name"),
-        (lambda said: said + "[subspaces.0]\ntake_out='yes'\n", "`take_out` of a subspace is true or false"),
+        (lambda said: said + "[subspaces.0]\ntake_out='yes'\n", "take_out of a subspace is true or false"),
         (lambda said: said + "[parts.0]\n", "'parts', which is no table"),
         (lambda said: said + "][", "can't be read"),
     ],

@@ -61,7 +61,7 @@ def chosen(space: Workspace) -> Choice:
             if key not in ("name", "take_out"):
                 raise UsageError(f"{path} says {key!r} of a subspace{nearest(key, ('name', 'take_out'))}")
         if not isinstance(of.get("take_out", False), bool) or not isinstance(of.get("name", ""), str):
-            raise UsageError(f"{path}: `take_out` of a subspace is true or false, its `name` a text")
+            raise UsageError(f"{path}: take_out of a subspace is true or false, its name a text")
         if name := checked_name(of.get("name", "")):
             names[int(number)] = name
         if of.get("take_out", False):
