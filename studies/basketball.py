@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from carton import cut_to
 from torch import Tensor, nn
 
 from sukashi import data as datasets
@@ -33,10 +34,11 @@ from sukashi.core.types import Plan, Preprocess, Scores, rank
 from sukashi.criteria import criteria
 from sukashi.decompositions.contrast import highest
 from sukashi.decompositions.drsa import drsa
-from sukashi.decompositions.subspaces import Subspaces, ablated, virtual
+from sukashi.decompositions.maps import relevance_maps
+from sukashi.decompositions.subspaces import Subspaces, ablated
 from sukashi.decompositions.vectors import features, vectors
-from sukashi.measures import accuracy, cost
-from sukashi.network import hooks, sites, surgery
+from sukashi.measures import accuracy
+from sukashi.network import hooks, sites
 from sukashi.repairs import Teacher, mender
 from sukashi.report.gallery import Picture, draw_gallery
 
@@ -76,25 +78,10 @@ def relevance(model: nn.Module, x: Tensor, own: int) -> Tensor:
 
 def place_of(dense: nn.Module, subspaces: Subspaces, number: int, x: Tensor, own: int) -> tuple[Tensor, Tensor]:
     """(B, H, W) where a subspace is relevant for the class, and bool, the tenth of the pixels where it is most so."""
-    with virtual(dense, subspaces) as site:
-        found = attributions["lrp"](dense, x, torch.full((len(x),), own), [site], rule="alpha1beta0")[site]
-    k, d = subspaces.n_subspaces, subspaces.n_dimensions
-    side = round((found[0].numel() / k / d) ** 0.5)
-    where = found.reshape(len(x), k, d, side, side)[:, number].sum(1, keepdim=True)
-    large = F.interpolate(where, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    layer = features(dense, subspaces.layer, x[:2])
+    where = relevance_maps(dense, x, torch.full((len(x),), own), layer, subspaces)[:, 1 + number]
+    large = F.interpolate(where[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return large, highest(large, PLACE)
-
-
-def cut_to(dense: nn.Module, plan: Plan, left: float) -> tuple[nn.Module, surgery.Table]:
-    """The network cut along a plan until it has no more than a share of its parameters."""
-    n_dense, low, high = cost.n_parameters(dense), 0, plan.n_removable
-    while low < high:
-        middle = (low + high) // 2
-        model = copy.deepcopy(dense)
-        surgery.cut(model, plan.mask_of(middle))
-        low, high = (low, middle) if cost.n_parameters(model) <= left * n_dense else (middle + 1, high)
-    model = copy.deepcopy(dense)
-    return model, surgery.cut(model, plan.mask_of(low))
 
 
 def main() -> None:
@@ -110,7 +97,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     outcome = criteria["taylor"](dense, sites.find(dense, calibration.x[:2]).sites, calibration, generator=generator)
     plan: Plan = rank(outcome) if isinstance(outcome, Scores) else outcome
-    cut, table = cut_to(dense, plan, chosen.left)
+    cut, table, left = cut_to(dense, plan, chosen.left)
     networks = {"dense": dense}
     teachers: dict[str, Teacher] = {
         "refit": nullcontext,
@@ -121,7 +108,7 @@ def main() -> None:
         mend = mender("refit", dense, calibration, teacher)
         assert mend is not None
         mend(networks[name], table)
-    shares, shown, summary = {}, {}, {"parameters": cost.n_parameters(cut) / cost.n_parameters(dense)}
+    shares, shown, summary = {}, {}, {"parameters": left}
     for name, model in networks.items():
         shown[name] = relevance(model, images.x, own)
         positive = shown[name].clamp(min=0).double()

@@ -50,14 +50,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from sukashi import data as datasets
-from sukashi.attributions import attributions
 from sukashi.core import files
 from sukashi.core.types import Batch, Plan, Scores, Site, rank
 from sukashi.criteria import criteria
 from sukashi.data.watermark import Watermark, stamped
 from sukashi.decompositions.contrast import contrast, highest
 from sukashi.decompositions.drsa import drsa
-from sukashi.decompositions.subspaces import Subspaces, ablated, virtual
+from sukashi.decompositions.maps import relevance_maps
+from sukashi.decompositions.subspaces import Subspaces, ablated
 from sukashi.decompositions.vectors import features, vectors
 from sukashi.measures import cost
 from sukashi.measures.imputation import impute
@@ -203,12 +203,8 @@ def disentangled(dense: nn.Module, task: Task, seed: int) -> Subspaces:
 
 def maps(dense: nn.Module, subspaces: Subspaces, x: Tensor) -> Tensor:
     """(B, K, H, W) where each subspace is relevant for the positive class, as large as the images."""
-    with virtual(dense, subspaces) as site:
-        target = torch.ones(len(x), dtype=torch.long)
-        found = attributions["lrp"](dense, x, target, [site], rule="alpha1beta0")[site]
-    k, d = subspaces.n_subspaces, subspaces.n_dimensions
-    side = round((found[0].numel() / k / d) ** 0.5)
-    where = found.reshape(len(x), k, d, side, side).sum(2)
+    layer = features(dense, subspaces.layer, x[:2])
+    where = relevance_maps(dense, x, torch.ones(len(x), dtype=torch.long), layer, subspaces)[:, 1:]
     return F.interpolate(where, x.shape[2:], mode="bilinear", align_corners=False)
 
 

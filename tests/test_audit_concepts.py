@@ -149,6 +149,5 @@ def test_coherence_is_the_mean_cosine_of_pairs():
 
 def test_the_top_crops_of_a_concept_are_of_different_images():
     u = torch.tensor([[0.1], [0.9], [0.5], [0.4], [0.9], [0.2]])
-    image = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert _top(u, image, 2).tolist() == [[1, 4]]
-    assert _top(u, image, 3).tolist() == [[1, 4, 2]]
+    assert _top(u, 3, 2).tolist() == [[1, 4]]
+    assert _top(u, 3, 3).tolist() == [[1, 4, 2]]

@@ -82,7 +82,7 @@ def site(folder: Path, port: int) -> FastAPI:
                 return RedirectResponse(f"/at/{quote(path)}/", 307)
             space = Workspace(place)
             if space.about["kind"] == "concepts":
-                return _choosing(root, space, request.state.nonce)
+                return _choosing(space, request.state.nonce)
             place = place / REPORT
         if place.name != REPORT and place.suffix not in SHOWN:
             raise UsageError(f"{path} is no page, figure or table")
@@ -133,7 +133,7 @@ def _said(form: Mapping[str, list[str]]) -> choice.Choice:
     return choice.Choice(names, tuple(out))
 
 
-def _choosing(root: Path, space: Workspace, nonce: str) -> Response:
+def _choosing(space: Workspace, nonce: str) -> Response:
     """The page on which subspaces are named and chosen."""
     result: Any = summarised(space)
     return _page(

@@ -244,6 +244,12 @@ class Split:
             found = [image / np.float32(255) if image.dtype == np.uint8 else image for image in found]
         return torch.from_numpy(np.stack(found))
 
+    def shown(self, preprocess: Preprocess, rows: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+        """The same as people see them, (B, H, W, C) uint8."""
+        found = self.pixels(preprocess, rows)
+        found = found if found.dtype == torch.uint8 else (found * 255).round().byte()
+        return found.permute(0, 2, 3, 1).numpy()
+
     def _batch(self, preprocess: Preprocess, start: int, stop: int) -> Batch:
         rows = self._rows[start:stop].tolist()
         x = np.empty((len(rows), preprocess.channels, preprocess.height, preprocess.width), dtype=np.float32)

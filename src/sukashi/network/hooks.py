@@ -284,7 +284,7 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        known = [name for name, _ in model.named_modules()]
+        known = [name for name, _ in model.named_modules() if name]
         raise ModelError(
             f"no layer {name!r} to look at or to act on, or none that a pass calls exactly once{nearest(name, known)}"
         ) from None

@@ -37,14 +37,13 @@ def chosen(space: Workspace) -> Choice:
 
     Raises UsageError for a file that says it of other subspaces, or in other words than it is written in.
     """
-    path = space.folder / FILE
+    path, (digest, n, _) = space.folder / FILE, _of(space)
     if not path.exists():
         return Choice()
     try:
         said: dict[str, Any] = tomllib.loads(read(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} can't be read ({error}): mend it, or remove it and choose again") from error
-    digest, n, _ = _of(space)
     if said.pop("sha256", None) != digest:
         raise UsageError(
             f"{path} is of other subspaces than those in its folder: remove it and choose again, by `sukashi serve`"

@@ -25,7 +25,8 @@ from sukashi.core.types import Batch, Site
 from sukashi.data import Split
 from sukashi.decompositions.contrast import contrast, highest
 from sukashi.decompositions.drsa import dimensions, drsa
-from sukashi.decompositions.subspaces import Subspaces, units, virtual
+from sukashi.decompositions.maps import relevance_maps
+from sukashi.decompositions.subspaces import Subspaces, units
 from sukashi.decompositions.vectors import features, shape_of, vectors
 from sukashi.experiments.bench import Bench, Source, hardware
 from sukashi.experiments.concepts.settings import Concepts, numbered
@@ -76,7 +77,7 @@ def prepare(settings: Concepts) -> Prepared:
     if part is not None:
         about["where"] = {**part.subspaces.identity, "number": part.number}
     parts: dict[str, Callable[..., Any]] = {settings.method: METHODS[settings.method], "vectors": vectors}
-    parts["virtual"] = virtual
+    parts["maps"] = relevance_maps
     if settings.method == "contrast":
         parts["impute"] = impute
     code = {name: code_of(of) for name, of in parts.items()} | {"lrp": attributions["lrp"].code}
@@ -291,17 +292,13 @@ def _relevance(
 ) -> tuple[Array, Array]:
     """(B, 1 + K) the relevance of the layer and of each subspace for the class in each image, and (B, 1 + K, h, w)
     where it lies."""
-    model, sums, maps = bench.loaded.model, [], []
-    with virtual(model, subspaces) as site, progress.task("relevance", len(test)) as shown:
+    sums, maps = [], []
+    with progress.task("relevance", len(test)) as shown:
         for batch in test.in_passes():
             x, target = batch.x, torch.full_like(batch.target, number)
-            found = attributions["lrp"](model, x, target, [layer, site], test.objective, rule=settings.rule)
-            whole = found[layer].reshape(len(x), 1, layer.n_units, -1)
-            parts = found[site].reshape(len(x), site.n_units, subspaces.n_dimensions, -1)
-            where = torch.cat([whole.sum(2), parts.sum(2)], 1)
-            sums.append(where.double().sum(2).cpu())
-            grid = where.unflatten(2, found[layer].shape[2:]) if found[layer].dim() == 4 else _over_image(where, x)
-            maps.append(grid.cpu())
+            where = relevance_maps(bench.loaded.model, x, target, layer, subspaces, test.objective, rule=settings.rule)
+            sums.append(where.flatten(2).double().sum(2).cpu())
+            maps.append((where if where.dim() == 4 else _over_image(where, x)).cpu())
             shown.advance(len(x))
     return torch.cat(sums).numpy(), torch.cat(maps).numpy()
 
@@ -333,8 +330,6 @@ def _pictures(
         for row in np.argsort(-relevance[:, 1 + k], kind="stable")[:SHOWN].tolist():
             told.append({"subspace": k, "image_id": test.image_id[row], "class": names[int(test.target[row])]})
             rows.append(row)
-    pixels = bench.data.test.limit(len(test)).pixels(bench.loaded.preprocess, rows)
-    pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().byte()
-    step = max(1, -(-max(pixels.shape[2:]) // LARGEST))
-    shown = pixels[:, :, ::step, ::step].permute(0, 2, 3, 1).numpy()
-    return told, {"pixels": shown, "maps": maps[rows].astype(np.float32)}
+    pixels = bench.data.test.limit(len(test)).shown(bench.loaded.preprocess, rows)
+    step = max(1, -(-max(pixels.shape[1:3]) // LARGEST))
+    return told, {"pixels": pixels[:, ::step, ::step], "maps": maps[rows].astype(np.float32)}

@@ -26,9 +26,7 @@ SETTINGS = ("layer", "of", "concepts", "crop")
 N_CONCEPTS, CROP = 10, 0.3  # where settings leave them open
 TOP = 10  # crops that a concept is judged by, of different images
 SIDE = 64  # of a crop that is kept to be shown
-PARTS: dict[str, Callable[..., Any]] = {
-    **{"bank": craft.bank, "importance": craft.importance, "behind": behind, "features": features}
-}
+PARTS: tuple[Callable[..., Any], ...] = (craft.bank, craft.importance, behind, features)
 
 
 def check(settings: Audit) -> None:
@@ -38,7 +36,7 @@ def check(settings: Audit) -> None:
 
 
 def code(settings: Audit) -> dict[str, str]:
-    return {name: code_of(part) for name, part in PARTS.items()}
+    return {part.__name__: code_of(part) for part in PARTS}
 
 
 class Subject:
@@ -73,6 +71,7 @@ class Subject:
             )
         for one in networks:  # what has nothing behind it that can be given is refused before work starts
             behind(one.loaded.model, self.sites[one.label], _some(one))
+        self.code = code(settings)
         self.identity: dict[str, Any] = {}
         self.notes: list[str] = []
         self.areas: dict[str, Any] = {}
@@ -96,7 +95,7 @@ class Subject:
             "data": one.setting.data.sha256,
             "images": [one.batch.image_id[row] for row in self.rows],
             "top": TOP,
-            "code": {name: code_of(part) for name, part in PARTS.items()},
+            "code": self.code,
         }
 
     def _run(self, one: Network, desk: Desk) -> None:
@@ -119,7 +118,7 @@ class Subject:
             how = "sobol"
             matter = craft.importance(rest, maps, found, self.number, how="sobol", n_designs=64)
         lost = (a - found.u @ found.w).double().square().sum() / a.double().square().sum()
-        top = _top(found.u.cpu(), of.image, TOP)
+        top = _top(found.u.cpu(), len(x), TOP)
         desk.save(
             "concepts",
             {
@@ -136,16 +135,13 @@ class Subject:
 
     def _shown(self, one: Network, of: craft.Crops, top: Tensor) -> NDArray[np.uint8]:
         """(K, TOP, h, w, C) the pixels of each concept's crops."""
-        split = one.setting.data.test.limit(len(one.batch))
-        pixels = split.pixels(one.loaded.preprocess, self.rows.tolist())
-        pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().byte()
+        pixels = one.setting.data.test.limit(len(one.batch)).shown(one.loaded.preprocess, self.rows)
         step = max(1, -(-self.side // SIDE))
         parts = []
         for place in top.flatten().tolist():
-            y, left, side = of.box[place].tolist()
-            parts.append(pixels[int(of.image[place]), :, y : y + side : step, left : left + side : step])
-        shown: NDArray[np.uint8] = torch.stack(parts).permute(0, 2, 3, 1).unflatten(0, top.shape).numpy()
-        return shown
+            y, x, side = of.box[place].tolist()
+            parts.append(pixels[of.image[place], y : y + side : step, x : x + side : step])
+        return np.stack(parts).reshape(*top.shape, *parts[0].shape)
 
 
 def _some(one: Network) -> Tensor:
@@ -153,11 +149,11 @@ def _some(one: Network) -> Tensor:
     return one.batch.x[:2].to(one.setting.device)
 
 
-def _top(u: Tensor, image: Tensor, n: int) -> Tensor:
-    """(K, n) of each concept the crops that hold most of it, one an image; ties by place."""
-    n_images, places = int(image.max()) + 1, torch.arange(len(u))
-    most = [(u[image == number].max(0), places[image == number]) for number in range(n_images)]
-    best = torch.stack([values for (values, _), _ in most])  # (images, K)
-    where = torch.stack([of_image[at] for (_, at), of_image in most])
+def _top(u: Tensor, n_images: int, n: int) -> Tensor:
+    """(K, n) of each concept the crops that hold most of it, one an image, of which each has as many; ties by place."""
+    of_image = u.unflatten(0, (n_images, -1))
+    best, at = of_image.max(1)
+    where = at + of_image.shape[1] * torch.arange(n_images)[:, None]
     order = best.argsort(dim=0, descending=True, stable=True)[:n]
-    return where.gather(0, order).T
+    top: Tensor = where.gather(0, order).T
+    return top
