@@ -162,7 +162,7 @@ def test_what_was_chosen_is_pruned_without(made, runs, tmp_path):
     choose(Workspace(runs / "parts"), Choice({}, (1,)))
     found = sukashi.prune(*prune, **cut, ablate=runs / "parts", out=tmp_path / "cut")
     assert found.ablated["numbers"] == [1]
-    with pytest.raises(UsageError, match="has no subspaces: give the `out` of `sukashi.concepts`"):
+    with pytest.raises(UsageError, match=r"has no subspaces: give the `out` of `sukashi.concepts`"):
         sukashi.prune(*prune, **cut, ablate=found.out, out=tmp_path / "other")
     (runs / "parts" / FILE).write_text("][")
     assert "can't be read" in sukashi.results(runs / "parts").warnings[0]
