@@ -138,7 +138,7 @@ def test_what_it_cannot_explain_is_refused_by_name(randomised):
     with pytest.raises(DataError, match="target 3 is no class"):
         mapped(model, x, torch.tensor([0, 3]))
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
-    with pytest.raises(ModelError, match="chefer explains by attention, and this Sequential has none"):
+    with pytest.raises(ModelError, match="this Sequential has no attention that could be written out"):
         mapped(cnn.eval(), x)
 
 
@@ -173,7 +173,7 @@ class Odd(nn.Module):
         ("stem", "does not make its tokens with one convolution"),
         ("columns", "tokens of this Odd are not its 4 x 4 patches row by row"),
         ("last", "the 17 tokens of this Odd are not its 4 x 4 patches row by row"),
-        ("beside", "layers lie side by side"),
+        ("beside", "layers of attention lie side by side in this Odd"),
         ("max", "chefer has no rule for the operation 'amax'"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -27,18 +26,16 @@ from sukashi.attributions.rules import (
 )
 from sukashi.core.errors import ModelError
 from sukashi.core.objective import CLASSIFICATION, Objective
-from sukashi.core.precision import exact
 from sukashi.core.registry import BatchSize
 from sukashi.core.types import Site
-from sukashi.network import hooks
 from sukashi.network.canonical import canonical, share
 from sukashi.network.functions import Add, Quotient, Scale
 from sukashi.network.layers import AttentionCore
+from sukashi.network.tokens import cores_of, tokens_of
 
 # As in the authors' code; the published eq. 14 has an epsilon without a value.
 _EPSILON = 1e-9
 _SCALE_EPSILON = 1e-6
-_TOKENS = 3  # axes of tokens: images, tokens, features
 
 
 @attributions.register(
@@ -89,11 +86,16 @@ def chefer(
     check_pixels("chefer", sites)
     check(model, x, target, objective)
     form = canonical(model, x).double()
-    tokens = _tokens(form, x[:1].double())
+    try:
+        tokens = tokens_of(form, x[:1].double())
+    except ModelError as error:
+        raise ModelError(
+            f"chefer rolls attention out from layer to layer, to patches: {error}: use lrp or another attribution"
+        ) from None
     kept: list[Tensor] = []
     twin = share(form)
     ruled(twin, _rules(kept, layer_scale), "chefer")
-    for core in _cores(form):
+    for core in cores_of(form):
         core.forward = partial(_attended, kept, core)  # type: ignore[method-assign]
     last = form.get_submodule(tokens.last)
     last.forward = partial(_kept, kept, last)
@@ -104,7 +106,7 @@ def chefer(
         relevance = _carried(twin, part, target[rows], objective, kept)
         read = (after != 0).any(2).double()
         row = start = (read / read.sum(1, keepdim=True).clamp(min=1))[:, None]
-        for core, slope, share_of in zip(_cores(form)[::-1], slopes[::-1], relevance[::-1], strict=True):
+        for core, slope, share_of in zip(cores_of(form)[::-1], slopes[::-1], relevance[::-1], strict=True):
             row = row + row @ ((slope * share_of).clamp(min=0).sum(1) / len(core.widths))
         found = tokens.spread((row - start)[:, 0, tokens.n_before :].to(x), x.shape)
         return dict.fromkeys(sites, found)
@@ -121,86 +123,6 @@ def _carried(
         found = torch.autograd.grad(objective.explained(form(x.detach()), target).sum(), kept, materialize_grads=True)
     kept.clear()
     return found
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Where tokens come from: `n_before` that are no patches, then `rows` x `columns` patches of `size` pixels.
-
-    `last` is the sum that gives the tokens after the last block.
-    """
-
-    n_before: int
-    rows: int
-    columns: int
-    size: tuple[int, int]
-    last: str
-
-    def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """Values of patches (B, rows * columns), each evenly over its pixels and channels: (B, C, H, W)."""
-        (height, width), (_, channels, h, w) = self.size, shape
-        grid = values.unflatten(1, (self.rows, self.columns)) / (height * width * channels)
-        pixels = grid.repeat_interleave(height, 1).repeat_interleave(width, 2)
-        return F.pad(pixels, (0, w - pixels.shape[2], 0, h - pixels.shape[1]))[:, None].repeat(1, channels, 1, 1)
-
-
-def _cores(form: fx.GraphModule) -> list[AttentionCore]:
-    """The attention of each layer, in order."""
-    called = [form.get_submodule(str(node.target)) for node in form.graph.nodes if node.op == "call_module"]
-    return [module for module in called if isinstance(module, AttentionCore)]
-
-
-def _tokens(form: fx.GraphModule, x: Tensor) -> _Tokens:
-    """How the tokens of a canonical transformer lie, seen in its graph and checked on noise in some of the patches."""
-    name = form._get_name()
-    depth: dict[fx.Node, int] = {}  # how many layers of attention lie behind a node, one after another
-    cores, patches, sums = [], [], []
-    for node in form.graph.nodes:
-        depth[node] = max((depth[other] for other in node.all_input_nodes), default=0)
-        module = form.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, AttentionCore):
-            depth[node] += 1
-            cores.append(node)
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            patches.append(module)
-        elif isinstance(module, Add) and node.meta["axes"] == _TOKENS:
-            sums.append(node)
-    if not cores:
-        raise ModelError(
-            f"chefer explains by attention, and this {name} has none that could be written out: use lrp or another "
-            "attribution"
-        )
-    if [depth[node] for node in cores] != list(range(1, len(cores) + 1)) or not (
-        sums and depth[sums[-1]] == len(cores)
-    ):
-        raise ModelError(
-            f"chefer follows attention layer by layer with sums around it, and in this {name} layers lie side by side "
-            "or no sum follows the last: use lrp"
-        )
-    first = patches[0] if len(patches) == 1 and isinstance(patches[0], nn.Conv2d) else None
-    if first is None or not (first.kernel_size == first.stride and first.padding in ((0, 0), "valid")):
-        raise ModelError(
-            f"chefer gives the value of a token to the pixels of its patch, and this {name} does not make its tokens "
-            "with one convolution of patches side by side: use lrp"
-        )
-    height, width = cast(tuple[int, int], first.kernel_size)
-    rows, columns = x.shape[2] // height, x.shape[3] // width
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(rows, columns, generator=generator) < 0.5
-    tokens = _Tokens(0, rows, columns, (height, width), str(sums[-1].target))
-    noise = torch.randn(x[:1].shape, generator=generator).to(x)
-    changed = x[:1] + noise * tokens.spread(chosen.flatten()[None].to(x), x.shape)
-    with exact(), hooks.read_by(form, str(cores[0].target)) as read:
-        form(torch.cat([x[:1], changed]))
-    change = (read[0][1] - read[0][0]).abs().amax(1).cpu()
-    n_before = len(change) - rows * columns
-    expected = torch.cat([torch.zeros(max(n_before, 0), dtype=torch.bool), chosen.flatten()])
-    if not torch.equal(change > 1e-4 * change.max(), expected):
-        raise ModelError(
-            f"the {len(change)} tokens of this {name} are not its {rows} x {columns} patches row by row behind any "
-            "class tokens: use lrp"
-        )
-    return replace(tokens, n_before=n_before)
 
 
 # Passes: the attention weights are kept, and with them a gradient, or relevance where rules are set.

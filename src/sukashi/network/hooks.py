@@ -249,6 +249,19 @@ def gather(site: Site, tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(len(part), site.n_units, -1) for part in parts], 2)
 
 
+def laid(site: Site, values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`values` (U, R) of the positions of each unit, as `means` gives them, where these lie in tensors shaped like
+    those of `recorded`: (N,) along axis 1 of each, 0 at positions that are not the site's.
+    """
+    members = _places(site)
+    found = []
+    for member, own, tensor in zip(members, _fills(site, members, {site: values}), tensors, strict=True):
+        assert own is not None
+        _, positions = _flat(member)
+        found.append(tensor.new_zeros(tensor.shape[1]).index_copy(0, positions.to(tensor.device), own.to(tensor)))
+    return found
+
+
 @contextmanager
 def read_by(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
     """What a layer reads: a list that holds its input in the latest call."""

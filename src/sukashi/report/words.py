@@ -8,6 +8,9 @@ from typing import Any
 
 from sukashi.core.experiment import Result
 
+# Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
+SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
+
 
 def percent(value: float) -> str:
     """0.123 is 12.3%."""
@@ -45,6 +48,18 @@ def spread(of: Mapping[str, Any], scale: float = 1, *, sign: bool = False) -> st
     if len(of.get("each", ())) == 2:
         return ", ".join(number(scale * seed, sign=sign) for seed in of["each"])
     return f"{number(scale * of['low'], sign=sign)} to {number(scale * of['high'], sign=sign)}"
+
+
+def short(value: float, digits: int = 3) -> str:
+    """.021, -.004, 10.200."""
+    whole, _, part = f"{round(value, digits) + 0.0:.{digits}f}".partition(".")  # no -.000
+    return f"{whole.removesuffix('0') if abs(value) < 1 else whole}.{part}"
+
+
+def weight(size: float | None) -> str:
+    """What a difference is called, of so many standard deviations."""
+    # Beside values that are all the same any difference is large.
+    return next((word for least, word in SIZES.items() if size is not None and abs(size) < least), "large")
 
 
 def p_value(p: float | None) -> str:

@@ -9,7 +9,7 @@ from sukashi.experiments.reading import OPTIONS, Masked, Opening
 
 
 class Audit(Masked, Opening):
-    """Compare saliency maps, or concepts: are those of cut networks as faithful as the reference's, and the same?"""
+    """Compare saliency maps, concepts or units: do cut networks decide as the reference does, for the same reasons?"""
 
     kind: ClassVar[str] = "audit"
     shared: ClassVar[bool] = True
@@ -22,7 +22,9 @@ class Audit(Masked, Opening):
         "The first is the reference.",
     )
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted audit is resumed.")
-    subjects: list[str] = option(["saliency"], joined=True, help="What to look at: saliency, concepts or both.")
+    subjects: list[str] = option(
+        ["saliency"], joined=True, help="What to look at: saliency, concepts, neurons, or several."
+    )
     attributions: list[str] | None = option(
         None,
         joined=True,
@@ -51,5 +53,20 @@ class Audit(Masked, Opening):
     crop: float | None = option(
         None, gt=0, le=1, default="0.3", help="Of concepts: the side of a crop, as a share of the image's shorter side."
     )
-    seed: int = option(0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding and the bootstrap.")
+    layers: list[str] | None = option(
+        None,
+        joined=True,
+        default="three, early to late: of transformers what the second layers of MLPs read, else ends of blocks",
+        help="Of neurons: the layers whose units are looked at, as blocks.5.mlp.act, of all models; of attention, as "
+        "blocks.5.attn.core, its heads.",
+    )
+    top: int | None = option(
+        None,
+        ge=1,
+        default="50, and no more than a quarter of a layer's",
+        help="Of neurons: how many units of each layer are looked at for each class, those that matter most.",
+    )
+    seed: int = option(
+        0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding, the bootstrap and training images."
+    )
     options: dict[str, dict[str, Any]] = option({}, help=OPTIONS)

@@ -13,7 +13,7 @@ from sukashi.core.files import canonical
 from sukashi.experiments.audit.networks import FEW, POPULATIONS, Answers
 from sukashi.experiments.audit.saliency import places, sanity, verdict
 from sukashi.experiments.audit.saliency.values import Array, Cell, Cells, curves_table, values_table
-from sukashi.experiments.audit.saliency.verdict import CERTAIN, is_told, said, weight
+from sukashi.experiments.audit.saliency.verdict import CERTAIN, is_told, said
 from sukashi.experiments.workspace import Record
 from sukashi.report import words
 
@@ -162,7 +162,7 @@ def compare(answers: Sequence[Answers], cells: Cells, names: Sequence[str], seed
         row |= {"n": bounds["n"], "difference": bounds["mean"], "low": bounds["low"], "high": bounds["high"]}
         row |= {"p_holm": p_holm, "changed": p_holm < CERTAIN and row["n"] >= FEW}
         row["size"] = row["difference"] / spread if spread else None
-        row["weight"] = weight(row["size"])
+        row["weight"] = words.weight(row["size"])
         row["said"] = said(row)
     return found
 

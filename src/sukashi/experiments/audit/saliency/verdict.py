@@ -32,8 +32,6 @@ UNJUDGED = (
     "among the `measures`."
 )
 NAMED = 3  # models at most of which a sentence gives the names
-# Cohen's (1988) names for a difference, in standard deviations of the reference's values over images.
-SIZES = {0.2: "slight", 0.5: "small", 0.8: "moderate", math.inf: "large"}
 # What sentences speak of first, how faithful maps are, then how sparse; and last, what a network that breaks sooner has
 # more of by the same maps.
 FIRST = ("road", "gini")
@@ -47,17 +45,17 @@ def said(row: Mapping[str, Any]) -> str:
     if not row["changed"]:
         low, high = row["low"], row["high"]
         alone = " once corrected" if low > 0 or high < 0 else ""
-        return f"no detectable change{alone} in {row['n']} images [{short(low)}, {short(high)}]"
+        return f"no detectable change{alone} in {row['n']} images [{words.short(low)}, {words.short(high)}]"
     measure, _, part = row["measure"].partition("/")
     of_any = (f"better by {measure}", f"worse by {measure}")
     if row["better"] is None:
         of_any = (f"higher in {measure}", f"lower in {measure}")
-    words = WORDS.get(row["measure"]) or WORDS.get(measure, of_any)
+    pair = WORDS.get(row["measure"]) or WORDS.get(measure, of_any)
     rise = row["difference"] > 0
-    word = words[rise != (row["better"] != "lower")].format(part)
+    word = pair[rise != (row["better"] != "lower")].format(part)
     low, high = sorted(abs(b) if (b > 0) == rise else -abs(b) for b in (row["low"], row["high"]))
     of_confidence = "" if is_told(row["measure"]) else ", which moves with confidence"
-    return f"{word} by {short(abs(row['difference']))} [{short(low)}, {short(high)}]{of_confidence}"
+    return f"{word} by {words.short(abs(row['difference']))} [{words.short(low)}, {words.short(high)}]{of_confidence}"
 
 
 def is_told(measure: str) -> bool:
@@ -67,18 +65,13 @@ def is_told(measure: str) -> bool:
     return not measure.endswith("/probability")
 
 
-def weight(size: float | None) -> str:
-    # Beside values that are all the same any difference is large.
-    return next((word for least, word in SIZES.items() if size is not None and abs(size) < least), "large")
-
-
 def _most(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(rows, key=lambda row: math.inf if row["size"] is None else abs(row["size"]))
 
 
 def _sized(row: Mapping[str, Any]) -> str:
     """How large a difference is in standard deviations of the reference's values: .12 SD."""
-    return "beside values all the same" if row["size"] is None else f"{short(abs(row['size']), 2)} SD"
+    return "beside values all the same" if row["size"] is None else f"{words.short(abs(row['size']), 2)} SD"
 
 
 def verdict(
@@ -140,7 +133,7 @@ def _of_places(likenesses: Sequence[Mapping[str, Any]], labels: Sequence[str], r
         alone = "" if own is None else f" Rounding alone leaves {own['mean']:.0%}"
     else:
         said = f"Maps of {model} have a {measure.replace('_', ' ')} of {_bounded(least)} with those of {reference}"
-        alone = "" if own is None else f" Rounding alone leaves {short(own['mean'])}"
+        alone = "" if own is None else f" Rounding alone leaves {words.short(own['mean'])}"
     if own is not None and least["high"] >= own["low"]:
         alone += ", so that no change of place is shown"
     return f"{said} (by {same}{among}).{alone}{'.' if alone else ''}"
@@ -212,7 +205,7 @@ def confidence(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     what = most["measure"].removesuffix("/probability")
     return [
-        f"What moved most is {what} in probability: by {most['attribution']} {short(abs(most['difference']))} "
+        f"What moved most is {what} in probability: by {most['attribution']} {words.short(abs(most['difference']))} "
         f"{'higher' if most['difference'] > 0 else 'lower'} in {most['model']}, a {most['weight']} change "
         f"({_sized(most)}). "
         "A network that is less sure has less probability to lose, so this tells of confidence as much as of maps."
@@ -276,8 +269,8 @@ def nearness(similarities: Sequence[Mapping[str, Any]], names: Sequence[str], re
 
 
 def _bounded(row: Mapping[str, Any]) -> str:
-    bounds = "" if row["low"] is None else f" [{short(row['low'])}, {short(row['high'])}]"
-    return f"{short(row['mean'])}{bounds}"
+    bounds = "" if row["low"] is None else f" [{words.short(row['low'])}, {words.short(row['high'])}]"
+    return f"{words.short(row['mean'])}{bounds}"
 
 
 def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -303,9 +296,3 @@ def aims(comparisons: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str,
 
 def _growth(row: Mapping[str, Any]) -> float:
     return float(row["mean"] / max(row["reference"], 1e-12))
-
-
-def short(value: float, digits: int = 3) -> str:
-    """.021, -.004, 10.200."""
-    whole, _, part = f"{round(value, digits) + 0.0:.{digits}f}".partition(".")  # no -.000
-    return f"{whole.removesuffix('0') if abs(value) < 1 else whole}.{part}"
