@@ -49,7 +49,6 @@ def test_the_same_network_has_the_same_units_and_another_has_others(audited):
     assert not any(row["changed"] for row in same)
     assert other["separation/blocks.2.fc1"]["changed"]
     assert other["separation/blocks.2.fc1"]["difference"] < 0
-    assert other["separation/blocks.0.attn.core"]["difference"] == 0
     assert f"have changed in {third}; most, {third}: " in audited.verdict
     assert "worse at telling the class" in " ".join(audited.lines)
     assert [row["subject"] for row in audited.table()] == ["neurons"] * 20
@@ -133,7 +132,7 @@ def test_a_class_token_is_no_patch():
         ("sukashi:digits_cnn", ["conv1", "conv3", "fc2"]),
         ("sukashi:digits_vit", ["blocks.0.fc1", "blocks.1.fc1", "blocks.2.fc1"]),
         ("torchvision:resnet18", ["layer1.0", "layer3.0", "layer4.1"]),
-        ("timm:mobilenetv3_small_050", ["blocks.0.0", "blocks.3.1", "blocks.5.0"]),
+        ("timm:mobilenetv3_small_050", ["blocks.1.0", "blocks.2.2", "blocks.4.2"]),
     ],
 )
 def test_where_to_look_when_nobody_says(spec, layers):
