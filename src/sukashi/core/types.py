@@ -20,7 +20,7 @@ from sukashi.core.schema import check_ratio
 
 MAX_NUMBERS = 2**24  # of one image; what a network makes of them is some hundred times as much
 MAX_SIDE = 16_384
-Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "weight"]
+Kind = Literal["pixel", "channel", "hidden", "head", "token", "subspace", "latent", "weight"]
 
 
 @dataclass(frozen=True)
