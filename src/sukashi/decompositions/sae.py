@@ -28,8 +28,8 @@ class SparseAutoencoder(nn.Module):
 
     While it is trained, the k N largest positive activations of a batch of N rows are kept and all others 0: k of a row
     on average. Used, a latent fires above `threshold`, the moving average of the least activation that was kept, so
-    that what a row is does not depend on others. Rows of `decoder` (L, D) have length 1. `mean` (D,) and the number `scale`
-    are those of the data it is trained on: features of a variance of 1 on average.
+    that what a row is does not depend on others. Rows of `decoder` (L, D) have length 1. `mean` (D,) and the number
+    `scale` are those of the data it is trained on: features of a variance of 1 on average.
 
     Raises UsageError for more active latents than there are.
     """
@@ -85,8 +85,8 @@ class SparseAutoencoder(nn.Module):
             L = (|z - z'|^2 + AUXILIARY |z - z' - W_dec f_dead|^2) / (N D)
 
         f_dead are the D / 2 largest activations a row of latents that have not fired for IDLE steps, kept as in
-        BatchTopK; the residual in it is no variable. Only what fires has a gradient, and only that is computed: a product
-        with f is a sum of few rows. What `decoder` would gain in length is left out of its gradient.
+        BatchTopK; the residual in it is no variable. Only what fires has a gradient, and only that is computed: a
+        product with f is a sum of few rows. What `decoder` would gain in length is left out of its gradient.
         """
         z = (x - self.mean) / self.scale
         pre = torch.addmm(self.encoder_bias, z, self.encoder.T)
@@ -221,7 +221,8 @@ class LatentLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.sae.encode(x.movedim(self.axis, -1))
         changed = (self.units(f) - f) @ self.sae.decoder * self.sae.scale
-        return x + changed.movedim(-1, self.axis)
+        out: Tensor = x + changed.movedim(-1, self.axis)
+        return out
 
 
 @contextmanager

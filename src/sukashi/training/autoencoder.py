@@ -32,8 +32,8 @@ def fit_autoencoder(
     seed: int = 0,
     seconds: float = 10.0,
 ) -> SparseAutoencoder:
-    """A BatchTopK autoencoder of rows x (N, D), by Adam on batches drawn anew each epoch; the rate is constant and falls
-    to 0 over the last fifth.
+    """A BatchTopK autoencoder of rows x (N, D), by Adam on batches drawn anew each epoch; the rate is constant, and
+    falls to 0 over the last fifth.
 
     `out` holds its checkpoint, written every `seconds`; the same call goes on from there, in the same bits on one
     device. `about` (JSON) says which rows these are: a checkpoint of others is refused.
