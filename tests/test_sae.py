@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sukashi import models
 from sukashi.core.errors import DataError, UsageError
 from sukashi.decompositions.sae import AUXILIARY, IDLE, SparseAutoencoder, largest, latents, quality
 from sukashi.models.architectures import DigitsCNN, DigitsViT
-from sukashi.network import hooks
+from sukashi.network import hooks, sites
 from sukashi.training.autoencoder import fit_autoencoder
 
 
@@ -157,6 +158,29 @@ def test_latents_are_units_and_nothing_changes_by_itself(kind):
     assert not torch.allclose(cut, plain)
     with torch.no_grad():
         assert torch.equal(model(x), plain)
+
+
+def test_latents_may_be_those_of_the_class_token_alone():
+    model = models.load("sukashi:small_vit", n_classes=3, width=16).model.eval()
+    sae = a_sae(16, 24, 2, dtype=torch.float32).requires_grad_(False)
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    place = sites.place(model, "blocks.5", x, axis=-1)
+    with torch.no_grad():
+        plain = model(x)
+    with latents(model, "blocks.5", -1, sae, slice(0, 1)) as site, torch.no_grad():
+        assert torch.equal(model(x), plain)
+        with hooks.recorded(model, [site, place]) as seen:
+            model(x)
+        assert seen[site][0].shape == (3, 24, 1)
+        whole = seen[place][0]
+        with hooks.ablated(model, {site: torch.zeros(24)}):
+            changed = model(x)
+    held = whole.movedim(1, -1).clone()  # (B, T, D)
+    held[:, 0] -= sae.encode(held[:, 0]) @ sae.decoder * sae.scale
+    handle = model.blocks[5].register_forward_hook(lambda m, a, out: held)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), changed)
+    handle.remove()
 
 
 def test_what_means_nothing_is_refused():

@@ -74,9 +74,9 @@ def find_circuits(
 
     The binary logit of a class is log p / (1 - p) of its probability p (`binary`). An epoch goes through the images of
     a class, of which `data` has as many for each, and as many others, drawn anew; AdamW's rate is a fifth after each
-    third of the epochs. All classes are found in one batch, in which every row has the masks of its own class: `batch_size`
-    images a class and step, at most `rows` in one pass. Which classes are found together changes none but in rounding.
-    `means` are those of `hooks.means`.
+    third of the epochs. All classes are found in one batch, in which every row has the masks of its own class:
+    `batch_size` images a class and step, at most `rows` in one pass. Which classes are found together changes none but
+    in rounding. `means` are those of `hooks.means`.
 
     Raises DataError for a class without images, UsageError for a penalty below 0.
     """

@@ -211,29 +211,41 @@ def quality(sae: SparseAutoencoder, x: Tensor, *, batch_size: int = 4096) -> Qua
 
 
 class LatentLayer(nn.Module):
-    """x + (decode(f') - decode(f)) of x, with f = encode(x) and f' what becomes of f in `units`, which does nothing."""
+    """x + (decode(f') - decode(f)) of x, with f = encode(x) and f' what becomes of f in `units`, which does nothing; at
+    some of the `tokens` (B, T, D), or everywhere."""
 
-    def __init__(self, sae: SparseAutoencoder, axis: int) -> None:
+    def __init__(self, sae: SparseAutoencoder, axis: int, tokens: slice | None) -> None:
         super().__init__()
-        self.sae, self.axis = sae, axis
+        self.sae, self.axis, self.tokens = sae, axis, tokens
         self.units = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        f = self.sae.encode(x.movedim(self.axis, -1))
-        changed = (self.units(f) - f) @ self.sae.decoder * self.sae.scale
-        out: Tensor = x + changed.movedim(-1, self.axis)
+        f = self.sae.encode(rows_at(x, self.axis, self.tokens))
+        changed = ((self.units(f) - f) @ self.sae.decoder * self.sae.scale).movedim(-1, self.axis)
+        if self.tokens is not None:
+            before = self.tokens.start or 0
+            changed = F.pad(changed, (0, 0, before, x.shape[1] - before - changed.shape[1]))
+        out: Tensor = x + changed
         return out
 
 
+def rows_at(x: Tensor, axis: int, tokens: slice | None) -> Tensor:
+    """(B, positions..., D) of what a layer writes with its features on an axis, at some tokens or all positions."""
+    of: Tensor = x.movedim(axis, -1)
+    return of if tokens is None else of[:, tokens]
+
+
 @contextmanager
-def latents(model: nn.Module, layer: str, axis: int, sae: SparseAutoencoder) -> Iterator[Site]:
-    """Inside, the latents of what a layer writes, with its features on an axis, are units: of every position, whichever
-    positions the autoencoder was trained on. Bit for bit nothing changes while they are left alone; `hooks.ablated`
-    takes one out, with what the autoencoder leaves unexplained kept as it is. Gives their site; gradients reach it.
+def latents(
+    model: nn.Module, layer: str, axis: int, sae: SparseAutoencoder, tokens: slice | None = None
+) -> Iterator[Site]:
+    """Inside, the latents of what a layer writes, with its features on an axis, are units: at these tokens, or at every
+    position. Bit for bit nothing changes while they are left alone; `hooks.ablated` takes one out, with what the
+    autoencoder leaves unexplained kept as it is. Gives their site; gradients reach it.
 
     Raises ModelError for a layer that there is not, and in a pass for one that writes another number of features.
     """
-    module = LatentLayer(sae, axis)
+    module = LatentLayer(sae, axis, tokens)
     module.train(hooks.layer(model, layer).training)
     with inserted(model, layer, module) as name:
         place = f"{name}.module.units"
