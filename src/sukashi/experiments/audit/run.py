@@ -22,6 +22,7 @@ from sukashi.experiments.audit.networks import POPULATIONS, Answers, opened, pac
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import hardware
 from sukashi.experiments.workspace import Desk
+from sukashi.report import words
 
 # A folder each in `experiments/audit`.
 SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/run.py")))
@@ -107,11 +108,15 @@ def _check(settings: Audit) -> None:
         given = getattr(settings, what)
         if given is not None and (not given or len(set(given)) != len(given)):
             raise UsageError(f"{what} must be different names, at least one, got {given}")
-    owned = {name: subject(name, "run").SETTINGS for name in SUBJECTS}
-    for name, own in owned.items():
-        given = [of for of in own if getattr(settings, of) != type(settings).model_fields[of].get_default()]
-        if given and name not in settings.subjects:
-            raise UsageError(f"`{given[0]}` is about {name}, which is not among `subjects`: leave it out")
+    owners: dict[str, list[str]] = {}
+    for name in SUBJECTS:
+        for own in subject(name, "run").SETTINGS:
+            owners.setdefault(own, []).append(name)
+    for own, names in owners.items():
+        given = getattr(settings, own) != type(settings).model_fields[own].get_default()
+        if given and not {*names} & {*settings.subjects}:
+            verb = "is" if len(names) == 1 else "are"
+            raise UsageError(f"`{own}` is about {words.listed(names)}, which {verb} not among `subjects`: leave it out")
     for name in settings.subjects:
         subject(name, "run").check(settings)
 

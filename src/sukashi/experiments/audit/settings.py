@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sukashi.core.schema import MAX_SEED, option
 from sukashi.experiments.reading import OPTIONS, Masked, Opening
@@ -23,7 +23,7 @@ class Audit(Masked, Opening):
     )
     out: str = option(path=True, decides=False, help="Folder for results; an interrupted audit is resumed.")
     subjects: list[str] = option(
-        ["saliency"], joined=True, help="What to look at: saliency, concepts, neurons, or several."
+        ["saliency"], joined=True, help="What to look at: saliency, concepts, neurons, sae, circuits, or several."
     )
     attributions: list[str] | None = option(
         None,
@@ -47,7 +47,7 @@ class Audit(Masked, Opening):
         help="Ask of each attribution whether its maps depend on what the network learned: lay those of the reference "
         "beside those it has when its layers are drawn anew, from the logits downward.",
     )
-    layer: str | None = option(None, help="Of concepts: the layer that holds them, as layer4, of all models.")
+    layer: str | None = option(None, help="Of concepts and sae: the layer that holds them, as layer4, of all models.")
     of: str | None = option(None, help="Of concepts: the class whose images are cropped, by name.")
     concepts: int | None = option(None, ge=2, le=256, default="10", help="Of concepts: how many.")
     crop: float | None = option(
@@ -64,8 +64,25 @@ class Audit(Masked, Opening):
         None,
         ge=1,
         default="50, and no more than a quarter of a layer's",
-        help="Of neurons: how many units of each layer are looked at for each class, those that matter most.",
+        help="Of neurons and sae: how many units of each layer, or latents, are looked at for each class, those that "
+        "matter most.",
     )
+    tokens: Literal["class", "patch", "all"] | None = option(
+        None,
+        default="class where there is a class token, else all",
+        help="Of sae: the tokens that an autoencoder is trained on: class, patch or all; of maps all positions.",
+    )
+    k: list[int] | None = option(
+        None,
+        joined=True,
+        default="a sixth of the layer's features",
+        help="Of sae: how many latents are active for a row on average; of several the first is looked into, and of "
+        "the others is said how well they give back what the layer writes.",
+    )
+    expansion: int | None = option(
+        None, ge=1, le=256, default="32", help="Of sae: how many times as many latents as the layer has features."
+    )
+    seeds: int = option(1, ge=1, le=100, help="Of sae: number of trainings, by seeds counted from 0.")
     seed: int = option(
         0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding, the bootstrap and training images."
     )

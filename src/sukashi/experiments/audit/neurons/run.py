@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sukashi.attributions.patching import patching
 from sukashi.core import progress
@@ -105,29 +105,42 @@ class Subject:
         kept: dict[str, Any] = {}
         with progress.task("layers", len(sites)) as shown:
             means = hooks.means(model, sites, (part.x for part in chosen.in_passes()))
-            of_images, of_chosen = (neurons.responses(model, sites, part, before) for part in (batch, chosen))
-            matter = patching(model, chosen.x, chosen.target, sites, means, chosen.objective)
             for i, (site, n) in enumerate(zip(sites, self.tops(), strict=True)):
-                pooled, largest = of_images[site]
-                top = most(matter[site], chosen, self.n_classes, n)
-                without = torch.zeros(self.n_classes, site.n_units, dtype=torch.bool, device=device)
-                without.scatter_(1, top, True)
-                area = neurons.selectivity(pooled, batch.target, self.n_classes)
-                found = {
-                    "selectivity": area,
-                    "separation": area.where(
-                        neurons.higher(of_chosen[site][0], chosen.target, self.n_classes), 1 - area
-                    ),
-                    "variance": neurons.class_variance(largest, batch.target, self.n_classes),
-                    "entropy": neurons.label_entropy(largest, batch.target, self.n_classes),
-                    "impact": neurons.ablation_impact(model, batch, site, without, means[site]),
-                    "top": top,
-                    "pooled": pooled,
-                }
+                found = looked_at(model, site, means[site], chosen, batch, before, self.n_classes, n)
                 kept |= {f"{i} {name}": of.cpu().numpy() for name, of in found.items()}
                 shown.advance(note=self.layers[i])
         desk.save("neurons", kept)
         desk.finish({"units": [site.n_units for site in sites], "n_before": before})
+
+
+def looked_at(
+    model: nn.Module,
+    site: Site,
+    mean: Tensor,
+    chosen: Batch,
+    batch: Batch,
+    before: int | None,
+    n_classes: int,
+    n: int,
+) -> dict[str, Tensor]:
+    """What the units of a site answer to in a batch: `selectivity`, `separation` and `variance` (U, K), `entropy`
+    (U,); the n that matter most for each class by the `chosen` training images, `top` (K, n), and what hangs on them,
+    `impact` (B,). Without a unit means with it at its `mean` (U, R).
+    """
+    pooled, largest = neurons.responses(model, [site], batch, before)[site]
+    of_chosen = neurons.responses(model, [site], chosen, before)[site][0]
+    matter = patching(model, chosen.x, chosen.target, [site], {site: mean}, chosen.objective)[site]
+    top = most(matter, chosen, n_classes, n)
+    without = torch.zeros(n_classes, site.n_units, dtype=torch.bool, device=top.device).scatter_(1, top, True)
+    area = neurons.selectivity(pooled, batch.target, n_classes)
+    return {
+        "selectivity": area,
+        "separation": area.where(neurons.higher(of_chosen, chosen.target, n_classes), 1 - area),
+        "variance": neurons.class_variance(largest, batch.target, n_classes),
+        "entropy": neurons.label_entropy(largest, batch.target, n_classes),
+        "impact": neurons.ablation_impact(model, batch, site, without, mean),
+        "top": top,
+    }
 
 
 def most(matter: Tensor, data: Batch, n_classes: int, n: int) -> Tensor:
@@ -138,7 +151,7 @@ def most(matter: Tensor, data: Batch, n_classes: int, n: int) -> Tensor:
     return order[:, :n]
 
 
-def units(model: torch.nn.Module, layer: str, x: Tensor) -> Site:
+def units(model: nn.Module, layer: str, x: Tensor) -> Site:
     """The features that a layer writes, or the heads of attention."""
     module = hooks.layer(model, layer)
     if not isinstance(module, AttentionCore):

@@ -1,0 +1,153 @@
+"""How well autoencoders give back what a layer writes, and what their latents answer to: from what trials kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sukashi.core.files import canonical
+from sukashi.experiments.audit import paired
+from sukashi.experiments.audit.networks import Answers
+from sukashi.experiments.audit.neurons import summary as neurons
+from sukashi.experiments.workspace import Record
+from sukashi.report import words
+
+Array = NDArray[np.float64]
+MEASURES: paired.Measures = {
+    "nmse": ("lower", "less well given back", "better given back"),
+    **neurons.MEASURES,
+}
+OF_LATENTS = tuple(neurons.MEASURES)
+
+
+def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Autoencoders of each network beside the reference's, on test images.
+
+    nmse         sum |x - x'|^2 / sum |x - mean|^2 over the rows of a class's images, mean over seeds
+    selectivity, separation, class_variance, label_entropy, ablation_impact
+                 of the latents that matter most for each class, as of units (`neurons.summary`); a latent that is
+                 taken out is 0
+
+    `models` hold, by network and number of active latents, nmse and `explained` = 1 - nmse over all rows, `dead` (the
+    share of latents that no test row fires) and `active` (how many a row fires), means over seeds; of the first number
+    `stability`: the mean over latents that fire of the largest cosine with any direction of another seed's, both ways
+    (None of one seed). `enough` is the least of these numbers by which as much is explained as by the first of the
+    reference's. `comparisons` are paired over classes, see `paired.compare`.
+    """
+    found = by_model(records)
+    kept = {one.label: found[one.label] for one in answers}
+    first = facts["k"][0]
+    arrays = {label: trials[first, 0].arrays("sae") for label, trials in kept.items()}
+    values = values_of(arrays, kept, facts, answers)
+    rows = paired.compare(values, answers, MEASURES)
+    models = [
+        {
+            "model": one.label,
+            "k": k,
+            **_mean([record.result for (number, _), record in sorted(kept[one.label].items()) if number == k]),
+            "stability": stability([record for (number, _), record in sorted(kept[one.label].items()) if number == k]),
+        }
+        for one in answers
+        for k in facts["k"]
+    ]
+    goal = models[0]["explained"]
+    enough = {
+        one.label: min(
+            (row["k"] for row in models if row["model"] == one.label and row["explained"] >= goal), default=None
+        )
+        for one in answers
+    }
+    return {
+        **facts,
+        "n_classes": len(answers[0].class_names),
+        "n_images": len(answers[0].target),
+        "models": models,
+        "enough": enough,
+        "means": {name: {label: paired.over_classes(of[label]) for label in of} for name, of in values.items()},
+        "comparisons": rows,
+        "verdict": paired.verdict(rows, answers, f"the parts of {facts['layer']} that autoencoders find"),
+        "lines": paired.lines(rows, answers),
+    }
+
+
+def by_model(records: Sequence[Record]) -> dict[str, dict[tuple[int, int], Record]]:
+    """{label: {(k, seed): its trial}}."""
+    found: dict[bytes, dict[tuple[int, int], Record]] = {}
+    for record in records:
+        if record.has("sae.npz"):
+            own = found.setdefault(canonical(record.about["network"]), {})
+            own[record.result["k"], record.result["seed"]] = record
+    return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
+
+
+def values_of(
+    arrays: Mapping[str, Mapping[str, Array]],
+    kept: Mapping[str, Mapping[tuple[int, int], Record]],
+    facts: Mapping[str, Any],
+    answers: Sequence[Answers],
+) -> dict[str, dict[str, Array]]:
+    """{measure: {label: (K,)}} of the first number of active latents."""
+    target = answers[0].target
+    of_latents = {
+        label: neurons.of_classes({f"0 {name}": of for name, of in own.items()}, 0, target)
+        for label, own in arrays.items()
+    }
+    nmse = {
+        label: np.mean([trials[facts["k"][0], seed].arrays("sae")["nmse"] for seed in range(facts["seeds"])], axis=0)
+        for label, trials in kept.items()
+    }
+    return {"nmse": nmse} | {
+        measure: {label: of[measure] for label, of in of_latents.items()} for measure in OF_LATENTS
+    }
+
+
+def stability(records: Sequence[Record]) -> float | None:
+    """The mean, over pairs of seeds both ways and latents that fire, of the largest cosine with a direction of the
+    other's."""
+    if len(records) < 2:
+        return None
+    directions = [record.arrays("sae")["sae decoder"] for record in records]
+    found = []
+    for i, one in enumerate(directions):
+        for other in (*directions[:i], *directions[i + 1 :]):
+            found.append(float(np.mean([(part @ other.T).max(1).mean() for part in np.array_split(one, 16)])))
+    return float(np.mean(found))
+
+
+def _mean(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {name: float(np.mean([of[name] for of in results])) for name in ("nmse", "explained", "dead", "active")}
+
+
+def text(found: Mapping[str, Any], reference: str) -> str:
+    header = ["model", "k", "nmse", "explained", "dead latents", "active", "stability"]
+    body = [
+        [
+            *(row["model"], str(row["k"]), words.short(row["nmse"], 4), words.percent(row["explained"])),
+            *(words.percent(row["dead"]), words.number(row["active"])),
+            "–" if row["stability"] is None else words.short(row["stability"]),
+        ]
+        for row in found["models"]
+    ]
+    of_latents = [
+        [label, *(paired.spoken(found["means"][measure][label]) for measure in MEASURES)]
+        for label in found["means"]["nmse"]
+    ]
+    return "\n".join(
+        [
+            words.table(header, body),
+            "",
+            words.table(["model", *(measure.replace("_", " ") for measure in MEASURES)], of_latents),
+        ]
+    )
+
+
+def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each model and measure, against the reference."""
+    return paired.table_rows(found["comparisons"])
+
+
+def tables(records: Sequence[Record]) -> dict[str, bytes]:
+    return {}
