@@ -184,13 +184,20 @@ def _products(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Quality:
     """How well an autoencoder gives back what it did not see: `nmse` = sum |x - x'|^2 / sum |x - mean|^2, with these
-    rows' own mean, `explained` = 1 - nmse, `dead` the share of latents that no row fires, `active` how many a row fires
-    on average."""
+    rows' own mean, `explained` = 1 - nmse, `fires` (L,) which latents any row fires, `dead` the share of the others,
+    `active` how many a row fires on average."""
 
     nmse: float
-    explained: float
-    dead: float
     active: float
+    fires: Tensor
+
+    @property
+    def explained(self) -> float:
+        return 1 - self.nmse
+
+    @property
+    def dead(self) -> float:
+        return 1 - float(self.fires.double().mean())
 
 
 @torch.no_grad()
@@ -206,8 +213,7 @@ def quality(sae: SparseAutoencoder, x: Tensor, *, batch_size: int = 4096) -> Qua
     spread = float((x.double() - x.double().mean(0)).square().sum())
     if not spread > 0:
         raise DataError("what the layer writes is the same for all images: nothing can be explained")
-    nmse = float(off) / spread
-    return Quality(nmse, 1 - nmse, 1 - float(fires.double().mean()), n_active / len(x))
+    return Quality(float(off) / spread, n_active / len(x), fires.cpu())
 
 
 class LatentLayer(nn.Module):

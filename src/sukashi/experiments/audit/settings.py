@@ -82,7 +82,16 @@ class Audit(Masked, Opening):
     expansion: int | None = option(
         None, ge=1, le=256, default="32", help="Of sae: how many times as many latents as the layer has features."
     )
-    seeds: int = option(1, ge=1, le=100, help="Of sae: number of trainings, by seeds counted from 0.")
+    penalties: list[float] | None = option(
+        None,
+        joined=True,
+        default="0.75,1.5,3,6",
+        help="Of circuits: what all nodes together cost, in nats of the cross entropy that a circuit is found by; of "
+        "several, of each network that whose circuits are best (accuracy times the share of edges left out) on "
+        "validation images.",
+    )
+    epochs: int | None = option(None, ge=1, le=10_000, default="20", help="Of circuits: how long they are looked for.")
+    seeds: int = option(1, ge=1, le=100, help="Of sae and circuits: number of trainings, by seeds counted from 0.")
     seed: int = option(
         0, ge=0, le=MAX_SEED, help="Draws ROAD's noise, the rounding, the bootstrap and training images."
     )

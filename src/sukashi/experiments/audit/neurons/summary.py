@@ -105,7 +105,7 @@ def text(found: Mapping[str, Any], reference: str) -> str:
         [
             [layer, label, *(paired.spoken(found["means"][f"{measure}/{layer}"][label]) for measure in MEASURES)]
             for layer in found["layers"]
-            for label in found["units"]
+            for label in found["means"][f"selectivity/{layer}"]
         ],
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -156,7 +156,7 @@ class Subject:
         rows = _rows(model, place, batch)
         quality = sae.quality(found, rows.flatten(0, 1))
         kept = {f"sae {name}": of.cpu().numpy() for name, of in found.state_dict().items()}
-        kept |= {"nmse": self._of_classes(found, rows, batch.target)}
+        kept |= {"nmse": self._of_classes(found, rows, batch.target), "fires": quality.fires.numpy()}
         if k == self.k[0] and seed == 0:
             chosen = data.train.calibration(CHOOSING, self.seed).whole(one.loaded.preprocess).by_class().to(device)
             with sae.latents(model, self.layer, place.axis, found, place.tokens) as site:
@@ -165,7 +165,8 @@ class Subject:
             kept |= {name: tensor.cpu().numpy() for name, tensor in of.items()}
             kept |= self._pictures(one, found, rows, of["top"])
         desk.save("sae", kept)
-        desk.finish({**asdict(quality), "k": k, "seed": seed, "rows": len(x), "test_rows": rows.flatten(0, 1).shape[0]})
+        told = {name: getattr(quality, name) for name in ("nmse", "explained", "dead", "active")}
+        desk.finish({**told, "k": k, "seed": seed, "rows": len(x), "test_rows": rows.flatten(0, 1).shape[0]})
 
     def _training_rows(self, one: Network) -> Tensor:
         """(N, D) features of IMAGES training images, at POSITIONS of each at most, drawn by seed."""

@@ -109,12 +109,16 @@ def stability(records: Sequence[Record]) -> float | None:
     other's."""
     if len(records) < 2:
         return None
-    directions = [record.arrays("sae")["sae decoder"] for record in records]
-    found = []
-    for i, one in enumerate(directions):
-        for other in (*directions[:i], *directions[i + 1 :]):
-            found.append(float(np.mean([(part @ other.T).max(1).mean() for part in np.array_split(one, 16)])))
-    return float(np.mean(found))
+    kept = [record.arrays("sae") for record in records]
+    directions = [of["sae decoder"][of["fires"]] for of in kept]
+    found = [
+        # In parts, for all pairs of latents would take a gigabyte.
+        np.concatenate([(one[at : at + 1024] @ other.T).max(1) for at in range(0, len(one), 1024)]).mean()
+        for i, one in enumerate(directions)
+        for j, other in enumerate(directions)
+        if i != j and len(one) and len(other)
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def _mean(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
