@@ -180,6 +180,9 @@ def test_stability_of_masks_is_jaccards_and_that_of_chance():
     assert shared == pytest.approx(literal)
     assert shared == pytest.approx(chance, abs=0.02)
     assert of_circuits._stability([a]) == (None, None)
+    # Zhang 2026, table 3, dense: 89.12 % of accuracy, 32.42 % of the edges, 29.03 % of the nodes.
+    assert of_circuits.quality(0.8912, 0.3242) == pytest.approx(0.602, abs=5e-4)
+    assert of_circuits.printed_quality(0.8912, 0.95, 0.2903) == pytest.approx(0.8912 / 0.95 * 0.7097)
     nothing = np.zeros((3, 10), dtype=bool)
     assert of_circuits._stability([nothing, nothing])[0] == 1
 

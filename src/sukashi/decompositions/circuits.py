@@ -92,9 +92,9 @@ def find_circuits(
         for epoch in range(epochs):
             task = torch.stack([balanced(data.target, k, n, seed, 1 + epoch) for k in classes]).view(len(classes), 2, n)
             for part in task.split(size, dim=2):
-                optimiser.zero_grad()
-                loss = _descend(model, nodes, data, classes, means, logits, part.flatten(1), rows)
-                (penalty * _Step.apply(logits).sum()).backward()
+                loss, slope = _slope(model, nodes, data, classes, means, logits, part.flatten(1), rows)
+                (cost,) = torch.autograd.grad(penalty * _Step.apply(logits).sum(), logits)
+                logits.grad = slope + cost
                 optimiser.step()
                 with torch.no_grad():
                     logits.clamp_(-1, 1)
@@ -103,7 +103,7 @@ def find_circuits(
     return logits.detach() > 0
 
 
-def _descend(
+def _slope(
     model: nn.Module,
     nodes: Nodes,
     data: Batch,
@@ -112,19 +112,21 @@ def _descend(
     logits: Tensor,
     images: Tensor,
     rows: int,
-) -> float:
-    """Adds the slopes of the mean cross entropy of each class on its images (K, B); the mean over classes."""
+) -> tuple[float, Tensor]:
+    """The mean cross entropy of each class on its images (K, B), mean over classes, and the slope of its sum over them
+    by the logits (K, N)."""
     whose = torch.arange(len(classes)).repeat_interleave(images.shape[1])
-    total = 0.0
+    total, slope = 0.0, torch.zeros_like(logits)
     for at, of in zip(images.flatten().split(rows), whose.split(rows), strict=True):
         part, own = data[at], of.to(data.x.device)
-        gates = gated(nodes, _Step.apply(logits), own)
-        with torch.enable_grad(), hooks.ablated(model, gates, means):
-            found = binary(part, model(part.x.clone()), torch.tensor(classes, device=own.device)[own])
-        loss = F.binary_cross_entropy_with_logits(*found, reduction="sum") / images.shape[1]
-        loss.backward()
+        with torch.enable_grad():
+            gates = gated(nodes, _Step.apply(logits), own)
+            with hooks.ablated(model, gates, means):
+                found = binary(part, model(part.x.clone()), torch.tensor(classes, device=own.device)[own])
+            loss = F.binary_cross_entropy_with_logits(*found, reduction="sum") / images.shape[1]
+        slope += torch.autograd.grad(loss, logits)[0]
         total += float(loss.detach()) / len(classes)
-    return total
+    return total, slope
 
 
 def gated(nodes: Nodes, masks: Tensor, whose: Tensor) -> dict[Site, Tensor]:
@@ -204,13 +206,3 @@ def edges(model: nn.Module, nodes: Nodes, masks: Tensor, *, ends: str = "both") 
         kept += torch.einsum("goi,kgo,kgi->k", nonzero, writes, reads)
         total += weight.numel()
     return kept / total
-
-
-def quality(accuracy: Tensor, size: Tensor) -> Tensor:
-    """Normalised circuit quality as all of Zhang's printed values are: accuracy (1 - share of edges)."""
-    return accuracy * (1 - size)
-
-
-def printed_quality(accuracy: Tensor, whole: Tensor, nodes: Tensor) -> Tensor:
-    """The same as eq. 12 prints it: accuracy over that of the whole network, times (1 - share of nodes)."""
-    return accuracy / whole * (1 - nodes)

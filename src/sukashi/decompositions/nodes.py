@@ -58,10 +58,14 @@ def nodes_of(model: nn.Module, x: Tensor) -> Nodes:
     Raises ModelError as `sites.find` does, and for attention or an MLP of whose places one is not found.
     """
     sites = find(model, x).sites
-    if any(isinstance(module, AttentionCore) for module in model.modules()):
-        found = [(kind, *of) for site in sites for kind, of in _inside(model, site, x).items()]
+    cores = [name for name, module in model.named_modules() if isinstance(module, AttentionCore)]
+    if not cores and not any(site.kind == "head" for site in sites):
+        found: list[tuple[str, Site, tuple[Member, ...]]] = [(site.kind, site, site.members) for site in sites]
     else:
-        found = [(site.kind, site, site.members) for site in sites]
+        known = {member.module for site in sites for member in site.members}
+        if lost := [name for name in cores if name not in known]:
+            raise ModelError(f"the heads of {lost[0]!r} can't be taken out one by one: circuits have no nodes there")
+        found = [(kind, *of) for site in sites for kind, of in _inside(model, site, x).items()]
     places = tuple(place for _, place, _ in found)
     return Nodes(places, tuple(kind for kind, _, _ in found), _layers(model, places, [ends for _, _, ends in found]))
 
@@ -87,6 +91,11 @@ def _attention(model: nn.Module, site: Site, x: Tensor) -> Inside:
     core, (qkv, proj) = model.get_submodule(cores[0]), linear
     assert isinstance(core, AttentionCore)
     alive = [head for head, width in enumerate(core.widths) if width]
+    if len({core.widths[head] for head in alive}) > 1:
+        raise ModelError(
+            f"the heads of {cores[0]!r} were cut to several widths, {', '.join(map(str, core.widths))}: they are no "
+            "nodes of one kind; cut whole heads, or single weights"
+        )
     found = {"norm1": _at(model, qkv, x, "in")}
     for part in ("q", "k", "v"):
         index = [tuple(core.positions(part, head)) for head in alive]
@@ -103,14 +112,26 @@ def _mlp(model: nn.Module, site: Site, x: Tensor) -> Inside:
     names = [member.module for member in (*site.producers, *site.consumers)]
     if len(names) != 2 or not all(isinstance(model.get_submodule(name), nn.Linear) for name in names):
         raise ModelError(
-            f"the MLP at {site.layer!r} is not two linear layers, one after the other: circuits have no nodes there"
+            f"what is at {site.layer!r} of this transformer is neither attention nor two linear layers, one after the "
+            "other: circuits have no nodes there"
         )
     first, second = names
+    act = place(model, second, x, "in", axis=-1)
+    made = dict(_owners(site.producers[0]))  # the hidden unit that each output of the first makes
+    outputs: dict[int, list[int]] = defaultdict(list)
+    for at, unit in made.items():
+        outputs[unit].append(at)
+    index = tuple(tuple(outputs[unit]) for _, unit in sorted(_owners(site.consumers[0])))
     return {
         "norm2": _at(model, first, x, "in"),
-        "mlp_act": _at(model, second, x, "in"),
+        "mlp_act": (act, (*act.members, Member(first, "out", index, -1))),
         "mlp_out": _at(model, second, x, "out"),
     }
+
+
+def _owners(member: Member) -> list[tuple[int, int]]:
+    """(position, unit) of each position."""
+    return [(at, unit) for unit, own in enumerate(member.index) for at in own]
 
 
 def _at(model: nn.Module, layer: str, x: Tensor, side: Literal["in", "out"]) -> tuple[Site, tuple[Member, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sukashi.core.errors import DataError, UsageError
-from sukashi.core.types import Member, Site
+from sukashi.core.precision import without_tf32
+from sukashi.core.types import Batch, Member, Site
 from sukashi.network import hooks
 from sukashi.network.insert import inserted
 
 AUXILIARY = 1 / 32  # of the loss in which dead latents make up what is left (Gao et al. 2024, appendix A.2)
 IDLE = 20  # steps without firing after which a latent counts as dead while training
 _SAMPLED = 97  # every so manieth activation says where about the k-th largest lies
+_PART = 4096  # rows at a time
 _DECAY = 0.99  # of the moving average of thresholds
 
 
@@ -60,11 +63,11 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def standardise(self, x: Tensor) -> None:
         """Take `mean` and `scale` of rows x (N, D). Raises DataError for rows that are all the same, or not finite."""
-        mean, variance = x.double().mean(0), x.double().var(0, correction=0).mean()
-        if not variance > 0 or not variance.isfinite():
+        mean, variance = mean_of(x), squares(x) / x.numel()
+        if not 0 < variance < math.inf:
             raise DataError("what the layer writes is the same for all images, or not finite: no parts can be told")
         self.mean.copy_(mean)
-        self.scale.copy_(variance.sqrt())
+        self.scale.fill_(math.sqrt(variance))
 
     def encode(self, x: Tensor) -> Tensor:
         """(N, L) how much of each latent rows (N, D) have, by `threshold`."""
@@ -131,7 +134,9 @@ class SparseAutoencoder(nn.Module):
         rows, columns, values, of_values = (of[order] for of in (rows, columns, values, of_values))
         for parameter, weights, of in ((self.decoder, values, slope), (self.encoder, of_values, z)):
             cast(Tensor, parameter.grad).add_(_summed(columns, rows, weights, of, self.n_latents))
-        cast(Tensor, self.encoder_bias.grad).index_add_(0, columns, of_values)
+        ones = torch.ones_like(of_values)[:, None]
+        at = torch.arange(len(columns), device=columns.device)
+        cast(Tensor, self.encoder_bias.grad).add_(_summed(columns, at, of_values, ones, self.n_latents)[:, 0])
 
 
 class Active(NamedTuple):
@@ -181,6 +186,17 @@ def _products(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
+def mean_of(x: Tensor) -> Tensor:
+    """(D,) float64 of rows (N, D)."""
+    return torch.stack([part.double().sum(0) for part in x.split(_PART)]).sum(0) / len(x)
+
+
+def squares(x: Tensor, *, batch_size: int = 4096) -> float:
+    """The sum of the squares of rows (N, D) about their mean, in float64."""
+    mean = mean_of(x)
+    return float(sum((part.double() - mean).square().sum() for part in x.split(batch_size)))
+
+
 @dataclass(frozen=True)
 class Quality:
     """How well an autoencoder gives back what it did not see: `nmse` = sum |x - x'|^2 / sum |x - mean|^2, with these
@@ -210,7 +226,7 @@ def quality(sae: SparseAutoencoder, x: Tensor, *, batch_size: int = 4096) -> Qua
         fires |= (f > 0).any(0)
         n_active += int((f > 0).sum())
         off += (sae.decode(f) - part).double().square().sum()
-    spread = float((x.double() - x.double().mean(0)).square().sum())
+    spread = squares(x, batch_size=batch_size)
     if not spread > 0:
         raise DataError("what the layer writes is the same for all images: nothing can be explained")
     return Quality(float(off) / spread, n_active / len(x), fires.cpu())
@@ -239,6 +255,18 @@ def rows_at(x: Tensor, axis: int, tokens: slice | None) -> Tensor:
     """(B, positions..., D) of what a layer writes with its features on an axis, at some tokens or all positions."""
     of: Tensor = x.movedim(axis, -1)
     return of if tokens is None else of[:, tokens]
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module, site: Site, batch: Batch, tokens: slice | None = None) -> Tensor:
+    """(B, P, D) the features of images that a site holds, at some tokens or at all P positions."""
+    found = []
+    with without_tf32(), hooks.recorded(model, [site]) as seen:
+        for part in batch.in_passes():
+            model(part.x.clone())
+            of = rows_at(seen[site][0], 1, tokens)
+            found.append(of.reshape(len(of), -1, of.shape[-1]))
+    return torch.cat(found)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from sukashi.core.errors import ModelError
 from sukashi.core.types import Batch, Site
 from sukashi.network import hooks, surgery
 from sukashi.network.canonical import answer, evaluating
+from sukashi.network.layers import AttentionCore
 from sukashi.network.sites import place
 
 
@@ -49,6 +50,23 @@ def features(model: nn.Module, layer: str, x: Tensor) -> Site:
             )
         axis = fitting[0]
     return place(model, layer, x, axis=axis)
+
+
+def units(model: nn.Module, layer: str, x: Tensor) -> Site:
+    """The features that a layer writes, as `features`, or of attention its heads, each with all that it writes.
+
+    Raises ModelError also for heads that were cut to several widths.
+    """
+    module = hooks.layer(model, layer)
+    if not isinstance(module, AttentionCore):
+        return features(model, layer, x)
+    widths = [width for width in module.widths if width]
+    if len({*widths}) > 1:
+        raise ModelError(
+            f"the heads of {layer!r} were cut to several widths, {', '.join(map(str, module.widths))}: they are no "
+            "units of one kind"
+        )
+    return place(model, layer, x, units=[range(i * width, (i + 1) * width) for i, width in enumerate(widths)])
 
 
 def vectors(

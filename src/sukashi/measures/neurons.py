@@ -7,16 +7,21 @@ choice (there the class token's for `selectivity`, the largest of the patches fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sukashi.attributions.patching import patching
 from sukashi.core.errors import DataError, ModelError
 from sukashi.core.precision import without_tf32
 from sukashi.core.types import Batch, Site
 from sukashi.network import hooks
 from sukashi.network.canonical import canonical
+from sukashi.network.sites import place
 from sukashi.network.tokens import tokens_of
+
+_NUMBERS = 2**22  # sorted at once
 
 
 def selectivity(activations: Tensor, target: Tensor, n_classes: int) -> Tensor:
@@ -28,6 +33,11 @@ def selectivity(activations: Tensor, target: Tensor, n_classes: int) -> Tensor:
     Raises DataError for activations that are not finite.
     """
     _check(activations, target)
+    parts = activations.split(max(1, _NUMBERS // max(1, len(activations))), dim=1)
+    return torch.cat([_areas(part, target, n_classes) for part in parts])
+
+
+def _areas(activations: Tensor, target: Tensor, n_classes: int) -> Tensor:
     n, n_units = activations.shape
     values, order = activations.T.contiguous().sort(dim=1)
     place = torch.arange(n, device=values.device).expand(n_units, -1)
@@ -124,35 +134,68 @@ def _check(activations: Tensor, target: Tensor) -> None:
         raise DataError("activations hold NaN or Inf: such a network answers nothing, check its weights")
 
 
-def n_before(model: nn.Module, x: Tensor) -> int | None:
-    """How many tokens come before those of the patches, as a class token does, and 0 of a network without; None where
-    tokens are no patches row by row, or there are none."""
+@dataclass(frozen=True)
+class Layout:
+    """How the positions lie that a layer holds: `class_token` is the place of the token that logits are read from, or
+    None; the first `before` positions are no patches or pixels, the others are `grid` rows and columns, None where that
+    can't be told. `unknown` says why it can't be told which tokens are patches."""
+
+    class_token: int | None = None
+    before: int = 0
+    grid: tuple[int, int] | None = None
+    unknown: str = ""
+
+
+def layout(model: nn.Module, site: Site, x: Tensor) -> Layout:
+    """That of what a site holds of images x (B, C, H, W).
+
+    Of tokens it is seen on the network's canonical form (`tokens_of`); a class token is one of those before the patches
+    on which the logits depend after the last block.
+    """
+    with torch.no_grad(), hooks.recorded(model, [site]) as seen:
+        model(x.clone())
+    shape = seen[site][0].shape[2:]
+    if len(shape) != 1:
+        return Layout(grid=(shape[0], shape[1]) if len(shape) == 2 else None)
     try:
-        return tokens_of(canonical(model, x).double(), x[:1].double()).n_before
-    except ModelError:
-        return None
+        form = canonical(model, x).double()
+        tokens = tokens_of(form, x[:1].double())
+        read = _read(form, tokens.last, x[:1].double())
+    except ModelError as error:
+        return Layout(unknown=str(error))
+    grid = tokens.rows, tokens.columns
+    if shape[0] == tokens.rows * tokens.columns:
+        return Layout(grid=grid)
+    if shape[0] != tokens.n_before + tokens.rows * tokens.columns:
+        return Layout(unknown=f"{site.layer!r} holds {shape[0]} tokens, and the blocks {len(read)}")
+    own = read[: tokens.n_before].nonzero()[:, 0].tolist()
+    return Layout(own[0] if own else None, tokens.n_before, grid)
+
+
+def _read(form: nn.Module, last: str, x: Tensor) -> Tensor:
+    """(T,) bool on which tokens of the last block logits depend."""
+    site = place(form, last, x, axis=-1)
+    with torch.enable_grad(), hooks.recorded(form, [site]) as seen:
+        of = form(x.clone()).square().sum()
+        (slope,) = torch.autograd.grad(of, seen[site][0])
+    found: Tensor = (slope != 0).any(1)[0]
+    return found
 
 
 @torch.no_grad()
-def responses(
-    model: nn.Module, sites: Sequence[Site], batch: Batch, before: int | None
-) -> dict[Site, tuple[Tensor, Tensor]]:
+def responses(model: nn.Module, site: Site, batch: Batch, lies: Layout) -> tuple[Tensor, Tensor]:
     """Of each unit one number an image, (N, U) each: its activation at the class token, or else its mean over all
-    positions, and its largest at any patch or position.
-
-    A unit of several features, as a head, is their Euclidean length (appendix A.2). `before` is that of `n_before`: the
-    first of these tokens is the class token, and none of them a patch.
+    positions, and its largest at any patch or position. A unit of several features, as a head, is their Euclidean
+    length (Zhang 2026, appendix A.2).
     """
-    found: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
-    with without_tf32(), hooks.recorded(model, sites) as seen:
+    found: list[tuple[Tensor, Tensor]] = []
+    with without_tf32(), hooks.recorded(model, [site]) as seen:
         for part in batch.in_passes():
             model(part.x.clone())
-            for site in sites:
-                of = _of_units(site, seen[site])
-                tokens = seen[site][0].dim() == 3 and before  # (B, units, T)
-                pooled = of[:, :, 0] if tokens else of.mean(2)
-                found[site].append((pooled, of[:, :, before if tokens else 0 :].amax(2)))
-    return {site: (torch.cat([a for a, _ in of]), torch.cat([b for _, b in of])) for site, of in found.items()}
+            of = _of_units(site, seen[site])
+            pooled = of.mean(2) if lies.class_token is None else of[:, :, lies.class_token]
+            found.append((pooled, of[:, :, lies.before :].amax(2)))
+    return torch.cat([a for a, _ in found]), torch.cat([b for _, b in found])
 
 
 def _of_units(site: Site, tensors: Sequence[Tensor]) -> Tensor:
@@ -163,3 +206,37 @@ def _of_units(site: Site, tensors: Sequence[Tensor]) -> Tensor:
         return of.flatten(2) if of.dim() > 2 else of[:, :, None]
     lengths: Tensor = of.unflatten(2, (width, -1)).norm(dim=2)
     return lengths
+
+
+def looked_at(
+    model: nn.Module, site: Site, mean: Tensor, chosen: Batch, batch: Batch, lies: Layout, n_classes: int, n: int
+) -> dict[str, Tensor]:
+    """What the n units of a site that matter most for each class answer to in a batch: `top` (K, n) which they are, by
+    the `chosen` training images; their `selectivity`, `separation`, `variance` and `entropy` (K, n), and what hangs on
+    all of them, `impact` (B,). Without a unit means with it at its `mean` (U, R).
+    """
+    pooled, largest = responses(model, site, batch, lies)
+    of_chosen, _ = responses(model, site, chosen, lies)
+    matter = patching(model, chosen.x, chosen.target, [site], {site: mean}, chosen.objective)[site]
+    top = most(matter, chosen, n_classes, n)
+    without = torch.zeros(n_classes, site.n_units, dtype=torch.bool, device=top.device).scatter_(1, top, True)
+    area = selectivity(pooled, batch.target, n_classes)
+    of_units = {
+        "selectivity": area,
+        "separation": area.where(higher(of_chosen, chosen.target, n_classes), 1 - area),
+        "variance": class_variance(largest, batch.target, n_classes),
+    }
+    return {
+        "top": top,
+        **{name: of.T.gather(1, top) for name, of in of_units.items()},
+        "entropy": label_entropy(largest, batch.target, n_classes)[top],
+        "impact": ablation_impact(model, batch, site, without, mean),
+    }
+
+
+def most(matter: Tensor, data: Batch, n_classes: int, n: int) -> Tensor:
+    """(K, n) for each class the units whose loss would take most from the logit, (B, U), on average over its images; of
+    equal ones the first."""
+    mean = torch.stack([matter[data.target == k].double().mean(0) for k in range(n_classes)])
+    order: Tensor = mean.argsort(dim=1, descending=True, stable=True)
+    return order[:, :n]

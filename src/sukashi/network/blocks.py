@@ -12,7 +12,7 @@ from sukashi.network import hooks
 from sukashi.network.canonical import evaluating
 from sukashi.network.layers import MAKERS, AttentionCore
 
-_AT = (1 / 6, 7 / 12, 1)  # of the depth: blocks 2, 7 and 12 of 12
+_AT = (1 / 4, 2 / 3, 1)  # of the depth: blocks 2, 7 and 11 of 12, counted from 0
 _IDLE = (nn.Identity, nn.Dropout)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sukashi.core.errors import ModelError, UsageError, nearest
+from sukashi.core.precision import without_tf32
 from sukashi.core.types import Mask, Member, Site
 from sukashi.network.exclude import remedy_of
 
@@ -109,9 +110,9 @@ def means(model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor]) ->
     """
     total = {site: torch.zeros(()) for site in sites}
     n_images = 0
-    with torch.no_grad(), recorded(model, sites) as seen:
+    with torch.no_grad(), without_tf32(), recorded(model, sites) as seen:
         for x in batches:
-            model(x)
+            model(x.clone())  # it may write into what it is given
             n_images += len(x)
             for site in sites:
                 parts = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sukashi import models
 from sukashi.core import progress
@@ -145,6 +146,28 @@ class Network:
     @property
     def identity(self) -> Mapping[str, Any]:
         return self.answers.identity
+
+    @property
+    def some(self) -> Tensor:
+        """Two images, where the network is."""
+        return self.batch.x[:2].to(self.setting.device)
+
+    def training(self, n_per_class: int, seed: int) -> Batch:
+        """So many training images of each class, drawn by seed and sorted by class, where the network is."""
+        chosen = self.setting.data.train.calibration(n_per_class, seed)
+        return chosen.whole(self.loaded.preprocess, self.setting.source.workers).by_class().to(self.setting.device)
+
+
+def per_class(one: Network, wanted: int, least: int = 8) -> int:
+    """How many training images each class has, `wanted` at most. DataError for a class of fewer than `least`."""
+    counts = one.setting.data.train.counts
+    fewest = int(counts.argmin())
+    if counts[fewest] < least:
+        raise DataError(
+            f"{one.answers.class_names[fewest]} has {int(counts[fewest])} training images, this audit needs {least} of "
+            "each class: give more data, or the other classes by `only`"
+        )
+    return min(wanted, int(counts[fewest]))
 
 
 def opened(asked: Audit) -> list[Network]:

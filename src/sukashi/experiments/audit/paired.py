@@ -23,33 +23,34 @@ Measures = Mapping[str, tuple[str | None, str, str]]
 def compare(
     values: Mapping[str, Mapping[str, Array]], answers: Sequence[Answers], measures: Measures
 ) -> list[dict[str, Any]]:
-    """Each model against the reference in each of `values`, {measure/place: {label: (K,)}}, on the classes for which
-    both have one.
+    """Each model against the reference in each of `values`, {measure/place: {label: (S, K)}}, seed by seed on the
+    classes for which both have one. Seeds are those of what a network is looked at by, as an autoencoder is trained.
 
     {"model", "measure", "better", "n", "reference", "mean", "difference", "low", "high", "p", "p_holm", "size",
-    "weight", "changed", "said"}: means over classes, that of the differences with a t interval, the p-value of the
-    paired t test before and after Holm's correction over all rows of models that sentences may speak of, the difference
-    in standard deviations of the reference's values. A row of fewer than LEAST classes has not `changed`.
+    "weight", "changed", "said"}: means over seeds and classes, that of the differences with a t interval for other
+    classes and, of several seeds, other seeds (`stats.crossed`), the p-value of that test before and after Holm's
+    correction over all rows of models that sentences may speak of, the difference in standard deviations of the
+    reference's values over classes. A row of fewer than LEAST classes has not `changed`.
     """
     found = []
     for name, of in values.items():
         better = measures[name.partition("/")[0]][0]
         for one in answers[1:]:
             a, b = of[one.label], of[answers[0].label]
-            both = np.isfinite(a) & np.isfinite(b)
+            both = np.isfinite(a).all(0) & np.isfinite(b).all(0)
             if not both.any():
                 continue
-            a, b = a[both], b[both]
-            bounds = stats.crossed((a - b)[None]) if len(a) > 1 else stats.Interval(float((a - b)[0]), None, None, 1)
-            p = stats.t_test(a - b)
-            spread = float(b.std(ddof=1)) if len(b) > 1 else 0.0
+            a, b = a[:, both], b[:, both]
+            bounds, p = _tested(a - b)
+            of_reference = b.mean(0)
+            spread = float(of_reference.std(ddof=1)) if len(of_reference) > 1 else 0.0
             size = bounds.mean / spread if spread else None
             found.append(
                 {
-                    **{"model": one.label, "measure": name, "better": better, "n": len(a)},
+                    **{"model": one.label, "measure": name, "better": better, "n": a.shape[1]},
                     **{"reference": float(b.mean()), "mean": float(a.mean()), "difference": bounds.mean},
                     **{"low": bounds.low, "high": bounds.high, "size": size, "weight": words.weight(size)},
-                    "p": p if p is not None else 2.0 ** (1 - len(a)) if (a - b).any() else 1.0,
+                    "p": p,
                 }
             )
     spoken = {one.label for one in answers[1:] if not one.guesses}
@@ -59,6 +60,19 @@ def compare(
             row |= {"p_holm": float(p_holm), "changed": bool(p_holm < CERTAIN and row["n"] >= LEAST)}
             row["said"] = said(row, measures)
     return found
+
+
+def _tested(differences: Array) -> tuple[stats.Interval, float]:
+    """The mean of differences (S, K) with its interval, and the p-value that it is 0."""
+    n_seeds, n = differences.shape
+    if n == 1:
+        return stats.Interval(float(differences.mean()), None, None, n_seeds), 1.0
+    bounds = stats.crossed(differences)
+    if n_seeds > 1:
+        return bounds, stats.crossed_test(differences)
+    p = stats.t_test(differences[0])
+    # All differ by the same: the sign alone.
+    return bounds, p if p is not None else 2.0 ** (1 - n) if differences.any() else 1.0
 
 
 def said(row: Mapping[str, Any], measures: Measures) -> str:
@@ -126,12 +140,12 @@ def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def over_classes(values: Array) -> dict[str, Any]:
-    """The mean over classes that have a value, its t interval, and how many these are."""
-    own = values[np.isfinite(values)]
-    if not len(own):
+    """The mean of (S, K) over seeds and classes that have a value, its t interval, and how many classes these are."""
+    own = values[:, np.isfinite(values).all(0)]
+    if not own.size:
         return {"mean": None, "low": None, "high": None, "n": 0}
-    found = stats.crossed(own[None]) if len(own) > 1 else stats.Interval(float(own[0]), None, None, 1)
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(own)}
+    found = stats.crossed(own) if own.shape[1] > 1 else stats.Interval(float(own.mean()), None, None, 1)
+    return {"mean": found.mean, "low": found.low, "high": found.high, "n": own.shape[1]}
 
 
 def spoken(of: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     """The figures of the panel, and what its template shows."""
     chosen = {row["model"]: row["penalty"] for row in found["models"]}
     values = values_of(by_model(space.records()), chosen, found)
-    of_one = {f"{measure}/circuits": of for measure, of in values.items()}
+    of_one = {f"{name}/circuits": {label: own.mean(0) for label, own in of.items()} for name, of in values.items()}
     return {
         "circuits": draw_violins(of_one, list(MEASURES), ["circuits"]),
         "circuit-places": draw_places(found["models"]),

@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 
 from sukashi.core.code import code_of
-from sukashi.core.errors import UsageError
+from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.core.types import Batch
 from sukashi.decompositions import circuits
 from sukashi.decompositions.nodes import Nodes, nodes_of
-from sukashi.experiments.audit.networks import Network
+from sukashi.experiments.audit.networks import Network, per_class
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.workspace import Desk
 from sukashi.network import hooks
 
 SETTINGS = ("penalties", "epochs", "seeds")
 PENALTIES, EPOCHS = [0.75, 1.5, 3.0, 6.0], 20
-FOUND_BY, CHOSEN_BY = 64, 32  # training images of each class by which circuits are found, and others that choose
+FOUND_BY, CHOSEN_BY = (
+    64,
+    32,
+)  # training images of each class at most by which circuits are found, and others that choose
+TESTED = 5  # test images of each class at least
 DRAWS = 10  # of random masks beside a circuit
 PARTS: tuple[Callable[..., Any], ...] = (
     *(circuits.find_circuits, circuits.accuracy, circuits.edges, circuits.random_masks, nodes_of),
@@ -49,10 +53,20 @@ class Subject:
         self.penalties = settings.penalties or PENALTIES
         self.epochs, self.seeds = settings.epochs or EPOCHS, settings.seeds
         self.n_classes = len(first.answers.class_names)
-        self.nodes: dict[str, Nodes] = {one.label: nodes_of(one.loaded.model, _example(one)) for one in networks}
-        first.setting.data.train.calibration(FOUND_BY + CHOSEN_BY, settings.seed)  # refused where a class has too few
         if self.n_classes < 2:
             raise UsageError("a circuit tells a class from the others: the data have one class alone")
+        self.nodes: dict[str, Nodes] = {one.label: nodes_of(one.loaded.model, one.some) for one in networks}
+        for one in networks:  # what can't be recorded is refused before work starts
+            hooks.means(one.loaded.model, self.nodes[one.label].places, [one.some])
+        counts = first.answers.tested_of_class
+        fewest = min(counts, key=lambda name: counts[name])
+        if counts[fewest] < TESTED:
+            raise DataError(
+                f"{fewest} has {counts[fewest]} test images, circuits need {TESTED} of each class: give more "
+                "`test_images`, or the other classes by `only`"
+            )
+        n = per_class(first, FOUND_BY + CHOSEN_BY, least=24)
+        self.found_by, self.chosen_by = n - n // 3, n // 3
         self.code = code(settings)
         self.identity: dict[str, Any] = {"penalties": self.penalties, "epochs": self.epochs}
         self.notes: list[str] = []
@@ -61,8 +75,9 @@ class Subject:
             "penalties": self.penalties,
             "epochs": self.epochs,
             "seeds": self.seeds,
-            "found_by": FOUND_BY,
-            "chosen_by": CHOSEN_BY,
+            "found_by": self.found_by,
+            "chosen_by": self.chosen_by,
+            "tested": counts[fewest],
             "draws": DRAWS,
         }
 
@@ -119,6 +134,7 @@ class Subject:
             "right complement": right(~masks),
             "right random": torch.stack([right(of) for of in drawn]).double().mean(0),
             "edges": circuits.edges(model, nodes, masks),
+            "edges whole": circuits.edges(model, nodes, torch.ones_like(masks)),
             "edges out": circuits.edges(model, nodes, masks, ends="out"),
             "edges random": torch.stack([circuits.edges(model, nodes, of) for of in drawn]).mean(0),
         }
@@ -136,18 +152,12 @@ class Subject:
 
     def _training(self, one: Network) -> tuple[Batch, Batch]:
         """Training images of each class that circuits are found by, and others that choose among them."""
-        train, read = one.setting.data.train, one.loaded.preprocess
-        whole = train.calibration(FOUND_BY + CHOSEN_BY, self.seed).whole(read).by_class()
-        some = {*train.calibration(FOUND_BY, self.seed).image_ids}  # a smaller sample is a part of a larger one
-        own = torch.tensor([image in some for image in whole.image_id])
-        device = one.setting.device
-        return whole[own.nonzero()[:, 0]].to(device), whole[(~own).nonzero()[:, 0]].to(device)
+        whole = one.training(self.found_by + self.chosen_by, self.seed)
+        # A smaller sample is a part of a larger one.
+        some = {*one.setting.data.train.calibration(self.found_by, self.seed).image_ids}
+        own = torch.tensor([image in some for image in whole.image_id], device=whole.x.device)
+        return whole[own.nonzero()[:, 0]], whole[(~own).nonzero()[:, 0]]
 
 
 def _sizes(nodes: Nodes) -> list[tuple[str, int]]:
     return [(place.layer, place.n_units) for place in nodes.places]
-
-
-def _example(one: Network) -> Tensor:
-    """Two images, where the network is."""
-    return one.batch.x[:2].to(one.setting.device)

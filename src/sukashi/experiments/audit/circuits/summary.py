@@ -42,8 +42,9 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     `edges_reference` (of the reference's circuits in this network, so of its zeros alone; None where nodes are not the
     same), `penalty`, and `stability`: the nodes that the circuits of two seeds share, as a share of those that either
     has, with `by_chance` that of random ones of their sizes (None of one seed). `sweep` has each penalty's validation
-    accuracy, nodes, edges and quality. `shares` (places) are the mean share of each place's nodes, in the order of the
-    pass, whose `kinds` say what they are. `comparisons` are paired over classes, see `paired.compare`.
+    accuracy, nodes, edges, `edges_of_own` (of those that are not zero) and quality by these. `shares` (places) are the
+    mean share of each place's nodes, in the order of the pass, whose `kinds` say what they are. `comparisons` are
+    paired over classes and seeds, see `paired.compare`.
     """
     found = by_model(records)
     chosen = {one.label: best(found[one.label], facts) for one in answers}
@@ -80,32 +81,38 @@ def by_model(records: Sequence[Record]) -> dict[str, dict[tuple[float, int], Rec
 
 
 def best(trials: Trials, facts: Mapping[str, Any]) -> float:
-    """The penalty of the highest quality on validation images, mean over classes and seeds; of equal ones the first."""
+    """The penalty of the highest quality on validation images, mean over classes and seeds; of equal ones the first.
+
+    Edges count there as a share of the network's own that are not zero: of all weights a sparse network would have few
+    whatever is kept, and choose to keep more of its nodes.
+    """
     return float(max(facts["penalties"], key=lambda penalty: _sweep(trials, penalty, facts)["quality"]))
 
 
 def _sweep(trials: Trials, penalty: float, facts: Mapping[str, Any]) -> dict[str, float]:
     kept = [trials[penalty, seed].arrays("circuits") for seed in range(facts["seeds"])]
-    accuracy, edges = (np.mean([of[name] for of in kept], axis=0) for name in ("validation", "edges"))
+    of_own = [of["edges"] / of["edges whole"] for of in kept]
     return {
-        "validation": float(accuracy.mean()),
+        "validation": float(np.mean([of["validation"] for of in kept])),
         "nodes": float(np.mean([of["masks"].mean() for of in kept])),
-        "edges": float(edges.mean()),
-        "quality": float(np.mean([(of["validation"] * (1 - of["edges"])).mean() for of in kept])),
+        "edges": float(np.mean([of["edges"] for of in kept])),
+        "edges_of_own": float(np.mean(of_own)),
+        "quality": float(
+            np.mean([quality(of["validation"], own).mean() for of, own in zip(kept, of_own, strict=True)])
+        ),
     }
 
 
 def values_of(
     found: Mapping[str, Trials], chosen: Mapping[str, float], facts: Mapping[str, Any]
 ) -> dict[str, dict[str, Array]]:
-    """{measure: {label: (K,)}} means over seeds, of each network's best penalty."""
+    """{measure: {label: (S, K)}} of each network's best penalty."""
     of_models = {
         label: [of_classes(trials[chosen[label], seed].arrays("circuits")) for seed in range(facts["seeds"])]
         for label, trials in found.items()
     }
     return {
-        name: {label: np.mean([of[name] for of in seeds], axis=0) for label, seeds in of_models.items()}
-        for name in MEASURES
+        name: {label: np.stack([of[name] for of in seeds]) for label, seeds in of_models.items()} for name in MEASURES
     }
 
 
@@ -118,8 +125,18 @@ def of_classes(kept: Mapping[str, Array]) -> dict[str, Array]:
         "accuracy": accuracy,
         "complement": kept["right complement"].mean(1),
         "random": kept["right random"].mean(1),
-        "quality": accuracy * (1 - kept["edges"]),
+        "quality": quality(accuracy, kept["edges"]),
     }
+
+
+def quality(accuracy: Array, edges: Array) -> Array:
+    """Normalised circuit quality as all of Zhang's printed values are: accuracy (1 - share of edges)."""
+    return accuracy * (1 - edges)
+
+
+def printed_quality(accuracy: Array, whole: Array, nodes: Array) -> Array:
+    """The same as eq. 12 prints it: accuracy over that of the whole network, times (1 - share of nodes)."""
+    return accuracy / whole * (1 - nodes)
 
 
 def _of_model(label: str, trials: Trials, penalty: float, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def _of_model(label: str, trials: Trials, penalty: float, facts: Mapping[str, An
     of = [of_classes(arrays) for arrays in kept]
     sizes = records[0].result["sizes"]
     whole = [arrays["right whole"].mean(1) for arrays in kept]
-    printed = [one["accuracy"] / all_ * (1 - one["nodes"]) for one, all_ in zip(of, whole, strict=True)]
+    printed = [printed_quality(one["accuracy"], all_, one["nodes"]) for one, all_ in zip(of, whole, strict=True)]
     both = _stability([arrays["masks"].astype(bool) for arrays in kept])
     starts = np.cumsum([0, *sizes[:-1]])
     shares = np.mean([np.add.reduceat(arrays["masks"].mean(0), starts) / sizes for arrays in kept], axis=0)

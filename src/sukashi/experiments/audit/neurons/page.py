@@ -20,7 +20,7 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     target = answers[0].target
     kept = {one.label: records[one.label].arrays("neurons") for one in answers}
     values = {
-        f"{measure}/{layer}": {label: of_classes(of, i, target)[measure] for label, of in kept.items()}
+        f"{measure}/{layer}": {label: of_classes(of, target, f"{i} ")[measure] for label, of in kept.items()}
         for i, layer in enumerate(found["layers"])
         for measure in MEASURES
     }

@@ -15,13 +15,14 @@ from sukashi.experiments.workspace import Record
 from sukashi.report import words
 
 Array = NDArray[np.float64]
+HANGS = "ablation_impact"
 # Which way is better, and what more and less of it is.
 MEASURES: paired.Measures = {
     "selectivity": ("higher", "more selective", "less selective"),
     "separation": ("higher", "better at telling the class", "worse at telling the class"),
     "class_variance": ("lower", "less even within a class", "more even within a class"),
     "label_entropy": ("lower", "excited by more classes", "excited by fewer classes"),
-    "ablation_impact": (None, "more hangs on them", "less hangs on them"),
+    HANGS: (None, "more hangs on them", "less hangs on them"),
 }
 
 
@@ -40,7 +41,9 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     found = by_model(records)
     kept = {one.label: found[one.label].arrays("neurons") for one in answers}
     values = {
-        f"{measure}/{layer}": {one.label: of_classes(kept[one.label], i, answers[0].target)[measure] for one in answers}
+        f"{measure}/{layer}": {
+            one.label: of_classes(kept[one.label], answers[0].target, f"{i} ")[measure][None] for one in answers
+        }
         for i, layer in enumerate(facts["layers"])
         for measure in MEASURES
     }
@@ -53,9 +56,7 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
         "units": {one.label: found[one.label].result["units"] for one in answers},
         "means": {name: {label: paired.over_classes(of[label]) for label in of} for name, of in values.items()},
         "no_value": {
-            one.label: [
-                int(np.isnan(_of_top(kept[one.label], i, "variance")).sum()) for i in range(len(facts["layers"]))
-            ]
+            one.label: [int(np.isnan(kept[one.label][f"{i} variance"]).sum()) for i in range(len(facts["layers"]))]
             for one in answers
         },
         "comparisons": rows,
@@ -70,24 +71,13 @@ def by_model(records: Sequence[Record]) -> dict[str, Record]:
     return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
 
 
-def of_classes(kept: Mapping[str, Array], i: int, target: NDArray[np.int64]) -> dict[str, Array]:
-    """{measure: (K,)} the mean over the units of layer i that matter most for each class; NaN where none has one."""
-    impact, n_classes = kept[f"{i} impact"], len(kept[f"{i} top"])
-    of_top = {
-        "selectivity": _of_top(kept, i, "selectivity"),
-        "separation": _of_top(kept, i, "separation"),
-        "class_variance": _of_top(kept, i, "variance"),
-        "label_entropy": kept[f"{i} entropy"][kept[f"{i} top"]],
-    }
-    means = {measure: _mean(of) for measure, of in of_top.items()}
-    return means | {"ablation_impact": np.array([_mean(impact[target == k][None])[0] for k in range(n_classes)])}
-
-
-def _of_top(kept: Mapping[str, Array], i: int, what: str) -> Array:
-    """(K, n) of each class what its units have for it, out of (U, K)."""
-    top = kept[f"{i} top"]
-    found: Array = kept[f"{i} {what}"][top, np.arange(len(top))[:, None]]
-    return found
+def of_classes(kept: Mapping[str, Array], target: NDArray[np.int64], what: str = "") -> dict[str, Array]:
+    """{measure: (K,)} the mean over the units that matter most for each class, of arrays whose names begin with `what`;
+    NaN where none has one."""
+    impact, n_classes = kept[f"{what}impact"], len(kept[f"{what}top"])
+    names = {"class_variance": "variance", "label_entropy": "entropy"}
+    means = {measure: _mean(kept[what + names.get(measure, measure)]) for measure in MEASURES if measure != HANGS}
+    return means | {HANGS: np.array([_mean(impact[target == k][None])[0] for k in range(n_classes)])}
 
 
 def _mean(values: Array) -> Array:

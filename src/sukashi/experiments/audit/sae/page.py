@@ -20,7 +20,10 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     answers, _ = answers_of(space)
     records = by_model(space.records())
     arrays = {label: trials[found["k"][0], 0].arrays("sae") for label, trials in records.items()}
-    values = values_of(arrays, records, found, answers)
+    values = {
+        name: {label: own.mean(0) for label, own in of.items()}
+        for name, of in values_of(records, found, answers).items()
+    }
     # Beside each other, for there is one place.
     of_one = {f"{measure}/{found['layer']}": of for measure, of in values.items()}
     figures = {"latents": draw_violins(of_one, list(MEASURES), [found["layer"]])}

@@ -20,13 +20,12 @@ MEASURES: paired.Measures = {
     "nmse": ("lower", "less well given back", "better given back"),
     **neurons.MEASURES,
 }
-OF_LATENTS = tuple(neurons.MEASURES)
 
 
 def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Autoencoders of each network beside the reference's, on test images.
 
-    nmse         sum |x - x'|^2 / sum |x - mean|^2 over the rows of a class's images, mean over seeds
+    nmse         sum |x - x'|^2 / sum |x - mean|^2 over the rows of a class's images
     selectivity, separation, class_variance, label_entropy, ablation_impact
                  of the latents that matter most for each class, as of units (`neurons.summary`); a latent that is
                  taken out is 0
@@ -39,9 +38,7 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     """
     found = by_model(records)
     kept = {one.label: found[one.label] for one in answers}
-    first = facts["k"][0]
-    arrays = {label: trials[first, 0].arrays("sae") for label, trials in kept.items()}
-    values = values_of(arrays, kept, facts, answers)
+    values = values_of(kept, facts, answers)
     rows = paired.compare(values, answers, MEASURES)
     models = [
         {
@@ -84,24 +81,23 @@ def by_model(records: Sequence[Record]) -> dict[str, dict[tuple[int, int], Recor
 
 
 def values_of(
-    arrays: Mapping[str, Mapping[str, Array]],
-    kept: Mapping[str, Mapping[tuple[int, int], Record]],
-    facts: Mapping[str, Any],
-    answers: Sequence[Answers],
+    kept: Mapping[str, Mapping[tuple[int, int], Record]], facts: Mapping[str, Any], answers: Sequence[Answers]
 ) -> dict[str, dict[str, Array]]:
-    """{measure: {label: (K,)}} of the first number of active latents."""
-    target = answers[0].target
-    of_latents = {
-        label: neurons.of_classes({f"0 {name}": of for name, of in own.items()}, 0, target)
-        for label, own in arrays.items()
-    }
-    nmse = {
-        label: np.mean([trials[facts["k"][0], seed].arrays("sae")["nmse"] for seed in range(facts["seeds"])], axis=0)
+    """{measure: {label: (S, K)}} of the first number of active latents."""
+    target, first = answers[0].target, facts["k"][0]
+    of_models = {
+        label: [of_classes(trials[first, seed].arrays("sae"), target) for seed in range(facts["seeds"])]
         for label, trials in kept.items()
     }
-    return {"nmse": nmse} | {
-        measure: {label: of[measure] for label, of in of_latents.items()} for measure in OF_LATENTS
+    return {
+        measure: {label: np.stack([of[measure] for of in seeds]) for label, seeds in of_models.items()}
+        for measure in MEASURES
     }
+
+
+def of_classes(kept: Mapping[str, Array], target: NDArray[np.int64]) -> dict[str, Array]:
+    """{measure: (K,)} of one autoencoder."""
+    return {"nmse": kept["nmse"], **neurons.of_classes(kept, target)}
 
 
 def stability(records: Sequence[Record]) -> float | None:
