@@ -137,7 +137,7 @@ def test_a_class_token_is_no_patch():
         ("sukashi:digits_cnn", ["conv1", "conv3", "fc2"]),
         ("sukashi:digits_vit", ["blocks.0.fc1", "blocks.1.fc1", "blocks.2.fc1"]),
         ("torchvision:resnet18", ["layer1.1", "layer3.0", "layer4.1"]),
-        ("timm:mobilenetv3_small_050", ["blocks.1.1", "blocks.2.2", "blocks.4.2"]),
+        ("timm:mobilenetv3_small_050", ["blocks.1.1", "blocks.3.0", "blocks.4.2"]),
     ],
 )
 def test_where_to_look_when_nobody_says(spec, layers):
