@@ -139,12 +139,14 @@ def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "attribution": ""} for row in rows]
 
 
-def over_classes(values: Array) -> dict[str, Any]:
-    """The mean of (S, K) over seeds and classes that have a value, its t interval, and how many classes these are."""
+def over_classes(values: Array, *, share: bool = False) -> dict[str, Any]:
+    """The mean of (S, K) over seeds and classes that have a value, its t interval, and how many classes these are; of
+    shares an interval within [0, 1]."""
     own = values[:, np.isfinite(values).all(0)]
     if not own.size:
         return {"mean": None, "low": None, "high": None, "n": 0}
-    found = stats.crossed(own) if own.shape[1] > 1 else stats.Interval(float(own.mean()), None, None, 1)
+    bounds = (0.0, 1.0) if share else None
+    found = stats.crossed(own, bounds=bounds) if own.shape[1] > 1 else stats.Interval(float(own.mean()), None, None, 1)
     return {"mean": found.mean, "low": found.low, "high": found.high, "n": own.shape[1]}
 
 

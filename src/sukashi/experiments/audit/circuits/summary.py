@@ -63,7 +63,9 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
             for one in answers
             for penalty in facts["penalties"]
         ],
-        "means": {name: {label: paired.over_classes(of[label]) for label in of} for name, of in values.items()},
+        "means": {
+            name: {label: paired.over_classes(of[label], share=True) for label in of} for name, of in values.items()
+        },
         "comparisons": rows,
         "verdict": paired.verdict(rows, answers, "the circuits of classes"),
         "lines": paired.lines(rows, answers),

@@ -16,6 +16,7 @@ from sukashi.report import words
 
 Array = NDArray[np.float64]
 HANGS = "ablation_impact"
+SHARES = ("selectivity", "separation")  # lie in [0, 1]
 # Which way is better, and what more and less of it is.
 MEASURES: paired.Measures = {
     "selectivity": ("higher", "more selective", "less selective"),
@@ -54,7 +55,7 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
         "n_classes": len(answers[0].class_names),
         "n_images": len(answers[0].target),
         "units": {one.label: found[one.label].result["units"] for one in answers},
-        "means": {name: {label: paired.over_classes(of[label]) for label in of} for name, of in values.items()},
+        "means": means_of(values),
         "no_value": {
             one.label: [int(np.isnan(kept[one.label][f"{i} variance"]).sum()) for i in range(len(facts["layers"]))]
             for one in answers
@@ -62,6 +63,14 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
         "comparisons": rows,
         "verdict": paired.verdict(rows, answers, what),
         "lines": paired.lines(rows, answers),
+    }
+
+
+def means_of(values: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{measure/place: {label: its mean over classes}}."""
+    return {
+        name: {label: paired.over_classes(own, share=name.partition("/")[0] in SHARES) for label, own in of.items()}
+        for name, of in values.items()
     }
 
 

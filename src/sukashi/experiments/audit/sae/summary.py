@@ -63,7 +63,7 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
         "n_images": len(answers[0].target),
         "models": models,
         "enough": enough,
-        "means": {name: {label: paired.over_classes(of[label]) for label in of} for name, of in values.items()},
+        "means": neurons.means_of(values),
         "comparisons": rows,
         "verdict": paired.verdict(rows, answers, f"the parts of {facts['layer']} that autoencoders find"),
         "lines": paired.lines(rows, answers),
