@@ -36,6 +36,7 @@ from sukashi.measures.faithfulness import removal
 from sukashi.measures.inputs import measured
 from sukashi.models import saved
 from sukashi.network import perturbed, sites
+from sukashi.report import words
 from sukashi.report.gallery import Picture, draw_gallery
 from test_shortcut import PREPROCESS, N, trained
 
@@ -534,7 +535,7 @@ def test_beside_values_without_spread_a_change_is_large_and_comes_first():
     same = [row | {"changed": False, "said": "no detectable change in 20 images [.0, .1]"} for row in rows]
     same[1]["n"] = 31
     assert lines(same, ["lrp", "saliency"], 2) == ["lrp: no detectable change on average in 20 to 31 images."]
-    assert [verdict.weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
+    assert [words.weight(size) for size in (None, 0.1, -0.3, 0.6, -0.9)] == [
         *("large", "slight", "small", "moderate", "large")
     ]
 

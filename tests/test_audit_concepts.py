@@ -91,7 +91,7 @@ def test_it_is_beside_saliency_where_both_are_asked_for(net, blurred, tmp_path):
         ({"population": "all"}, UsageError, "`population` is about saliency"),
         ({"options": {"lrp": {"bias": False}}}, UsageError, "`options` is about saliency"),
         ({"measures": ["gini"]}, UsageError, "`measures` is about saliency, which is not among `subjects`"),
-        ({"subjects": ["saliency"]}, UsageError, "`layer` is about concepts, which is not among `subjects`"),
+        ({"subjects": ["saliency"]}, UsageError, "`layer` is about concepts and sae, which are not among"),
         ({"subjects": ["concept"]}, UsageError, "unknown subject 'concept'.*concepts"),
     ],
 )
