@@ -795,12 +795,12 @@ def test_an_audit_grows_by_models_and_refuses_another_question(done, folders, tm
     assert calls == ["noisy"]
     of_saliency = [row for row in done[0].saliency["similarities"] if row["attribution"] == "saliency"]
     assert found.saliency["similarities"] == of_saliency
-    for changes, words in (
+    for changes, message in (
         ({"seed": 1}, "seed was 0, now 1"),
         ({"population": "all"}, 'population was "both"'),
         ({"test_images": 30}, "data.test_images was 40, now 30"),
     ):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UsageError, match=message):
             sukashi.audit(folders, "digits", out=out, attributions=["saliency"], **{**READING, **changes})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("of mine")
