@@ -128,12 +128,12 @@ def test_edges_are_counted_weight_by_weight(kind, ends):
 def test_v_of_a_head_is_what_the_output_layer_reads_of_it():
     model = a_model("vit")
     nodes = nodes_of(model, a_batch().x)
+    norm1, q, _, v = (4 * 16 + 3 * 4 + 32 + at for at in (0, 16, 20, 24))  # where those of the second block begin
     proj = next(layer for layer in nodes.layers if layer.name == "blocks.1.attn.proj")
-    start = nodes.starts[8 + 3]
-    assert proj.reads == tuple(start + i // 4 for i in range(16))
+    assert proj.reads == tuple(v + i // 4 for i in range(16))
     qkv = next(layer for layer in nodes.layers if layer.name == "blocks.1.attn.qkv")
-    assert qkv.writes == tuple(nodes.starts[8 + 1 + part] + i // 4 for part in range(3) for i in range(16))
-    assert qkv.reads == tuple(nodes.starts[8] + i for i in range(16))
+    assert qkv.writes == tuple(q + 4 * part + i // 4 for part in range(3) for i in range(16))
+    assert qkv.reads == tuple(norm1 + i for i in range(16))
 
 
 def test_a_planted_circuit_is_found_exactly():

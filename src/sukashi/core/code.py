@@ -19,7 +19,7 @@ import pkgutil
 import platform
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -52,6 +52,11 @@ def code_of(function: Callable[..., Any]) -> str:
     home = _home(inspect.unwrap(function))
     told = [_told(function, function.__name__, set()), sources(home) if _read(home) else None]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def codes_of(parts: Iterable[Callable[..., Any]]) -> dict[str, str]:
+    """{name: sixteen digits} of several functions."""
+    return {part.__name__: code_of(part) for part in parts}
 
 
 def has_file(function: Callable[..., Any]) -> bool:

@@ -41,12 +41,6 @@ class Nodes:
     def n_nodes(self) -> int:
         return sum(place.n_units for place in self.places)
 
-    @property
-    def starts(self) -> list[int]:
-        """The number of each place's first node."""
-        counts = [place.n_units for place in self.places]
-        return [sum(counts[:i]) for i in range(len(counts))]
-
 
 def nodes_of(model: nn.Module, x: Tensor) -> Nodes:
     """The nodes of a network (Zhang 2026, sec. 3.4 and appendix C.1; Gao et al. 2025).

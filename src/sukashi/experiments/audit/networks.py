@@ -14,11 +14,13 @@ from torch import Tensor
 from sukashi import models
 from sukashi.core import progress
 from sukashi.core.errors import DataError, UsageError
+from sukashi.core.files import canonical
 from sukashi.core.objective import Objective
 from sukashi.core.types import Batch, Preprocess
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.bench import Bench, Source
 from sukashi.experiments.reading import Architecture
+from sukashi.experiments.workspace import Record
 from sukashi.measures import accuracy, classwise
 from sukashi.models import Loaded
 from sukashi.repairs import NONE
@@ -148,6 +150,15 @@ class Network:
         return self.answers.identity
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What decides any figure of it on all test images."""
+        return {
+            "network": self.identity,
+            "data": self.setting.data.sha256,
+            "images": list(self.batch.image_id),
+        }
+
+    @property
     def some(self) -> Tensor:
         """Two images, where the network is."""
         return self.batch.x[:2].to(self.setting.device)
@@ -156,6 +167,15 @@ class Network:
         """So many training images of each class, drawn by seed and sorted by class, where the network is."""
         chosen = self.setting.data.train.calibration(n_per_class, seed)
         return chosen.whole(self.loaded.preprocess, self.setting.source.workers).by_class().to(self.setting.device)
+
+
+def by_label(records: Sequence[Record], artefact: str) -> dict[str, list[Record]]:
+    """The trials of each network that have left an artefact; networks that are the same one share theirs."""
+    found: dict[bytes, list[Record]] = {}
+    for record in records:
+        if record.has(artefact):
+            found.setdefault(canonical(record.about["network"]), []).append(record)
+    return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
 
 
 def per_class(one: Network, wanted: int, least: int = 8) -> int:

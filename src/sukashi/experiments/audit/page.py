@@ -23,7 +23,11 @@ def page(result: AuditResult, space: Workspace) -> Page:
     answers, _ = answers_of(space)
     settings: dict[str, Any] = {
         **space.identity,
-        **{name: subject(name, "page").settings(space) for name in result.subjects},
+        **{
+            name: subject(name, "page").settings(space)
+            for name in result.subjects
+            if hasattr(subject(name, "page"), "settings")
+        },
         # A file's hash is that of every page; that of the tensors says which networks are the same one.
         "models": {
             one.label: {

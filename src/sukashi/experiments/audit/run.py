@@ -31,11 +31,11 @@ SUBJECTS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 def subject(name: str, file: str) -> Any:
     """A file of what an audit looks at.
 
-    run      `SETTINGS` that are about it alone, `check(settings)`, `code(settings)` with a hash of all that may have a
-             part in a figure, and `Subject(settings, networks)` with what is kept of it (`facts`), `notes`, the area
-             of each concept in each image (`areas`), what its settings come to (`identity`), and its `trials(answers)`
-    summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `tables`
-    page     `panel(result, found, space)`, `settings(space)`
+    run      `SETTINGS` that are about it, `check(settings)`, `code(settings)` with a hash of all that may have a part
+             in a figure, and `Subject(settings, networks)`, a `looking.Looking`
+    summary  `summary(records, answers, facts)` with `verdict` and `lines`; `text`, `rows`; `tables(records)`, where it
+             has more than the audit's
+    page     `panel(result, found, space)`; `settings(space)`, where more was decided than the identity says
     """
     return importlib.import_module(f"sukashi.experiments.audit.{name}.{file}")
 

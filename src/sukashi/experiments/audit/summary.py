@@ -160,7 +160,7 @@ def tables(space: Workspace) -> dict[str, bytes]:
     return {
         file: content
         for name in facts
-        if name not in TOLD
+        if name not in TOLD and hasattr(subject(name, "summary"), "tables")
         for file, content in subject(name, "summary").tables(records).items()
     }
 

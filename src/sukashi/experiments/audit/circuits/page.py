@@ -35,10 +35,6 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
     }
 
 
-def settings(space: Workspace) -> dict[str, Any]:
-    return {}
-
-
 def draw_places(models: Sequence[Mapping[str, Any]]) -> Drawn:
     """Which share of each place's nodes is in a circuit: a panel a kind, block by block; a line a network."""
     kinds = list(dict.fromkeys(kind for row in models for kind in row["kinds"]))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sukashi.core.code import code_of
+from sukashi.core.code import codes_of
 from sukashi.core.errors import DataError, UsageError
 from sukashi.core.experiment import Trial
 from sukashi.core.types import Batch
 from sukashi.decompositions import circuits
 from sukashi.decompositions.nodes import Nodes, nodes_of
+from sukashi.experiments.audit.looking import Looking
 from sukashi.experiments.audit.networks import Network, per_class
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.workspace import Desk
@@ -22,10 +23,8 @@ from sukashi.network import hooks
 
 SETTINGS = ("penalties", "epochs", "seeds")
 PENALTIES, EPOCHS = [0.75, 1.5, 3.0, 6.0], 20
-FOUND_BY, CHOSEN_BY = (
-    64,
-    32,
-)  # training images of each class at most by which circuits are found, and others that choose
+# Training images of each class at most by which circuits are found, and others that choose among penalties.
+FOUND_BY, CHOSEN_BY = 64, 32
 TESTED = 5  # test images of each class at least
 DRAWS = 10  # of random masks beside a circuit
 PARTS: tuple[Callable[..., Any], ...] = (
@@ -41,10 +40,10 @@ def check(settings: Audit) -> None:
 
 
 def code(settings: Audit) -> dict[str, str]:
-    return {part.__name__: code_of(part) for part in PARTS}
+    return codes_of(PARTS)
 
 
-class Subject:
+class Subject(Looking):
     """Circuits of the classes in the networks of an audit."""
 
     def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
@@ -68,10 +67,8 @@ class Subject:
         n = per_class(first, FOUND_BY + CHOSEN_BY, least=24)
         self.found_by, self.chosen_by = n - n // 3, n // 3
         self.code = code(settings)
-        self.identity: dict[str, Any] = {"penalties": self.penalties, "epochs": self.epochs}
-        self.notes: list[str] = []
-        self.areas: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {
+        self.identity = {"penalties": self.penalties, "epochs": self.epochs}
+        self.facts = {
             "penalties": self.penalties,
             "epochs": self.epochs,
             "seeds": self.seeds,
@@ -99,9 +96,7 @@ class Subject:
                 **{name: of for name, of in self.facts.items() if name not in ("penalties", "seeds")},
                 **{"penalty": penalty, "seed": seed, "chosen": self.seed, "beside": bool(needs)},
             },
-            "network": one.identity,
-            "data": one.setting.data.sha256,
-            "images": list(one.batch.image_id),
+            **one.about,
             "code": self.code,
         }
         label = f"circuits, {one.label}, penalty {penalty:g}"

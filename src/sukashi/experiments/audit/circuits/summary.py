@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sukashi.core.files import canonical
 from sukashi.experiments.audit import paired
-from sukashi.experiments.audit.networks import Answers
+from sukashi.experiments.audit.networks import Answers, by_label
 from sukashi.experiments.workspace import Record
 from sukashi.report import words
 
@@ -74,12 +73,10 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
 
 def by_model(records: Sequence[Record]) -> dict[str, dict[tuple[float, int], Record]]:
     """{label: {(penalty, seed): its trial}}."""
-    found: dict[bytes, dict[tuple[float, int], Record]] = {}
-    for record in records:
-        if record.has("circuits.npz"):
-            own = found.setdefault(canonical(record.about["network"]), {})
-            own[record.result["penalty"], record.result["seed"]] = record
-    return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
+    return {
+        label: {(record.result["penalty"], record.result["seed"]): record for record in of}
+        for label, of in by_label(records, "circuits.npz").items()
+    }
 
 
 def best(trials: Trials, facts: Mapping[str, Any]) -> float:
@@ -205,7 +202,3 @@ def text(found: Mapping[str, Any], reference: str) -> str:
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each model and measure, against the reference."""
     return paired.table_rows(found["comparisons"])
-
-
-def tables(records: Sequence[Record]) -> dict[str, bytes]:
-    return {}

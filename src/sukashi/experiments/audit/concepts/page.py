@@ -34,7 +34,3 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
             f"The crops that hold most of {words.several(len(lines), 'concept')} of {row['model']}, a row each"
         )
     return figures, {"found": found, "alts": alts, "warnings": []}
-
-
-def settings(space: Workspace) -> dict[str, Any]:
-    return {}

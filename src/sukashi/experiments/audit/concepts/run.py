@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sukashi.core.code import code_of
+from sukashi.core.code import codes_of
 from sukashi.core.errors import DataError, UsageError, nearest
 from sukashi.core.experiment import Trial
 from sukashi.decompositions import craft
 from sukashi.decompositions.nmf import nnls
 from sukashi.decompositions.vectors import features
+from sukashi.experiments.audit.looking import Looking
 from sukashi.experiments.audit.networks import FEW, Network
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.workspace import Desk
@@ -36,10 +37,10 @@ def check(settings: Audit) -> None:
 
 
 def code(settings: Audit) -> dict[str, str]:
-    return {part.__name__: code_of(part) for part in PARTS}
+    return codes_of(PARTS)
 
 
-class Subject:
+class Subject(Looking):
     """Concepts of one class at one layer of the networks of an audit."""
 
     def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
@@ -61,7 +62,7 @@ class Subject:
         self.n_concepts = settings.concepts or N_CONCEPTS
         height, width = first.batch.x.shape[2:]
         self.side = max(1, round((settings.crop or CROP) * min(height, width)))
-        self.sites = {one.label: features(one.loaded.model, self.layer, _some(one)) for one in networks}
+        self.sites = {one.label: features(one.loaded.model, self.layer, one.some) for one in networks}
         n_crops = len(craft.crops(first.batch.x[:1], self.side)) * (len(self.rows) // 2)
         fewest = min(site.n_units for site in self.sites.values())
         if self.n_concepts > min(fewest, n_crops):
@@ -70,12 +71,9 @@ class Subject:
                 f"of the images, got {self.n_concepts}"
             )
         for one in networks:  # what has nothing behind it that can be given is refused before work starts
-            behind(one.loaded.model, self.sites[one.label], _some(one))
+            behind(one.loaded.model, self.sites[one.label], one.some)
         self.code = code(settings)
-        self.identity: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.areas: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {
+        self.facts = {
             "layer": self.layer,
             "of": settings.of,
             "n_concepts": self.n_concepts,
@@ -109,7 +107,7 @@ class Subject:
             nnls(a, craft.factorised(a[(of.image % 2 == half).to(a.device)], site, self.n_concepts).w)
             for half in (0, 1)
         ]
-        rest = behind(model, site, _some(one))
+        rest = behind(model, site, one.some)
         maps = craft.concept_maps(model, x, found)
         how = "exact"
         try:
@@ -142,11 +140,6 @@ class Subject:
             y, x, side = of.box[place].tolist()
             parts.append(pixels[of.image[place], y : y + side : step, x : x + side : step])
         return np.stack(parts).reshape(*top.shape, *parts[0].shape)
-
-
-def _some(one: Network) -> Tensor:
-    """Two images, where the network is."""
-    return one.batch.x[:2].to(one.setting.device)
 
 
 def _top(u: Tensor, n_images: int, n: int) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from sukashi.core import stats
-from sukashi.core.files import canonical
 from sukashi.decompositions.matching import matched
-from sukashi.experiments.audit.networks import Answers
+from sukashi.experiments.audit.networks import Answers, by_label
 from sukashi.experiments.workspace import Record
 from sukashi.report import words
 
@@ -66,9 +65,8 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
 
 
 def by_model(records: Sequence[Record]) -> dict[str, Record]:
-    """The trial of each network, by its label; networks that are the same one share theirs."""
-    found = {canonical(record.about["network"]): record for record in records if record.has("concepts.npz")}
-    return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
+    """The trial of each network, by its label."""
+    return {label: of[0] for label, of in by_label(records, "concepts.npz").items()}
 
 
 def likeness(
@@ -185,7 +183,3 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     about = {"attribution": "", "measure": "likeness", "better": "higher", "n": found["n_images"], "said": ""}
     own = first["likeness"]["mean"]
     return [{"model": row["model"], **about, **untested, "reference": own, **row["likeness"]} for row in others]
-
-
-def tables(records: Sequence[Record]) -> dict[str, bytes]:
-    return {}

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from sukashi.core import progress
-from sukashi.core.code import code_of
+from sukashi.core.code import codes_of
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
 from sukashi.decompositions.vectors import units
+from sukashi.experiments.audit.looking import Looking
 from sukashi.experiments.audit.networks import Network, per_class
 from sukashi.experiments.audit.settings import Audit
 from sukashi.experiments.workspace import Desk
@@ -31,10 +32,10 @@ def check(settings: Audit) -> None:
 
 
 def code(settings: Audit) -> dict[str, str]:
-    return {part.__name__: code_of(part) for part in PARTS}
+    return codes_of(PARTS)
 
 
-class Subject:
+class Subject(Looking):
     """Units of some layers of the networks of an audit, those that matter most for each class."""
 
     def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
@@ -57,14 +58,13 @@ class Subject:
         }
         self.choosing = per_class(first, CHOOSING)
         self.code = code(settings)
-        self.identity: dict[str, Any] = {"layers": self.layers}
+        self.identity = {"layers": self.layers}
         self.notes = [
             f"{label}: which tokens are patches can't be told ({of[0].unknown}), so all are taken alike"
             for label, of in self.layouts.items()
             if of[0].unknown
         ]
-        self.areas: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {"layers": self.layers, "top": self.top, "choosing": self.choosing}
+        self.facts = {"layers": self.layers, "top": self.top, "choosing": self.choosing}
 
     def trials(self, answers: Trial) -> list[Trial]:
         return [
@@ -75,9 +75,7 @@ class Subject:
         return {
             "neurons": self.facts,
             "seed": self.seed,
-            "network": one.identity,
-            "data": one.setting.data.sha256,
-            "images": list(one.batch.image_id),
+            **one.about,
             "code": self.code,
         }
 

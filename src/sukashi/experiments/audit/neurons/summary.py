@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sukashi.core.files import canonical
 from sukashi.experiments.audit import paired
-from sukashi.experiments.audit.networks import Answers
+from sukashi.experiments.audit.networks import Answers, by_label
 from sukashi.experiments.workspace import Record
 from sukashi.report import words
 
@@ -75,9 +74,8 @@ def means_of(values: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, d
 
 
 def by_model(records: Sequence[Record]) -> dict[str, Record]:
-    """The trial of each network, by its label; networks that are the same one share theirs."""
-    found = {canonical(record.about["network"]): record for record in records if record.has("neurons.npz")}
-    return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
+    """The trial of each network, by its label."""
+    return {label: of[0] for label, of in by_label(records, "neurons.npz").items()}
 
 
 def of_classes(kept: Mapping[str, Array], target: NDArray[np.int64], what: str = "") -> dict[str, Array]:
@@ -112,7 +110,3 @@ def text(found: Mapping[str, Any], reference: str) -> str:
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each model, layer and measure, against the reference."""
     return paired.table_rows(found["comparisons"])
-
-
-def tables(records: Sequence[Record]) -> dict[str, bytes]:
-    return {}

@@ -45,7 +45,3 @@ def panel(result: AuditResult, found: Mapping[str, Any], space: Workspace) -> tu
         "most": math.log(found["n_classes"]),
         "warnings": [],
     }
-
-
-def settings(space: Workspace) -> dict[str, Any]:
-    return {}

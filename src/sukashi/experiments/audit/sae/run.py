@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sukashi.core import progress
-from sukashi.core.code import code_of
+from sukashi.core.code import codes_of
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
 from sukashi.decompositions import sae
 from sukashi.decompositions.vectors import features
+from sukashi.experiments.audit.looking import Looking
 from sukashi.experiments.audit.networks import Network, per_class
 from sukashi.experiments.audit.neurons.run import CHOOSING, TOP
 from sukashi.experiments.audit.settings import Audit
@@ -47,10 +48,10 @@ def check(settings: Audit) -> None:
 
 
 def code(settings: Audit) -> dict[str, str]:
-    return {part.__name__: code_of(part) for part in PARTS}
+    return codes_of(PARTS)
 
 
-class Subject:
+class Subject(Looking):
     """Autoencoders of one layer of the networks of an audit, at the same tokens of all."""
 
     def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
@@ -79,10 +80,8 @@ class Subject:
                     )
         self.seeds, self.seed, self.choosing = settings.seeds, settings.seed, per_class(first, CHOOSING)
         self.code = code(settings)
-        self.identity: dict[str, Any] = {"k": self.k, "tokens": self.which}
-        self.notes: list[str] = []
-        self.areas: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {
+        self.identity = {"k": self.k, "tokens": self.which}
+        self.facts = {
             "layer": self.layer,
             "tokens": self.which,
             "k": self.k,
@@ -106,9 +105,7 @@ class Subject:
         own = {name: of for name, of in self.facts.items() if name not in ("k", "seeds", "features")}
         return {
             "autoencoder": {**own, "k": k, "seed": seed, "first": k == self.k[0]},
-            "network": one.identity,
-            "data": one.setting.data.sha256,
-            "images": list(one.batch.image_id),
+            **one.about,
             "chosen": self.seed,
             "code": self.code,
         }

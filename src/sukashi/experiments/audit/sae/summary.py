@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sukashi.core.files import canonical
 from sukashi.experiments.audit import paired
-from sukashi.experiments.audit.networks import Answers
+from sukashi.experiments.audit.networks import Answers, by_label
 from sukashi.experiments.audit.neurons import summary as neurons
 from sukashi.experiments.workspace import Record
 from sukashi.report import words
@@ -36,16 +35,15 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
     (None of one seed). `enough` is the least of these numbers by which as much is explained as by the first of the
     reference's. `comparisons` are paired over classes, see `paired.compare`.
     """
-    found = by_model(records)
-    kept = {one.label: found[one.label] for one in answers}
+    kept = by_model(records)
     values = values_of(kept, facts, answers)
     rows = paired.compare(values, answers, MEASURES)
     models = [
         {
             "model": one.label,
             "k": k,
-            **_mean([record.result for (number, _), record in sorted(kept[one.label].items()) if number == k]),
-            "stability": stability([record for (number, _), record in sorted(kept[one.label].items()) if number == k]),
+            **_mean([record.result for record in _of(kept[one.label], k)]),
+            "stability": stability(_of(kept[one.label], k)),
         }
         for one in answers
         for k in facts["k"]
@@ -72,12 +70,15 @@ def summary(records: Sequence[Record], answers: Sequence[Answers], facts: Mappin
 
 def by_model(records: Sequence[Record]) -> dict[str, dict[tuple[int, int], Record]]:
     """{label: {(k, seed): its trial}}."""
-    found: dict[bytes, dict[tuple[int, int], Record]] = {}
-    for record in records:
-        if record.has("sae.npz"):
-            own = found.setdefault(canonical(record.about["network"]), {})
-            own[record.result["k"], record.result["seed"]] = record
-    return {model["label"]: found[canonical(model["identity"])] for model in records[0].result["models"]}
+    return {
+        label: {(record.result["k"], record.result["seed"]): record for record in of}
+        for label, of in by_label(records, "sae.npz").items()
+    }
+
+
+def _of(trials: Mapping[tuple[int, int], Record], k: int) -> list[Record]:
+    """Those of one number of active latents, by seed."""
+    return [record for (number, _), record in sorted(trials.items()) if number == k]
 
 
 def values_of(
@@ -147,7 +148,3 @@ def text(found: Mapping[str, Any], reference: str) -> str:
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each model and measure, against the reference."""
     return paired.table_rows(found["comparisons"])
-
-
-def tables(records: Sequence[Record]) -> dict[str, bytes]:
-    return {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sukashi.attributions import attributions as explainers
 from sukashi.core.bracketed import plain
 from sukashi.core.code import code_of
 from sukashi.core.errors import UsageError
 from sukashi.core.experiment import Trial
+from sukashi.experiments.audit.looking import Looking
 from sukashi.experiments.audit.networks import Network
 from sukashi.experiments.audit.saliency import places
 from sukashi.experiments.audit.saliency.cells import (
@@ -29,7 +29,7 @@ from sukashi.measures import measures as registry
 SETTINGS = ("attributions", "measures", "population", "sanity", "masks", "options")
 
 
-class Subject:
+class Subject(Looking):
     """Saliency maps of the networks of an audit: `facts` and `areas` are kept with their answers."""
 
     def __init__(self, settings: Audit, networks: Sequence[Network]) -> None:
@@ -46,7 +46,7 @@ class Subject:
         self.auditor.try_out(names[0])
         self.areas = {concept: share.numpy() for concept, share in places.shares(truth).items()}
         self.notes = [said] if said else []
-        self.facts: dict[str, Any] = {"attributions": names, "refused": refused, "seed": settings.seed}
+        self.facts = {"attributions": names, "refused": refused, "seed": settings.seed}
         self.identity = {
             "attributions": {name: explainers[name].deciding(settings.options.get(name, {})) for name in names},
             "measures": {name: registry[name].deciding(settings.options.get(name, {})) for name in measures},
